@@ -1,0 +1,71 @@
+/*
+ * What the transfer loop asks of an engine: submit, poll, wake, cancel.
+ *
+ * An engine fills in one skv_backend and hands it over in a capsule named SKV_BACKEND_CAPSULE.
+ * submit, poll and cancel are only ever called by the one thread that drives the queue at that
+ * moment; wake may be called by any thread.
+ */
+#ifndef SPDK_KV_BACKEND_H
+#define SPDK_KV_BACKEND_H
+
+#include <stdint.h>
+#include <time.h>
+
+#define SKV_BACKEND_CAPSULE "spdk_kv.backend"
+
+enum { SKV_READ = 0, SKV_WRITE = 1, SKV_FLUSH = 2, SKV_DISCARD = 3 };
+
+/* One command to the device. The loop owns it; between submit and poll the engine does. */
+typedef struct skv_io {
+    uint64_t offset;     /* bytes from the start of the device */
+    void *addr;
+    uint32_t nbytes;
+    int32_t op;
+    int32_t result;      /* set on completion: bytes moved, or -errno */
+    struct skv_io *next; /* for lists of the engine's own */
+    uint64_t submitted_ns;
+} skv_io;
+
+typedef struct skv_backend {
+    void *self;
+    /* 0: taken, will come out of poll. -EAGAIN: full, try again after a completion. Any other
+     * -errno: refused, will not come out of poll. May be buffered until the next poll. */
+    int (*submit)(void *self, skv_io *io);
+    /* Fills in up to `max` finished commands and returns their count. Waits for the first at
+     * most wait_ns (0: not at all), and returns early on wake or a signal. */
+    int (*poll)(void *self, skv_io **done, int max, int64_t wait_ns);
+    void (*wake)(void *self);
+    /* Asks that a submitted command end soon (with -ECANCELED); it still comes out of poll. */
+    void (*cancel)(void *self, skv_io *io);
+} skv_backend;
+
+static inline uint64_t skv_now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* Latency histogram: 16 buckets to each doubling, so a bucket is at most 6.25 % wide. */
+#define SKV_BUCKETS 640
+
+static inline int skv_bucket(uint64_t ns)
+{
+    if (ns < 16)
+        return (int)ns;
+    int exponent = 63 - __builtin_clzll(ns);
+    int bucket = (exponent - 3) * 16 + (int)((ns >> (exponent - 4)) & 15);
+    return bucket < SKV_BUCKETS ? bucket : SKV_BUCKETS - 1;
+}
+
+/* The middle of a bucket, in nanoseconds. */
+static inline uint64_t skv_bucket_ns(int bucket)
+{
+    if (bucket < 16)
+        return (uint64_t)bucket;
+    int exponent = bucket / 16 + 3;
+    uint64_t low = (16ull + (uint64_t)(bucket % 16)) << (exponent - 4);
+    return low + ((1ull << (exponent - 4)) >> 1);
+}
+
+#endif

@@ -1,0 +1,30 @@
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+
+cdef extern from "backend.h" nogil:
+    const char *SKV_BACKEND_CAPSULE
+    enum:
+        SKV_READ
+        SKV_WRITE
+        SKV_FLUSH
+        SKV_DISCARD
+        SKV_BUCKETS
+
+    ctypedef struct skv_io:
+        uint64_t offset
+        void *addr
+        uint32_t nbytes
+        int32_t op
+        int32_t result
+        skv_io *next
+        uint64_t submitted_ns
+
+    ctypedef struct skv_backend:
+        void *self
+        int (*submit)(void *self, skv_io *io) noexcept nogil
+        int (*poll)(void *self, skv_io **done, int max, int64_t wait_ns) noexcept nogil
+        void (*wake)(void *self) noexcept nogil
+        void (*cancel)(void *self, skv_io *io) noexcept nogil
+
+    uint64_t skv_now_ns()
+    int skv_bucket(uint64_t ns)
+    uint64_t skv_bucket_ns(int bucket)

@@ -1,0 +1,230 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The thread-pool engine: pread and pwrite, for where io_uring is missing or forbidden.
+
+Serves both ways to a file: through a buffered descriptor (the page cache) or one opened with
+O_DIRECT. The threads never touch Python.
+"""
+
+cimport cython
+from cpython.pycapsule cimport PyCapsule_New
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from backend cimport (
+    SKV_BACKEND_CAPSULE, SKV_DISCARD, SKV_FLUSH, SKV_READ, SKV_WRITE, skv_backend, skv_io,
+    skv_now_ns,
+)
+from pthreads cimport (
+    init_cond, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread,
+    wait_until,
+)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pread(int fd, void *buffer, size_t nbytes, long offset)
+    ssize_t pwrite(int fd, const void *buffer, size_t nbytes, long offset)
+    int fdatasync(int fd)
+    int getpid()
+
+cdef extern from "<errno.h>" nogil:
+    int ECANCELED
+
+cdef extern from "<fcntl.h>" nogil:
+    int FALLOC_FL_PUNCH_HOLE
+    int FALLOC_FL_KEEP_SIZE
+    int fallocate(int fd, int mode, long offset, long nbytes)
+
+
+cdef struct ThreadPool:
+    skv_backend backend
+    int fd
+    pthread_mutex_t mutex
+    pthread_cond_t work
+    pthread_cond_t finished
+    skv_io *todo
+    skv_io *todo_tail
+    skv_io *done
+    skv_io *done_tail
+    bint woken
+    bint waiting
+    bint stopping
+    pthread_t *threads
+    int count
+
+
+cdef int _execute(int fd, skv_io *io) noexcept nogil:
+    """The command's result: bytes moved, or -errno."""
+    cdef ssize_t rc
+    while True:
+        if io.op == SKV_READ:
+            rc = pread(fd, io.addr, io.nbytes, <long>io.offset)
+        elif io.op == SKV_WRITE:
+            rc = pwrite(fd, io.addr, io.nbytes, <long>io.offset)
+        elif io.op == SKV_FLUSH:
+            rc = fdatasync(fd)
+        else:
+            rc = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                           <long>io.offset, <long>io.nbytes)
+        if rc >= 0:
+            return <int>rc
+        if errno != EINTR:
+            return -errno
+
+
+cdef void *_thread_main(void *argument) noexcept nogil:
+    cdef ThreadPool *p = <ThreadPool *>argument
+    cdef skv_io *io
+    pthread_mutex_lock(&p.mutex)
+    while True:
+        io = p.todo
+        if io == NULL:
+            if p.stopping:
+                break
+            pthread_cond_wait(&p.work, &p.mutex)
+            continue
+        p.todo = io.next
+        pthread_mutex_unlock(&p.mutex)
+        io.result = _execute(p.fd, io)
+        pthread_mutex_lock(&p.mutex)
+        _finished(p, io)
+    pthread_mutex_unlock(&p.mutex)
+    return NULL
+
+
+cdef void _finished(ThreadPool *p, skv_io *io) noexcept nogil:
+    """With the mutex held."""
+    io.next = NULL
+    if p.done == NULL:
+        p.done = io
+    else:
+        p.done_tail.next = io
+    p.done_tail = io
+    if p.waiting:
+        pthread_cond_signal(&p.finished)
+
+
+cdef int _submit(void *self, skv_io *io) noexcept nogil:
+    cdef ThreadPool *p = <ThreadPool *>self
+    io.next = NULL
+    pthread_mutex_lock(&p.mutex)
+    if p.todo == NULL:
+        p.todo = io
+    else:
+        p.todo_tail.next = io
+    p.todo_tail = io
+    pthread_cond_signal(&p.work)
+    pthread_mutex_unlock(&p.mutex)
+    return 0
+
+
+cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
+    cdef ThreadPool *p = <ThreadPool *>self
+    cdef int n = 0
+    cdef uint64_t until_ns
+    pthread_mutex_lock(&p.mutex)
+    if wait_ns and p.done == NULL and not p.woken:
+        until_ns = skv_now_ns() + <uint64_t>wait_ns
+        p.waiting = True
+        while p.done == NULL and not p.woken:
+            if wait_until(&p.finished, &p.mutex, until_ns):
+                break
+        p.waiting = False
+    p.woken = False
+    while p.done != NULL and n < most:
+        done[n] = p.done
+        p.done = p.done.next
+        n += 1
+    pthread_mutex_unlock(&p.mutex)
+    return n
+
+
+cdef void _wake(void *self) noexcept nogil:
+    cdef ThreadPool *p = <ThreadPool *>self
+    pthread_mutex_lock(&p.mutex)
+    p.woken = True
+    pthread_cond_signal(&p.finished)
+    pthread_mutex_unlock(&p.mutex)
+
+
+cdef void _cancel(void *self, skv_io *io) noexcept nogil:
+    """Only what no thread has begun; a system call cannot be taken back."""
+    cdef ThreadPool *p = <ThreadPool *>self
+    cdef skv_io *previous = NULL
+    cdef skv_io *at
+    pthread_mutex_lock(&p.mutex)
+    at = p.todo
+    while at != NULL and at != io:
+        previous = at
+        at = at.next
+    if at != NULL:
+        if previous == NULL:
+            p.todo = at.next
+        else:
+            previous.next = at.next
+        if p.todo_tail == at:
+            p.todo_tail = previous
+        at.result = -ECANCELED
+        _finished(p, at)
+    pthread_mutex_unlock(&p.mutex)
+
+
+@cython.no_gc_clear
+cdef class PoolBackend:
+    """``threads`` native threads over the descriptor ``fd``, which stays the caller's.
+
+    ``backend`` is the capsule for a queue. Close it after the queue; a thread that hangs in a
+    system call would make that wait.
+    """
+    cdef ThreadPool _p
+    cdef readonly object backend
+    cdef int _pid
+
+    def __cinit__(self, int fd, int threads):
+        self._p.fd = fd
+        self._pid = getpid()
+        if not 1 <= threads <= 1024:
+            raise ValueError(f"threads is 1 to 1024, not {threads}")
+        pthread_mutex_init(&self._p.mutex, NULL)
+        init_cond(&self._p.work)
+        init_cond(&self._p.finished)
+        self._p.threads = <pthread_t *>calloc(threads, sizeof(pthread_t))
+        if self._p.threads == NULL:
+            raise MemoryError()
+        while self._p.count < threads:
+            if start_thread(&self._p.threads[self._p.count], _thread_main, &self._p):
+                break
+            self._p.count += 1
+        if not self._p.count:
+            raise MemoryError("no thread could be started")
+        self._p.backend.self = &self._p
+        self._p.backend.submit = _submit
+        self._p.backend.poll = _poll
+        self._p.backend.wake = _wake
+        self._p.backend.cancel = _cancel
+        self.backend = PyCapsule_New(&self._p.backend, SKV_BACKEND_CAPSULE, NULL)
+
+    @property
+    def threads(self):
+        """Threads that were really started."""
+        return self._p.count
+
+    def close(self):
+        """Ends the threads; blocks until they are gone."""
+        cdef int i
+        if self._p.threads == NULL or self._pid != getpid():
+            return
+        with nogil:
+            pthread_mutex_lock(&self._p.mutex)
+            self._p.stopping = True
+            pthread_cond_broadcast(&self._p.work)
+            pthread_mutex_unlock(&self._p.mutex)
+            for i in range(self._p.count):
+                pthread_join(self._p.threads[i], NULL)
+        free(self._p.threads)
+        self._p.threads = NULL
+
+    def __dealloc__(self):
+        if self._pid == getpid():
+            self.close()

@@ -1,0 +1,51 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""The transfer loop: many segments, one completion.
+
+A :class:`Queue` drives one engine queue. A :class:`Transfer` is a list of pieces (a device range
+and a memory range each); the queue cuts them into segments, keeps its target depth of them in
+flight, does what has to follow each one (checksum, copy out of a bounce slot), and wakes whoever
+waits once, at the end. All of that runs without the GIL.
+
+Who drives. At any moment at most one thread is the queue's driver: it alone talks to the engine.
+A thread that waits for a transfer becomes the driver if there is none, so that a lone `get`
+costs no thread switch; otherwise the queue's own thread drives. The mutex guards only the lists
+and flags in which the two meet; it is never held over a wait or a copy.
+"""
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.errno cimport EAGAIN, EINTR, EIO
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcpy, memset
+
+from backend cimport (
+    SKV_BACKEND_CAPSULE, SKV_BUCKETS, SKV_DISCARD, SKV_FLUSH, SKV_READ, SKV_WRITE, skv_backend,
+    skv_bucket, skv_bucket_ns, skv_io, skv_now_ns,
+)
+from crc32c cimport skv_crc32c, skv_crc32c_combine
+from pthreads cimport (
+    init_cond, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    pthread_cond_wait, pthread_detach, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread,
+    wait_until,
+)
+
+cdef extern from "<errno.h>" nogil:
+    int ECANCELED
+    int ENODATA
+    int ETIMEDOUT
+
+READ = SKV_READ
+WRITE = SKV_WRITE
+FLUSH = SKV_FLUSH
+DISCARD = SKV_DISCARD
+
+DEMAND = 0
+PREFETCH = 1
+
+include "transfer_types.pxi"
+include "transfer_loop.pxi"
+include "transfer_api.pxi"

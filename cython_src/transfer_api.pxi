@@ -1,0 +1,502 @@
+# The Python side: handles of queues and transfers.
+
+cdef uint64_t NEVER = <uint64_t>1 << 62
+
+
+cdef void _free_transfer(Transfer_ *t):
+    """Drops what the transfer kept alive. Needs the GIL, and that it is done."""
+    if t.kept != NULL:
+        Py_DECREF(<object>t.kept)
+    pthread_cond_destroy(&t.finished)
+    free(t.segments)
+    free(t.crcs)
+    free(t)
+
+
+cdef void _free_orphans(Queue_ *q):
+    cdef Transfer_ *t
+    cdef Transfer_ *following
+    if q.orphans == NULL:  # a hint; the truth is read under the mutex
+        return
+    pthread_mutex_lock(&q.mutex)
+    t = q.orphans
+    q.orphans = NULL
+    pthread_mutex_unlock(&q.mutex)
+    while t != NULL:
+        following = t.next_incoming
+        _free_transfer(t)
+        t = following
+
+
+@cython.no_gc_clear
+cdef class Queue:
+    """One engine queue and the thread that drives it when nobody waits.
+
+    ``backend`` is an engine's capsule and ``keep`` whatever must outlive it. ``depth``: segments
+    kept in flight. ``segment_nbytes``: the largest command. ``block_nbytes``, ``align_nbytes``:
+    what the device wants of offsets and of addresses (powers of two). ``slots``: addresses of
+    bounce slots of ``segment_nbytes`` each, for memory that the device cannot reach directly.
+    """
+    cdef Queue_ *_q
+    cdef object _keep
+    cdef readonly bint closed
+    cdef readonly size_t pid
+
+    def __cinit__(self, backend, keep, *, uint32_t depth, uint32_t segment_nbytes,
+                  uint32_t block_nbytes, uint32_t align_nbytes, slots, size_t pid):
+        cdef Queue_ *q
+        cdef size_t address
+        self.closed = True
+        if segment_nbytes % block_nbytes or not depth or not segment_nbytes:
+            raise ValueError("segments are a whole number of blocks, and depth is at least 1")
+        if not slots and align_nbytes > 1:
+            raise ValueError("a device that wants alignment needs bounce slots")
+        q = <Queue_ *>calloc(1, sizeof(Queue_))
+        if q == NULL:
+            raise MemoryError()
+        q.slots = <unsigned char **>calloc(len(slots) + 1, sizeof(void *))
+        q.backend = <skv_backend *>PyCapsule_GetPointer(backend, SKV_BACKEND_CAPSULE)
+        for address in slots:
+            q.slots[q.free_slots] = <unsigned char *>address
+            q.free_slots += 1
+        q.depth = depth
+        q.segment_nbytes = segment_nbytes
+        q.block_nbytes = block_nbytes
+        q.align_nbytes = align_nbytes
+        pthread_mutex_init(&q.mutex, NULL)
+        init_cond(&q.work)
+        init_cond(&q.reapable)
+        self._q = q
+        self._keep = (backend, keep)
+        self.pid = pid
+        if start_thread(&q.thread, _thread_main, q):
+            raise MemoryError("no thread for the transfer loop")
+        self.closed = False
+
+    @property
+    def depth(self):
+        """Segments kept in flight; may be set at any time."""
+        return self._q.depth
+
+    @depth.setter
+    def depth(self, uint32_t depth):
+        if not depth:
+            raise ValueError("depth is at least 1")
+        self._q.depth = depth
+
+    @property
+    def segment_nbytes(self):
+        return self._q.segment_nbytes
+
+    @property
+    def active(self):
+        """Transfers submitted and not done, those included that nobody waits for any more."""
+        return self._q.active
+
+    def reap(self):
+        """Blocks until transfers that were submitted with ``notify`` are done; returns them.
+
+        An empty list: the queue is closed, or :meth:`stop_reaping` was called.
+        """
+        cdef Queue_ *q = self._q
+        cdef Transfer_ *t
+        cdef list done = []
+        with nogil:
+            pthread_mutex_lock(&q.mutex)
+            while q.reap == NULL and not q.reap_stop:
+                pthread_cond_wait(&q.reapable, &q.mutex)
+            t = q.reap
+            q.reap = NULL
+            pthread_mutex_unlock(&q.mutex)
+        while t != NULL:
+            done.append(<object>t.handle)
+            Py_DECREF(<object>t.handle)
+            t.handle = NULL
+            t = t.next_incoming
+        done.reverse()
+        _free_orphans(q)
+        return done
+
+    def stop_reaping(self):
+        """Lets :meth:`reap` return for good."""
+        pthread_mutex_lock(&self._q.mutex)
+        self._q.reap_stop = 1
+        pthread_cond_broadcast(&self._q.reapable)
+        pthread_mutex_unlock(&self._q.mutex)
+
+    def stats(self):
+        """Counters since the queue was opened, as a dict. Times are in nanoseconds;
+        ``histogram`` maps a latency to the number of commands near it (within 6.25 %)."""
+        cdef Counters c = self._q.counters
+        cdef int i
+        return {
+            "ios": c.ios, "read_nbytes": c.read_nbytes, "written_nbytes": c.written_nbytes,
+            "transfers": c.transfers, "errors": c.errors, "bounced_nbytes": c.bounced,
+            "latency_ns": c.latency_ns, "busy_ns": c.busy_ns, "deepest": c.deepest,
+            "histogram": {
+                skv_bucket_ns(i): c.histogram[i] for i in range(SKV_BUCKETS) if c.histogram[i]
+            },
+        }
+
+    def close(self, double timeout_s=30.0):
+        """Waits until nothing is in flight, then ends the thread. Returns whether it came to that.
+
+        If the device does not let go within ``timeout_s``, False: the queue's memory is then
+        given up rather than freed, since the device may still write to what was kept.
+        """
+        cdef Queue_ *q = self._q
+        cdef uint64_t until_ns = skv_now_ns() + <uint64_t>(timeout_s * 1e9)
+        cdef bint stopped = False
+        if self.closed:
+            return True
+        self.closed = True
+        with nogil:
+            pthread_mutex_lock(&q.mutex)
+            q.stopping = 1
+            q.reap_stop = 1
+            pthread_cond_broadcast(&q.work)
+            pthread_cond_broadcast(&q.reapable)
+            while not q.stopped:
+                if wait_until(&q.reapable, &q.mutex, until_ns):
+                    break
+            stopped = q.stopped
+            pthread_mutex_unlock(&q.mutex)
+            if stopped:
+                pthread_join(q.thread, NULL)
+            else:
+                pthread_detach(q.thread)
+        if not stopped:
+            Py_INCREF(self)  # never freed: the device still owns a part of it
+            return False
+        _free_orphans(q)
+        return True
+
+    def __dealloc__(self):
+        cdef Queue_ *q = self._q
+        if q == NULL:
+            return
+        if not self.closed:
+            # Only transfers hold a queue, and none are left: nothing can be in flight.
+            if self.pid != _getpid():
+                return  # a forked child has none of the threads
+            with nogil:
+                pthread_mutex_lock(&q.mutex)
+                q.stopping = 1
+                pthread_cond_broadcast(&q.work)
+                pthread_mutex_unlock(&q.mutex)
+                pthread_join(q.thread, NULL)
+        _free_orphans(q)
+        pthread_mutex_destroy(&q.mutex)
+        pthread_cond_destroy(&q.work)
+        pthread_cond_destroy(&q.reapable)
+        free(q.slots)
+        free(q)
+
+
+cdef extern from "<unistd.h>" nogil:
+    int _getpid "getpid"()
+
+
+@cython.no_gc_clear
+cdef class Transfer:
+    """One request to a queue: pieces, one completion.
+
+    Add pieces, then :meth:`run` (submit and wait), or :meth:`submit` and later :meth:`wait`.
+    What was given to :meth:`keep` lives until the device is done with the transfer, whatever
+    happens to this object. One thread builds it; any may wait.
+
+    ``op``: READ, WRITE, FLUSH or DISCARD. ``checksum``: compute CRC32C over the callers' bytes.
+    ``chunk_nbytes``: one CRC per that many bytes of a piece (a whole number of blocks that
+    divides the queue's segments); 0: one per piece.
+    """
+    cdef Transfer_ *_t
+    cdef Piece *_pieces
+    cdef uint32_t _count
+    cdef uint32_t _room
+    cdef bint _submitted
+    cdef readonly Queue queue
+    cdef public object on_done
+
+    def __cinit__(self, Queue queue not None, int op, *, bint checksum=False,
+                  uint32_t chunk_nbytes=0):
+        cdef Queue_ *q = queue._q
+        if op < SKV_READ or op > SKV_DISCARD:
+            raise ValueError(f"unknown operation {op}")
+        if chunk_nbytes and (chunk_nbytes % q.block_nbytes or q.segment_nbytes % chunk_nbytes):
+            raise ValueError(
+                f"checksum chunks of {chunk_nbytes} bytes do not divide segments of "
+                f"{q.segment_nbytes}, or are not whole blocks of {q.block_nbytes}")
+        self._t = <Transfer_ *>calloc(1, sizeof(Transfer_))
+        if self._t == NULL:
+            raise MemoryError()
+        init_cond(&self._t.finished)
+        self.queue = queue
+        self._t.queue = q
+        self._t.op = op
+        self._t.checksum = checksum
+        self._t.chunk_nbytes = chunk_nbytes
+        kept = [queue]
+        self._t.kept = <PyObject *>kept
+        Py_INCREF(kept)
+
+    def keep(self, thing):
+        """Keeps ``thing`` (a lease, a buffer's export, a tensor) alive until the last completion."""
+        (<list>self._t.kept).append(thing)
+
+    def add(self, uint64_t offset, size_t address, uint64_t nbytes, uint64_t capacity=0):
+        """Adds a piece: ``nbytes`` at device ``offset``, to or from memory at ``address``.
+
+        ``capacity``: bytes at ``address`` that belong to the transfer, at least ``nbytes``; where
+        they reach to the end of the last block no copy is needed for it. Writes begin at a whole
+        block and fill their last one with zeros. Raises ValueError.
+        """
+        cdef Queue_ *q = self._t.queue
+        cdef uint32_t misplaced = offset % q.block_nbytes
+        cdef Piece *p
+        if self._submitted:
+            raise ValueError("the transfer was already submitted")
+        if misplaced and (self._t.op != SKV_READ or self._t.chunk_nbytes):
+            raise ValueError(
+                f"offset {offset} is not a multiple of the block size {q.block_nbytes}")
+        if self._count == self._room:
+            self._grow()
+        p = &self._pieces[self._count]
+        memset(p, 0, sizeof(Piece))
+        p.offset = offset
+        p.address = <unsigned char *>address
+        p.nbytes = nbytes
+        p.capacity = max(nbytes, capacity)
+        self._count += 1
+
+    def add_many(self, const uint64_t[::1] offsets not None, const uint64_t[::1] addresses not None,
+                 const uint64_t[::1] nbytes not None):
+        """Adds one piece per element of three equally long arrays."""
+        cdef Py_ssize_t i
+        if offsets.shape[0] != addresses.shape[0] or offsets.shape[0] != nbytes.shape[0]:
+            raise ValueError("offsets, addresses and nbytes differ in length")
+        for i in range(offsets.shape[0]):
+            self.add(offsets[i], addresses[i], nbytes[i], 0)
+
+    cdef _grow(self):
+        cdef uint32_t room = max(8, 2 * self._room)
+        cdef void *grown = realloc(self._pieces, room * sizeof(Piece))
+        if grown == NULL:
+            raise MemoryError()
+        self._pieces = <Piece *>grown
+        self._room = room
+
+    cdef _cut(self):
+        """Cuts the pieces into segments."""
+        cdef Queue_ *q = self._t.queue
+        cdef uint64_t most = q.segment_nbytes, count = 0, chunks = 0, at, skip, take
+        cdef uint32_t i
+        cdef Piece *p
+        cdef Segment *s
+        if self._t.op >= SKV_FLUSH:
+            most = 1 << 30  # no memory moves; only the field's width bounds it
+        for i in range(self._count):
+            p = &self._pieces[i]
+            p.first_segment = <uint32_t>count
+            if self._t.op == SKV_FLUSH:
+                p.segments = 1
+            else:
+                p.segments = <uint32_t>((p.nbytes + p.offset % q.block_nbytes + most - 1) // most)
+            count += p.segments
+            if self._t.chunk_nbytes:
+                p.first_chunk = <uint32_t>chunks
+                p.chunks = <uint32_t>(
+                    (p.nbytes + self._t.chunk_nbytes - 1) // self._t.chunk_nbytes)
+                chunks += p.chunks
+        self._t.segments = <Segment *>calloc(count + 1, sizeof(Segment))
+        self._t.crcs = <uint32_t *>calloc(chunks + 1, sizeof(uint32_t))
+        if self._t.segments == NULL or self._t.crcs == NULL:
+            raise MemoryError()
+        for i in range(self._count):
+            p = &self._pieces[i]
+            at = 0
+            s = &self._t.segments[p.first_segment]
+            while at < p.nbytes or (self._t.op == SKV_FLUSH and at == 0):
+                skip = (p.offset + at) % q.block_nbytes
+                take = min(p.nbytes - at, most - skip)
+                s.transfer = self._t
+                s.user = p.address + at
+                s.offset = p.offset + at - skip
+                s.skip = <uint32_t>skip
+                s.nbytes = <uint32_t>take
+                s.device_nbytes = <uint32_t>(
+                    (skip + take + q.block_nbytes - 1) // q.block_nbytes * q.block_nbytes)
+                if self._t.op <= SKV_WRITE:
+                    s.bounce = (<size_t>s.user % q.align_nbytes != 0 or skip != 0
+                                or at + s.device_nbytes > p.capacity)
+                if self._t.chunk_nbytes:
+                    s.chunk_crcs = &self._t.crcs[
+                        p.first_chunk + <uint32_t>(at // self._t.chunk_nbytes)]
+                s += 1
+                at += take
+                if self._t.op == SKV_FLUSH:
+                    break
+        self._t.count = <uint32_t>count
+
+    cdef _submit(self, timeout_s, int priority, bint notify, bint wake_thread):
+        cdef Queue_ *q = self._t.queue
+        cdef double limit
+        if self._submitted:
+            raise ValueError("the transfer was already submitted")
+        if self.queue.closed:
+            raise RuntimeError("the queue is closed")
+        if timeout_s is not None:
+            limit = timeout_s
+            if not 0 < limit < 1e9:
+                raise ValueError(f"timeout_s is a positive number of seconds, not {timeout_s!r}")
+            self._t.deadline_ns = skv_now_ns() + <uint64_t>(limit * 1e9)
+        self._cut()
+        _free_orphans(q)
+        self._submitted = True
+        self._t.priority = PREFETCH if priority else DEMAND
+        if notify:
+            self._t.handle = <PyObject *>self
+            Py_INCREF(self)
+        if self._t.count == 0 and not notify:
+            self._t.done = 1
+            return
+        with nogil:
+            _enqueue(q, self._t, wake_thread)
+
+    def submit(self, timeout_s=None, int priority=0, bint notify=False):
+        """Starts the transfer and returns at once.
+
+        ``timeout_s``: deadline, from now. ``priority``: DEMAND goes before PREFETCH. ``notify``:
+        :meth:`Queue.reap` returns this object when it is done.
+        """
+        self._submit(timeout_s, priority, notify, True)
+
+    def run(self, timeout_s=None):
+        """Submits and waits. Blocks without the GIL; see :meth:`wait`."""
+        self._submit(timeout_s, 0, False, False)
+        return self.wait()
+
+    def wait(self):
+        """Blocks, without the GIL, until the transfer is done or past its deadline.
+
+        Returns the status: 0, or the errno of the first failure. An exception raised by a signal
+        handler (KeyboardInterrupt) comes out after what is in flight has ended; a second one
+        comes out at once, and the memory stays kept until the device is done.
+        """
+        cdef Transfer_ *t = self._t
+        cdef Queue_ *q = t.queue
+        cdef bint over = t.done
+        if not self._submitted:
+            raise ValueError("the transfer was not submitted")
+        if not over and t.priority != DEMAND:
+            self._change(False)
+        while not over:
+            with nogil:
+                over = _wait(q, t, skv_now_ns() + SLICE_NS)
+            if not over:
+                try:
+                    PyErr_CheckSignals()
+                except BaseException:
+                    self._drain()
+                    raise
+        if t.done:
+            (<list>t.kept).clear()
+        return t.status
+
+    cdef _change(self, bint cancel):
+        cdef Queue_ *q = self._t.queue
+        cdef bint wake
+        pthread_mutex_lock(&q.mutex)
+        if cancel:
+            self._t.cancelled = 1
+        else:
+            self._t.priority = DEMAND
+        q.changed = 1
+        wake = q.polling
+        pthread_mutex_unlock(&q.mutex)
+        if wake:
+            q.backend.wake(q.backend.self)
+
+    cdef _drain(self):
+        cdef bint over = False
+        self._change(True)
+        while not over:
+            with nogil:
+                over = _wait(self._t.queue, self._t, skv_now_ns() + SLICE_NS)
+            PyErr_CheckSignals()
+
+    def cancel(self):
+        """Stops submitting what is left of it; what is in flight still ends by itself."""
+        self._change(True)
+
+    @property
+    def done(self):
+        """Whether the device is done with it (after a deadline that may be later than `wait`)."""
+        return bool(self._t.done)
+
+    @property
+    def status(self):
+        """0, or the errno of the first failure so far."""
+        return self._t.status
+
+    @property
+    def op(self):
+        return self._t.op
+
+    @property
+    def nbytes(self):
+        """The callers' bytes in all pieces."""
+        cdef uint64_t total = 0
+        cdef uint32_t i
+        for i in range(self._count):
+            total += self._pieces[i].nbytes
+        return total
+
+    @property
+    def failure(self):
+        """(device offset, nbytes) of the command that failed first, or None."""
+        cdef Segment *s
+        if not self._t.status or not self._t.count:
+            return None
+        s = &self._t.segments[self._t.failed_segment]
+        return s.offset, s.device_nbytes
+
+    def crc(self, uint32_t piece=0):
+        """CRC32C of a piece (when ``checksum`` was asked for, without chunks, and it is done)."""
+        cdef uint32_t crc = 0, i
+        cdef Piece *p
+        cdef Segment *s
+        if piece >= self._count:
+            raise IndexError(piece)
+        p = &self._pieces[piece]
+        for i in range(p.segments):
+            s = &self._t.segments[p.first_segment + i]
+            crc = skv_crc32c_combine(crc, s.crc, s.nbytes) if i else s.crc
+        return crc
+
+    def chunk_crcs(self, uint32_t piece=0):
+        """CRC32C of each chunk of a piece, as bytes of little-endian uint32."""
+        if piece >= self._count:
+            raise IndexError(piece)
+        cdef Piece *p = &self._pieces[piece]
+        return (<unsigned char *>&self._t.crcs[p.first_chunk])[:4 * p.chunks]
+
+    def __dealloc__(self):
+        cdef Transfer_ *t = self._t
+        cdef Queue_ *q
+        cdef bint free_it = True
+        free(self._pieces)
+        if t == NULL:
+            return
+        if self._submitted and not t.done:
+            q = t.queue
+            pthread_mutex_lock(&q.mutex)
+            if not t.done:
+                t.orphan = 1
+                free_it = False
+            pthread_mutex_unlock(&q.mutex)
+        elif self._submitted:
+            # The driver sets `done` under the mutex and may still hold it.
+            pthread_mutex_lock(&t.queue.mutex)
+            pthread_mutex_unlock(&t.queue.mutex)
+        if free_it:
+            _free_transfer(t)

@@ -1,0 +1,475 @@
+# The driver: everything here runs without the GIL, in the one thread that holds the queue.
+
+
+cdef inline void _todo_push(Queue_ *q, Transfer_ *t) noexcept nogil:
+    t.next_todo = NULL
+    t.listed = 1
+    if q.todo[t.priority] == NULL:
+        q.todo[t.priority] = t
+    else:
+        q.todo_tail[t.priority].next_todo = t
+    q.todo_tail[t.priority] = t
+
+
+cdef void _todo_remove(Queue_ *q, Transfer_ *t) noexcept nogil:
+    cdef Transfer_ *previous = NULL
+    cdef Transfer_ *at = NULL
+    cdef int p
+    if not t.listed:
+        return
+    for p in range(2):
+        previous = NULL
+        at = q.todo[p]
+        while at != NULL and at != t:
+            previous = at
+            at = at.next_todo
+        if at == t:
+            if previous == NULL:
+                q.todo[p] = t.next_todo
+            else:
+                previous.next_todo = t.next_todo
+            if q.todo_tail[p] == t:
+                q.todo_tail[p] = previous
+            break
+    t.listed = 0
+
+
+cdef void _notify(Queue_ *q, Transfer_ *t) noexcept nogil:
+    """Hands `t` to the reaper, once. With the mutex held."""
+    if not t.notified:
+        t.notified = 1
+        t.next_incoming = q.reap
+        q.reap = t
+        pthread_cond_broadcast(&q.reapable)
+
+
+cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
+    """Nothing of it is in flight: tell whoever waits. `t` may be gone when this returns."""
+    _todo_remove(q, t)
+    if t.previous != NULL:
+        t.previous.following = t.following
+    else:
+        q.all = t.following
+    if t.following != NULL:
+        t.following.previous = t.previous
+    q.counters.transfers += 1
+    if t.status:
+        q.counters.errors += 1
+    pthread_mutex_lock(&q.mutex)
+    q.active -= 1
+    t.done = 1
+    if t.handle != NULL:
+        _notify(q, t)
+    elif t.orphan:
+        t.next_incoming = q.orphans
+        q.orphans = t
+    pthread_cond_broadcast(&t.finished)
+    pthread_mutex_unlock(&q.mutex)
+
+
+cdef inline void _maybe_finish(Queue_ *q, Transfer_ *t) noexcept nogil:
+    if t.outstanding == 0 and t.next == t.count:
+        _finish_transfer(q, t)
+
+
+cdef void _stop_submitting(Queue_ *q, Transfer_ *t) noexcept nogil:
+    t.next = t.count
+    _todo_remove(q, t)
+
+
+cdef void _fail(Queue_ *q, Segment *s, int status) noexcept nogil:
+    cdef Transfer_ *t = s.transfer
+    s.failed = 1
+    if not t.status:
+        t.status = status
+        t.failed_segment = <uint32_t>(s - t.segments)
+    # The rest would be work for nothing.
+    _stop_submitting(q, t)
+
+
+cdef void _finish_segment(Queue_ *q, Segment *s) noexcept nogil:
+    cdef Transfer_ *t = s.transfer
+    if s.slot != NULL:
+        q.slots[q.free_slots] = s.slot
+        q.free_slots += 1
+        s.slot = NULL
+    t.outstanding -= 1
+    _maybe_finish(q, t)
+
+
+cdef inline void _follow_up_push(Queue_ *q, Segment *s) noexcept nogil:
+    s.next = NULL
+    s.queued = 1
+    if q.follow_up == NULL:
+        q.follow_up = s
+    else:
+        q.follow_up_tail.next = s
+    q.follow_up_tail = s
+
+
+cdef void _checksum(Segment *s, const unsigned char *data) noexcept nogil:
+    cdef uint32_t chunk = s.transfer.chunk_nbytes
+    cdef uint32_t at = 0, i = 0
+    if s.chunk_crcs == NULL:
+        s.crc = skv_crc32c(0, data, s.nbytes)
+        return
+    while at < s.nbytes:
+        s.chunk_crcs[i] = skv_crc32c(0, data + at, min(chunk, s.nbytes - at))
+        at += chunk
+        i += 1
+
+
+cdef void _do_follow_up(Queue_ *q) noexcept nogil:
+    """One segment's checksum or copy; short enough to look at the device again after it."""
+    cdef Segment *s = q.follow_up
+    cdef Transfer_ *t = s.transfer
+    q.follow_up = s.next
+    s.queued = 0
+    if not s.failed:
+        if t.op == SKV_READ and s.slot != NULL:
+            memcpy(s.user, s.slot + s.skip, s.nbytes)
+        if t.checksum:
+            # The caller's copy is summed, not the slot's: the copy is covered too.
+            _checksum(s, s.user)
+    if s.io_done:
+        _finish_segment(q, s)
+
+
+cdef void _submit_segment(Queue_ *q, Segment *s) noexcept nogil:
+    """Hands one segment to the engine, or puts it on the retry list when the engine is full."""
+    cdef int rc
+    s.io.submitted_ns = skv_now_ns()
+    rc = q.backend.submit(q.backend.self, &s.io)
+    if rc == -EAGAIN:
+        s.next = q.retry
+        q.retry = s
+        return
+    if rc < 0:
+        _fail(q, s, -rc)
+        s.io_done = 1
+        if not s.queued:
+            _finish_segment(q, s)
+        return
+    if q.in_flight == 0:
+        q.busy_since_ns = s.io.submitted_ns
+    q.in_flight += 1
+    s.in_flight = 1
+    if q.in_flight > q.counters.deepest:
+        q.counters.deepest = q.in_flight
+
+
+cdef void _prepare(Queue_ *q, Segment *s) noexcept nogil:
+    cdef unsigned char *at = s.user
+    cdef uint32_t padding
+    if s.bounce:
+        q.free_slots -= 1
+        s.slot = q.slots[q.free_slots]
+        at = s.slot
+        q.counters.bounced += s.nbytes
+        if s.transfer.op == SKV_WRITE:
+            memcpy(at, s.user, s.nbytes)
+    if s.transfer.op == SKV_WRITE:
+        # Whatever the last block held in memory is somebody else's business.
+        padding = s.device_nbytes - s.nbytes
+        if padding:
+            memset(at + s.nbytes, 0, padding)
+    s.io.addr = at
+    s.io.offset = s.offset
+    s.io.nbytes = s.device_nbytes
+    s.io.op = s.transfer.op
+    s.io.next = NULL
+    s.transfer.outstanding += 1
+
+
+cdef void _refill(Queue_ *q) noexcept nogil:
+    """Submits until the target depth is reached or nothing is left to submit."""
+    cdef Segment *s
+    cdef Transfer_ *t
+    while q.in_flight < q.depth:
+        s = q.retry
+        if s != NULL:
+            q.retry = s.next
+            if s.transfer.status:
+                s.failed = 1
+                s.io_done = 1
+                if not s.queued:
+                    _finish_segment(q, s)
+                continue
+            _submit_segment(q, s)
+            if q.retry == s:
+                return
+            continue
+        t = q.todo[0] if q.todo[0] != NULL else q.todo[1]
+        if t == NULL:
+            return
+        s = &t.segments[t.next]
+        if s.bounce and q.free_slots == 0:
+            return
+        t.next += 1
+        if t.next == t.count:
+            _todo_remove(q, t)
+        _prepare(q, s)
+        if t.op == SKV_WRITE and t.checksum:
+            # Computed while the device is at work, not before it may begin.
+            _follow_up_push(q, s)
+        _submit_segment(q, s)
+        if q.retry == s:
+            return
+
+
+cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
+    cdef Transfer_ *t = s.transfer
+    cdef int32_t result = s.io.result
+    cdef uint32_t needed = s.device_nbytes
+    cdef uint64_t took = now - s.io.submitted_ns
+    q.in_flight -= 1
+    s.in_flight = 0
+    if q.in_flight == 0:
+        q.counters.busy_ns += now - q.busy_since_ns
+    q.counters.ios += 1
+    q.counters.latency_ns += took
+    q.counters.histogram[skv_bucket(took)] += 1
+    if result < 0:
+        # The kernel cancels what a thread has in flight when that thread ends, and the driver may
+        # have been any thread: so a cancellation that nobody asked for is tried again.
+        if (result == -EAGAIN or result == -EINTR or result == -ECANCELED) and not t.status:
+            s.next = q.retry
+            q.retry = s
+            return
+        _fail(q, s, -result)
+    elif t.op == SKV_READ or t.op == SKV_WRITE:
+        if t.op == SKV_READ:
+            q.counters.read_nbytes += <uint32_t>result
+            # A file may end inside its last block; the caller's bytes are what counts.
+            needed = s.skip + s.nbytes
+        else:
+            q.counters.written_nbytes += <uint32_t>result
+        if s.moved + <uint32_t>result < needed:
+            # Short. What is left goes out again, from a block boundary; no progress is an end.
+            result -= result % <int32_t>q.block_nbytes
+            if result == 0:
+                _fail(q, s, ENODATA if t.op == SKV_READ else EIO)
+            elif not t.status:
+                s.moved += <uint32_t>result
+                s.io.addr = <unsigned char *>s.io.addr + result
+                s.io.offset += <uint32_t>result
+                s.io.nbytes -= <uint32_t>result
+                s.next = q.retry
+                q.retry = s
+                return
+            else:
+                s.failed = 1
+    s.io_done = 1
+    if not s.failed and t.op == SKV_READ and (t.checksum or s.slot != NULL):
+        _follow_up_push(q, s)
+    elif not s.queued:
+        _finish_segment(q, s)
+
+
+cdef void _cancel_in_flight(Queue_ *q, Transfer_ *t) noexcept nogil:
+    cdef uint32_t i
+    for i in range(t.count):
+        if t.segments[i].in_flight:
+            q.backend.cancel(q.backend.self, &t.segments[i].io)
+
+
+cdef uint64_t _look_at_deadlines(Queue_ *q) noexcept nogil:
+    """Fails what is overdue; returns when the next deadline is (0: there is none)."""
+    cdef Transfer_ *t = q.all
+    cdef Transfer_ *following
+    cdef uint64_t now = skv_now_ns(), soonest = 0
+    while t != NULL:
+        following = t.following
+        if t.deadline_ns and not t.expired:
+            if t.deadline_ns <= now:
+                if not t.status:
+                    t.status = ETIMEDOUT
+                    t.failed_segment = 0
+                _stop_submitting(q, t)
+                _cancel_in_flight(q, t)
+                pthread_mutex_lock(&q.mutex)
+                t.expired = 1
+                if t.handle != NULL:
+                    _notify(q, t)
+                pthread_cond_broadcast(&t.finished)
+                pthread_mutex_unlock(&q.mutex)
+                _maybe_finish(q, t)
+            elif soonest == 0 or t.deadline_ns < soonest:
+                soonest = t.deadline_ns
+        t = following
+    q.deadlines = soonest != 0
+    return soonest
+
+
+cdef void _look_at_changes(Queue_ *q) noexcept nogil:
+    """Cancellations and raised priorities, asked for by other threads."""
+    cdef Transfer_ *t = q.all
+    cdef Transfer_ *following
+    while t != NULL:
+        following = t.following
+        if t.cancelled and not t.status:
+            t.status = ECANCELED
+            t.failed_segment = 0
+            _stop_submitting(q, t)
+            _maybe_finish(q, t)
+        elif t.listed:
+            # Off whichever list it is on, and on that of its priority now.
+            _todo_remove(q, t)
+            _todo_push(q, t)
+        t = following
+
+
+cdef void _take_incoming(Queue_ *q) noexcept nogil:
+    """With the mutex held."""
+    cdef Transfer_ *t = q.incoming
+    cdef Transfer_ *following
+    q.incoming = q.incoming_tail = NULL
+    while t != NULL:
+        following = t.next_incoming
+        t.previous = NULL
+        t.following = q.all
+        if q.all != NULL:
+            q.all.previous = t
+        q.all = t
+        _todo_push(q, t)
+        if t.deadline_ns:
+            q.deadlines = 1
+        t = following
+
+
+cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil:
+    """Drives until `target` is over (NULL: until nothing is active) or `until_ns` (0: never).
+
+    Returns whether it ended for the first reason.
+    """
+    cdef skv_io *done[BATCH]
+    cdef int64_t wait
+    cdef uint64_t now, wake_at
+    cdef int n, i
+    cdef bint look, over
+    while True:
+        pthread_mutex_lock(&q.mutex)
+        q.polling = 0
+        if q.incoming != NULL:
+            _take_incoming(q)
+        look = q.changed
+        q.changed = 0
+        if target != NULL:
+            over = target.done or target.expired
+        else:
+            over = q.active == 0
+        pthread_mutex_unlock(&q.mutex)
+        if over:
+            return True
+        if look:
+            _look_at_changes(q)
+        _refill(q)
+        wait = 0
+        if q.follow_up == NULL:
+            wake_at = until_ns
+            if q.deadlines:
+                now = _look_at_deadlines(q)
+                if now and (wake_at == 0 or now < wake_at):
+                    wake_at = now
+            now = skv_now_ns()
+            if until_ns and now >= until_ns:
+                return False
+            # Bounded, so that a lost wake-up would cost a delay and never a hang.
+            wait = SLICE_NS
+            if wake_at and wake_at < now + SLICE_NS:
+                wait = <int64_t>(wake_at - now) if wake_at > now else 0
+            pthread_mutex_lock(&q.mutex)
+            if q.incoming != NULL or q.changed or q.active == 0:
+                wait = 0
+            elif target != NULL and (target.done or target.expired):
+                wait = 0
+            else:
+                q.polling = 1
+            pthread_mutex_unlock(&q.mutex)
+        n = q.backend.poll(q.backend.self, done, BATCH, wait)
+        if n > 0:
+            now = skv_now_ns()
+            for i in range(n):
+                _completed(q, <Segment *>done[i], now)
+        elif n == -EINTR and target != NULL and until_ns:
+            return False
+        if q.follow_up != NULL:
+            if n > 0:
+                # Keep the device busy first.
+                _refill(q)
+                n = q.backend.poll(q.backend.self, done, BATCH, 0)
+                if n > 0:
+                    now = skv_now_ns()
+                    for i in range(n):
+                        _completed(q, <Segment *>done[i], now)
+            if q.follow_up != NULL:
+                _do_follow_up(q)
+            if q.deadlines:
+                _look_at_deadlines(q)
+
+
+cdef void _let_go(Queue_ *q) noexcept nogil:
+    """The driver leaves; the queue's own thread goes on if there is something to go on with."""
+    pthread_mutex_lock(&q.mutex)
+    q.driven = 0
+    q.polling = 0
+    if q.active:
+        pthread_cond_signal(&q.work)
+    pthread_mutex_unlock(&q.mutex)
+
+
+cdef void *_thread_main(void *argument) noexcept nogil:
+    cdef Queue_ *q = <Queue_ *>argument
+    pthread_mutex_lock(&q.mutex)
+    while True:
+        if q.active and not q.driven:
+            q.driven = 1
+            pthread_mutex_unlock(&q.mutex)
+            _drive(q, NULL, 0)
+            pthread_mutex_lock(&q.mutex)
+            q.driven = 0
+            continue
+        if q.stopping and not q.active:
+            break
+        pthread_cond_wait(&q.work, &q.mutex)
+    q.stopped = 1
+    pthread_cond_broadcast(&q.reapable)
+    pthread_mutex_unlock(&q.mutex)
+    return NULL
+
+
+cdef void _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
+    cdef bint wake
+    pthread_mutex_lock(&q.mutex)
+    t.next_incoming = NULL
+    if q.incoming == NULL:
+        q.incoming = t
+    else:
+        q.incoming_tail.next_incoming = t
+    q.incoming_tail = t
+    q.active += 1
+    wake = q.driven and q.polling
+    if not q.driven and wake_thread:
+        pthread_cond_signal(&q.work)
+    pthread_mutex_unlock(&q.mutex)
+    if wake:
+        q.backend.wake(q.backend.self)
+
+
+cdef int _wait(Queue_ *q, Transfer_ *t, uint64_t until_ns) noexcept nogil:
+    """Waits until `t` is over or `until_ns`; drives the queue if nobody else does."""
+    cdef bint over
+    pthread_mutex_lock(&q.mutex)
+    while not (t.done or t.expired):
+        if not q.driven:
+            q.driven = 1
+            pthread_mutex_unlock(&q.mutex)
+            _drive(q, t, until_ns)
+            _let_go(q)
+            pthread_mutex_lock(&q.mutex)
+            break
+        if wait_until(&t.finished, &q.mutex, until_ns):
+            break
+    over = t.done or t.expired
+    pthread_mutex_unlock(&q.mutex)
+    return over

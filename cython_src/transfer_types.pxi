@@ -1,0 +1,118 @@
+# The structures of the loop. Plain C, because the driver runs without the GIL.
+
+# How long a driver that Python lent its thread to goes on before it looks for signals.
+DEF SLICE_NS = 50_000_000
+# Completions taken from the engine at once.
+DEF BATCH = 64
+
+
+cdef struct Segment:
+    skv_io io              # first, so that the engine's pointer is ours
+    Transfer_ *transfer
+    unsigned char *user    # the caller's bytes
+    unsigned char *slot    # bounce slot, or NULL: the device reaches the caller's memory
+    uint64_t offset        # where on the device the segment starts (whole blocks)
+    uint32_t device_nbytes # what the device moves: whole blocks
+    uint32_t skip          # device bytes before the caller's
+    uint32_t nbytes        # the caller's bytes
+    uint32_t moved         # device bytes moved so far
+    uint32_t crc           # of the caller's bytes, where no chunks are asked for
+    uint32_t *chunk_crcs   # one per chunk of this segment, or NULL
+    uint8_t bounce         # needs a slot
+    uint8_t io_done
+    uint8_t failed
+    uint8_t queued         # on the follow-up list
+    uint8_t in_flight
+    Segment *next          # follow-up list or retry list
+
+
+cdef struct Piece:
+    uint64_t offset
+    unsigned char *address
+    uint64_t nbytes
+    uint64_t capacity      # bytes at address that may be written beyond nbytes
+    uint32_t first_segment
+    uint32_t segments
+    uint32_t first_chunk
+    uint32_t chunks
+
+
+cdef struct Transfer_:
+    Queue_ *queue
+    PyObject *kept         # a list: everything the device may touch, alive until `done`
+    PyObject *handle       # the Transfer, with a reference of its own, if the reaper is to get it
+    uint32_t *crcs         # of all chunks of all pieces
+    Segment *segments
+    uint32_t count
+    uint32_t next          # first segment not yet submitted
+    uint32_t outstanding   # submitted and not finished
+    uint32_t chunk_nbytes  # granularity of checksums; 0: one per piece
+    uint8_t op
+    uint8_t checksum
+    uint8_t priority
+    uint8_t listed         # on a to-do list
+    # Guarded by the queue's mutex:
+    uint8_t done           # nothing of it is in flight any more
+    uint8_t expired        # deadline passed
+    uint8_t cancelled      # asked to stop
+    uint8_t notified       # the reaper has it, or will
+    uint8_t orphan         # its handle is gone: free it when done
+    int status             # first errno
+    uint32_t failed_segment
+    uint64_t deadline_ns   # 0: none
+    pthread_cond_t finished
+    Transfer_ *next_incoming
+    Transfer_ *next_todo
+    Transfer_ *previous    # of all in the driver's hands
+    Transfer_ *following
+
+
+cdef struct Counters:
+    uint64_t ios
+    uint64_t read_nbytes
+    uint64_t written_nbytes
+    uint64_t transfers
+    uint64_t errors
+    uint64_t bounced
+    uint64_t latency_ns    # sum over all commands; over busy_ns it is the mean depth
+    uint64_t busy_ns       # time with something in flight
+    uint64_t deepest
+    uint64_t histogram[SKV_BUCKETS]
+
+
+cdef struct Queue_:
+    skv_backend *backend
+    pthread_mutex_t mutex
+    pthread_cond_t work        # for the queue's own thread
+    pthread_cond_t reapable    # for the reaper
+    pthread_t thread
+    # Guarded by the mutex:
+    uint8_t driven             # somebody is the driver
+    uint8_t polling            # and sleeps in the engine
+    uint8_t changed            # a priority or a cancellation has to be looked at
+    uint8_t stopping
+    uint8_t stopped
+    uint8_t reap_stop
+    Transfer_ *incoming
+    Transfer_ *incoming_tail
+    Transfer_ *reap            # done, for the reaper
+    Transfer_ *orphans         # done, to be freed by whoever holds the GIL next
+    uint64_t active            # transfers submitted and not done
+    # The driver's own:
+    Transfer_ *all
+    Transfer_ *todo[2]         # with segments to submit, by priority
+    Transfer_ *todo_tail[2]
+    Segment *retry
+    Segment *follow_up
+    Segment *follow_up_tail
+    uint32_t in_flight
+    uint32_t depth
+    unsigned char **slots
+    uint32_t free_slots
+    uint64_t busy_since_ns
+    uint8_t deadlines          # some transfer in hand has one
+    # Fixed:
+    uint32_t block_nbytes
+    uint32_t align_nbytes
+    uint32_t segment_nbytes
+    Counters counters

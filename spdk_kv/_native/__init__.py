@@ -1,0 +1,1 @@
+"""The compiled extensions; built from ``cython_src/``."""

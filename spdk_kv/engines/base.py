@@ -1,0 +1,254 @@
+"""The engine contract: what moves bytes, and how its failures become typed errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from spdk_kv._native.memory import Region
+from spdk_kv._native.transfer import DISCARD, FLUSH, READ, WRITE, Queue, Transfer
+from spdk_kv.errors import ClosedError, CorruptionError, DeviceTimeout, device_error
+
+T = TypeVar("T")
+
+_OP_NAMES = {READ: "read", WRITE: "write", FLUSH: "flush", DISCARD: "discard"}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What every engine is opened with.
+
+    ``depth``: segments kept in flight. ``segment_nbytes``: the largest command, a multiple of
+    4096. ``hugepages``: use reserved hugepages for device memory where there are some.
+    """
+
+    depth: int = 16
+    segment_nbytes: int = 1 << 20
+    hugepages: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.depth <= 4096:
+            raise ValueError(f"depth is 1 to 4096, not {self.depth}")
+        if not 4096 <= self.segment_nbytes <= 1 << 30 or self.segment_nbytes % 4096:
+            raise ValueError(
+                f"segment_nbytes is a multiple of 4096 up to 1 GiB, not {self.segment_nbytes}"
+            )
+
+
+class Engine:
+    """One device or file, and the queue that reaches it. Thread-safe.
+
+    A subclass opens the device, then calls :meth:`_start`. Attributes: ``name``; ``where`` (for
+    messages); ``direct`` (past the page cache); ``block_nbytes`` (offsets of writes are multiples
+    of it) and ``align_nbytes`` (of addresses, to go without a copy); ``segment_nbytes`` (the
+    largest command); ``persistent`` (bytes outlive the process); ``keeps_bytes`` (false for null).
+    """
+
+    name = ""
+    direct = False
+    persistent = True
+    keeps_bytes = True
+
+    def __init__(self, where: str, options: EngineOptions) -> None:
+        self.where = where
+        self.options = options
+        self.block_nbytes = 1
+        self.align_nbytes = 1
+        self.segment_nbytes = options.segment_nbytes
+        self._pid = os.getpid()
+        self._closed = False
+        self._queue: Queue | None = None
+        self._slots: Any = None
+        self._reaper: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    # -- opening and closing --------------------------------------------------------------------
+
+    def _start(self, backend: Any, keep: object) -> None:
+        """Starts the queue over ``backend`` (a capsule), once the geometry is set."""
+        slots: list[int] = []
+        if self.align_nbytes > 1:
+            # Twice the depth: while one half is copied out of, the device fills the other.
+            count = 2 * self.options.depth
+            self._slots = self.allocate(count * self.segment_nbytes)
+            slots = [self._slots.address + i * self.segment_nbytes for i in range(count)]
+        self._queue = Queue(
+            backend,
+            (keep, self._slots),
+            depth=self.options.depth,
+            segment_nbytes=self.segment_nbytes,
+            block_nbytes=self.block_nbytes,
+            align_nbytes=self.align_nbytes,
+            slots=slots,
+            pid=self._pid,
+        )
+
+    @property
+    def queue(self) -> Queue:
+        """The native queue. ClosedError after close, and in a process forked after open."""
+        if self._closed or self._queue is None:
+            raise ClosedError(f"the {self.name} engine of {self.where} is closed")
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                f"the {self.name} engine of {self.where} was opened by process {self._pid} and "
+                "cannot be used after a fork: open it in the child"
+            )
+        return self._queue
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Waits for what is in flight and gives the device back. May be called twice.
+
+        DeviceTimeout if the device does not let go; its memory is then never reused.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        queue, self._queue = self._queue, None
+        if os.getpid() != self._pid:
+            return
+        if queue is not None:
+            ended = queue.close(timeout_s)
+            if self._reaper is not None and self._reaper is not threading.current_thread():
+                self._reaper.join()
+            while done := queue.reap():
+                self._resolve(done)
+            if not ended:
+                raise DeviceTimeout(
+                    f"{self.where} still holds memory {timeout_s:g} s after close", op="close"
+                )
+        self._release()
+
+    def _release(self) -> None:
+        """Closes descriptors; nothing is in flight any more."""
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> Any:
+        """Memory that the device reaches without a copy: an object with ``address`` and
+        ``nbytes``, freed with its last reference. Raises MemoryError."""
+        return Region(nbytes, self.options.hugepages)
+
+    # -- transfers ------------------------------------------------------------------------------
+
+    def transfer(self, op: int, *, checksum: bool = False, chunk_nbytes: int = 0) -> Transfer:
+        """An empty transfer on this engine's queue; see :class:`Transfer`."""
+        return Transfer(self.queue, op, checksum=checksum, chunk_nbytes=chunk_nbytes)
+
+    def run(self, transfer: Transfer, timeout_s: float | None = None) -> None:
+        """Submits ``transfer``, blocks until it is done, and raises its error if it failed."""
+        status = transfer.run(timeout_s)
+        if status:
+            raise self.error(transfer)
+
+    def wait(self, transfer: Transfer) -> None:
+        """Blocks until a submitted transfer is done, and raises its error if it failed."""
+        status = transfer.wait()
+        if status:
+            raise self.error(transfer)
+
+    def start(
+        self,
+        transfer: Transfer,
+        finish: Callable[[Transfer], T],
+        *,
+        timeout_s: float | None = None,
+        priority: int = 0,
+    ) -> Future[T]:
+        """Submits ``transfer`` and returns a future at once.
+
+        ``finish(transfer)`` runs on the engine's reaper thread when it is over, also when it
+        failed; its result or exception becomes the future's.
+        """
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+        transfer.on_done = (future, finish)
+        with self._lock:
+            if self._reaper is None:
+                self._reaper = threading.Thread(
+                    target=self._reap, args=(self.queue,), name=f"spdk_kv-{self.name}", daemon=True
+                )
+                self._reaper.start()
+        transfer.submit(timeout_s, priority, True)
+        return future
+
+    def _reap(self, queue: Queue) -> None:
+        while done := queue.reap():
+            self._resolve(done)
+
+    @staticmethod
+    def _resolve(done: list[Transfer]) -> None:
+        for transfer in done:
+            future, finish = transfer.on_done
+            transfer.on_done = None
+            try:
+                result = finish(transfer)
+            except BaseException as failure:  # whatever it is belongs to whoever waits
+                future.set_exception(failure)
+            else:
+                future.set_result(result)
+
+    def error(self, transfer: Transfer) -> Exception:
+        """The typed error for a transfer that ended with a status."""
+        offset, nbytes = transfer.failure or (0, 0)
+        op = _OP_NAMES[transfer.op]
+        if transfer.status == errno.ENODATA:
+            return CorruptionError(
+                f"short {op}: {self.where} ends inside the {nbytes} bytes at offset {offset}; "
+                "it was truncated"
+            )
+        if transfer.status == errno.ETIMEDOUT:
+            return DeviceTimeout(
+                f"{op} of {transfer.nbytes} bytes on {self.where} passed its deadline; its memory "
+                "stays out of use until the device lets go",
+                op=op,
+                offset=offset,
+                nbytes=transfer.nbytes,
+                status=errno.ETIMEDOUT,
+            )
+        return device_error(op, offset, nbytes, transfer.status, self.where)
+
+    # -- the device -----------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Blocks until everything written before is on the medium."""
+        transfer = self.transfer(FLUSH)
+        transfer.add(0, 0, 0)
+        self.run(transfer, timeout_s)
+
+    def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> None:
+        """Tells the device that a range holds nothing worth keeping (TRIM, or a hole)."""
+        transfer = self.transfer(DISCARD)
+        transfer.add(offset, 0, nbytes)
+        self.run(transfer, timeout_s)
+
+    def ensure(self, nbytes: int) -> None:
+        """Makes sure that the device reaches to ``nbytes``; CapacityError where it cannot."""
+
+    @property
+    def capacity_nbytes(self) -> int | None:
+        """The device's size, or None where it grows."""
+        return None
+
+    @property
+    def identity(self) -> str:
+        """What tells this device from another one (serial, size), or nothing."""
+        return ""
+
+    @property
+    def depth(self) -> int:
+        """Segments kept in flight; may be set."""
+        return int(self.queue.depth)
+
+    @depth.setter
+    def depth(self, depth: int) -> None:
+        self.queue.depth = depth
+
+    def stats(self) -> dict[str, Any]:
+        """The queue's counters; times in nanoseconds. See :meth:`Queue.stats`."""
+        return dict(self.queue.stats())

@@ -1,0 +1,111 @@
+"""Descriptors under the file engines: opening, growing, and what kind of node it is."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from pathlib import Path
+
+from spdk_kv.engines.base import Engine, EngineOptions
+from spdk_kv.errors import CapacityError, EngineUnavailable, StoreLocked, device_error
+from spdk_kv.units import align_up, format_nbytes
+
+# Direct I/O is aligned to this; every drive's logical block divides it.
+DIRECT_BLOCK_NBYTES = 4096
+# The data file grows by this much, so that writes seldom wait for the filesystem.
+_GROWTH_NBYTES = 256 << 20
+_BLKGETSIZE64 = 0x80081272
+
+
+class FileEngine(Engine):
+    """A regular file or a block device, through one descriptor."""
+
+    def __init__(self, path: str, options: EngineOptions) -> None:
+        super().__init__(path, options)
+        if self.direct:
+            self.block_nbytes = self.align_nbytes = DIRECT_BLOCK_NBYTES
+        self.fd = _open(path, self.direct, self.name)
+        self._is_block = stat.S_ISBLK(os.fstat(self.fd).st_mode)
+
+    def _release(self) -> None:
+        os.close(self.fd)
+
+    @property
+    def capacity_nbytes(self) -> int | None:
+        if not self._is_block:
+            return None
+        packed = fcntl.ioctl(self.fd, _BLKGETSIZE64, bytes(8))
+        return int(struct.unpack("Q", packed)[0])
+
+    @property
+    def identity(self) -> str:
+        if not self._is_block:
+            return ""
+        device = os.fstat(self.fd).st_rdev
+        sysfs = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+        for name in ("wwid", "device/serial", "device/wwid", "../device/serial", "../wwid"):
+            try:
+                found = (sysfs / name).read_text().strip()
+            except OSError:
+                continue
+            if found:
+                return found
+        return ""
+
+    def ensure(self, nbytes: int) -> None:
+        if self._is_block:
+            return
+        size = os.fstat(self.fd).st_size
+        if nbytes <= size:
+            return
+        # First a generous step, then exactly what is needed: the last megabytes of a filesystem
+        # are good for data too.
+        last_error: OSError | None = None
+        for target in (align_up(nbytes, _GROWTH_NBYTES), align_up(nbytes, 1 << 20)):
+            try:
+                os.posix_fallocate(self.fd, size, target - size)
+            except OSError as refused:
+                if refused.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise device_error(
+                        "allocation", size, target - size, refused.errno or 0, self.where
+                    ) from refused
+                os.ftruncate(self.fd, size)  # a failed fallocate may have grown it in part
+                last_error = refused
+            else:
+                return
+        free = os.fstatvfs(self.fd)
+        raise CapacityError(
+            f"no room for {self.where} to grow to {format_nbytes(nbytes)}: the filesystem has "
+            f"{format_nbytes(free.f_bavail * free.f_frsize)} free"
+        ) from last_error
+
+
+def _open(path: str, direct: bool, name: str) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        if stat.S_ISBLK(os.stat(path).st_mode):
+            # Exclusive: the kernel refuses while the device is mounted, swapped on, or in use
+            # by dm, md or another opener of this kind.
+            flags |= os.O_EXCL
+    except FileNotFoundError:
+        pass
+    if not path.startswith("/dev/"):
+        flags |= os.O_CREAT
+    try:
+        fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
+    except OSError as refused:
+        if direct and refused.errno == errno.EINVAL:
+            raise EngineUnavailable(
+                f"{path}: this filesystem has no O_DIRECT, which the {name} engine needs; use the "
+                "pagecache engine, or a folder on ext4 or XFS"
+            ) from refused
+        if refused.errno == errno.EBUSY:
+            raise StoreLocked(
+                f"{path} is in use (mounted, swapped on, or held by another program); see "
+                f"`lsblk {path}` and `fuser -v {path}`"
+            ) from refused
+        raise device_error("open", 0, 0, refused.errno or 0, path) from refused
+    return fd

@@ -1,0 +1,36 @@
+"""Engines `ram` and `null`: no device at all."""
+
+from __future__ import annotations
+
+from spdk_kv._native.mem_backends import MemoryBackend
+from spdk_kv.engines.base import Engine, EngineOptions
+
+
+class RamEngine(Engine):
+    """Memory as a device: for tests, and for a store that need not outlive its process."""
+
+    name = "ram"
+    persistent = False
+
+    def __init__(self, capacity_nbytes: int, options: EngineOptions) -> None:
+        super().__init__("ram://", options)
+        self._capacity_nbytes = capacity_nbytes
+        self._backend = MemoryBackend(capacity_nbytes)
+        self._start(self._backend.backend, self._backend)
+
+    @property
+    def capacity_nbytes(self) -> int:
+        return self._capacity_nbytes
+
+
+class NullEngine(Engine):
+    """Completes everything at once and moves no bytes: measures what our own code costs."""
+
+    name = "null"
+    persistent = False
+    keeps_bytes = False
+
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__("null://", options)
+        self._backend = MemoryBackend(0)
+        self._start(self._backend.backend, self._backend)

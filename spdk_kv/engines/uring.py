@@ -1,0 +1,90 @@
+"""Engine `uring`: io_uring with O_DIRECT on a file, a partition or a drive."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import Any
+
+from spdk_kv._native.memory import Region
+from spdk_kv.engines.base import EngineOptions
+from spdk_kv.engines.files import FileEngine
+from spdk_kv.errors import EngineUnavailable
+
+log = logging.getLogger(__name__)
+
+
+def why_unavailable() -> tuple[str, str] | None:
+    """(what is missing, what mends it), or None where io_uring can be used."""
+    try:
+        from spdk_kv._native.uring_backend import UringBackend
+    except ImportError as missing:
+        return (
+            f"built without liburing ({missing})",
+            "apt install liburing-dev pkg-config, then reinstall spdk_kv",
+        )
+    null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        UringBackend(null, 4).close()
+    except OSError as refused:
+        if refused.errno == errno.ENOSYS:
+            return "the kernel has no io_uring", "a kernel of 5.6 or newer"
+        return (
+            f"io_uring is forbidden here ({refused.strerror})",
+            "sysctl kernel.io_uring_disabled=0; in a container, a seccomp profile that allows "
+            "io_uring_setup, io_uring_enter and io_uring_register",
+        )
+    finally:
+        os.close(null)
+    return None
+
+
+class _RegisteredRegion:
+    """A region that the ring knows; taken out of its table before it is freed."""
+
+    def __init__(self, region: Region, backend: Any) -> None:
+        self._region = region
+        self._backend = backend
+        self.address = region.address
+        self.nbytes = region.nbytes
+
+    def __del__(self) -> None:
+        self._backend.unregister(self.address)
+
+
+class UringEngine(FileEngine):
+    """See the module. ``registered_buffers`` tells whether device memory is registered."""
+
+    name = "uring"
+    direct = True
+
+    def __init__(self, path: str, options: EngineOptions) -> None:
+        if reason := why_unavailable():
+            raise EngineUnavailable(f"engine uring: {reason[0]}; mend it with: {reason[1]}")
+        from spdk_kv._native.uring_backend import UringBackend
+
+        super().__init__(path, options)
+        # Room for the depth, and for the wake-up and cancellations beside it.
+        self._backend = UringBackend(self.fd, 2 * options.depth + 8)
+        self.registered_buffers = self._backend.fixed_buffers
+        self._start(self._backend.backend, self._backend)
+
+    def allocate(self, nbytes: int) -> Any:
+        region = Region(nbytes, self.options.hugepages)
+        status = self._backend.register(region.address, region.nbytes)
+        if status == 0:
+            return _RegisteredRegion(region, self._backend)
+        if self.registered_buffers:
+            self.registered_buffers = False
+            log.info(
+                "%s: going on without registered buffers (%s); a higher RLIMIT_MEMLOCK saves "
+                "CPU time, see `spdk-kv doctor`",
+                self.where,
+                errno.errorcode.get(status, status),
+            )
+        return region
+
+    def _release(self) -> None:
+        self._backend.close()
+        super()._release()

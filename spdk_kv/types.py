@@ -1,0 +1,94 @@
+"""Dtypes by name, and the shape of a sequence's KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from spdk_kv.errors import ShapeMismatch
+
+if TYPE_CHECKING:
+    import torch
+
+Granularity = Literal["layer", "head"]
+
+
+@cache
+def torch_dtypes() -> Mapping[str, torch.dtype]:
+    """Every dtype of the installed torch with whole, unquantised elements, by name."""
+    import torch
+
+    # Quantised dtypes carry a scale beside their bytes; the sub-byte ones (bits1x8, int4 ...)
+    # have no element size of their own that torch would let a buffer be viewed as.
+    found: dict[str, torch.dtype] = {}
+    for name in sorted(vars(torch)):
+        dtype = getattr(torch, name)
+        if not isinstance(dtype, torch.dtype) or str(dtype) != f"torch.{name}":
+            continue
+        if name.startswith(("q", "bits")):
+            continue
+        try:
+            torch.frombuffer(bytearray(dtype.itemsize), dtype=dtype)
+        except (RuntimeError, ValueError, TypeError):
+            continue
+        found[name] = dtype
+    return found
+
+
+def dtype_name(dtype: object) -> str:
+    """The name under which ``dtype`` (torch, numpy or text) is recorded.
+
+    numpy dtypes that torch does not know (``float128``, strings ...) raise ShapeMismatch.
+    """
+    text = str(dtype).removeprefix("torch.")
+    if text not in torch_dtypes():
+        raise ShapeMismatch(
+            f"dtype {dtype!s} cannot be stored; known are {', '.join(torch_dtypes())}"
+        )
+    return text
+
+
+def dtype_itemsize(name: str) -> int:
+    """Bytes per element of the dtype called ``name``."""
+    return torch_dtypes()[name].itemsize
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """The shape of one sequence's KV cache; fixed when the sequence is created.
+
+    ``layers``, ``kv_heads``, ``head_dim``: as in the model's configuration. ``max_tokens``: the
+    capacity, in tokens. ``batch``: rows that decode together. ``dtype``: a torch or numpy dtype
+    or its name; kept as the name.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: Any
+    max_tokens: int
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("layers", "kv_heads", "head_dim", "max_tokens", "batch"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ShapeMismatch(f"KVShape.{field} is a positive int, not {value!r}")
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return dtype_itemsize(self.dtype)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that one token adds to one unit: batch x kv_heads x head_dim elements."""
+        return self.batch * self.kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache when it is full (K and V of all layers)."""
+        return 2 * self.layers * self.max_tokens * self.token_nbytes
