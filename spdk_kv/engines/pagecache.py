@@ -13,7 +13,7 @@ _MOST_THREADS = 8
 
 
 class PageCacheEngine(FileEngine):
-    """The fallback where nothing else may be taken, and the better way while memory is plentiful."""
+    """The fallback where nothing else may be taken, and the better way while memory is ample."""
 
     name = "pagecache"
     direct = False

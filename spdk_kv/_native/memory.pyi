@@ -1,0 +1,26 @@
+from collections.abc import Callable
+from typing import Any
+
+class Region:
+    address: int
+    nbytes: int
+    huge: bool
+    def __init__(self, nbytes: int, hugepages: bool = True) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Lease:
+    address: int
+    nbytes: int
+    capacity: int
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __len__(self) -> int: ...
+    def zero(self, start: int = 0) -> None: ...
+
+class Pool:
+    cache_nbytes: int
+    free_nbytes: int
+    leased_nbytes: int
+    peak_nbytes: int
+    def __init__(self, allocate: Callable[[int], Any], cache_nbytes: int) -> None: ...
+    def lease(self, nbytes: int) -> Lease: ...
+    def trim(self, keep_nbytes: int = 0) -> None: ...

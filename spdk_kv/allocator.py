@@ -1,0 +1,237 @@
+"""Which bytes of the device are in use: extents handed out, taken back and joined again."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+from spdk_kv.errors import CapacityError, CorruptionError
+from spdk_kv.units import align_down, align_up, format_nbytes
+
+
+class Allocator:
+    """Hands out extents of the device bytes ``[start, start + capacity_nbytes)``, best fit first.
+
+    All offsets and sizes are bytes; extents begin and end on multiples of ``block_nbytes``.
+    A capacity that is not whole blocks is rounded down. ValueError where the range holds no block
+    or ``start`` is not a multiple of the block.
+
+    Not safe for use by several threads: the store calls it under its own lock. Nothing blocks.
+    """
+
+    # Free runs are known by address (start -> size and end -> start, so that joining neighbours
+    # is two look-ups) and by size (size -> starts, beside a sorted list of the sizes that occur).
+    # Only that list costs more as runs multiply, and it stays short: n distinct sizes need at
+    # least n*n/2 free blocks, so 1 TiB in 4 KiB blocks has at most 23,170 of them.
+
+    def __init__(self, capacity_nbytes: int, block_nbytes: int, start: int = 0) -> None:
+        if block_nbytes < 1 or capacity_nbytes < block_nbytes:
+            raise ValueError(f"no {block_nbytes}-byte block fits into {capacity_nbytes} bytes")
+        if start < 0 or start % block_nbytes:
+            raise ValueError(f"start {start} is not a multiple of {block_nbytes} bytes")
+        self._block_nbytes = block_nbytes
+        self._start = start
+        self._end = start + align_down(capacity_nbytes, block_nbytes)
+        self._rebuild({}, [(start, self._end - start)])
+
+    @property
+    def capacity_nbytes(self) -> int:
+        """Bytes managed, free and used."""
+        return self._end - self._start
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes in live extents, whole blocks."""
+        return self._used_nbytes
+
+    @property
+    def free_nbytes(self) -> int:
+        """Bytes in no extent, contiguous or not."""
+        return self.capacity_nbytes - self._used_nbytes
+
+    @property
+    def largest_free_nbytes(self) -> int:
+        """The longest extent that could be allocated now."""
+        return self._sizes[-1] if self._sizes else 0
+
+    def extent_nbytes(self, offset: int) -> int:
+        """Whole-block size of the live extent at ``offset``. ValueError where there is none."""
+        try:
+            return self._used[offset]
+        except KeyError:
+            raise ValueError(f"no extent begins at offset {offset}") from None
+
+    def allocate(self, nbytes: int) -> int:
+        """The offset of a new extent of ``nbytes``, rounded up to whole blocks.
+
+        CapacityError where no free run is long enough; ValueError unless ``nbytes`` is positive.
+        """
+        nbytes = self._whole_blocks(nbytes)
+        if nbytes > self.largest_free_nbytes:
+            raise self._no_room(nbytes, 1)
+        return self._allocate_blocks(nbytes)
+
+    def allocate_many(self, sizes: Sequence[int]) -> list[int]:
+        """Offsets of new extents of ``sizes`` bytes, in that order: all of them, or CapacityError.
+
+        They are neighbours on the device, in order, wherever one free run holds them all.
+        ValueError unless every size is positive.
+        """
+        rounded = [self._whole_blocks(nbytes) for nbytes in sizes]
+        total = sum(rounded)
+        if not rounded:
+            return []
+        if total <= self.largest_free_nbytes:
+            first = self._take(total)
+            offsets = list(accumulate(rounded[:-1], initial=first))
+            self._used.update(zip(offsets, rounded, strict=True))
+            self._used_nbytes += total
+            return offsets
+        if total > self.free_nbytes:
+            raise self._no_room(total, len(rounded))
+        # Largest first: a small extent must not break up the one run that a large one needs.
+        found: dict[int, int] = {}
+        for position in sorted(range(len(rounded)), key=rounded.__getitem__, reverse=True):
+            if rounded[position] > self.largest_free_nbytes:
+                for offset in found.values():
+                    self.free(offset)
+                raise self._no_room(total, len(rounded))
+            found[position] = self._allocate_blocks(rounded[position])
+        return [found[position] for position in range(len(rounded))]
+
+    def free(self, offset: int) -> None:
+        """Take the extent at ``offset`` back. ValueError where none begins there (freed twice)."""
+        nbytes = self.extent_nbytes(offset)
+        del self._used[offset]
+        self._used_nbytes -= nbytes
+        following_nbytes = self._free.get(offset + nbytes)
+        if following_nbytes is not None:
+            self._remove_free(offset + nbytes)
+            nbytes += following_nbytes
+        preceding = self._free_ends.get(offset)
+        if preceding is not None:
+            nbytes += self._remove_free(preceding)
+            offset = preceding
+        self._add_free(offset, nbytes)
+
+    def reserve_all(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Mark extents ``(offset, nbytes)`` of a reopened store as live: all of them, or none.
+
+        Sizes are rounded up as ``allocate`` does. CorruptionError where an extent is empty, not
+        on a block, out of range or overlaps another. Costs one sort of all live extents: give
+        them in one call.
+        """
+        block = self._block_nbytes
+        live = [*self._used.items(), *extents]
+        live.sort()
+        gaps = []
+        end = self._start
+        for position, (offset, nbytes) in enumerate(live):
+            if nbytes < 1 or offset % block:
+                raise CorruptionError(
+                    f"recorded extent at offset {offset} of {nbytes} bytes is empty or not on a "
+                    f"{block}-byte block"
+                )
+            nbytes = align_up(nbytes, block)
+            if offset < self._start or offset + nbytes > self._end:
+                raise CorruptionError(
+                    f"recorded extent at offset {offset} of {nbytes} bytes lies outside "
+                    f"[{self._start}, {self._end})"
+                )
+            if offset < end:
+                raise CorruptionError(
+                    f"recorded extents overlap: one begins at offset {offset}, before the end "
+                    f"{end} of its neighbour"
+                )
+            if offset > end:
+                gaps.append((end, offset - end))
+            live[position] = (offset, nbytes)
+            end = offset + nbytes
+        if end < self._end:
+            gaps.append((end, self._end - end))
+        self._rebuild(dict(live), gaps)
+
+    def check(self) -> None:
+        """Prove the books: extents and joined free runs tile the range, and all indices agree.
+
+        CorruptionError says what is wrong. Takes time in proportion to the extents.
+        """
+        end = self._start
+        after_free = False
+        for offset, nbytes in sorted([*self._used.items(), *self._free.items()]):
+            free = offset in self._free
+            if offset != end or nbytes < 1 or nbytes % self._block_nbytes:
+                raise CorruptionError(f"allocator: gap, overlap or part of a block at {offset}")
+            if free and after_free:
+                raise CorruptionError(f"allocator: free runs are not joined at offset {offset}")
+            end = offset + nbytes
+            after_free = free
+        if end != self._end:
+            raise CorruptionError(f"allocator: runs end at {end}, the device at {self._end}")
+        if self._used_nbytes != sum(self._used.values()):
+            raise CorruptionError("allocator: used bytes do not sum up")
+        if self._free_ends != {start + nbytes: start for start, nbytes in self._free.items()}:
+            raise CorruptionError("allocator: the index of run ends disagrees with the runs")
+        by_size = {start: nbytes for nbytes, runs in self._by_size.items() for start in runs}
+        if by_size != self._free or self._sizes != sorted(self._by_size):
+            raise CorruptionError("allocator: the index by size disagrees with the runs")
+
+    def _whole_blocks(self, nbytes: int) -> int:
+        if nbytes < 1:
+            raise ValueError(f"an extent holds at least one byte, not {nbytes}")
+        return align_up(nbytes, self._block_nbytes)
+
+    def _no_room(self, nbytes: int, count: int) -> CapacityError:
+        return CapacityError(
+            f"no room for {format_nbytes(nbytes)} ({nbytes} bytes in {count} extent(s)): "
+            f"{format_nbytes(self.free_nbytes)} of {format_nbytes(self.capacity_nbytes)} are free "
+            f"({self.free_nbytes} bytes), the largest contiguous run is "
+            f"{format_nbytes(self.largest_free_nbytes)} ({self.largest_free_nbytes} bytes)"
+        )
+
+    def _allocate_blocks(self, nbytes: int) -> int:
+        offset = self._take(nbytes)
+        self._used[offset] = nbytes
+        self._used_nbytes += nbytes
+        return offset
+
+    def _take(self, nbytes: int) -> int:
+        """Cut ``nbytes`` off the front of the shortest run that holds them; there must be one."""
+        size = self._sizes[bisect_left(self._sizes, nbytes)]
+        start = next(reversed(self._by_size[size]))
+        self._remove_free(start)
+        if size > nbytes:
+            self._add_free(start + nbytes, size - nbytes)
+        return start
+
+    def _add_free(self, start: int, nbytes: int) -> None:
+        self._free[start] = nbytes
+        self._free_ends[start + nbytes] = start
+        runs = self._by_size.get(nbytes)
+        if runs is None:
+            self._by_size[nbytes] = {start: None}
+            insort(self._sizes, nbytes)
+        else:
+            runs[start] = None
+
+    def _remove_free(self, start: int) -> int:
+        nbytes = self._free.pop(start)
+        del self._free_ends[start + nbytes]
+        runs = self._by_size[nbytes]
+        del runs[start]
+        if not runs:
+            del self._by_size[nbytes]
+            del self._sizes[bisect_left(self._sizes, nbytes)]
+        return nbytes
+
+    def _rebuild(self, used: dict[int, int], gaps: list[tuple[int, int]]) -> None:
+        self._used = used
+        self._used_nbytes = sum(used.values())
+        self._free: dict[int, int] = {}
+        self._free_ends: dict[int, int] = {}
+        # The inner dicts are sets that keep their order: the run freed last is used first.
+        self._by_size: dict[int, dict[int, None]] = {}
+        self._sizes: list[int] = []
+        for start, nbytes in gaps:
+            self._add_free(start, nbytes)

@@ -1,0 +1,158 @@
+"""``spdk-kv doctor``: what this machine offers, and the command that mends what is missing."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spdk_kv.cli.checks import (
+    Check,
+    check_drives,
+    check_hugepages,
+    check_io_uring,
+    check_iommu,
+    check_memlock,
+    check_memory,
+    check_system,
+    check_vfio,
+)
+from spdk_kv.cli.output import console, json_option, on_terminal, print_json
+from spdk_kv.devices.host import read_host
+from spdk_kv.devices.nvme import NvmeDrive, list_drives
+from spdk_kv.memory import MemorySnapshot, page_cache_budget, read_memory
+
+if TYPE_CHECKING:
+    from spdk_kv.engines import EngineStatus
+
+_STYLES = {"ok": "green", "missing": "red", "limited": "yellow", "info": "cyan"}
+_PIPE_WIDTH = 80
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show what this machine offers and what to mend.
+
+    Reads only; changes nothing. Exit status 0 whatever it finds.
+    """
+    from spdk_kv.engines import engine_status  # may load native code: not for `--help`
+
+    engines = engine_status()
+    drives = list_drives()
+    memory = read_memory()
+    host = read_host()
+    checks = [
+        check_system(host),
+        check_memory(memory),
+        check_hugepages(host),
+        check_memlock(host),
+        check_iommu(host),
+        check_vfio(host),
+        check_io_uring(host.io_uring),
+        _check_gpu(),
+        *check_drives(drives),
+    ]
+    if as_json:
+        print_json(
+            {
+                "checks": [asdict(check) for check in checks],
+                "engines": [_engine_fields(engine) for engine in engines],
+                "drives": [_drive_fields(drive) for drive in drives],
+                "memory": _memory_fields(memory),
+            }
+        )
+        return
+    checks += [Check("memory", "info", note) for note in memory.notes]
+    report = [*(_engine_check(engine) for engine in engines), *checks]
+    if on_terminal():
+        _print_table(report)
+    else:
+        _print_lines(report)
+
+
+def _check_gpu() -> Check:
+    try:
+        import torch
+    except ImportError as error:
+        return Check("gpu", "missing", f"torch does not load: {error}", "pip install torch")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Check("gpu", "ok", f"torch {torch.__version__}: {', '.join(names)}")
+    if torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version"):
+        found = f"an NVIDIA driver, but torch {torch.__version__} is built without CUDA"
+        remedy = "pip install --force-reinstall torch"  # PyPI's Linux wheels have CUDA
+        return Check("gpu", "limited", found, remedy)
+    return Check("gpu", "info", f"torch {torch.__version__} sees none; tensors stay on the CPU")
+
+
+def _engine_check(engine: EngineStatus) -> Check:
+    return Check(
+        f"engine {engine.name}",
+        "ok" if engine.available else "missing",
+        engine.reason or "available",
+        "" if engine.available else engine.remedy,
+    )
+
+
+def _engine_fields(engine: EngineStatus) -> dict[str, Any]:
+    names = ("name", "available", "reason", "remedy")
+    return {name: getattr(engine, name) for name in names}
+
+
+def _drive_fields(drive: NvmeDrive) -> dict[str, Any]:
+    return asdict(drive) | {
+        "nbytes": drive.nbytes,
+        "mounted": drive.mounted,
+        "mount_points": drive.mount_points,
+    }
+
+
+def _memory_fields(memory: MemorySnapshot) -> dict[str, Any]:
+    return asdict(memory) | {"page_cache_budget_nbytes": page_cache_budget(memory, 0)}
+
+
+def _print_lines(report: Sequence[Check]) -> None:
+    width = max(len(check.name) for check in report)
+    for check in report:
+        head = f"{check.status:<8} {check.name:<{width}}  "
+        click.echo(_wrap(head, check.found))
+        if check.remedy:
+            # Never wrapped: it is there to be copied.
+            click.echo(f"{'':8} fix: {check.remedy}")
+
+
+def _wrap(head: str, text: str) -> str:
+    return textwrap.fill(
+        text,
+        width=_PIPE_WIDTH,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _print_table(report: Sequence[Check]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("status", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    table.add_column("found", overflow="fold")
+    for check in report:
+        table.add_row(Text(check.status, _STYLES[check.status]), check.name, Text(check.found))
+    out.print(table)
+    remedies = [check for check in report if check.remedy]
+    if remedies:
+        out.print("\nTo mend", style="bold")
+    for check in remedies:
+        # Outside the table and left to the terminal to wrap, so that it can be copied whole.
+        out.print(f"{check.name}:", style=_STYLES[check.status])
+        out.print(Text(f"  {check.remedy}"), soft_wrap=True)

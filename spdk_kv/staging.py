@@ -1,0 +1,85 @@
+"""The staging pool: device memory that is leased for a transfer, or for a tensor's whole life."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from spdk_kv._native.memory import Lease, Pool
+
+log = logging.getLogger(__name__)
+
+Allocate = Callable[[int], Any]
+
+
+def _cuda_runtime() -> Any:
+    """torch's CUDA runtime, or None where there is no GPU to copy to."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.cudart()
+
+
+class StagingPool:
+    """Leases of memory that the device reaches without a copy.
+
+    ``allocate(nbytes)`` is the engine's. Free memory beyond ``cache_nbytes`` goes back to the
+    system. Where there is a GPU, and once :meth:`pin_for_gpu` was called, regions are registered
+    with it too, so that its copies are DMA and not bounced by the driver.
+    """
+
+    def __init__(self, allocate: Allocate, cache_nbytes: int) -> None:
+        self._engine_allocate = allocate
+        self._cudart: Any = None
+        self._pool = Pool(self._allocate, cache_nbytes)
+
+    def lease(self, nbytes: int) -> Lease:
+        """A lease of ``nbytes`` (page-aligned; the last page is the lease's too). MemoryError."""
+        return self._pool.lease(nbytes)
+
+    def pin_for_gpu(self) -> None:
+        """From now on new regions are registered with the GPU. Does nothing where there is none."""
+        if self._cudart is None:
+            self._cudart = _cuda_runtime()
+            if self._cudart is not None:
+                self._pool.trim(0)
+
+    def trim(self) -> None:
+        """Gives all idle memory back to the system."""
+        self._pool.trim(0)
+
+    def stats(self) -> dict[str, int]:
+        """``leased_nbytes``, ``free_nbytes`` and ``peak_nbytes`` (both, at their highest)."""
+        pool = self._pool
+        return {
+            "leased_nbytes": pool.leased_nbytes,
+            "free_nbytes": pool.free_nbytes,
+            "peak_nbytes": pool.peak_nbytes,
+        }
+
+    def _allocate(self, nbytes: int) -> Any:
+        region = self._engine_allocate(nbytes)
+        if self._cudart is None:
+            return region
+        status = self._cudart.cudaHostRegister(region.address, region.nbytes, 0)
+        if int(status):
+            log.info("%d bytes could not be registered with the GPU (status %s)", nbytes, status)
+            return region
+        return _GpuRegion(region, self._cudart)
+
+
+class _GpuRegion:
+    """A region registered with the GPU until its last reference goes."""
+
+    def __init__(self, region: Any, cudart: Any) -> None:
+        self.address: int = region.address
+        self.nbytes: int = region.nbytes
+        # The finalizer holds the region, so it is unregistered before it is freed.
+        weakref.finalize(self, self._unregister, region, cudart).atexit = False
+
+    @staticmethod
+    def _unregister(region: Any, cudart: Any) -> None:
+        cudart.cudaHostUnregister(region.address)

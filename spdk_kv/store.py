@@ -1,0 +1,474 @@
+"""The store: tensors under keys, and sequences of KV cache, on one device."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, TypeVar
+
+from spdk_kv.engines import EngineOptions
+from spdk_kv.engines.pagecache import PageCacheEngine
+from spdk_kv.errors import ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
+from spdk_kv.sequence import Sequence
+from spdk_kv.staging import StagingPool
+from spdk_kv.store_blobs import BlobReader, BlobWriter, map_blob
+from spdk_kv.store_catalog import Catalog, Eviction
+from spdk_kv.store_open import open_parts
+from spdk_kv.types import Granularity, KVShape
+from spdk_kv.units import parse_nbytes
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_open_stores: weakref.WeakSet[KVStore] = weakref.WeakSet()
+
+
+def open(
+    location: str | os.PathLike[str] = "auto",
+    *,
+    capacity: int | str | None = None,
+    engine: str | None = None,
+    eviction: Eviction = "lru",
+    verify: bool = True,
+    create: bool | None = None,
+    index_dir: str | os.PathLike[str] | None = None,
+    depth: int = 16,
+    segment: int | str = "1 MiB",
+    staging: int | str = "512 MiB",
+    hugepages: bool = True,
+    mmap: bool = False,
+    discard: bool = False,
+    flush_interval_s: float | None = 5.0,
+) -> KVStore:
+    """Opens the store at ``location``, or begins one where there is none.
+
+    ``location``: ``file:///DIR``, ``block:///dev/NODE``, ``ram://``, ``null://`` or ``auto``.
+    ``capacity``: bytes of tensors at most (``"64 GiB"``); by default what it was, else half of
+    the free space up to 64 GiB (a block device: all of it). ``engine``: ``uring``, ``threads`` or
+    ``pagecache``; None takes the best direct one that may be used. ``eviction``: ``"lru"`` makes
+    room by forgetting the blobs used longest ago, ``"none"`` refuses with CapacityError.
+    ``verify``: check checksums on every read. ``create``: False never begins a store; True is
+    needed to begin one on a (blank) block device. ``index_dir``: where a block device's index
+    lies. ``depth``, ``segment``: commands in flight, and bytes of the largest. ``staging``: idle
+    memory kept for the next transfers. ``mmap``: with the pagecache engine, a get returns the
+    page cache itself instead of a copy (checked once; pages that the kernel drops and reads again
+    are not, and a failing drive then shows as SIGBUS). ``discard``: tell the device when space
+    comes free (TRIM). ``flush_interval_s``: how often what was put is made durable in the
+    background; None leaves that to :meth:`KVStore.flush` and close.
+
+    Blocks on the device. Raises ValueError (location), StoreLocked, StoreMismatch,
+    CorruptionError, CapacityError, EngineUnavailable, DeviceError.
+    """
+    return KVStore(
+        location,
+        capacity=capacity,
+        engine=engine,
+        eviction=eviction,
+        verify=verify,
+        create=create,
+        index_dir=index_dir,
+        options=EngineOptions(depth, parse_nbytes(segment), hugepages),
+        staging_nbytes=parse_nbytes(staging),
+        mmap=mmap,
+        discard=discard,
+        flush_interval_s=flush_interval_s,
+    )
+
+
+class KVStore:
+    """An open store; make one with :func:`spdk_kv.open`. Thread-safe; a context manager.
+
+    What :meth:`put` wrote is visible at once to :meth:`get` in this process, and survives a crash
+    from the next :meth:`flush` (or background flush, or close) on.
+    """
+
+    def __init__(
+        self,
+        location: str | os.PathLike[str],
+        *,
+        capacity: int | str | None,
+        engine: str | None,
+        eviction: Eviction,
+        verify: bool,
+        create: bool | None,
+        index_dir: str | os.PathLike[str] | None,
+        options: EngineOptions,
+        staging_nbytes: int,
+        mmap: bool,
+        discard: bool,
+        flush_interval_s: float | None,
+    ) -> None:
+        self._closed = True
+        self._pid = os.getpid()
+        self._parts = open_parts(
+            location,
+            capacity=capacity,
+            engine=engine,
+            options=options,
+            index_dir=index_dir,
+            create=create,
+        )
+        try:
+            self.engine = self._parts.engine
+            if mmap and not isinstance(self.engine, PageCacheEngine):
+                raise ValueError(f"mmap=True is for the pagecache engine, not {self.engine.name}")
+            self._mmap = mmap
+            self.verify = verify and self.engine.keeps_bytes
+            self.catalog = Catalog(self._parts, eviction, discard)
+            self.staging = StagingPool(self.engine.allocate, staging_nbytes)
+            self._sequences: dict[str, Sequence] = {}
+            self._sequence_lock = threading.Lock()
+            self._executor: ThreadPoolExecutor | None = None
+            self._stop = threading.Event()
+        except BaseException:
+            self._release_parts()
+            raise
+        self._closed = False
+        _open_stores.add(self)
+        if flush_interval_s is not None and self.engine.persistent:
+            threading.Thread(
+                target=_flush_now_and_then,
+                args=(weakref.ref(self), self._stop, flush_interval_s),
+                name="spdk_kv-flush",
+                daemon=True,
+            ).start()
+
+    @property
+    def location(self) -> str:
+        """The URI of this store."""
+        return str(self._parts.location)
+
+    @property
+    def uuid(self) -> str:
+        """The identity drawn when the store was begun: 32 hexadecimal digits."""
+        return self._parts.uuid
+
+    # -- blobs ----------------------------------------------------------------------------------
+
+    def put(self, key: str, tensor: Any, *, timeout_s: float | None = None) -> None:
+        """Stores ``tensor`` (torch or numpy, any dtype, any strides) under ``key``.
+
+        Replaces what was there. Blocks until the device has the bytes; see :meth:`flush` for
+        durability. Raises ShapeMismatch, CapacityError, DeviceError, DeviceTimeout, ClosedError;
+        after any of them the key holds what it held before.
+        """
+        self.put_many({key: tensor}, timeout_s=timeout_s)
+
+    def put_many(self, tensors: Mapping[str, Any], *, timeout_s: float | None = None) -> None:
+        """Stores several tensors in one transfer; all become visible together, or none."""
+        self._check_open()
+        writer = BlobWriter(self, tensors)
+        writer.run(timeout_s)
+
+    def put_async(self, key: str, tensor: Any, *, timeout_s: float | None = None) -> Future[None]:
+        """As :meth:`put`, but returns a future. The tensor must stay unchanged until it is done.
+
+        Blocks only for making room, and for the copy of a tensor that is not contiguous on the
+        CPU. Errors before the transfer are raised here.
+        """
+        return self.put_many_async({key: tensor}, timeout_s=timeout_s)
+
+    def put_many_async(
+        self, tensors: Mapping[str, Any], *, timeout_s: float | None = None
+    ) -> Future[None]:
+        """As :meth:`put_many`, but returns a future."""
+        self._check_open()
+        return BlobWriter(self, tensors).start(timeout_s)
+
+    def get(
+        self,
+        key: str,
+        *,
+        out: Any = None,
+        device: Any = None,
+        as_numpy: bool = False,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """The tensor under ``key``: exactly the bytes, dtype and shape that were put.
+
+        ``out``: a torch tensor or numpy array of that dtype and shape to read into, returned;
+        after an error its contents are undefined. Without it: a new torch tensor on ``device``
+        (default: CPU, page-aligned memory that the drive wrote to itself), or with ``as_numpy`` a
+        numpy array. Blocks. Raises KeyNotFound, ShapeMismatch (before any I/O), CorruptionError
+        (the entry is then forgotten), DeviceError, DeviceTimeout, ClosedError.
+        """
+        self._check_open()
+        if self._mmap and out is None and not as_numpy and device is None:
+            return map_blob(self, key)
+        reader = BlobReader(self, (key,), None if out is None else (out,), device, as_numpy)
+        return reader.run(timeout_s)[0]
+
+    def get_many(
+        self,
+        keys: Iterable[str],
+        *,
+        out: Iterable[Any] | None = None,
+        device: Any = None,
+        as_numpy: bool = False,
+        timeout_s: float | None = None,
+    ) -> list[Any]:
+        """Several tensors by one transfer, in the order of ``keys``; see :meth:`get`."""
+        self._check_open()
+        outs = None if out is None else tuple(out)
+        return BlobReader(self, tuple(keys), outs, device, as_numpy).run(timeout_s)
+
+    def get_async(
+        self,
+        key: str,
+        *,
+        out: Any = None,
+        device: Any = None,
+        as_numpy: bool = False,
+        timeout_s: float | None = None,
+    ) -> Future[Any]:
+        """As :meth:`get`, but returns a future. ShapeMismatch and KeyNotFound are raised here."""
+        self._check_open()
+        outs = None if out is None else (out,)
+        reader = BlobReader(self, (key,), outs, device, as_numpy)
+        return reader.start(timeout_s, lambda found: found[0])
+
+    def get_many_async(
+        self,
+        keys: Iterable[str],
+        *,
+        out: Iterable[Any] | None = None,
+        device: Any = None,
+        as_numpy: bool = False,
+        timeout_s: float | None = None,
+    ) -> Future[list[Any]]:
+        """As :meth:`get_many`, but returns a future."""
+        self._check_open()
+        outs = None if out is None else tuple(out)
+        reader = BlobReader(self, tuple(keys), outs, device, as_numpy)
+        return reader.start(timeout_s, lambda found: found)
+
+    def delete(self, key: str) -> bool:
+        """Forgets ``key``; returns whether it was there. Does not block on the device."""
+        self._check_open()
+        return self.catalog.drop(key)
+
+    def contains(self, key: str) -> bool:
+        """Whether a blob is stored under ``key``. Does not block."""
+        self._check_open()
+        return key in self.catalog.blobs
+
+    __contains__ = contains
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """The keys of all blobs that begin with ``prefix``, least recently used first."""
+        self._check_open()
+        with self.catalog.lock:
+            return [key for key in self.catalog.blobs if key.startswith(prefix)]
+
+    def __len__(self) -> int:
+        return len(self.catalog.blobs)
+
+    # -- sequences ------------------------------------------------------------------------------
+
+    def sequence(
+        self,
+        name: str,
+        shape: KVShape | None = None,
+        *,
+        granularity: Granularity | None = None,
+        temporary: bool = False,
+    ) -> Sequence:
+        """The sequence called ``name``; created, with room for all its tokens, if it is new.
+
+        ``shape``: needed to create; where the sequence exists it must match. ``granularity``:
+        ``layer`` (the default) or ``head``: what lies contiguously. ``temporary``: it is gone
+        when the store is closed, and flushes pass it by. Raises KeyNotFound (no shape and not
+        there), ShapeMismatch, CapacityError, ClosedError.
+        """
+        self._check_open()
+        if not isinstance(name, str):
+            raise TypeError(f"a sequence's name is a str, not {type(name).__name__}")
+        with self._sequence_lock:
+            sequence = self._sequences.get(name)
+            if sequence is None:
+                record = self.catalog.sequences.get(name)
+                if record is not None:
+                    sequence = Sequence.restored(self, name, record)
+                elif shape is None:
+                    raise KeyNotFound(f"no sequence {name!r}")
+                else:
+                    sequence = Sequence.created(
+                        self, name, shape, granularity or "layer", temporary
+                    )
+                self._sequences[name] = sequence
+        if shape is not None and sequence.shape != shape:
+            raise ShapeMismatch(f"sequence {name!r} has {sequence.shape}, not {shape}")
+        if granularity is not None and sequence.granularity != granularity:
+            raise ShapeMismatch(
+                f"sequence {name!r} has granularity {sequence.granularity!r}, not {granularity!r}"
+            )
+        return sequence
+
+    def sequences(self) -> list[str]:
+        """The names of all sequences, temporary ones included."""
+        self._check_open()
+        with self._sequence_lock:
+            return sorted({*self.catalog.sequences, *self._sequences})
+
+    def forget_sequence(self, sequence: Sequence) -> None:
+        """Called by :meth:`Sequence.delete`: the name is free again."""
+        with self._sequence_lock:
+            if self._sequences.get(sequence.name) is sequence:
+                del self._sequences[sequence.name]
+
+    # -- the whole ------------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Blocks until everything put and appended before survives a power cut."""
+        self._check_open()
+        with self._sequence_lock:
+            sequences = list(self._sequences.values())
+        for sequence in sequences:
+            sequence.stage_for_commit()
+        self.catalog.commit(timeout_s)
+
+    def flush_async(self, timeout_s: float | None = None) -> Future[None]:
+        """As :meth:`flush`, but returns a future."""
+        return self.run_in_background(lambda: self.flush(timeout_s))
+
+    def run_in_background(self, work: Callable[[], T]) -> Future[T]:
+        """Runs ``work`` on one of the store's threads."""
+        self._check_open()
+        with self._sequence_lock:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(4, thread_name_prefix="spdk_kv-async")
+            return self._executor.submit(work)
+
+    def stats(self) -> dict[str, Any]:
+        """What the store holds and did: counts, bytes, hits and misses, the engine's counters
+        (times in nanoseconds). Does not block."""
+        self._check_open()
+        catalog, engine = self.catalog, self.engine.stats()
+        histogram = engine.pop("histogram")
+        with catalog.lock:
+            allocator = catalog.extents.allocator
+            return {
+                "location": self.location,
+                "engine": self.engine.name,
+                "blobs": len(catalog.blobs),
+                "sequences": len({*catalog.sequences, *self._sequences}),
+                "capacity_nbytes": allocator.capacity_nbytes,
+                "used_nbytes": allocator.used_nbytes,
+                "free_nbytes": allocator.free_nbytes,
+                "largest_free_nbytes": allocator.largest_free_nbytes,
+                **catalog.counters,
+                "staging": self.staging.stats(),
+                "transfers": engine,
+                "latency_ns": histogram,
+            }
+
+    def close(self) -> None:
+        """Flushes, and gives the device back. May be called twice. Tensors that were got stay
+        valid. Raises what the flush raised, after everything was released."""
+        if self._closed:
+            return
+        if os.getpid() != self._pid:
+            self._closed = True
+            return
+        self._stop.set()
+        try:
+            with self._sequence_lock:
+                executor, self._executor = self._executor, None
+                sequences = list(self._sequences.values())
+            if executor is not None:
+                executor.shutdown()
+            for sequence in sequences:
+                if sequence.temporary:
+                    sequence.delete()
+            self.flush()
+            self.catalog.save_order()
+        finally:
+            self._closed = True
+            _open_stores.discard(self)
+            self._release_parts()
+
+    def _release_parts(self) -> None:
+        # The lock last: whoever takes it next finds nothing of ours in flight.
+        try:
+            self._parts.engine.close()
+        finally:
+            if self._parts.index is not None:
+                self._parts.index.close()
+        if self._parts.lock is not None:
+            self._parts.lock.release()
+
+    def __enter__(self) -> KVStore:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True) and os.getpid() == self._pid:
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
+            try:
+                self.close()
+            except SpdkKvError:
+                log.exception("closing a forgotten store")
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.engine.name}, {len(self)} blobs"
+        return f"<KVStore {self.location} ({state})>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the store at {self.location} is closed")
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                f"the store at {self.location} was opened by process {self._pid} and cannot be "
+                "used after a fork: open it in the child"
+            )
+
+    def flush_in_background(self) -> None:
+        """One round of the background flush: makes durable what is not; logs what fails."""
+        if self._closed or not (
+            self.catalog.dirty or any(sequence.dirty for sequence in list(self._sequences.values()))
+        ):
+            return
+        try:
+            self.flush()
+        except ClosedError:
+            pass
+        except SpdkKvError:
+            log.exception("background flush of %s; the next one tries again", self.location)
+
+
+def _flush_now_and_then(
+    store: weakref.ref[KVStore], stop: threading.Event, interval_s: float
+) -> None:
+    while not stop.wait(interval_s):
+        opened = store()
+        if opened is None:
+            return
+        opened.flush_in_background()
+        del opened
+
+
+def _close_at_exit() -> None:
+    for store in list(_open_stores):
+        try:
+            store.close()
+        except SpdkKvError:
+            log.exception("closing %s at exit", store.location)
+
+
+atexit.register(_close_at_exit)

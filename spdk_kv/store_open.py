@@ -1,0 +1,273 @@
+"""Opening a store: lock, data, superblock and index, and that they belong together.
+
+Nothing is ever formatted over. A new store is begun only where there is nothing: a folder with
+neither data nor index, or (with ``create``) a block device whose ends are blank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+from spdk_kv._native.memory import Region
+from spdk_kv._native.transfer import READ, WRITE
+from spdk_kv.allocator import Allocator
+from spdk_kv.engines import Engine, EngineOptions, Location, open_engine, parse_location
+from spdk_kv.errors import CapacityError, StoreMismatch, device_error
+from spdk_kv.index import Index
+from spdk_kv.lock import StoreLock
+from spdk_kv.superblock import (
+    COPY_OFFSETS,
+    DATA_START,
+    SUPERBLOCK_NBYTES,
+    Superblock,
+    choose,
+    fit_device_id,
+    pack,
+)
+from spdk_kv.units import GIB, align_down, format_nbytes, parse_nbytes
+
+log = logging.getLogger(__name__)
+
+BLOCK_NBYTES = 4096
+"""Extents are whole blocks of this size, whatever the device's own is."""
+_VOLATILE_CAPACITY = 1 * GIB
+_MOST_BY_DEFAULT = 64 * GIB
+# This much at either end of a block device has to be zero before a store is begun on it:
+# partition tables, filesystems, md and LVM all leave a mark within it.
+_BLANK_NBYTES = 1 << 20
+
+
+@dataclass
+class Opened:
+    """The parts of an open store. ``index`` and ``lock`` are None where nothing persists."""
+
+    location: Location
+    engine: Engine
+    allocator: Allocator
+    index: Index | None
+    lock: StoreLock | None
+    uuid: str
+
+
+def open_parts(
+    location: str | os.PathLike[str],
+    *,
+    capacity: int | str | None,
+    engine: str | None,
+    options: EngineOptions,
+    index_dir: str | os.PathLike[str] | None,
+    create: bool | None,
+) -> Opened:
+    """Opens (or begins) the store at ``location``; see :func:`spdk_kv.open`."""
+    place = parse_location(location)
+    wanted = None if capacity is None else align_down(parse_nbytes(capacity), BLOCK_NBYTES)
+    if wanted is not None and wanted < BLOCK_NBYTES:
+        raise CapacityError(f"a capacity of {capacity!r} holds not even one block of 4096 bytes")
+    if place.scheme in ("ram", "null"):
+        nbytes = wanted or _VOLATILE_CAPACITY
+        opened = open_engine(place, engine=engine, capacity_nbytes=nbytes, options=options)
+        return Opened(place, opened, Allocator(nbytes, BLOCK_NBYTES), None, None, uuid.uuid4().hex)
+    if place.scheme == "block":
+        return _open_block(place, wanted, engine, options, index_dir, bool(create))
+    if index_dir is not None:
+        raise ValueError("index_dir is for block:// stores; a file:// store keeps its index inside")
+    return _open_folder(place, wanted, engine, options, create is not False)
+
+
+def _open_folder(
+    place: Location, wanted: int | None, engine: str | None, options: EngineOptions, create: bool
+) -> Opened:
+    data = os.path.join(place.path, "data")
+    if not create and not os.path.exists(data):
+        raise StoreMismatch(f"no store at {place}, and create=False")
+    _private_folder(place.path)
+    with ExitStack() as undo:
+        lock = StoreLock(os.path.join(place.path, "lock"))
+        lock.acquire()
+        undo.callback(lock.release)
+        index_path = os.path.join(place.path, "index.sqlite")
+        has_data = os.path.exists(data) and os.path.getsize(data) > 0
+        if has_data and not os.path.exists(index_path):
+            raise StoreMismatch(
+                f"{data} is there, but its index {index_path} is missing; remove the folder to "
+                "start empty"
+            )
+        index = Index(index_path)
+        undo.callback(index.close)
+        device = open_engine(place, data, engine=engine, options=options)
+        undo.callback(device.close)
+        opened = _join(place, device, index, lock, wanted)
+        undo.pop_all()
+        return opened
+
+
+def _open_block(
+    place: Location,
+    wanted: int | None,
+    engine: str | None,
+    options: EngineOptions,
+    index_dir: str | os.PathLike[str] | None,
+    create: bool,
+) -> Opened:
+    found = _peek(place.path)
+    if found is None and not create:
+        raise StoreMismatch(f"{place} is blank; pass create=True to begin a store on it")
+    if index_dir is None:
+        state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+        # A new store's folder is named by its device; its uuid is drawn with the index.
+        name = os.path.basename(place.path)
+        index_dir = os.path.join(os.path.abspath(state), "spdk_kv", name)
+    folder = os.fspath(index_dir)
+    _private_folder(folder)
+    with ExitStack() as undo:
+        lock = StoreLock(os.path.join(folder, "lock"))
+        lock.acquire()
+        undo.callback(lock.release)
+        index_path = os.path.join(folder, "index.sqlite")
+        if found is not None and not os.path.exists(index_path):
+            raise StoreMismatch(
+                f"{place} holds the store {found.uuid}, whose index is not in {folder}; pass "
+                "index_dir=, or wipe the device yourself to start empty (wipefs does not know "
+                "this superblock: blkdiscard, or dd over its first MiB)"
+            )
+        index = Index(index_path)
+        undo.callback(index.close)
+        device = open_engine(place, engine=engine, options=options)
+        undo.callback(device.close)
+        if found is None:
+            _refuse_unless_blank(device)
+        opened = _join(place, device, index, lock, wanted)
+        undo.pop_all()
+        return opened
+
+
+def _join(
+    place: Location, device: Engine, index: Index, lock: StoreLock, wanted: int | None
+) -> Opened:
+    """Checks that data and index are of one store, and marks both with the next generation."""
+    current = _read_superblock(device)
+    begun = index.get_meta("begun") == "yes"
+    if current is None and begun:
+        raise StoreMismatch(
+            f"{place}: the index is that of store {index.uuid}, but the data carries no "
+            "superblock: it was replaced or wiped. Put it back, or remove the index to start empty"
+        )
+    if current is not None and current.uuid != index.uuid:
+        raise StoreMismatch(
+            f"{place}: the data is that of store {current.uuid}, the index that of {index.uuid}"
+        )
+    # The index is marked first, so it may be one ahead: that is a crash between the two marks.
+    if current is not None and begun and index.generation - current.generation not in (0, 1):
+        raise StoreMismatch(
+            f"{place}: data of generation {current.generation} beside an index of generation "
+            f"{index.generation}: one of them is an old copy"
+        )
+    identity = fit_device_id(device.identity)
+    if current is not None and current.device_id != identity:
+        raise StoreMismatch(
+            f"{place}: the store was made on device {current.device_id!r}, this is {identity!r}"
+        )
+    capacity = _capacity(place, device, current, wanted)
+    allocator = Allocator(capacity, BLOCK_NBYTES, DATA_START)
+    generation = max(index.generation, current.generation if current else 0) + 1
+    superblock = Superblock(index.uuid, BLOCK_NBYTES, capacity, generation, identity)
+    device.ensure(DATA_START)
+    index.generation = generation
+    _write_superblock(device, superblock)
+    if not begun:
+        index.set_meta("begun", "yes")
+    return Opened(place, device, allocator, index, lock, index.uuid)
+
+
+def _capacity(
+    place: Location, device: Engine, current: Superblock | None, wanted: int | None
+) -> int:
+    size = device.capacity_nbytes
+    room = None if size is None else align_down(size - DATA_START, BLOCK_NBYTES)
+    if room is not None and current is not None and current.capacity_nbytes > room:
+        raise StoreMismatch(
+            f"{place} shrank: the store holds {current.capacity_nbytes} bytes, the device {room}"
+        )
+    if room is not None and room < BLOCK_NBYTES:
+        raise CapacityError(f"{place} is too small for a store: {size} bytes")
+    if wanted is None:
+        if current is not None:
+            return current.capacity_nbytes
+        if room is not None:
+            return room
+        space = os.statvfs(place.path)
+        free = align_down(space.f_bavail * space.f_frsize // 2, BLOCK_NBYTES)
+        wanted = max(BLOCK_NBYTES, min(free, _MOST_BY_DEFAULT))
+        log.info("%s: capacity %s", place, format_nbytes(wanted))
+    if room is not None and wanted > room:
+        raise CapacityError(
+            f"{place} has room for {format_nbytes(room)}, not for {format_nbytes(wanted)}"
+        )
+    return wanted
+
+
+def _read_superblock(device: Engine) -> Superblock | None:
+    size = device.capacity_nbytes
+    copies = []
+    for offset in COPY_OFFSETS:
+        if size is None and os.path.getsize(device.where) < offset + SUPERBLOCK_NBYTES:
+            copies.append(bytes(SUPERBLOCK_NBYTES))
+        else:
+            copies.append(_read(device, offset, SUPERBLOCK_NBYTES))
+    return choose(copies)
+
+
+def _write_superblock(device: Engine, superblock: Superblock) -> None:
+    # One copy at a time, each on the medium before the next: a power cut spoils at most one.
+    for offset in COPY_OFFSETS:
+        region = Region(SUPERBLOCK_NBYTES)
+        transfer = device.transfer(WRITE)
+        transfer.keep(region)
+        memoryview(region)[:SUPERBLOCK_NBYTES] = pack(superblock)
+        transfer.add(offset, region.address, SUPERBLOCK_NBYTES)
+        device.run(transfer)
+        device.flush()
+
+
+def _read(device: Engine, offset: int, nbytes: int) -> bytes:
+    region = Region(nbytes)
+    transfer = device.transfer(READ)
+    transfer.keep(region)
+    transfer.add(offset, region.address, nbytes)
+    device.run(transfer)
+    return bytes(memoryview(region)[:nbytes])
+
+
+def _refuse_unless_blank(device: Engine) -> None:
+    size = device.capacity_nbytes or 0
+    for offset in {0, max(0, align_down(size - _BLANK_NBYTES, BLOCK_NBYTES))}:
+        if any(_read(device, offset, min(_BLANK_NBYTES, size - offset))):
+            raise StoreMismatch(
+                f"{device.where} is not blank within the MiB at offset {offset} and holds no store "
+                "of spdk_kv; it is not touched. `wipefs -n` and `blkid` say what may be on it"
+            )
+
+
+def _peek(path: str) -> Superblock | None:
+    """The superblock of a device, read before anything is locked or held."""
+    try:
+        with open(path, "rb", buffering=0) as device:
+            fd = device.fileno()
+            copies = [os.pread(fd, SUPERBLOCK_NBYTES, offset) for offset in COPY_OFFSETS]
+            return choose([copy.ljust(SUPERBLOCK_NBYTES, b"\0") for copy in copies])
+    except OSError as refused:
+        raise device_error("open", 0, 0, refused.errno or 0, path) from refused
+
+
+def _private_folder(path: str) -> None:
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+            os.chmod(path, 0o700)  # whatever the umask
+    except OSError as refused:
+        raise device_error("mkdir", 0, 0, refused.errno or 0, path) from refused

@@ -1,0 +1,150 @@
+"""The block at the head of a raw device that says whose store it is; bytes only, no I/O."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spdk_kv.errors import CorruptionError, StoreMismatch
+
+SUPERBLOCK_NBYTES = 4096
+"""Bytes of one copy."""
+COPY_OFFSETS = (0, 512 * 1024)
+"""Device offsets of the copies: far apart, so that one bad spot does not take both."""
+DATA_START = 1024 * 1024
+"""Device offset of the first payload byte; a multiple of every block size that is accepted."""
+DEVICE_ID_NBYTES = 512
+"""Most bytes of a device's identity, in UTF-8; longer ones are cut."""
+
+_MAGIC = b"spdk_kv\0"
+_VERSION = 1
+# The magic, the version and the CRC in the last four bytes keep their places in every version,
+# so that an old program knows a newer store from a broken one.
+_LAYOUT = struct.Struct("<8sIIQQ16sH")
+_CRC = struct.Struct("<I")
+_CRC_OFFSET = SUPERBLOCK_NBYTES - _CRC.size
+_UUID = re.compile(r"[0-9a-f]{32}")
+
+
+def fit_device_id(text: str) -> str:
+    """``text`` as a superblock keeps it: at most DEVICE_ID_NBYTES of UTF-8, characters whole.
+
+    What UTF-8 cannot say (lone surrogates) becomes ``?``. Compare a device with
+    ``superblock.device_id`` by this.
+    """
+    encoded = text.encode("utf-8", "replace")[:DEVICE_ID_NBYTES]
+    return encoded.decode("utf-8", "ignore")
+
+
+@dataclass(frozen=True)
+class Superblock:
+    """A raw device's store: identity and geometry. Fields out of range raise ValueError.
+
+    ``uuid``: 32 lower-case hexadecimal digits. ``block_nbytes``: a power of two from 512 to
+    DATA_START. ``capacity_nbytes``: payload bytes from DATA_START on, at least one block.
+    ``generation``: counts the writes of the superblock. ``device_id``: what tells this device
+    from another (model, serial, namespace); kept as ``fit_device_id`` makes it.
+    """
+
+    uuid: str
+    block_nbytes: int
+    capacity_nbytes: int
+    generation: int
+    device_id: str
+
+    def __post_init__(self) -> None:
+        if not _UUID.fullmatch(self.uuid):
+            raise ValueError(f"uuid is 32 lower-case hexadecimal digits, not {self.uuid!r}")
+        block = self.block_nbytes
+        if not 512 <= block <= DATA_START or block & (block - 1):
+            raise ValueError(f"block_nbytes is a power of two from 512, not {block}")
+        if not block <= self.capacity_nbytes < 1 << 63:
+            raise ValueError(f"capacity_nbytes is out of range: {self.capacity_nbytes}")
+        if not 0 <= self.generation < 1 << 63:
+            raise ValueError(f"generation is out of range: {self.generation}")
+        object.__setattr__(self, "device_id", fit_device_id(self.device_id))
+
+
+def pack(superblock: Superblock) -> bytes:
+    """The SUPERBLOCK_NBYTES to write at each of COPY_OFFSETS."""
+    device_id = superblock.device_id.encode()
+    fields = _LAYOUT.pack(
+        _MAGIC,
+        _VERSION,
+        superblock.block_nbytes,
+        superblock.capacity_nbytes,
+        superblock.generation,
+        bytes.fromhex(superblock.uuid),
+        len(device_id),
+    )
+    body = (fields + device_id).ljust(_CRC_OFFSET, b"\0")
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def parse(block: bytes) -> Superblock:
+    """The superblock in one copy.
+
+    CorruptionError unless every byte is as it was packed; StoreMismatch where a newer version of
+    spdk_kv packed it.
+    """
+    if len(block) != SUPERBLOCK_NBYTES or block[: len(_MAGIC)] != _MAGIC:
+        raise CorruptionError("not a superblock of spdk_kv: wrong size or magic")
+    if _CRC.unpack_from(block, _CRC_OFFSET)[0] != zlib.crc32(block[:_CRC_OFFSET]):
+        raise CorruptionError("the superblock's checksum does not match")
+    _, version, block_nbytes, capacity_nbytes, generation, uuid, id_nbytes = _LAYOUT.unpack_from(
+        block
+    )
+    if version > _VERSION:
+        raise StoreMismatch(
+            f"the superblock has version {version}; this spdk_kv knows {_VERSION}: upgrade it"
+        )
+    if version < _VERSION or id_nbytes > DEVICE_ID_NBYTES:
+        raise CorruptionError("the superblock's version or identity length is out of range")
+    try:
+        return Superblock(
+            uuid=uuid.hex(),
+            block_nbytes=block_nbytes,
+            capacity_nbytes=capacity_nbytes,
+            generation=generation,
+            device_id=block[_LAYOUT.size : _LAYOUT.size + id_nbytes].decode(),
+        )
+    except ValueError as error:
+        raise CorruptionError(f"the superblock's fields are out of range: {error}") from error
+
+
+def is_blank(block: bytes) -> bool:
+    """Whether one copy's place holds SUPERBLOCK_NBYTES of zeroes (a short read does not)."""
+    return block == bytes(SUPERBLOCK_NBYTES)
+
+
+def choose(copies: Sequence[bytes]) -> Superblock | None:
+    """The newest good one of a device's copies; None where all are blank: no store was made yet.
+
+    CorruptionError where none is good and not all are blank (foreign data looks like this, so
+    never format on it). StoreMismatch where good copies are not of one store, contradict each
+    other, or one is of a newer version.
+    """
+    if not copies:
+        raise ValueError("choose() needs at least one copy")
+    if all(is_blank(copy) for copy in copies):
+        return None
+    good = []
+    for copy in copies:
+        try:
+            good.append(parse(copy))
+        except CorruptionError:
+            continue
+    if not good:
+        raise CorruptionError(
+            "the device is not blank and none of its superblocks is good: it holds foreign data "
+            "or a damaged store"
+        )
+    if len({superblock.uuid for superblock in good}) > 1:
+        raise StoreMismatch("the device's superblocks belong to different stores")
+    newest = max(good, key=lambda superblock: superblock.generation)
+    if any(sb.generation == newest.generation and sb != newest for sb in good):
+        raise StoreMismatch("the device's superblocks have one generation but differ")
+    return newest
