@@ -40,7 +40,7 @@ cdef size_t size_class(size_t nbytes) noexcept:
 
 @cython.no_gc_clear
 cdef class Region:
-    """Anonymous memory, page-aligned, on hugepages where there are some.
+    """Anonymous memory, page-aligned, on hugepages where there are some; a writable buffer.
 
     ``address`` and ``nbytes``; ``huge`` tells whether it lies on reserved hugepages. Freed when
     the last reference goes. Raises MemoryError.
@@ -74,6 +74,9 @@ cdef class Region:
             # then faults 32 times instead of 16,384.
             self.address = _round_up(self.address, HUGE)
             madvise(<void *>self.address, self.nbytes, MADV_HUGEPAGE)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, <void *>self.address, self.nbytes, 0, flags)
 
     def __dealloc__(self):
         if self._mapped_nbytes:

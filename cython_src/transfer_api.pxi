@@ -434,6 +434,11 @@ cdef class Transfer:
         return bool(self._t.done)
 
     @property
+    def in_flight(self):
+        """Submitted, and the device may still touch what was kept."""
+        return self._submitted and not self._t.done
+
+    @property
     def status(self):
         """0, or the errno of the first failure so far."""
         return self._t.status

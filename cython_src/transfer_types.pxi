@@ -2,6 +2,10 @@
 
 # How long a driver that Python lent its thread to goes on before it looks for signals.
 DEF SLICE_NS = 50_000_000
+# Bytes copied between two looks at the checksum: small enough for the first caches.
+DEF COPY_BLOCK_NBYTES = 32768
+# Bytes moved by one memcpy.
+DEF MOVE_NBYTES = 4096
 # Completions taken from the engine at once.
 DEF BATCH = 64
 
@@ -109,6 +113,7 @@ cdef struct Queue_:
     uint32_t depth
     unsigned char **slots
     uint32_t free_slots
+    uint8_t more               # _refill stopped early: there is more to submit
     uint64_t busy_since_ns
     uint8_t deadlines          # some transfer in hand has one
     # Fixed:

@@ -20,7 +20,7 @@ def _cuda_runtime() -> Any:
 
     if not torch.cuda.is_available():
         return None
-    return torch.cuda.cudart()
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 class StagingPool:

@@ -40,7 +40,7 @@ def byte_view(tensor: Any) -> ByteView:
         array = np.ascontiguousarray(tensor)
         # ascontiguousarray makes 0-d arrays 1-d; the shape recorded is the caller's. The view
         # holds the export: the array cannot be resized under the device.
-        export = memoryview(array.reshape(-1).view(np.uint8)) if array.size else None
+        export = array.reshape(-1).view(np.uint8).data if array.size else None
         return ByteView(array.ctypes.data, array.nbytes, name, tensor.shape, (array, export))
     import torch
 
