@@ -4,25 +4,50 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Sizes
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from spdk_kv.engines import Engine
 from spdk_kv.errors import CapacityError, ClosedError, CorruptionError, ShapeMismatch
 from spdk_kv.index import SequenceRecord
 from spdk_kv.layout import CHUNK_NBYTES, SequenceLayout
 from spdk_kv.sequence_layer import LayerCache
+from spdk_kv.staging import StagingPool
 from spdk_kv.types import Granularity, KVShape, dtype_name
 
 if TYPE_CHECKING:
     import torch
 
-    from spdk_kv.store import KVStore
+T = TypeVar("T")
 
 # Appended bytes on their way to the device, over all layers; beyond it an append waits.
 _MOST_PENDING_NBYTES = 256 << 20
+
+
+class Records(Protocol):
+    """Where a sequence gets its extents and leaves its record; the store's catalog."""
+
+    def allocate(self, sizes: Sizes[int]) -> list[int]: ...
+    def publish_sequence(self, name: str, record: SequenceRecord) -> None: ...
+    def drop_sequence(self, name: str, offsets: Sizes[int]) -> None: ...
+    def commit(self, timeout_s: float | None = None) -> None: ...
+
+
+class Host(Protocol):
+    """What a sequence stands on; a :class:`KVStore`."""
+
+    engine: Engine
+    staging: StagingPool
+    verify: bool
+
+    @property
+    def catalog(self) -> Records: ...
+    def forget_sequence(self, sequence: Sequence) -> None: ...
+    def run_in_background(self, work: Callable[[], T]) -> Future[T]: ...
 
 
 class Sequence:
@@ -33,7 +58,7 @@ class Sequence:
     """
 
     def __init__(
-        self, store: KVStore, name: str, layout: SequenceLayout, offsets: list[int], temporary: bool
+        self, store: Host, name: str, layout: SequenceLayout, offsets: list[int], temporary: bool
     ) -> None:
         self.name = name
         self.temporary = temporary
@@ -61,7 +86,7 @@ class Sequence:
     @classmethod
     def created(
         cls,
-        store: KVStore,
+        store: Host,
         name: str,
         shape: KVShape,
         granularity: Granularity,
@@ -78,7 +103,7 @@ class Sequence:
         return sequence
 
     @classmethod
-    def restored(cls, store: KVStore, name: str, record: SequenceRecord) -> Sequence:
+    def restored(cls, store: Host, name: str, record: SequenceRecord) -> Sequence:
         """A recorded sequence, as it was at its last flush. Blocks on the device."""
         granularity: Granularity = "head" if record.granularity == "head" else "layer"
         layout = SequenceLayout(record.shape, granularity, record.chunk_nbytes)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
 
+from spdk_kv import store_background
 from spdk_kv.engines import EngineOptions
 from spdk_kv.engines.pagecache import PageCacheEngine
 from spdk_kv.errors import ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
@@ -27,8 +26,6 @@ from spdk_kv.units import parse_nbytes
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_open_stores: weakref.WeakSet[KVStore] = weakref.WeakSet()
 
 
 def open(
@@ -132,14 +129,9 @@ class KVStore:
             self._release_parts()
             raise
         self._closed = False
-        _open_stores.add(self)
+        store_background.opened(self)
         if flush_interval_s is not None and self.engine.persistent:
-            threading.Thread(
-                target=_flush_now_and_then,
-                args=(weakref.ref(self), self._stop, flush_interval_s),
-                name="spdk_kv-flush",
-                daemon=True,
-            ).start()
+            store_background.flush_every(self, self._stop, flush_interval_s)
 
     @property
     def location(self) -> str:
@@ -392,7 +384,7 @@ class KVStore:
             self.catalog.save_order()
         finally:
             self._closed = True
-            _open_stores.discard(self)
+            store_background.closed(self)
             self._release_parts()
 
     def _release_parts(self) -> None:
@@ -450,25 +442,3 @@ class KVStore:
             pass
         except SpdkKvError:
             log.exception("background flush of %s; the next one tries again", self.location)
-
-
-def _flush_now_and_then(
-    store: weakref.ref[KVStore], stop: threading.Event, interval_s: float
-) -> None:
-    while not stop.wait(interval_s):
-        opened = store()
-        if opened is None:
-            return
-        opened.flush_in_background()
-        del opened
-
-
-def _close_at_exit() -> None:
-    for store in list(_open_stores):
-        try:
-            store.close()
-        except SpdkKvError:
-            log.exception("closing %s at exit", store.location)
-
-
-atexit.register(_close_at_exit)

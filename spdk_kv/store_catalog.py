@@ -14,8 +14,8 @@ from typing import Literal
 
 from spdk_kv._native.transfer import Transfer
 from spdk_kv.errors import CapacityError, CorruptionError, DeviceError, KeyNotFound
-from spdk_kv.extents import ExtentTable
 from spdk_kv.index import BlobRecord, SequenceRecord
+from spdk_kv.store_extents import ExtentTable
 from spdk_kv.store_open import BLOCK_NBYTES, Opened
 from spdk_kv.units import align_up
 
