@@ -5,6 +5,8 @@ DEF MOST = 64
 DEF POLLS = 256
 # How long an abort may take before the controller is reset.
 DEF ABORT_GRACE_NS = 2_000_000_000
+# Between two attempts to bring a failed connection back.
+DEF RECONNECT_NS = 1_000_000_000
 
 
 cdef struct Reachable:
@@ -23,8 +25,10 @@ cdef struct Pair:
     skv_io *done
     skv_io *done_tail
     uint64_t reset_at_ns     # a cancelled command is overdue then; 0: none is
+    uint64_t tried_ns        # the last attempt to reconnect
+    bint can_abort
     bint woken
-    bint broken
+    bint broken              # the pair is disconnected; nothing of it is in flight
     # Memory that the controller reaches: changed by Python threads, read by those that submit.
     pthread_mutex_t mutex
     Reachable *reachable
@@ -53,16 +57,33 @@ cdef void _on_io(void *argument, const spdk_nvme_cpl *cpl) noexcept nogil:
         _finish(p, io, -status if status else <int>io.nbytes)
 
 
+cdef void _reconnect(Pair *p) noexcept nogil:
+    """Tries to bring a failed pair back, at most once in RECONNECT_NS. Blocks for a connect."""
+    cdef uint64_t now = skv_now_ns()
+    if p.admin.gone or (p.tried_ns and now - p.tried_ns < RECONNECT_NS):
+        return
+    p.tried_ns = now
+    if spdk_nvme_ctrlr_is_failed(p.admin.ctrlr) and spdk_nvme_ctrlr_reset(p.admin.ctrlr):
+        return
+    if spdk_nvme_ctrlr_reconnect_io_qpair(p.pair) == 0:
+        p.broken = False
+    elif spdk_nvme_ctrlr_reset(p.admin.ctrlr) == 0:
+        # A PCIe controller keeps the old queues until it is reset.
+        p.broken = spdk_nvme_ctrlr_reconnect_io_qpair(p.pair) != 0
+
+
 cdef int _submit(void *self, skv_io *io) noexcept nogil:
     cdef Pair *p = <Pair *>self
     cdef uint64_t lba = io.offset // p.block_nbytes
     cdef uint32_t count = io.nbytes // p.block_nbytes
     cdef spdk_nvme_dsm_range area
     cdef int rc
-    if p.admin.gone:
-        return -ENODEV
     if p.in_flight >= p.depth:
         return -EAGAIN
+    if p.broken and p.in_flight == 0:
+        _reconnect(p)
+    if p.admin.gone or p.broken:
+        return -ENODEV
     io.owner = p
     if io.op == SKV_READ:
         rc = spdk_nvme_ns_cmd_read(p.ns, p.pair, io.addr, lba, count, _on_io, io, 0)
@@ -87,23 +108,20 @@ cdef int _submit(void *self, skv_io *io) noexcept nogil:
     return rc
 
 
-cdef void _recover(Pair *p) noexcept nogil:
-    """The pair failed: takes back what was in flight, and connects again if that can be done."""
+cdef void _take_back(Pair *p) noexcept nogil:
+    """The pair failed: everything in flight comes back as failed, and the device lets go of it."""
     p.broken = True
     spdk_nvme_ctrlr_disconnect_io_qpair(p.pair)
     spdk_nvme_qpair_process_completions(p.pair, 0)
-    if not p.admin.gone and not spdk_nvme_ctrlr_is_failed(p.admin.ctrlr):
-        if spdk_nvme_ctrlr_reconnect_io_qpair(p.pair) == 0:
-            p.broken = False
 
 
 cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
     cdef Pair *p = <Pair *>self
     cdef uint64_t until_ns = 0, now
-    cdef int n = 0, polls = 0
+    cdef int n = 0, polls = 0, rc
     while True:
-        if spdk_nvme_qpair_process_completions(p.pair, 0) < 0:
-            _recover(p)
+        if not p.broken and spdk_nvme_qpair_process_completions(p.pair, 0) < 0:
+            _take_back(p)
         if p.done != NULL or wait_ns == 0 or p.woken:
             break
         polls += 1
@@ -116,8 +134,11 @@ cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept no
             if p.reset_at_ns and now >= p.reset_at_ns:
                 # The abort did not help: only a reset makes the device let go of the memory.
                 p.reset_at_ns = 0
-                if p.in_flight and spdk_nvme_ctrlr_reset(p.admin.ctrlr) == 0:
-                    _recover(p)
+                # It fails what was in flight, and connects the pairs of a PCIe controller again.
+                if p.in_flight:
+                    rc = spdk_nvme_ctrlr_reset(p.admin.ctrlr)
+                    if rc or spdk_nvme_qpair_process_completions(p.pair, 0) < 0 or p.in_flight:
+                        _take_back(p)
     p.woken = False
     while p.done != NULL and n < most:
         done[n] = p.done
@@ -153,7 +174,8 @@ cdef void _ignore(void *argument, const spdk_nvme_cpl *cpl) noexcept nogil:
 
 cdef void _cancel(void *self, skv_io *io) noexcept nogil:
     cdef Pair *p = <Pair *>self
-    spdk_nvme_ctrlr_cmd_abort_ext(p.admin.ctrlr, p.pair, io, _ignore, NULL)
+    if p.can_abort:
+        spdk_nvme_ctrlr_cmd_abort_ext(p.admin.ctrlr, p.pair, io, _ignore, NULL)
     if p.reset_at_ns == 0:
         p.reset_at_ns = skv_now_ns() + ABORT_GRACE_NS
 
@@ -175,6 +197,9 @@ cdef class QueuePair:
         self._p.admin = &controller._a
         self._p.block_nbytes = spdk_nvme_ns_get_sector_size(self._p.ns)
         self._p.depth = depth
+        # SPDK's vfio-user transport cannot walk its requests, and an abort would call through a
+        # null pointer there (seen with 26.09): a reset has to do.
+        self._p.can_abort = "VFIOUSER" not in controller.transport_id
         spdk_nvme_ctrlr_get_default_io_qpair_opts(controller._a.ctrlr, &opts, sizeof(opts))
         # Each of our commands may be split at MDTS or a boundary: SPDK then needs more requests
         # than we have commands, and queues in software what the hardware queue cannot hold.
