@@ -19,6 +19,9 @@ cdef extern from "<spdk/env.h>" nogil:
         void *env_context
         size_t opts_size
 
+    struct spdk_pci_device:
+        pass
+
     uint32_t SPDK_MALLOC_DMA
     uint32_t SPDK_MALLOC_SHARE
     int SPDK_ENV_NUMA_ID_ANY
@@ -29,6 +32,9 @@ cdef extern from "<spdk/env.h>" nogil:
     void spdk_free(void *buffer)
     int spdk_mem_register(void *address, size_t nbytes)
     int spdk_mem_unregister(void *address, size_t nbytes)
+    bint spdk_pci_device_is_removed(spdk_pci_device *device)
+    int spdk_pci_device_cfg_read16(spdk_pci_device *device, uint16_t *value, uint32_t offset)
+    int spdk_pci_device_cfg_write16(spdk_pci_device *device, uint16_t value, uint32_t offset)
 
 cdef extern from "<spdk/log.h>" nogil:
     enum spdk_log_level:
@@ -116,6 +122,16 @@ cdef extern from "<spdk/nvme.h>" nogil:
     ctypedef void (*spdk_nvme_cmd_cb)(void *, const spdk_nvme_cpl *) noexcept nogil
     ctypedef void (*spdk_nvme_remove_cb)(void *, spdk_nvme_ctrlr *) noexcept nogil
 
+    enum spdk_nvme_transport_type:
+        SPDK_NVME_TRANSPORT_PCIE
+    ctypedef union spdk_nvme_csts_register "union spdk_nvme_csts_register":
+        uint32_t raw
+    void spdk_nvme_trid_populate_transport(spdk_nvme_transport_id *trid,
+                                           spdk_nvme_transport_type type)
+    int spdk_nvme_scan_attached(const spdk_nvme_transport_id *trid)
+    spdk_pci_device *spdk_nvme_ctrlr_get_pci_device(spdk_nvme_ctrlr *)
+    spdk_nvme_csts_register spdk_nvme_ctrlr_get_regs_csts(spdk_nvme_ctrlr *)
+    void spdk_nvme_ctrlr_fail(spdk_nvme_ctrlr *)
     int spdk_nvme_transport_id_parse(spdk_nvme_transport_id *trid, const char *text)
     int spdk_nvme_transport_available_by_name(const char *name)
     void spdk_nvme_ctrlr_get_default_ctrlr_opts(spdk_nvme_ctrlr_opts *opts, size_t nbytes)

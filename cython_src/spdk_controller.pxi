@@ -4,15 +4,6 @@
 DEF ADMIN_INTERVAL_NS = 50_000_000
 
 
-cdef struct Admin:
-    spdk_nvme_ctrlr *ctrlr
-    pthread_t thread
-    pthread_mutex_t mutex
-    pthread_cond_t stop_asked
-    bint stopping
-    bint gone
-
-
 cdef void _on_removal(void *context, spdk_nvme_ctrlr *ctrlr) noexcept nogil:
     (<Admin *>context).gone = True
 
@@ -25,6 +16,8 @@ cdef void *_admin_main(void *argument) noexcept nogil:
         if spdk_nvme_ctrlr_process_admin_completions(a.ctrlr) == -ENXIO:
             if spdk_nvme_ctrlr_is_failed(a.ctrlr):
                 a.gone = True
+        if a.pci != NULL and not a.out:
+            _look_for_removal(a)
         pthread_mutex_lock(&a.mutex)
         if not a.stopping:
             wait_until(&a.stop_asked, &a.mutex, skv_now_ns() + ADMIN_INTERVAL_NS)
@@ -75,6 +68,7 @@ cdef class Controller:
             self._a.ctrlr = spdk_nvme_connect(&trid, &opts, sizeof(opts))
         if self._a.ctrlr == NULL:
             raise OSError(ENODEV, f"no NVMe controller answers at {transport_id}")
+        self._a.pci = spdk_nvme_ctrlr_get_pci_device(self._a.ctrlr)
         spdk_nvme_ctrlr_set_remove_cb(self._a.ctrlr, _on_removal, &self._a)
         pthread_mutex_init(&self._a.mutex, NULL)
         init_cond(&self._a.stop_asked)

@@ -115,12 +115,21 @@ cdef void _take_back(Pair *p) noexcept nogil:
     spdk_nvme_qpair_process_completions(p.pair, 0)
 
 
+cdef void _give_up(Pair *p) noexcept nogil:
+    """The drive is out. Only the end of a pair brings back all that was in flight on PCIe."""
+    p.broken = True
+    spdk_nvme_ctrlr_free_io_qpair(p.pair)
+    p.pair = NULL
+
+
 cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
     cdef Pair *p = <Pair *>self
     cdef uint64_t until_ns = 0, now
     cdef int n = 0, polls = 0, rc
     while True:
-        if not p.broken and spdk_nvme_qpair_process_completions(p.pair, 0) < 0:
+        if p.admin.out and p.in_flight:
+            _give_up(p)
+        elif not p.broken and spdk_nvme_qpair_process_completions(p.pair, 0) < 0:
             _take_back(p)
         if p.done != NULL or wait_ns == 0 or p.woken:
             break
@@ -174,7 +183,8 @@ cdef void _ignore(void *argument, const spdk_nvme_cpl *cpl) noexcept nogil:
 
 cdef void _cancel(void *self, skv_io *io) noexcept nogil:
     cdef Pair *p = <Pair *>self
-    if p.can_abort:
+    # Without a pair the abort would mean the admin queue.
+    if p.can_abort and p.pair != NULL:
         spdk_nvme_ctrlr_cmd_abort_ext(p.admin.ctrlr, p.pair, io, _ignore, NULL)
     if p.reset_at_ns == 0:
         p.reset_at_ns = skv_now_ns() + ABORT_GRACE_NS

@@ -20,16 +20,6 @@ mount_at() {
     mount -t "$2" -o "${3:-rw}" "$2" "$1" || say "no $2 at $1"
 }
 
-load_drivers() {
-    for module in nvme vfio-pci; do
-        modprobe "$module" || say "no module $module"
-    done
-    # Targets and what block devices are stacked from: tests want them, nothing else does.
-    for module in nvmet nvme-loop loop dm-mod md-mod raid1 ext4 vfat; do
-        modprobe -q "$module" || true
-    done
-}
-
 # Raises the number of 2 MiB pages, never lowers it.
 reserve_hugepages() {
     pages=$(($1 / 2))
@@ -45,7 +35,8 @@ prepare() {
     mount_at /dev/pts devpts gid=5,mode=620
     mount_at /dev/shm tmpfs mode=1777
     mount_at /dev/hugepages hugetlbfs mode=1770
-    load_drivers
+    # What else a test wants (nvmet, loop, dm), it or the kernel loads when it is used.
+    modprobe -a nvme vfio-pci || say 'no NVMe or VFIO driver'
     reserve_hugepages "${1:-512}"
 }
 

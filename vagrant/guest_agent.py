@@ -8,6 +8,7 @@ host hangs up, and the machine with it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import pwd
@@ -64,10 +65,8 @@ class Agent:
     def _signal(self, number: int, which: int) -> None:
         running = self._running.get(number)
         if running is not None:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.killpg(running.pid, which)
-            except ProcessLookupError:
-                pass  # it has just ended
 
     def _run(self, message: dict) -> None:
         number = message["id"]

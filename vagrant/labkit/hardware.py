@@ -19,7 +19,7 @@ class Drive:
     ``name``: QEMU's name for it, for :meth:`Machine.unplug`. ``image``: the file, made where it is
     missing. ``shares_group_with``: the name of an earlier drive whose card it is the second
     function of, so that both are one IOMMU group. ``bad_blocks``: 512-byte blocks of the image
-    that fail to be read, ``slow_ms``: how long every read then takes at least.
+    that fail to be read.
     """
 
     name: str

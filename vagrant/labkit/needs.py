@@ -92,12 +92,9 @@ def find_host() -> Host:
             f"the lab needs {', '.join(missing)} (Debian, Ubuntu: "
             f"{' '.join(install_command(missing))})"
         )
-    qemu, busybox, newest = (
-        shutil.which("qemu-system-x86_64"),
-        static_busybox(),
-        _newest_kernel(),
-    )
-    assert qemu and busybox and newest  # what missing_packages looked for
+    qemu, busybox, newest = shutil.which("qemu-system-x86_64"), static_busybox(), _newest_kernel()
+    if qemu is None or busybox is None or newest is None:
+        raise LabUnavailable("a package went away while the lab started")
     if not os.access(newest[0], os.R_OK):
         raise LabUnavailable(f"{newest[0]} may only be read by root: run the lab as root")
     return Host(qemu, *newest, busybox)
