@@ -30,7 +30,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may spread over several files beside each other: store_index.py is part of store.
-SPREAD = ("store", "sequence")
+SPREAD = ("store", "sequence", "index")
 # The one meant arrow on a floor: the store opens sequences.
 ARROWS = {("store", "sequence")}
 
