@@ -20,6 +20,7 @@ cdef extern from "<liburing.h>" nogil:
         long long tv_nsec
 
     unsigned IORING_SETUP_CLAMP
+    unsigned IORING_FEAT_EXT_ARG
     unsigned IORING_FSYNC_DATASYNC
     unsigned IOSQE_FIXED_FILE
 
@@ -43,6 +44,8 @@ cdef extern from "<liburing.h>" nogil:
     void io_uring_prep_fallocate(io_uring_sqe *, int fd, int mode, uint64_t offset, uint64_t nbytes)
     void io_uring_prep_cancel64(io_uring_sqe *, uint64_t user_data, int flags)
     int io_uring_register_files(io_uring *ring, const int *files, unsigned count)
+    int io_uring_unregister_files(io_uring *ring)
+    int io_uring_unregister_buffers(io_uring *ring)
     int io_uring_register_buffers_sparse(io_uring *ring, unsigned count)
     int io_uring_register_buffers_update_tag(io_uring *ring, unsigned offset, const iovec *iovecs,
                                              const unsigned long long *tags, unsigned count)

@@ -8,8 +8,9 @@ the device. Fresh memory would cost a page fault per page on every get.
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport errno
-from libc.stdint cimport uintptr_t
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset, strerror
 from posix.mman cimport (
     MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap,
@@ -83,6 +84,24 @@ cdef class Region:
             munmap(<void *>self._mapped_at, self._mapped_nbytes)
 
 
+# The pool's book-keeping is plain C: an allocation of a Python object may run the garbage
+# collector, which may give other leases back in the middle of whatever the pool is doing.
+cdef struct Slab:
+    PyObject *region       # owned
+    size_t capacity        # of each of its leases
+    size_t count           # leases in all
+    size_t idle            # those not out
+    Slab *previous         # of its class's slabs with something idle
+    Slab *following
+    size_t addresses[1]    # of the idle ones; in truth `count` of them
+
+
+cdef struct SizeClass:
+    size_t capacity
+    Slab *first            # slabs with something idle
+    SizeClass *smaller
+
+
 @cython.no_gc_clear
 cdef class Lease:
     """The right to ``capacity`` bytes at ``address``, until it and all views of it are gone.
@@ -93,7 +112,8 @@ cdef class Lease:
     cdef readonly size_t address
     cdef readonly size_t nbytes
     cdef readonly size_t capacity
-    cdef object _region
+    cdef Slab *_slab
+    cdef SizeClass *_class
     cdef Pool _pool
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
@@ -108,8 +128,8 @@ cdef class Lease:
             memset(<void *>(self.address + start), 0, self.capacity - start)
 
     def __dealloc__(self):
-        if self._pool is not None:
-            self._pool._give_back(self._region, self.address, self.capacity)
+        if self._slab != NULL:
+            self._pool._give_back(self._class, self._slab, self.address)
 
 
 @cython.no_gc_clear
@@ -121,8 +141,8 @@ cdef class Pool:
     is given up. Thread-safe under the GIL.
     """
     cdef object _allocate
-    cdef dict _free          # size class -> [(region, address), ...]
-    cdef dict _live          # id(region) -> [region, leases out, capacity, leases in all]
+    cdef SizeClass *_largest  # all classes, in falling order
+    cdef size_t _whole        # slabs with nothing leased out
     cdef readonly size_t cache_nbytes
     cdef readonly size_t free_nbytes
     cdef readonly size_t leased_nbytes
@@ -131,58 +151,131 @@ cdef class Pool:
     def __init__(self, allocate, size_t cache_nbytes):
         self._allocate = allocate
         self.cache_nbytes = cache_nbytes
-        self._free = {}
-        self._live = {}
 
     def lease(self, size_t nbytes):
         """A lease of ``nbytes`` bytes (whatever was there before is still in it)."""
-        cdef size_t capacity = size_class(nbytes)
-        cdef list free = self._free.get(capacity)
-        if not free:
-            self._grow(capacity)
-            free = self._free[capacity]
-        region, address = free.pop()
         cdef Lease lease = Lease.__new__(Lease)
-        lease._region = region
-        lease.address = address
+        cdef SizeClass *kind = self._class_of(size_class(nbytes))
+        cdef Slab *slab
+        # Again, should another thread have taken what this one made.
+        while kind.first == NULL:
+            self._grow(kind)
+        slab = kind.first
+        if slab.idle == slab.count:
+            self._whole -= 1
+        slab.idle -= 1
+        lease.address = slab.addresses[slab.idle]
         lease.nbytes = nbytes
-        lease.capacity = capacity
-        self.free_nbytes -= capacity
-        self.leased_nbytes += capacity
-        self.peak_nbytes = max(self.peak_nbytes, self.leased_nbytes + self.free_nbytes)
-        (<list>self._live[id(region)])[1] += 1
+        lease.capacity = slab.capacity
+        lease._slab = slab
+        lease._class = kind
         lease._pool = self
+        if not slab.idle:
+            _unlink(kind, slab)
+        self.free_nbytes -= slab.capacity
+        self.leased_nbytes += slab.capacity
         return lease
 
-    cdef _grow(self, size_t capacity):
-        region = self._allocate(capacity if 4 * capacity > SLAB else SLAB)
-        cdef size_t count = region.nbytes // capacity
-        cdef list free = self._free.setdefault(capacity, [])
-        cdef size_t i
-        self._live[id(region)] = [region, 0, capacity, count]
-        for i in range(count):
-            free.append((region, region.address + i * capacity))
-        self.free_nbytes += count * capacity
+    cdef SizeClass *_class_of(self, size_t capacity) except NULL:
+        cdef SizeClass **at = &self._largest
+        cdef SizeClass *made
+        while at[0] != NULL and at[0].capacity > capacity:
+            at = &at[0].smaller
+        if at[0] != NULL and at[0].capacity == capacity:
+            return at[0]
+        made = <SizeClass *>calloc(1, sizeof(SizeClass))
+        if made == NULL:
+            raise MemoryError()
+        made.capacity = capacity
+        made.smaller = at[0]
+        at[0] = made
+        return made
 
-    cdef _give_back(self, region, size_t address, size_t capacity):
-        (<list>self._live[id(region)])[1] -= 1
-        (<list>self._free[capacity]).append((region, address))
-        self.free_nbytes += capacity
-        self.leased_nbytes -= capacity
-        if self.free_nbytes > self.cache_nbytes:
+    cdef _grow(self, SizeClass *kind):
+        region = self._allocate(kind.capacity if 4 * kind.capacity > SLAB else SLAB)
+        cdef size_t at = region.address
+        cdef size_t count = region.nbytes // kind.capacity
+        cdef size_t i
+        cdef Slab *slab = <Slab *>malloc(sizeof(Slab) + count * sizeof(size_t))
+        if slab == NULL:
+            raise MemoryError()
+        Py_INCREF(region)
+        slab.region = <PyObject *>region
+        slab.capacity = kind.capacity
+        slab.count = slab.idle = count
+        for i in range(count):
+            slab.addresses[i] = at + i * kind.capacity
+        _link(kind, slab)
+        self._whole += 1
+        self.free_nbytes += count * kind.capacity
+        self.peak_nbytes = max(self.peak_nbytes, self.leased_nbytes + self.free_nbytes)
+
+    cdef _give_back(self, SizeClass *kind, Slab *slab, size_t address):
+        if not slab.idle:
+            _link(kind, slab)
+        slab.addresses[slab.idle] = address
+        slab.idle += 1
+        if slab.idle == slab.count:
+            self._whole += 1
+        self.free_nbytes += slab.capacity
+        self.leased_nbytes -= slab.capacity
+        if self.free_nbytes > self.cache_nbytes and self._whole:
             self.trim(self.cache_nbytes)
 
     def trim(self, size_t keep_nbytes=0):
         """Gives up idle regions, those of the largest leases first, until at most
         ``keep_nbytes`` are free."""
-        cdef size_t capacity, count
-        idle = sorted((entry for entry in self._live.values() if not entry[1]),
-                      key=lambda entry: -entry[2])
-        for region, _, capacity, count in idle:
-            if self.free_nbytes <= keep_nbytes:
-                return
-            self._free[capacity] = [
-                pair for pair in self._free[capacity] if pair[0] is not region
-            ]
-            self.free_nbytes -= capacity * count
-            del self._live[id(region)]
+        cdef SizeClass *kind = self._largest
+        cdef Slab *dropped = NULL
+        cdef Slab *slab
+        cdef Slab *following
+        while kind != NULL:
+            slab = kind.first
+            while slab != NULL and self.free_nbytes > keep_nbytes:
+                following = slab.following
+                if slab.idle == slab.count:
+                    _unlink(kind, slab)
+                    self._whole -= 1
+                    self.free_nbytes -= slab.count * slab.capacity
+                    slab.following = dropped
+                    dropped = slab
+                slab = following
+            kind = kind.smaller
+        # Only now, since the end of a region may run anything.
+        _free_slabs(dropped)
+
+    def __dealloc__(self):
+        # Leases hold their pool: none are out.
+        cdef SizeClass *kind = self._largest
+        cdef SizeClass *smaller
+        while kind != NULL:
+            smaller = kind.smaller
+            _free_slabs(kind.first)
+            free(kind)
+            kind = smaller
+
+
+cdef void _link(SizeClass *kind, Slab *slab) noexcept:
+    slab.previous = NULL
+    slab.following = kind.first
+    if kind.first != NULL:
+        kind.first.previous = slab
+    kind.first = slab
+
+
+cdef void _unlink(SizeClass *kind, Slab *slab) noexcept:
+    if slab.previous != NULL:
+        slab.previous.following = slab.following
+    else:
+        kind.first = slab.following
+    if slab.following != NULL:
+        slab.following.previous = slab.previous
+
+
+cdef _free_slabs(Slab *slab):
+    cdef Slab *following
+    while slab != NULL:
+        following = slab.following
+        Py_DECREF(<object>slab.region)
+        free(slab)
+        slab = following

@@ -33,10 +33,18 @@ from pthreads cimport (
     wait_until,
 )
 
+from spdk_kv.errors import ClosedError
+
+cdef extern from *:
+    ctypedef unsigned char volatile_uint8 "volatile unsigned char"
+
 cdef extern from "<errno.h>" nogil:
     int ECANCELED
     int ENODATA
     int ETIMEDOUT
+
+cdef extern from "<unistd.h>" nogil:
+    int _getpid "getpid"()
 
 READ = SKV_READ
 WRITE = SKV_WRITE

@@ -49,7 +49,7 @@ cdef class Queue:
         self.closed = True
         if segment_nbytes % block_nbytes or not depth or not segment_nbytes:
             raise ValueError("segments are a whole number of blocks, and depth is at least 1")
-        if not slots and align_nbytes > 1:
+        if not slots and (align_nbytes > 1 or block_nbytes > 1):
             raise ValueError("a device that wants alignment needs bounce slots")
         q = <Queue_ *>calloc(1, sizeof(Queue_))
         if q == NULL:
@@ -101,20 +101,23 @@ cdef class Queue:
         cdef Queue_ *q = self._q
         cdef Transfer_ *t
         cdef list done = []
-        with nogil:
-            pthread_mutex_lock(&q.mutex)
-            while q.reap == NULL and not q.reap_stop:
-                pthread_cond_wait(&q.reapable, &q.mutex)
-            t = q.reap
-            q.reap = NULL
-            pthread_mutex_unlock(&q.mutex)
-        while t != NULL:
-            done.append(<object>t.handle)
-            Py_DECREF(<object>t.handle)
-            t.handle = NULL
-            t = t.next_incoming
+        cdef bint stop = self.pid != _getpid()
+        while not done and not stop:
+            with nogil:
+                pthread_mutex_lock(&q.mutex)
+                while q.reap == NULL and q.orphans == NULL and not q.reap_stop:
+                    pthread_cond_wait(&q.reapable, &q.mutex)
+                t = q.reap
+                q.reap = NULL
+                stop = q.reap_stop
+                pthread_mutex_unlock(&q.mutex)
+            while t != NULL:
+                done.append(<object>t.handle)
+                Py_DECREF(<object>t.handle)
+                t.handle = NULL
+                t = t.next_incoming
+            _free_orphans(q)
         done.reverse()
-        _free_orphans(q)
         return done
 
     def stop_reaping(self):
@@ -141,13 +144,15 @@ cdef class Queue:
     def close(self, double timeout_s=30.0):
         """Waits until nothing is in flight, then ends the thread. Returns whether it came to that.
 
-        If the device does not let go within ``timeout_s``, False: the queue's memory is then
-        given up rather than freed, since the device may still write to what was kept.
+        If the device does not let go within ``timeout_s``, False: whoever waits gets ETIMEDOUT,
+        and the queue's memory is given up rather than freed, since the device may still write to
+        what was kept.
         """
         cdef Queue_ *q = self._q
-        cdef uint64_t until_ns = skv_now_ns() + <uint64_t>(timeout_s * 1e9)
-        cdef bint stopped = False
-        if self.closed:
+        cdef uint64_t until_ns = skv_now_ns() + <uint64_t>(min(max(timeout_s, 0.0), 1e9) * 1e9)
+        cdef bint stopped = False, wake
+        if self.closed or self.pid != _getpid():
+            self.closed = True
             return True
         self.closed = True
         with nogil:
@@ -159,6 +164,19 @@ cdef class Queue:
             while not q.stopped:
                 if wait_until(&q.reapable, &q.mutex, until_ns):
                     break
+            if not q.stopped:
+                q.giving_up = 1
+                q.changed = 1
+                wake = q.polling
+                pthread_mutex_unlock(&q.mutex)
+                if wake:
+                    q.backend.wake(q.backend.self)
+                pthread_mutex_lock(&q.mutex)
+                # Soon, unless the driver itself hangs in the kernel.
+                until_ns = skv_now_ns() + 20 * SLICE_NS
+                while not q.stopped and not q.gave_up:
+                    if wait_until(&q.reapable, &q.mutex, until_ns):
+                        break
             stopped = q.stopped
             pthread_mutex_unlock(&q.mutex)
             if stopped:
@@ -173,12 +191,10 @@ cdef class Queue:
 
     def __dealloc__(self):
         cdef Queue_ *q = self._q
-        if q == NULL:
-            return
+        if q == NULL or self.pid != _getpid():
+            return  # a forked child has none of the threads, and locks in whatever state
         if not self.closed:
             # Only transfers hold a queue, and none are left: nothing can be in flight.
-            if self.pid != _getpid():
-                return  # a forked child has none of the threads
             with nogil:
                 pthread_mutex_lock(&q.mutex)
                 q.stopping = 1
@@ -191,10 +207,6 @@ cdef class Queue:
         pthread_cond_destroy(&q.reapable)
         free(q.slots)
         free(q)
-
-
-cdef extern from "<unistd.h>" nogil:
-    int _getpid "getpid"()
 
 
 @cython.no_gc_clear
@@ -255,6 +267,8 @@ cdef class Transfer:
         cdef Piece *p
         if self._submitted:
             raise ValueError("the transfer was already submitted")
+        if nbytes > <uint64_t>1 << 62 or offset > <uint64_t>1 << 62:
+            raise ValueError(f"no device has {nbytes} bytes at offset {offset}")
         if misplaced and (self._t.op != SKV_READ or self._t.chunk_nbytes):
             raise ValueError(
                 f"offset {offset} is not a multiple of the block size {q.block_nbytes}")
@@ -308,6 +322,10 @@ cdef class Transfer:
                 p.chunks = <uint32_t>(
                     (p.nbytes + self._t.chunk_nbytes - 1) // self._t.chunk_nbytes)
                 chunks += p.chunks
+        if count >= 0xffffffff or chunks >= 0xffffffff:
+            raise ValueError(f"{count} segments are too many for one transfer")
+        free(self._t.segments)  # of an attempt that ran out of memory
+        free(self._t.crcs)
         self._t.segments = <Segment *>calloc(count + 1, sizeof(Segment))
         self._t.crcs = <uint32_t *>calloc(chunks + 1, sizeof(uint32_t))
         if self._t.segments == NULL or self._t.crcs == NULL:
@@ -343,10 +361,12 @@ cdef class Transfer:
     cdef _submit(self, timeout_s, int priority, bint notify, bint wake_thread):
         cdef Queue_ *q = self._t.queue
         cdef double limit
+        cdef bint taken
         if self._submitted:
             raise ValueError("the transfer was already submitted")
+        self._check_fork()
         if self.queue.closed:
-            raise RuntimeError("the queue is closed")
+            raise ClosedError("the engine is closed")
         if timeout_s is not None:
             limit = timeout_s
             if not 0 < limit < 1e9:
@@ -359,11 +379,36 @@ cdef class Transfer:
         if notify:
             self._t.handle = <PyObject *>self
             Py_INCREF(self)
-        if self._t.count == 0 and not notify:
+        if self._t.count == 0:
+            pthread_mutex_lock(&q.mutex)
             self._t.done = 1
+            if notify:
+                _notify(q, self._t)
+            pthread_mutex_unlock(&q.mutex)
             return
         with nogil:
-            _enqueue(q, self._t, wake_thread)
+            taken = _enqueue(q, self._t, wake_thread)
+        if not taken:
+            self._submitted = False
+            if notify:
+                self._t.handle = NULL
+                Py_DECREF(self)
+            raise ClosedError("the engine was closed meanwhile")
+
+    cdef _check_fork(self):
+        if self.queue.pid != _getpid():
+            raise ClosedError(
+                f"this transfer belongs to process {self.queue.pid}, from which this one forked")
+
+    cdef bint _over(self):
+        """Whether it is done. Under the mutex, which also makes visible what the driver wrote."""
+        cdef bint done
+        if not self._submitted or self.queue.pid != _getpid():
+            return self._t.done
+        pthread_mutex_lock(&self._t.queue.mutex)
+        done = self._t.done
+        pthread_mutex_unlock(&self._t.queue.mutex)
+        return done
 
     def submit(self, timeout_s=None, int priority=0, bint notify=False):
         """Starts the transfer and returns at once.
@@ -387,9 +432,11 @@ cdef class Transfer:
         """
         cdef Transfer_ *t = self._t
         cdef Queue_ *q = t.queue
-        cdef bint over = t.done
+        cdef bint over = self._over()
         if not self._submitted:
             raise ValueError("the transfer was not submitted")
+        if not over:
+            self._check_fork()
         if not over and t.priority != DEMAND:
             self._change(False)
         while not over:
@@ -401,13 +448,14 @@ cdef class Transfer:
                 except BaseException:
                     self._drain()
                     raise
-        if t.done:
+        if self._over():
             (<list>t.kept).clear()
         return t.status
 
     cdef _change(self, bint cancel):
         cdef Queue_ *q = self._t.queue
         cdef bint wake
+        self._check_fork()
         pthread_mutex_lock(&q.mutex)
         if cancel:
             self._t.cancelled = 1
@@ -434,12 +482,12 @@ cdef class Transfer:
     @property
     def done(self):
         """Whether the device is done with it (after a deadline that may be later than `wait`)."""
-        return bool(self._t.done)
+        return bool(self._over())
 
     @property
     def in_flight(self):
         """Submitted, and the device may still touch what was kept."""
-        return self._submitted and not self._t.done
+        return self._submitted and not self._over()
 
     @property
     def status(self):
@@ -492,9 +540,11 @@ cdef class Transfer:
         cdef Transfer_ *t = self._t
         cdef Queue_ *q
         cdef bint free_it = True
-        free(self._pieces)
         if t == NULL:
             return
+        if self.queue.pid != _getpid():
+            return  # a forked child cannot know who held the locks
+        free(self._pieces)
         if self._submitted and not t.done:
             q = t.queue
             pthread_mutex_lock(&q.mutex)

@@ -2,35 +2,34 @@
 
 
 cdef inline void _todo_push(Queue_ *q, Transfer_ *t) noexcept nogil:
+    # Read once: a waiter may raise it at any time.
+    cdef uint8_t priority = (<volatile_uint8 *>&t.priority)[0]
     t.next_todo = NULL
-    t.listed = 1
-    if q.todo[t.priority] == NULL:
-        q.todo[t.priority] = t
+    t.listed = 1 + priority
+    if q.todo[priority] == NULL:
+        q.todo[priority] = t
     else:
-        q.todo_tail[t.priority].next_todo = t
-    q.todo_tail[t.priority] = t
+        q.todo_tail[priority].next_todo = t
+    q.todo_tail[priority] = t
 
 
 cdef void _todo_remove(Queue_ *q, Transfer_ *t) noexcept nogil:
     cdef Transfer_ *previous = NULL
-    cdef Transfer_ *at = NULL
+    cdef Transfer_ *at
     cdef int p
     if not t.listed:
         return
-    for p in range(2):
-        previous = NULL
-        at = q.todo[p]
-        while at != NULL and at != t:
-            previous = at
-            at = at.next_todo
-        if at == t:
-            if previous == NULL:
-                q.todo[p] = t.next_todo
-            else:
-                previous.next_todo = t.next_todo
-            if q.todo_tail[p] == t:
-                q.todo_tail[p] = previous
-            break
+    p = t.listed - 1
+    at = q.todo[p]
+    while at != t:
+        previous = at
+        at = at.next_todo
+    if previous == NULL:
+        q.todo[p] = t.next_todo
+    else:
+        previous.next_todo = t.next_todo
+    if q.todo_tail[p] == t:
+        q.todo_tail[p] = previous
     t.listed = 0
 
 
@@ -63,6 +62,8 @@ cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
     elif t.orphan:
         t.next_incoming = q.orphans
         q.orphans = t
+        # What it kept goes as soon as somebody with the GIL can see to it.
+        pthread_cond_broadcast(&q.reapable)
     pthread_cond_broadcast(&t.finished)
     pthread_mutex_unlock(&q.mutex)
 
@@ -98,13 +99,18 @@ cdef void _finish_segment(Queue_ *q, Segment *s) noexcept nogil:
 
 
 cdef inline void _follow_up_push(Queue_ *q, Segment *s) noexcept nogil:
-    s.next = NULL
+    s.next_follow_up = NULL
     s.queued = 1
     if q.follow_up == NULL:
         q.follow_up = s
     else:
-        q.follow_up_tail.next = s
+        q.follow_up_tail.next_follow_up = s
     q.follow_up_tail = s
+
+
+cdef inline void _retry(Queue_ *q, Segment *s) noexcept nogil:
+    s.next_retry = q.retry
+    q.retry = s
 
 
 cdef void _checksum(Segment *s, uint32_t first, uint32_t last) noexcept nogil:
@@ -139,8 +145,11 @@ cdef void _copy(Segment *s) noexcept nogil:
     In blocks that stay in the cache, so that summing what was just copied costs little. What is
     summed is the caller's side: the copy is covered too.
     """
-    cdef uint32_t block = max(<uint32_t>COPY_BLOCK_NBYTES, s.transfer.chunk_nbytes)
+    cdef uint32_t block = COPY_BLOCK_NBYTES, chunk = s.transfer.chunk_nbytes
     cdef uint32_t at = 0, end
+    if chunk:
+        # Whole chunks, of whatever length.
+        block = max(block // chunk, <uint32_t>1) * chunk
     while at < s.nbytes:
         end = min(at + block, s.nbytes)
         if s.transfer.op == SKV_WRITE:
@@ -155,9 +164,11 @@ cdef void _copy(Segment *s) noexcept nogil:
 cdef void _do_follow_up(Queue_ *q) noexcept nogil:
     """One segment's checksum or copy; short enough to look at the device again after it."""
     cdef Segment *s = q.follow_up
-    q.follow_up = s.next
+    q.follow_up = s.next_follow_up
     s.queued = 0
-    if not s.failed:
+    # Of a transfer that failed or expired nobody reads the sums, and its caller's memory should
+    # not change any more than the device changes it.
+    if not s.failed and not s.transfer.status:
         if s.slot != NULL:
             _copy(s)
         else:
@@ -172,8 +183,7 @@ cdef void _submit_segment(Queue_ *q, Segment *s) noexcept nogil:
     s.io.submitted_ns = skv_now_ns()
     rc = q.backend.submit(q.backend.self, &s.io)
     if rc == -EAGAIN:
-        s.next = q.retry
-        q.retry = s
+        _retry(q, s)
         return
     if rc < 0:
         _fail(q, s, -rc)
@@ -221,7 +231,7 @@ cdef void _refill(Queue_ *q) noexcept nogil:
     while q.in_flight < q.depth:
         s = q.retry
         if s != NULL:
-            q.retry = s.next
+            q.retry = s.next_retry
             if s.transfer.status:
                 s.failed = 1
                 s.io_done = 1
@@ -271,8 +281,7 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
         # The kernel cancels what a thread has in flight when that thread ends, and the driver may
         # have been any thread: so a cancellation that nobody asked for is tried again.
         if (result == -EAGAIN or result == -EINTR or result == -ECANCELED) and not t.status:
-            s.next = q.retry
-            q.retry = s
+            _retry(q, s)
             return
         _fail(q, s, -result)
     elif t.op == SKV_READ or t.op == SKV_WRITE:
@@ -292,8 +301,7 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
                 s.io.addr = <unsigned char *>s.io.addr + result
                 s.io.offset += <uint32_t>result
                 s.io.nbytes -= <uint32_t>result
-                s.next = q.retry
-                q.retry = s
+                _retry(q, s)
                 return
             else:
                 s.failed = 1
@@ -311,6 +319,23 @@ cdef void _cancel_in_flight(Queue_ *q, Transfer_ *t) noexcept nogil:
             q.backend.cancel(q.backend.self, &t.segments[i].io)
 
 
+cdef void _expire(Queue_ *q, Transfer_ *t) noexcept nogil:
+    """Its waiters give up; its memory stays kept until the device lets go. `t` may be gone when
+    this returns."""
+    if not t.status:
+        t.status = ETIMEDOUT
+        t.failed_segment = 0
+    _stop_submitting(q, t)
+    _cancel_in_flight(q, t)
+    pthread_mutex_lock(&q.mutex)
+    t.expired = 1
+    if t.handle != NULL:
+        _notify(q, t)
+    pthread_cond_broadcast(&t.finished)
+    pthread_mutex_unlock(&q.mutex)
+    _maybe_finish(q, t)
+
+
 cdef uint64_t _look_at_deadlines(Queue_ *q) noexcept nogil:
     """Fails what is overdue; returns when the next deadline is (0: there is none)."""
     cdef Transfer_ *t = q.all
@@ -320,18 +345,7 @@ cdef uint64_t _look_at_deadlines(Queue_ *q) noexcept nogil:
         following = t.following
         if t.deadline_ns and not t.expired:
             if t.deadline_ns <= now:
-                if not t.status:
-                    t.status = ETIMEDOUT
-                    t.failed_segment = 0
-                _stop_submitting(q, t)
-                _cancel_in_flight(q, t)
-                pthread_mutex_lock(&q.mutex)
-                t.expired = 1
-                if t.handle != NULL:
-                    _notify(q, t)
-                pthread_cond_broadcast(&t.finished)
-                pthread_mutex_unlock(&q.mutex)
-                _maybe_finish(q, t)
+                _expire(q, t)
             elif soonest == 0 or t.deadline_ns < soonest:
                 soonest = t.deadline_ns
         t = following
@@ -340,21 +354,27 @@ cdef uint64_t _look_at_deadlines(Queue_ *q) noexcept nogil:
 
 
 cdef void _look_at_changes(Queue_ *q) noexcept nogil:
-    """Cancellations and raised priorities, asked for by other threads."""
+    """Cancellations, raised priorities and giving up, asked for by other threads."""
     cdef Transfer_ *t = q.all
     cdef Transfer_ *following
     while t != NULL:
         following = t.following
-        if t.cancelled and not t.status:
+        if q.giving_up and not t.expired:
+            _expire(q, t)
+        elif t.cancelled and not t.status:
             t.status = ECANCELED
             t.failed_segment = 0
             _stop_submitting(q, t)
             _maybe_finish(q, t)
-        elif t.listed:
-            # Off whichever list it is on, and on that of its priority now.
+        elif t.listed and t.listed != 1 + t.priority:
             _todo_remove(q, t)
             _todo_push(q, t)
         t = following
+    if q.giving_up:
+        pthread_mutex_lock(&q.mutex)
+        q.gave_up = 1
+        pthread_cond_broadcast(&q.reapable)
+        pthread_mutex_unlock(&q.mutex)
 
 
 cdef void _take_incoming(Queue_ *q) noexcept nogil:
@@ -372,6 +392,8 @@ cdef void _take_incoming(Queue_ *q) noexcept nogil:
         _todo_push(q, t)
         if t.deadline_ns:
             q.deadlines = 1
+        if t.cancelled:
+            q.changed = 1
         t = following
 
 
@@ -403,15 +425,16 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
             _look_at_changes(q)
         _refill(q)
         wait = 0
+        wake_at = until_ns
+        if q.deadlines:
+            now = _look_at_deadlines(q)
+            if now and (wake_at == 0 or now < wake_at):
+                wake_at = now
+        now = skv_now_ns()
+        # Also with work at hand: a thread of Python's has signals to look at.
+        if until_ns and now >= until_ns:
+            return False
         if q.follow_up == NULL and not q.more:
-            wake_at = until_ns
-            if q.deadlines:
-                now = _look_at_deadlines(q)
-                if now and (wake_at == 0 or now < wake_at):
-                    wake_at = now
-            now = skv_now_ns()
-            if until_ns and now >= until_ns:
-                return False
             # Bounded, so that a lost wake-up would cost a delay and never a hang.
             wait = SLICE_NS
             if wake_at and wake_at < now + SLICE_NS:
@@ -442,8 +465,6 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
                         _completed(q, <Segment *>done[i], now)
             if q.follow_up != NULL:
                 _do_follow_up(q)
-            if q.deadlines:
-                _look_at_deadlines(q)
 
 
 cdef void _let_go(Queue_ *q) noexcept nogil:
@@ -451,7 +472,7 @@ cdef void _let_go(Queue_ *q) noexcept nogil:
     pthread_mutex_lock(&q.mutex)
     q.driven = 0
     q.polling = 0
-    if q.active:
+    if q.active or q.stopping:
         pthread_cond_signal(&q.work)
     pthread_mutex_unlock(&q.mutex)
 
@@ -467,7 +488,8 @@ cdef void *_thread_main(void *argument) noexcept nogil:
             pthread_mutex_lock(&q.mutex)
             q.driven = 0
             continue
-        if q.stopping and not q.active:
+        # Not while a waiter still drives: it may be about to poll an engine that close() frees.
+        if q.stopping and not q.active and not q.driven:
             break
         pthread_cond_wait(&q.work, &q.mutex)
     q.stopped = 1
@@ -476,9 +498,13 @@ cdef void *_thread_main(void *argument) noexcept nogil:
     return NULL
 
 
-cdef void _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
+cdef bint _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
+    """False: the queue is closing."""
     cdef bint wake
     pthread_mutex_lock(&q.mutex)
+    if q.stopping:
+        pthread_mutex_unlock(&q.mutex)
+        return False
     t.next_incoming = NULL
     if q.incoming == NULL:
         q.incoming = t
@@ -492,6 +518,7 @@ cdef void _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
     pthread_mutex_unlock(&q.mutex)
     if wake:
         q.backend.wake(q.backend.self)
+    return True
 
 
 cdef int _wait(Queue_ *q, Transfer_ *t, uint64_t until_ns) noexcept nogil:

@@ -27,7 +27,9 @@ cdef struct Segment:
     uint8_t failed
     uint8_t queued         # on the follow-up list
     uint8_t in_flight
-    Segment *next          # follow-up list or retry list
+    # Two links, because a write may wait for its checksum and for another try at the same time.
+    Segment *next_follow_up
+    Segment *next_retry
 
 
 cdef struct Piece:
@@ -54,7 +56,7 @@ cdef struct Transfer_:
     uint8_t op
     uint8_t checksum
     uint8_t priority
-    uint8_t listed         # on a to-do list
+    uint8_t listed         # 1 + the priority whose to-do list it is on; 0: on none
     # Guarded by the queue's mutex:
     uint8_t done           # nothing of it is in flight any more
     uint8_t expired        # deadline passed
@@ -97,6 +99,8 @@ cdef struct Queue_:
     uint8_t stopping
     uint8_t stopped
     uint8_t reap_stop
+    uint8_t giving_up          # close() ran out of time: let go of everybody who waits
+    uint8_t gave_up
     Transfer_ *incoming
     Transfer_ *incoming_tail
     Transfer_ *reap            # done, for the reaper

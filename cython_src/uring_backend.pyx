@@ -4,7 +4,7 @@ file where the machine allows them, and without them where it does not."""
 
 cimport cython
 from cpython.pycapsule cimport PyCapsule_New
-from libc.errno cimport EAGAIN, EINTR, ENOSPC
+from libc.errno cimport EAGAIN, EBADF, EINTR, ENOSPC, ENOSYS, errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset, strerror
 
@@ -31,6 +31,7 @@ cdef extern from "<sys/eventfd.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void *, size_t)
     int close(int fd)
+    int getpid()
 
 # Slots in the ring's table of registered buffers; a region takes one.
 DEF BUFFERS = 1024
@@ -52,8 +53,12 @@ cdef struct Ring:
     uint64_t wake_count
     bint wake_armed
     bint fixed_file
+    bint closed
     # The table of registered buffers: filled by Python threads, read by the driver.
     pthread_mutex_t mutex
+    # Held over the system calls that change the table, which may last: the driver never waits
+    # for it.
+    pthread_mutex_t registering
     bint fixed_buffers
     Buffer buffers[BUFFERS]
     int used_buffers
@@ -69,6 +74,54 @@ cdef int _buffer_index(Ring *r, size_t address, size_t nbytes) noexcept nogil:
             break
     pthread_mutex_unlock(&r.mutex)
     return found
+
+
+cdef int _update(Ring *r, unsigned slot, size_t address, size_t nbytes) noexcept nogil:
+    """Sets one entry of the kernel's table; 0 bytes empty it. With `registering` held."""
+    cdef iovec vector
+    cdef unsigned long long tag = 0
+    cdef int rc
+    vector.iov_base = <void *>address
+    vector.iov_len = nbytes
+    rc = io_uring_register_buffers_update_tag(&r.ring, slot, &vector, &tag, 1)
+    return rc if rc < 0 else 0
+
+
+cdef void _set_entry(Ring *r, int slot, size_t address, size_t nbytes) noexcept nogil:
+    pthread_mutex_lock(&r.mutex)
+    r.buffers[slot].address = address
+    r.buffers[slot].nbytes = nbytes
+    r.used_buffers = max(r.used_buffers, slot + 1)
+    pthread_mutex_unlock(&r.mutex)
+
+
+cdef int _register(Ring *r, size_t address, size_t nbytes) noexcept nogil:
+    cdef int slot, rc = -ENOSPC
+    pthread_mutex_lock(&r.registering)
+    if r.closed:
+        rc = -EBADF
+    else:
+        for slot in range(BUFFERS):
+            if r.buffers[slot].nbytes == 0:
+                rc = _update(r, slot, address, nbytes)
+                if rc == 0:
+                    _set_entry(r, slot, address, nbytes)
+                break
+    pthread_mutex_unlock(&r.registering)
+    return rc
+
+
+cdef void _unregister(Ring *r, size_t address) noexcept nogil:
+    cdef int slot
+    pthread_mutex_lock(&r.registering)
+    # A closed ring's descriptor may by now be another ring's.
+    if not r.closed:
+        for slot in range(r.used_buffers):
+            if r.buffers[slot].nbytes and r.buffers[slot].address == address:
+                _set_entry(r, slot, 0, 0)
+                _update(r, slot, 0, 0)
+                break
+    pthread_mutex_unlock(&r.registering)
 
 
 cdef void _arm_wake(Ring *r) noexcept nogil:
@@ -166,13 +219,16 @@ cdef class UringBackend:
     refuse a ring. ``fixed_file`` and ``fixed_buffers`` tell what could be registered.
     """
     cdef Ring _r
-    cdef bint _ready
+    cdef int _pid
     cdef readonly object backend
 
     def __cinit__(self, int fd, unsigned entries):
         cdef io_uring_params parameters
         cdef int rc
         pthread_mutex_init(&self._r.mutex, NULL)
+        pthread_mutex_init(&self._r.registering, NULL)
+        self._pid = getpid()
+        self._r.closed = True
         self._r.fd = fd
         self._r.wake_fd = -1
         # Neither COOP_TASKRUN nor SINGLE_ISSUER: the driver changes, and a completion must not
@@ -182,10 +238,13 @@ cdef class UringBackend:
         rc = io_uring_queue_init_params(entries, &self._r.ring, &parameters)
         if rc < 0:
             raise OSError(-rc, f"io_uring_setup: {strerror(-rc).decode()}")
-        self._ready = True
+        self._r.closed = False
+        if not parameters.features & IORING_FEAT_EXT_ARG:
+            # Without it liburing's timed wait puts commands of its own among ours.
+            raise OSError(ENOSYS, "io_uring_setup: this kernel is older than 5.11")
         self._r.wake_fd = eventfd(0, EFD_CLOEXEC)
         if self._r.wake_fd < 0:
-            raise OSError("no eventfd for the ring")
+            raise OSError(errno, f"eventfd: {strerror(errno).decode()}")
         self._r.fixed_file = io_uring_register_files(&self._r.ring, &fd, 1) == 0
         self._r.fixed_buffers = io_uring_register_buffers_sparse(&self._r.ring, BUFFERS) == 0
         self._r.backend.self = &self._r
@@ -215,50 +274,42 @@ cdef class UringBackend:
         Returns 0, or the errno that says why not (ENOMEM: RLIMIT_MEMLOCK); the memory can then
         be used all the same.
         """
-        cdef int i, slot = -1, rc
+        cdef int rc
         if not self._r.fixed_buffers:
             return EOPNOTSUPP
-        for i in range(BUFFERS):
-            if self._r.buffers[i].nbytes == 0:
-                slot = i
-                break
-        if slot < 0:
-            return ENOSPC
-        rc = self._update(slot, address, nbytes)
-        if rc < 0:
-            return -rc
-        pthread_mutex_lock(&self._r.mutex)
-        self._r.buffers[slot].address = address
-        self._r.buffers[slot].nbytes = nbytes
-        self._r.used_buffers = max(self._r.used_buffers, slot + 1)
-        pthread_mutex_unlock(&self._r.mutex)
-        return 0
+        if self._pid != getpid():
+            return EBADF
+        with nogil:
+            rc = _register(&self._r, address, nbytes)
+        return -rc
 
     def unregister(self, size_t address):
         """Takes memory out of the table again; nothing may be in flight in it."""
-        cdef int i
-        for i in range(self._r.used_buffers):
-            if self._r.buffers[i].nbytes and self._r.buffers[i].address == address:
-                pthread_mutex_lock(&self._r.mutex)
-                self._r.buffers[i].nbytes = 0
-                pthread_mutex_unlock(&self._r.mutex)
-                self._update(i, 0, 0)
-                return
-
-    cdef int _update(self, unsigned slot, size_t address, size_t nbytes):
-        cdef iovec vector
-        cdef unsigned long long tag = 0
-        cdef int rc
-        vector.iov_base = <void *>address
-        vector.iov_len = nbytes
-        with nogil:
-            rc = io_uring_register_buffers_update_tag(&self._r.ring, slot, &vector, &tag, 1)
-        return rc
+        # A forked child shares the ring with its parent, and must leave the parent's table alone.
+        if self._r.fixed_buffers and self._pid == getpid():
+            with nogil:
+                _unregister(&self._r, address)
 
     def close(self):
         """Gives the ring back; nothing may be in flight."""
-        if self._ready:
-            self._ready = False
+        cdef bint ready
+        if self._pid == getpid():
+            with nogil:
+                pthread_mutex_lock(&self._r.registering)
+                ready = not self._r.closed
+                self._r.closed = True
+                pthread_mutex_unlock(&self._r.registering)
+        else:
+            ready = not self._r.closed
+            self._r.closed = True
+        if ready and self._pid == getpid():
+            # The kernel takes a ring apart later, in a thread of its own; until then the device
+            # would stay open, exclusively, and memory pinned.
+            if self._r.fixed_file:
+                io_uring_unregister_files(&self._r.ring)
+            if self._r.fixed_buffers:
+                io_uring_unregister_buffers(&self._r.ring)
+        if ready:
             io_uring_queue_exit(&self._r.ring)
         if self._r.wake_fd >= 0:
             close(self._r.wake_fd)
@@ -267,3 +318,4 @@ cdef class UringBackend:
     def __dealloc__(self):
         self.close()
         pthread_mutex_destroy(&self._r.mutex)
+        pthread_mutex_destroy(&self._r.registering)

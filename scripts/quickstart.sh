@@ -14,6 +14,6 @@ set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-ensure_installed ''
+ensure_installed transformers
 say "ready; later: $venv/bin/spdk-kv --help"
 exec "$venv/bin/spdk-kv" demo "$@"

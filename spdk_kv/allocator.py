@@ -33,7 +33,7 @@ class Allocator:
         self._block_nbytes = block_nbytes
         self._start = start
         self._end = start + align_down(capacity_nbytes, block_nbytes)
-        self._rebuild({}, [(start, self._end - start)])
+        self._rebuild([])
 
     @property
     def capacity_nbytes(self) -> int:
@@ -70,7 +70,11 @@ class Allocator:
         nbytes = self._whole_blocks(nbytes)
         if nbytes > self.largest_free_nbytes:
             raise self._no_room(nbytes, 1)
-        return self._allocate_blocks(nbytes)
+        try:
+            return self._allocate_blocks(nbytes)
+        except BaseException:
+            self._recover()
+            raise
 
     def allocate_many(self, sizes: Sequence[int]) -> list[int]:
         """Offsets of new extents of ``sizes`` bytes, in that order: all of them, or CapacityError.
@@ -79,9 +83,18 @@ class Allocator:
         ValueError unless every size is positive.
         """
         rounded = [self._whole_blocks(nbytes) for nbytes in sizes]
-        total = sum(rounded)
         if not rounded:
             return []
+        try:
+            return self._allocate_all(rounded)
+        except CapacityError:
+            raise
+        except BaseException:
+            self._recover()
+            raise
+
+    def _allocate_all(self, rounded: list[int]) -> list[int]:
+        total = sum(rounded)
         if total <= self.largest_free_nbytes:
             first = self._take(total)
             offsets = list(accumulate(rounded[:-1], initial=first))
@@ -103,6 +116,13 @@ class Allocator:
     def free(self, offset: int) -> None:
         """Take the extent at ``offset`` back. ValueError where none begins there (freed twice)."""
         nbytes = self.extent_nbytes(offset)
+        try:
+            self._free_blocks(offset, nbytes)
+        except BaseException:
+            self._recover()
+            raise
+
+    def _free_blocks(self, offset: int, nbytes: int) -> None:
         del self._used[offset]
         self._used_nbytes -= nbytes
         following_nbytes = self._free.get(offset + nbytes)
@@ -125,7 +145,6 @@ class Allocator:
         block = self._block_nbytes
         live = [*self._used.items(), *extents]
         live.sort()
-        gaps = []
         end = self._start
         for position, (offset, nbytes) in enumerate(live):
             if nbytes < 1 or offset % block:
@@ -144,13 +163,9 @@ class Allocator:
                     f"recorded extents overlap: one begins at offset {offset}, before the end "
                     f"{end} of its neighbour"
                 )
-            if offset > end:
-                gaps.append((end, offset - end))
             live[position] = (offset, nbytes)
             end = offset + nbytes
-        if end < self._end:
-            gaps.append((end, self._end - end))
-        self._rebuild(dict(live), gaps)
+        self._rebuild(live)
 
     def check(self) -> None:
         """Prove the books: extents and joined free runs tile the range, and all indices agree.
@@ -225,13 +240,22 @@ class Allocator:
             del self._sizes[bisect_left(self._sizes, nbytes)]
         return nbytes
 
-    def _rebuild(self, used: dict[int, int], gaps: list[tuple[int, int]]) -> None:
-        self._used = used
-        self._used_nbytes = sum(used.values())
+    def _recover(self) -> None:
+        """A signal handler raised between two steps (Ctrl-C): what is free follows anew from the
+        extents, which change in one step."""
+        self._rebuild(sorted(self._used.items()))
+
+    def _rebuild(self, live: list[tuple[int, int]]) -> None:
+        """``live``: the extents, in order; everything between them is free."""
+        self._used = dict(live)
+        self._used_nbytes = sum(self._used.values())
         self._free: dict[int, int] = {}
         self._free_ends: dict[int, int] = {}
         # The inner dicts are sets that keep their order: the run freed last is used first.
         self._by_size: dict[int, dict[int, None]] = {}
         self._sizes: list[int] = []
-        for start, nbytes in gaps:
-            self._add_free(start, nbytes)
+        end = self._start
+        for offset, nbytes in [*live, (self._end, 0)]:
+            if offset > end:
+                self._add_free(end, offset - end)
+            end = offset + nbytes

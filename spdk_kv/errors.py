@@ -93,6 +93,15 @@ _HINTS = {
     errno.EPERM: "not permitted here: see `spdk-kv doctor`",
 }
 _GONE = {errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ENOTCONN}
+# What the kernel makes of a drive's failed read of its medium; the rest may be better next time.
+_UNREADABLE = {errno.EIO, errno.EREMOTEIO, errno.EILSEQ, errno.EBADMSG}
+
+
+def is_unreadable(failure: BaseException) -> bool:
+    """Whether a read failed because the stored bytes are lost, damaged or cannot be read."""
+    return isinstance(failure, CorruptionError) or (
+        type(failure) is DeviceError and failure.status in _UNREADABLE
+    )
 
 
 def device_error(op: str, offset: int, nbytes: int, status: int, where: str = "") -> SpdkKvError:

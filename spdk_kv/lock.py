@@ -11,6 +11,8 @@ import weakref
 
 from spdk_kv.errors import StoreLocked, device_error
 
+# Commands of a process that was killed end when the device is done with them.
+_COMMANDS_TIMEOUT_S = 5.0
 _READ_ATTEMPTS = 5
 _READ_INTERVAL_S = 0.01
 
@@ -89,6 +91,41 @@ class StoreLock:
             self._file.close()
             self._file = None
         _held.discard(self)
+
+
+class CommandsLock:
+    """A lock on the data file, through the open file that the commands use (``fd``).
+
+    When a process is killed, its lock file is free at once, but what its ring had in flight may
+    reach the file later: into extents that are ours by then. The kernel keeps an open file, and so
+    its lock, until the last command that uses it has ended; that is waited for here. StoreLocked
+    if it takes long.
+    """
+
+    def __init__(self, fd: int, path: str) -> None:
+        # Of the same open file, and open still when the engine has closed its own.
+        self._fd = os.dup(fd)
+        until = time.monotonic() + _COMMANDS_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    os.close(self._fd)
+                    raise StoreLocked(
+                        f"{path} is still in use by commands of a process that was killed, or by "
+                        "one that it had forked"
+                    ) from None
+            except OSError as error:
+                os.close(self._fd)
+                raise device_error("lock", 0, 0, error.errno or 0, path) from error
+            time.sleep(_READ_INTERVAL_S)
+
+    def release(self) -> None:
+        """No command is in flight any more; mappings of the file may outlive this."""
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        os.close(self._fd)
 
 
 def _open_private(path: str, flags: int) -> int:

@@ -3,51 +3,36 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Sizes
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spdk_kv.engines import Engine
-from spdk_kv.errors import CapacityError, ClosedError, CorruptionError, ShapeMismatch
-from spdk_kv.index import SequenceRecord
+from spdk_kv.errors import (
+    CapacityError,
+    ClosedError,
+    CorruptionError,
+    ShapeMismatch,
+    SpdkKvError,
+    is_unreadable,
+)
+from spdk_kv.index_records import SequenceRecord
 from spdk_kv.layout import CHUNK_NBYTES, SequenceLayout
+from spdk_kv.sequence_arguments import batch_order, check_tokens, head_list, token_range
+from spdk_kv.sequence_host import Host
 from spdk_kv.sequence_layer import LayerCache
-from spdk_kv.staging import StagingPool
-from spdk_kv.types import Granularity, KVShape, dtype_name
+from spdk_kv.sequence_views import read_all, read_heads
+from spdk_kv.types import Granularity, KVShape
 
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
-
 # Appended bytes on their way to the device, over all layers; beyond it an append waits.
 _MOST_PENDING_NBYTES = 256 << 20
-
-
-class Records(Protocol):
-    """Where a sequence gets its extents and leaves its record; the store's catalog."""
-
-    def allocate(self, sizes: Sizes[int]) -> list[int]: ...
-    def publish_sequence(self, name: str, record: SequenceRecord) -> None: ...
-    def drop_sequence(self, name: str, offsets: Sizes[int]) -> None: ...
-    def commit(self, timeout_s: float | None = None) -> None: ...
-
-
-class Host(Protocol):
-    """What a sequence stands on; a :class:`KVStore`."""
-
-    engine: Engine
-    staging: StagingPool
-    verify: bool
-
-    @property
-    def catalog(self) -> Records: ...
-    def forget_sequence(self, sequence: Sequence) -> None: ...
-    def run_in_background(self, work: Callable[[], T]) -> Future[T]: ...
 
 
 class Sequence:
@@ -66,7 +51,7 @@ class Sequence:
         self._store = store
         self._layout = layout
         self._offsets = offsets
-        self._deleted = False
+        self.deleted = False
         step = layout.extents_per_layer
         self._layers = [
             LayerCache(
@@ -79,8 +64,13 @@ class Sequence:
             )
             for number in range(layout.shape.layers)
         ]
-        # Tokens of each layer that the last record covers; see truncate.
+        # Tokens of each layer that the last record covers. Where some of them were forgotten since,
+        # the device must not be written to before a newer record is committed: after a crash the
+        # last one still has to find its bytes.
         self._recorded = [0] * layout.shape.layers
+        self._record_first = False
+        # Held while records are made and while they are overtaken: by truncate and delete.
+        self._record_lock = threading.RLock()
         self._writing: deque[LayerCache] = deque()
 
     @classmethod
@@ -98,13 +88,20 @@ class Sequence:
             chunk //= 2
         layout = SequenceLayout(shape, granularity, chunk)
         offsets = store.catalog.allocate([layout.extent_nbytes] * layout.extents)
-        sequence = cls(store, name, layout, offsets, temporary)
+        try:
+            sequence = cls(store, name, layout, offsets, temporary)
+        except BaseException:
+            store.catalog.abandon(offsets)
+            raise
         sequence.dirty = not temporary
         return sequence
 
     @classmethod
     def restored(cls, store: Host, name: str, record: SequenceRecord) -> Sequence:
-        """A recorded sequence, as it was at its last flush. Blocks on the device."""
+        """A recorded sequence, as it was at its last flush. Blocks on the device.
+
+        CorruptionError, and the sequence forgotten, where its last chunk is damaged.
+        """
         granularity: Granularity = "head" if record.granularity == "head" else "layer"
         layout = SequenceLayout(record.shape, granularity, record.chunk_nbytes)
         if store.engine.segment_nbytes % layout.chunk_nbytes:
@@ -114,6 +111,18 @@ class Sequence:
             )
         if len(record.units) != layout.extents:
             raise CorruptionError(f"the index gives sequence {name!r} a wrong number of extents")
+        try:
+            return cls._restored(store, name, record, layout)
+        except SpdkKvError as failure:
+            if is_unreadable(failure):
+                store.catalog.count_corruption()
+                store.catalog.drop_sequence(name, [unit.offset for unit in record.units])
+            raise
+
+    @classmethod
+    def _restored(
+        cls, store: Host, name: str, record: SequenceRecord, layout: SequenceLayout
+    ) -> Sequence:
         sequence = cls(store, name, layout, [unit.offset for unit in record.units], False)
         step, at = layout.extents_per_layer, 0
         for number, layer in enumerate(sequence._layers):
@@ -155,26 +164,30 @@ class Sequence:
         (more than ``max_tokens``) before anything is changed, and the error of an earlier write.
         """
         cache = self._layer(layer)
-        self._check_tokens(k, "k")
-        self._check_tokens(v, "v")
-        if k.shape != v.shape:
-            raise ShapeMismatch(f"k is {list(k.shape)}, but v {list(v.shape)}")
+        check_tokens(self.shape, k, v)
+        while not (appended := self._append(cache, k.detach(), v.detach())):
+            self._record_now()
+        self.dirty = not self.temporary
+        if appended > 1:
+            self._writing.append(cache)
+            self._limit_pending()
+
+    def _append(self, cache: LayerCache, k: torch.Tensor, v: torch.Tensor) -> int:
+        """0: the record has to be made first; 1: appended; 2: and something is being written."""
         with cache.lock:
+            if self._record_first:
+                return 0
             if cache.tokens + k.shape[2] > self.shape.max_tokens:
                 raise CapacityError(
                     f"{cache.name}: {cache.tokens} tokens and {k.shape[2]} more exceed max_tokens "
                     f"{self.shape.max_tokens}"
                 )
-            if not k.shape[2]:
-                return
             cache.settle(wait=False)
+            if not k.shape[2]:
+                return 1
             before = cache.pending_nbytes
-            cache.append(k.detach(), v.detach())
-            wrote = cache.pending_nbytes > before
-        self.dirty = not self.temporary
-        if wrote:
-            self._writing.append(cache)
-            self._limit_pending()
+            cache.append(k, v)
+            return 2 if cache.pending_nbytes > before else 1
 
     def append_async(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Future[None]:
         """As :meth:`append`, but returns a future; appends to one layer must not overtake."""
@@ -182,24 +195,15 @@ class Sequence:
 
     def _limit_pending(self) -> None:
         pending = sum(cache.pending_nbytes for cache in self._layers)
-        while pending > _MOST_PENDING_NBYTES and self._writing:
-            cache = self._writing.popleft()
-            with cache.lock:
-                pending -= cache.pending_nbytes
-                cache.settle()
-        while len(self._writing) > len(self._layers):
-            self._writing.popleft()
-
-    def _check_tokens(self, tensor: torch.Tensor, what: str) -> None:
-        shape = self.shape
-        wanted = (shape.batch, shape.kv_heads, tensor.shape[2] if tensor.dim() == 4 else -1)
-        if tensor.dim() != 4 or tuple(tensor.shape) != (*wanted, shape.head_dim):
-            raise ShapeMismatch(
-                f"{what} is {list(tensor.shape)}; wanted is [batch={shape.batch}, "
-                f"kv_heads={shape.kv_heads}, tokens, head_dim={shape.head_dim}]"
-            )
-        if dtype_name(tensor.dtype) != shape.dtype:
-            raise ShapeMismatch(f"{what} is {tensor.dtype}; the sequence holds {shape.dtype}")
+        # Another thread may empty it at the same time, and a layer that failed says so itself.
+        with suppress(IndexError):
+            while pending > _MOST_PENDING_NBYTES:
+                cache = self._writing.popleft()
+                with cache.lock, suppress(SpdkKvError):
+                    pending -= cache.pending_nbytes
+                    cache.settle()
+            while len(self._writing) > len(self._layers):
+                self._writing.popleft()
 
     def read(
         self,
@@ -217,21 +221,16 @@ class Sequence:
         tensor; the memory is theirs. Blocks, briefly if the layer was prefetched. Raises
         ShapeMismatch, CorruptionError, DeviceError, and the error of a failed append.
         """
-        import torch
-
         cache = self._layer(layer)
-        wanted = self._heads(heads)
+        wanted = head_list(self.shape.kv_heads, heads)
         if device is not None:
             self._store.staging.pin_for_gpu()
-        with cache.lock:
-            first, last = self._tokens(cache, tokens)
-            if wanted is not None and self.granularity == "head":
-                k, v = self._read_heads(cache, first, last, wanted)
+        with cache.lock, self._counting_corruption():
+            first, last = token_range(cache.tokens, tokens)
+            if wanted is None:
+                k, v = read_all(cache, self._layout, first, last)
             else:
-                k, v = self._read_all(cache, first, last)
-        if wanted is not None and self.granularity == "layer":
-            index = torch.tensor(wanted, dtype=torch.long)
-            k, v = k.index_select(1, index), v.index_select(1, index)
+                k, v = read_heads(cache, self._layout, first, last, wanted)
         return (k, v) if device is None else (k.to(device), v.to(device))
 
     def read_async(
@@ -247,107 +246,98 @@ class Sequence:
             lambda: self.read(layer, tokens=tokens, heads=heads, device=device)
         )
 
-    def prefetch(self, layers: Iterable[int], *, spare_tokens: int = 1) -> None:
-        """Starts to read all tokens of ``layers``, after what is read on demand. Returns at once.
+    def prefetch(
+        self, layers: Iterable[int], *, first_token: int = 0, spare_tokens: int = 1
+    ) -> None:
+        """Starts to read all tokens of ``layers`` from ``first_token`` on, after what is read on
+        demand. Returns at once.
 
-        The next :meth:`read` of such a layer takes them over, together with up to
-        ``spare_tokens`` appended in between. The memory is held until then.
+        The next :meth:`read` of such a layer that begins at ``first_token`` takes them over,
+        together with up to ``spare_tokens`` appended in between. The memory is held until then,
+        or until a prefetch from another token (one from the end asks for nothing).
         """
+        if first_token < 0 or spare_tokens < 0:
+            raise ShapeMismatch(f"tokens are counted from 0, not {min(first_token, spare_tokens)}")
         for number in layers:
             cache = self._layer(number)
             with cache.lock:
-                cache.prefetch(min(spare_tokens, self.shape.max_tokens - cache.tokens))
+                spare = min(spare_tokens, self.shape.max_tokens - cache.tokens)
+                cache.prefetch(first_token, spare)
 
-    def _read_all(
-        self, cache: LayerCache, first: int, last: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        reading = cache.take_prefetched() if first == 0 else None
-        if reading is None:
-            reading = cache.plan(first, last, range(len(cache.offsets)), 0)
-        cache.extend(reading, last)
-        # What was still being written is read only now.
-        cache.settle()
-        cache.extend(reading, last)
-        rows = cache.finish(reading, last)
-        if self.granularity == "head":
-            heads = self.shape.kv_heads
-            return rows[:heads].permute(2, 0, 1, 3), rows[heads:].permute(2, 0, 1, 3)
-        return rows[0].permute(1, 2, 0, 3), rows[1].permute(1, 2, 0, 3)
+    def settle(self, layer: int) -> None:
+        """Blocks until all tokens appended to ``layer`` are written, and their copies in memory
+        given back. Raises the error of a write that failed."""
+        cache = self._layer(layer)
+        with cache.lock:
+            cache.settle()
 
-    def _read_heads(
-        self, cache: LayerCache, first: int, last: int, wanted: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        cache.settle()
-        starts = [0, self.shape.kv_heads]
-        readings = [
-            cache.plan(first, last, range(start + head, start + head + 1), 0)
-            for start in starts
-            for head in wanted
-        ]
-        for reading in readings:
-            cache.extend(reading, last)
-        rows = [cache.finish(reading, last) for reading in readings]
-        if not wanted:
-            shape = (self.shape.batch, 0, last - first, self.shape.head_dim)
-            empty = torch.empty(shape, dtype=getattr(torch, self.shape.dtype))
-            return empty, empty.clone()
-        k, v = torch.cat(rows[: len(wanted)]), torch.cat(rows[len(wanted) :])
-        return k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
+    @contextmanager
+    def _counting_corruption(self) -> Iterator[None]:
+        try:
+            yield
+        except SpdkKvError as failure:
+            if is_unreadable(failure):
+                self._store.catalog.count_corruption()
+            raise
 
     # -- changing -------------------------------------------------------------------------------
 
     def truncate(self, tokens: int, *, layer: int | None = None) -> None:
         """Forgets all tokens from ``tokens`` on, in ``layer`` or in all. May block on the device.
 
-        Raises ShapeMismatch where there are fewer.
+        Raises ShapeMismatch where there are fewer; DeviceError or CorruptionError where what stays
+        of a chunk cannot be read: that layer and those after it are then as they were.
         """
         numbers = range(len(self._layers)) if layer is None else [self._number(layer)]
-        for number in numbers:
-            cache = self._layer(number)
-            with cache.lock:
+        with self._record_lock:
+            for number in numbers:
+                cache = self._layer(number)
                 if not 0 <= tokens <= cache.tokens:
                     raise ShapeMismatch(f"{cache.name} has {cache.tokens} tokens, not {tokens}")
-        recorded = False
-        for number in numbers:
-            cache = self._layer(number)
-            with cache.lock:
-                if tokens == cache.tokens:
-                    continue
-                cache.truncate(tokens)
-                recorded = recorded or tokens < self._recorded[number]
-        self.dirty = not self.temporary
-        if recorded:
-            # The next append writes where the last record still points: that record goes first.
-            self.stage_for_commit()
-            self._store.catalog.commit()
+            self.dirty = not self.temporary
+            for number in numbers:
+                cache = self._layer(number)
+                with cache.lock, self._counting_corruption():
+                    if tokens < cache.tokens:
+                        self._record_first |= tokens < self._recorded[number]
+                        cache.truncate(tokens)
+            self._record_now()
+
+    def _record_now(self) -> None:
+        """Commits a record of what is left, if the last one covers tokens forgotten since."""
+        with self._record_lock:
+            if self._record_first:
+                self.stage_for_commit()
+                self._store.catalog.commit()
+                self._record_first = False
 
     def reorder(self, rows: Iterable[int], *, layer: int | None = None) -> None:
         """Row ``b`` of the batch becomes what row ``rows[b]`` was (beam search). No I/O.
 
         Raises ShapeMismatch unless there is one row of the batch for each.
         """
-        index = np.asarray([operator.index(row) for row in rows], dtype=np.int64)
-        batch = self.shape.batch
-        if index.shape != (batch,) or index.min() < 0 or index.max() >= batch:
-            raise ShapeMismatch(f"reorder takes {batch} rows from 0 to {batch - 1}, not {index}")
+        index = batch_order(self.shape.batch, rows)
         for number in range(len(self._layers)) if layer is None else [self._number(layer)]:
             cache = self._layer(number)
             with cache.lock:
                 cache.reorder(index)
-        self.dirty = not self.temporary
+            self.dirty = not self.temporary
 
     def delete(self) -> None:
-        """Gives the extents back; the sequence is of no use afterwards. May be called twice."""
-        if self._deleted:
-            return
-        self._deleted = True
-        for cache in self._layers:
-            with cache.lock:
-                cache.abandon()
-        self._store.catalog.drop_sequence(self.name, self._offsets)
-        self._store.forget_sequence(self)
+        """Gives the extents back; the sequence is of no use afterwards. May be called twice.
+
+        Does not block on the device, but for reads that are under way in other threads.
+        """
+        with self._record_lock:
+            if self.deleted:
+                return
+            self.deleted = True
+            writes = []
+            for cache in self._layers:
+                with cache.lock:
+                    writes += cache.close()
+            self._store.catalog.drop_sequence(self.name, self._offsets, writes)
+            self._store.forget_sequence(self)
 
     # -- lasting --------------------------------------------------------------------------------
 
@@ -356,19 +346,23 @@ class Sequence:
 
         Part of :meth:`KVStore.flush`. Blocks on the device.
         """
-        if self.temporary or self._deleted or not self.dirty:
-            return
-        self.dirty = False
-        try:
-            units, maps, recorded = [], [], []
-            for cache in self._layers:
-                with cache.lock:
-                    units += cache.write_tail()
-                    maps.append(cache.row_map())
-                    recorded.append(cache.tokens)
-        except BaseException:
-            self.dirty = True
-            raise
+        with self._record_lock:
+            if self.temporary or self.deleted or not self.dirty:
+                return
+            self.dirty = False
+            try:
+                self._stage()
+            except BaseException:
+                self.dirty = True
+                raise
+
+    def _stage(self) -> None:
+        units, maps, recorded = [], [], []
+        for cache in self._layers:
+            with cache.lock:
+                units += cache.write_tail()
+                maps.append(cache.row_map())
+                recorded.append(cache.tokens)
         if any(maps):
             identity = np.arange(self.shape.batch, dtype="<i4")
             maps = [
@@ -383,8 +377,9 @@ class Sequence:
             tuple(units),
             b"".join(maps),
         )
-        self._store.catalog.publish_sequence(self.name, record)
+        # First what guards the record, should an interrupt come between the two.
         self._recorded = recorded
+        self._store.catalog.publish_sequence(self.name, record)
 
     # -- arguments ------------------------------------------------------------------------------
 
@@ -395,25 +390,7 @@ class Sequence:
         return number
 
     def _layer(self, layer: int) -> LayerCache:
-        if self._deleted:
+        self._store.check_open()
+        if self.deleted:
             raise ClosedError(f"sequence {self.name!r} was deleted")
         return self._layers[self._number(layer)]
-
-    def _tokens(self, cache: LayerCache, tokens: slice | None) -> tuple[int, int]:
-        if tokens is None:
-            return 0, cache.tokens
-        first, last, step = tokens.indices(cache.tokens)
-        if step != 1:
-            raise ShapeMismatch(f"a slice of tokens has step 1, not {step}")
-        return first, max(first, last)
-
-    def _heads(self, heads: Iterable[int] | slice | None) -> list[int] | None:
-        if heads is None:
-            return None
-        count = self.shape.kv_heads
-        if isinstance(heads, slice):
-            return list(range(*heads.indices(count)))
-        wanted = [operator.index(head) for head in heads]
-        if any(not 0 <= head < count for head in wanted):
-            raise ShapeMismatch(f"heads are 0 to {count - 1}, not {wanted}")
-        return wanted

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.transfer import PREFETCH, READ, WRITE, Transfer
 from spdk_kv.engines import Engine
-from spdk_kv.errors import CorruptionError, SpdkKvError
-from spdk_kv.index import UnitRecord
+from spdk_kv.errors import ClosedError, CorruptionError, DeviceError, SpdkKvError
+from spdk_kv.index_records import UnitRecord
 from spdk_kv.layout import SequenceLayout
+from spdk_kv.sequence_reading import CRC_NBYTES, Reading, reordered
 from spdk_kv.staging import StagingPool
 from spdk_kv.tensors import tensor_from
-from spdk_kv.types import torch_dtypes
+from spdk_kv.types import movable, torch_dtypes
 from spdk_kv.units import align_down, align_up
 
 if TYPE_CHECKING:
     import torch
 
-_CRC_NBYTES = 4
+_CRC = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
@@ -35,29 +38,15 @@ class Write:
     nbytes: int
 
 
-@dataclass
-class Reading:
-    """Tokens ``[first, ...)`` of some extents on their way into one lease.
-
-    ``start``: byte of the extents at which the lease begins; ``stride``: bytes of the lease per
-    extent; ``until``: byte up to which the transfers asked for so far cover them.
-    """
-
-    extents: range
-    first: int
-    start: int
-    stride: int
-    until: int
-    lease: Any
-    transfers: list[tuple[Transfer, int, int]]
-
-
 class LayerCache:
     """K and V of one layer: ``2 * extents_per_unit`` extents that grow together.
 
     ``tokens`` have been appended; of every extent the first ``stored`` bytes, whole chunks, were
     given to the device (some may be in flight), and the rest is in ``tails``. Every method wants
     ``lock`` held; those that wait for the device say so.
+
+    Where a signal handler raises (Ctrl-C) amid a change, nobody knows how much of it was made: the
+    layer then fails from there on.
     """
 
     def __init__(
@@ -85,8 +74,16 @@ class LayerCache:
         self._tails = tensor_from(
             self._tail_lease, "uint8", (len(self.offsets), layout.chunk_nbytes)
         )
+        # Bytes of the tails that are on the device as they are in memory.
+        self._tail_written = 0
+        self._tail_write: Transfer | None = None
         self._writes: deque[Write] = deque()
+        self.pending_nbytes = 0
+        """Bytes of writes not yet settled."""
         self._failure: SpdkKvError | None = None
+        self._in_doubt = DeviceError(
+            f"{name}: a change was interrupted half way; delete the sequence and compute it again"
+        )
         self.prefetched: Reading | None = None
         # rows[t, b]: the stored row that is row b of token t now; None: each its own.
         self._rows: np.ndarray[Any, np.dtype[np.int32]] | None = None
@@ -95,33 +92,38 @@ class LayerCache:
     def _tail_nbytes(self) -> int:
         return self.tokens * self._layout.row_nbytes - self.stored
 
-    @property
-    def pending_nbytes(self) -> int:
-        """Bytes of writes not yet settled."""
-        return sum(write.nbytes for write in self._writes)
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)
 
     # -- appending ------------------------------------------------------------------------------
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Adds tokens, ``[batch, kv_heads, tokens, head_dim]`` each. Starts writes, waits for
         none."""
-        if self._failure is not None:
-            raise self._failure
+        self._check_usable()
+        self._end_tail_write()
         layout, used = self._layout, self._tail_nbytes
         count = k.shape[2]
         total = used + count * layout.row_nbytes
         if total < layout.chunk_nbytes:
             self._copy_rows(self._tails, used, k, v)
+            write = None
         else:
-            self._write(used, total, k, v)
+            write = self._gather(used, total, k, v)
+        self._failure = self._in_doubt
+        if write is not None:
+            write()
         if self._rows is not None:
             self._rows[self.tokens : self.tokens + count] = np.arange(layout.shape.batch)
         self.tokens += count
+        self._failure = None
 
     def _copy_rows(self, into: torch.Tensor, at: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Lays tokens out as rows from byte ``at`` of every extent's line of ``into``."""
         layout, count = self._layout, k.shape[2]
-        lines = into[:, at : at + count * layout.row_nbytes].view(self._dtype)
+        k, v = movable(k), movable(v)
+        lines = into[:, at : at + count * layout.row_nbytes].view(k.dtype)
         rows = lines.view(len(self.offsets), count, *layout.row_shape)
         if layout.granularity == "head":
             heads = layout.extents_per_unit
@@ -131,8 +133,11 @@ class LayerCache:
             rows[0].copy_(k.permute(2, 0, 1, 3))
             rows[1].copy_(v.permute(2, 0, 1, 3))
 
-    def _write(self, used: int, total: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """The tail and the new tokens make whole chunks: writes those, keeps the rest as tail."""
+    def _gather(
+        self, used: int, total: int, k: torch.Tensor, v: torch.Tensor
+    ) -> Callable[[], None]:
+        """The tail and the new tokens make whole chunks: returns what starts to write those and
+        keeps the rest as tail. Nothing is changed before."""
         chunk = self._layout.chunk_nbytes
         full, line = align_down(total, chunk), align_up(total, chunk)
         lease = self._staging.lease(len(self.offsets) * line)
@@ -143,18 +148,23 @@ class LayerCache:
         transfer.keep(lease)
         for number, offset in enumerate(self.offsets):
             transfer.add(offset + self.stored, lease.address + number * line, full)
-        transfer.submit()
-        self._writes.append(Write(transfer, self.stored, full * len(self.offsets)))
-        self._tails[:, : total - full] = lines[:, full:total]
-        self.stored += full
+
+        def write() -> None:
+            transfer.submit()
+            self._writes.append(Write(transfer, self.stored, full * len(self.offsets)))
+            self.pending_nbytes += full * len(self.offsets)
+            self._tails[:, : total - full] = lines[:, full:total]
+            self._tail_written = 0
+            self.stored += full
+
+        return write
 
     def settle(self, *, wait: bool = True) -> None:
         """Takes note of finished writes; with ``wait``, blocks until all of them are.
 
         Raises the error of one that failed, now and at every later call: the tokens are lost.
         """
-        if self._failure is not None:
-            raise self._failure
+        self._check_usable()
         while self._writes and (wait or self._writes[0].transfer.done):
             transfer = self._writes[0].transfer
             try:
@@ -162,18 +172,29 @@ class LayerCache:
             except SpdkKvError as failure:
                 self._failure = failure
                 raise
+            self._failure = self._in_doubt
             for number, crcs in enumerate(self._crcs):
                 crcs += transfer.chunk_crcs(number)
-            self._writes.popleft()
+            self.pending_nbytes -= self._writes.popleft().nbytes
+            self._failure = None
 
-    def abandon(self) -> None:
-        """Waits until no write is in flight, whatever becomes of it."""
+    def _end_tail_write(self) -> None:
+        """One that was interrupted may still be in flight: what follows it must not meet it."""
+        if self._tail_write is not None:
+            self._tail_write.wait()
+            self._tail_write = None
+
+    def close(self) -> list[Transfer]:
+        """ClosedError from every other method from now on. Stops the writes and returns them: some
+        may be in flight still."""
+        self._failure = ClosedError(f"{self.name}: the sequence was deleted")
         self.prefetched = None
-        for write in self._writes:
-            write.transfer.cancel()
-        for write in self._writes:
-            write.transfer.wait()
-        self._writes.clear()
+        transfers = [write.transfer for write in self._writes]
+        if self._tail_write is not None:
+            transfers.append(self._tail_write)
+        for transfer in transfers:
+            transfer.cancel()
+        return transfers
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -183,12 +204,15 @@ class LayerCache:
         start, end = self._layout.token_range(first, last)
         stride = max(end, align_up((last + spare) * row, chunk)) - start
         lease = self._staging.lease(max(1, len(extents) * stride))
-        return Reading(extents, first, start, stride, start, lease, [])
+        return Reading(extents, first, start, stride, start, chunk, lease)
 
     def extend(self, reading: Reading, last: int, priority: int = 0) -> None:
         """Starts to read what is on the device of the bytes up to token ``last``, and is not yet
         asked for. Bytes still being written are left for a later call."""
-        end = min(self._writes[0].first if self._writes else self.stored, self._end(last))
+        self._extend_to(reading, self._end(last), priority)
+
+    def _extend_to(self, reading: Reading, end: int, priority: int = 0) -> None:
+        end = min(self._writes[0].first if self._writes else self.stored, end)
         if end <= reading.until:
             return
         chunk = self._layout.chunk_nbytes
@@ -211,10 +235,10 @@ class LayerCache:
 
     def finish(self, reading: Reading, last: int) -> torch.Tensor:
         """Waits for the reading, checks it, and returns ``[extents, tokens, *row_shape]``."""
-        for transfer, start, end in reading.transfers:
-            self._engine.wait(transfer)
-            if self._verify:
-                self._check(reading, transfer, start, end)
+        self._complete(reading)
+        shape = (len(reading.extents), last - reading.first, *self._layout.row_shape)
+        if last == reading.first:
+            return tensor_from(None, self._layout.shape.dtype, shape)
         row = self._layout.row_nbytes
         begin, end = reading.first * row - reading.start, last * row - reading.start
         lines = tensor_from(reading.lease, "uint8", (len(reading.extents), reading.stride))
@@ -224,41 +248,36 @@ class LayerCache:
             lines[:, at - reading.start : end] = selected[
                 :, at - self.stored : last * row - self.stored
             ]
-        rows = lines[:, begin:end].view(self._dtype)
-        rows = rows.view(len(reading.extents), last - reading.first, *self._layout.row_shape)
-        return rows if self._rows is None else self._reordered(rows, reading.first, last)
+        rows = lines[:, begin:end]
+        if self._rows is not None:
+            rows = reordered(rows, self._rows[reading.first : last])
+        return rows.view(self._dtype).view(shape)
 
-    def _reordered(self, rows: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        import torch
+    def _complete(self, reading: Reading) -> None:
+        try:
+            reading.complete(self._engine, self._crcs if self._verify else None)
+        except CorruptionError as damage:
+            raise CorruptionError(f"{self.name}: {damage}") from None
 
-        assert self._rows is not None
-        batch = self._layout.shape.batch
-        index = np.arange(last - first)[:, None] * batch + self._rows[first:last]
-        flat = rows.reshape(rows.shape[0], (last - first) * batch, -1)
-        picked = torch.index_select(flat, 1, torch.from_numpy(index.reshape(-1)))
-        return picked.view(rows.shape)
+    def prefetch(self, first: int, spare: int) -> None:
+        """Starts to read all tokens from ``first`` on; :meth:`take_prefetched` hands them over.
 
-    def _check(self, reading: Reading, transfer: Transfer, start: int, end: int) -> None:
-        chunk = self._layout.chunk_nbytes
-        wanted = slice(start // chunk * _CRC_NBYTES, end // chunk * _CRC_NBYTES)
-        for line, number in enumerate(reading.extents):
-            if transfer.chunk_crcs(line) != self._crcs[number][wanted]:
-                raise CorruptionError(
-                    f"{self.name}: stored bytes between {start} and {end} of the extent at "
-                    f"{self.offsets[number]} are not those that were appended (CRC32C differs)"
-                )
-
-    def prefetch(self, spare: int) -> None:
-        """Starts to read all tokens; :meth:`take_prefetched` hands them over. Does not wait."""
-        if self.prefetched is None and self.tokens and self._failure is None:
+        Takes the place of what was prefetched from elsewhere. Does not wait.
+        """
+        if self.prefetched is not None and self.prefetched.first == first:
+            return
+        self.prefetched = None
+        if first < self.tokens and self._failure is None:
             self.settle(wait=False)
-            self.prefetched = self.plan(0, self.tokens, range(len(self.offsets)), spare)
+            self.prefetched = self.plan(first, self.tokens, range(len(self.offsets)), spare)
             self.extend(self.prefetched, self.tokens, PREFETCH)
 
-    def take_prefetched(self) -> Reading | None:
-        """What was prefetched, if it still has room for all tokens."""
+    def take_prefetched(self, first: int) -> Reading | None:
+        """What was prefetched, if it begins at ``first`` and still has room for all tokens."""
         reading, self.prefetched = self.prefetched, None
-        return reading if reading is not None and self.fits(reading, self.tokens) else None
+        if reading is None or reading.first != first or not self.fits(reading, self.tokens):
+            return None
+        return reading
 
     # -- changing -------------------------------------------------------------------------------
 
@@ -269,27 +288,36 @@ class LayerCache:
         self.prefetched = None
         row, chunk = self._layout.row_nbytes, self._layout.chunk_nbytes
         keep = align_down(tokens * row, chunk)
+        used = tokens * row - keep
+        lines = self._read_chunk(keep) if keep < self.stored and used else None
+        self._failure = self._in_doubt
         if keep < self.stored:
-            if tokens * row > keep:
-                # Read with the chunk's own checksum, as a reading of that one chunk.
-                every = range(len(self.offsets))
-                reading = Reading(every, 0, keep, chunk, keep, self._tail_lease, [])
-                self.extend(reading, -(-(keep + chunk) // row))
-                for transfer, start, end in reading.transfers:
-                    self._engine.wait(transfer)
-                    if self._verify:
-                        self._check(reading, transfer, start, end)
+            if lines is not None:
+                self._tails[:, :used] = lines[:, :used]
             for crcs in self._crcs:
-                del crcs[keep // chunk * _CRC_NBYTES :]
+                del crcs[keep // chunk * CRC_NBYTES :]
             self.stored = keep
+            self._tail_written = used
+        self._tail_written = min(self._tail_written, used)
         self.tokens = tokens
+        self._failure = None
+
+    def _read_chunk(self, start: int) -> torch.Tensor:
+        """The stored chunk from byte ``start`` of every extent. Not into the tails themselves:
+        they have to stay as they are if it fails."""
+        chunk, every = self._layout.chunk_nbytes, range(len(self.offsets))
+        lease = self._staging.lease(len(every) * chunk)
+        reading = Reading(every, 0, start, chunk, start, chunk, lease)
+        self._extend_to(reading, start + chunk)
+        self._complete(reading)
+        return tensor_from(lease, "uint8", (len(every), chunk))
 
     def reorder(self, rows: np.ndarray[Any, Any]) -> None:
         """Row b of every token so far becomes what row ``rows[b]`` was. No I/O."""
+        self._check_usable()
         if self._rows is None:
             shape = self._layout.shape
-            self._rows = np.empty((shape.max_tokens, shape.batch), np.int32)
-            self._rows[: self.tokens] = np.arange(shape.batch)
+            self._rows = np.tile(np.arange(shape.batch, dtype=np.int32), (shape.max_tokens, 1))
         self._rows[: self.tokens] = self._rows[: self.tokens, rows]
 
     # -- lasting --------------------------------------------------------------------------------
@@ -298,19 +326,24 @@ class LayerCache:
         """Writes the unfinished chunk in its place and returns the records of all extents.
 
         Waits for the device. The chunk is written again when it is full; its first bytes are the
-        same then, so a crash in between leaves this record true.
+        same then, so a crash in between leaves this record true. What is there already is not
+        written: after a truncation the record on the medium may still cover more of the chunk.
         """
         self.settle()
+        self._end_tail_write()
         used, chunk = self._tail_nbytes, self._layout.chunk_nbytes
-        tails = [b""] * len(self.offsets)
-        if used:
-            transfer = self._engine.transfer(WRITE, checksum=True, chunk_nbytes=chunk)
+        if used > self._tail_written:
+            transfer = self._engine.transfer(WRITE)
             transfer.keep(self._tail_lease)
             for number, offset in enumerate(self.offsets):
                 address = self._tail_lease.address + number * chunk
                 transfer.add(offset + self.stored, address, used, chunk)
+            self._tail_write = transfer
             self._engine.run(transfer)
-            tails = [transfer.chunk_crcs(number) for number in range(len(self.offsets))]
+            self._tail_write = None
+            self._tail_written = used
+        lines = self._tails.numpy()
+        tails = [_CRC.pack(crc32c(line[:used])) if used else b"" for line in lines]
         return [
             UnitRecord(offset, self.stored + used, bytes(crcs) + tail)
             for offset, crcs, tail in zip(self.offsets, self._crcs, tails, strict=True)
@@ -329,7 +362,7 @@ class LayerCache:
         if any(unit.nbytes != nbytes for unit in units) or nbytes % row:
             raise CorruptionError(f"{self.name}: the index gives its extents unequal lengths")
         self.tokens, self.stored = nbytes // row, align_down(nbytes, chunk)
-        whole = self.stored // chunk * _CRC_NBYTES
+        whole = self.stored // chunk * CRC_NBYTES
         self._crcs = [bytearray(unit.checksums[:whole]) for unit in units]
         if nbytes > self.stored:
             transfer = self._engine.transfer(READ, checksum=True, chunk_nbytes=chunk)
@@ -338,6 +371,7 @@ class LayerCache:
                 address = self._tail_lease.address + number * chunk
                 transfer.add(offset + self.stored, address, nbytes - self.stored, chunk)
             self._engine.run(transfer)
+            self._tail_written = nbytes - self.stored
             for number, unit in enumerate(units):
                 if transfer.chunk_crcs(number) != unit.checksums[whole:] and self._verify:
                     raise CorruptionError(
@@ -346,7 +380,6 @@ class LayerCache:
                     )
         if row_map:
             shape = self._layout.shape
-            self._rows = np.empty((shape.max_tokens, shape.batch), np.int32)
-            self._rows[: self.tokens] = np.frombuffer(row_map, "<i4").reshape(
-                self.tokens, shape.batch
-            )
+            rows = np.empty((shape.max_tokens, shape.batch), np.int32)
+            rows[: self.tokens] = np.frombuffer(row_map, "<i4").reshape(self.tokens, shape.batch)
+            self._rows = rows

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import mmap as memory_map
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -17,8 +19,9 @@ from spdk_kv.engines.pagecache import PageCacheEngine
 from spdk_kv.errors import ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
 from spdk_kv.sequence import Sequence
 from spdk_kv.staging import StagingPool
-from spdk_kv.store_blobs import BlobReader, BlobWriter, map_blob
+from spdk_kv.store_blobs import BlobReader, BlobWriter
 from spdk_kv.store_catalog import Catalog, Eviction
+from spdk_kv.store_mapped import detach, map_blob
 from spdk_kv.store_open import open_parts
 from spdk_kv.types import Granularity, KVShape
 from spdk_kv.units import parse_nbytes
@@ -123,10 +126,12 @@ class KVStore:
             self.staging = StagingPool(self.engine.allocate, staging_nbytes)
             self._sequences: dict[str, Sequence] = {}
             self._sequence_lock = threading.Lock()
-            self._executor: ThreadPoolExecutor | None = None
+            self._background = store_background.Background()
+            self._close_lock = threading.RLock()
+            self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
             self._stop = threading.Event()
         except BaseException:
-            self._release_parts()
+            self._parts.close()
             raise
         self._closed = False
         store_background.opened(self)
@@ -156,7 +161,7 @@ class KVStore:
 
     def put_many(self, tensors: Mapping[str, Any], *, timeout_s: float | None = None) -> None:
         """Stores several tensors in one transfer; all become visible together, or none."""
-        self._check_open()
+        self.check_open()
         writer = BlobWriter(self, tensors)
         writer.run(timeout_s)
 
@@ -172,8 +177,8 @@ class KVStore:
         self, tensors: Mapping[str, Any], *, timeout_s: float | None = None
     ) -> Future[None]:
         """As :meth:`put_many`, but returns a future."""
-        self._check_open()
-        return BlobWriter(self, tensors).start(timeout_s)
+        self.check_open()
+        return self._background.track(BlobWriter(self, tensors).start(timeout_s))
 
     def get(
         self,
@@ -192,7 +197,7 @@ class KVStore:
         numpy array. Blocks. Raises KeyNotFound, ShapeMismatch (before any I/O), CorruptionError
         (the entry is then forgotten), DeviceError, DeviceTimeout, ClosedError.
         """
-        self._check_open()
+        self.check_open()
         if self._mmap and out is None and not as_numpy and device is None:
             return map_blob(self, key)
         reader = BlobReader(self, (key,), None if out is None else (out,), device, as_numpy)
@@ -208,7 +213,7 @@ class KVStore:
         timeout_s: float | None = None,
     ) -> list[Any]:
         """Several tensors by one transfer, in the order of ``keys``; see :meth:`get`."""
-        self._check_open()
+        self.check_open()
         outs = None if out is None else tuple(out)
         return BlobReader(self, tuple(keys), outs, device, as_numpy).run(timeout_s)
 
@@ -222,7 +227,7 @@ class KVStore:
         timeout_s: float | None = None,
     ) -> Future[Any]:
         """As :meth:`get`, but returns a future. ShapeMismatch and KeyNotFound are raised here."""
-        self._check_open()
+        self.check_open()
         outs = None if out is None else (out,)
         reader = BlobReader(self, (key,), outs, device, as_numpy)
         return reader.start(timeout_s, lambda found: found[0])
@@ -237,26 +242,26 @@ class KVStore:
         timeout_s: float | None = None,
     ) -> Future[list[Any]]:
         """As :meth:`get_many`, but returns a future."""
-        self._check_open()
+        self.check_open()
         outs = None if out is None else tuple(out)
         reader = BlobReader(self, tuple(keys), outs, device, as_numpy)
         return reader.start(timeout_s, lambda found: found)
 
     def delete(self, key: str) -> bool:
         """Forgets ``key``; returns whether it was there. Does not block on the device."""
-        self._check_open()
+        self.check_open()
         return self.catalog.drop(key)
 
     def contains(self, key: str) -> bool:
         """Whether a blob is stored under ``key``. Does not block."""
-        self._check_open()
+        self.check_open()
         return key in self.catalog.blobs
 
     __contains__ = contains
 
     def keys(self, prefix: str = "") -> list[str]:
         """The keys of all blobs that begin with ``prefix``, least recently used first."""
-        self._check_open()
+        self.check_open()
         with self.catalog.lock:
             return [key for key in self.catalog.blobs if key.startswith(prefix)]
 
@@ -280,12 +285,12 @@ class KVStore:
         when the store is closed, and flushes pass it by. Raises KeyNotFound (no shape and not
         there), ShapeMismatch, CapacityError, ClosedError.
         """
-        self._check_open()
+        self.check_open()
         if not isinstance(name, str):
             raise TypeError(f"a sequence's name is a str, not {type(name).__name__}")
         with self._sequence_lock:
             sequence = self._sequences.get(name)
-            if sequence is None:
+            if sequence is None or sequence.deleted:
                 record = self.catalog.sequences.get(name)
                 if record is not None:
                     sequence = Sequence.restored(self, name, record)
@@ -306,7 +311,7 @@ class KVStore:
 
     def sequences(self) -> list[str]:
         """The names of all sequences, temporary ones included."""
-        self._check_open()
+        self.check_open()
         with self._sequence_lock:
             return sorted({*self.catalog.sequences, *self._sequences})
 
@@ -320,12 +325,23 @@ class KVStore:
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Blocks until everything put and appended before survives a power cut."""
-        self._check_open()
+        self.check_open()
+        failed = self._stage_sequences()
+        self.catalog.commit(timeout_s)
+        if failed is not None:
+            raise failed
+
+    def _stage_sequences(self) -> SpdkKvError | None:
+        """Returns the first failure: a sequence that lost tokens must not keep the rest back."""
         with self._sequence_lock:
             sequences = list(self._sequences.values())
+        failed = None
         for sequence in sequences:
-            sequence.stage_for_commit()
-        self.catalog.commit(timeout_s)
+            try:
+                sequence.stage_for_commit()
+            except SpdkKvError as failure:
+                failed = failed or failure
+        return failed
 
     def flush_async(self, timeout_s: float | None = None) -> Future[None]:
         """As :meth:`flush`, but returns a future."""
@@ -333,72 +349,57 @@ class KVStore:
 
     def run_in_background(self, work: Callable[[], T]) -> Future[T]:
         """Runs ``work`` on one of the store's threads."""
-        self._check_open()
-        with self._sequence_lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(4, thread_name_prefix="spdk_kv-async")
-            return self._executor.submit(work)
+        self.check_open()
+        return self._background.run(work)
 
     def stats(self) -> dict[str, Any]:
         """What the store holds and did: counts, bytes, hits and misses, the engine's counters
         (times in nanoseconds). Does not block."""
-        self._check_open()
-        catalog, engine = self.catalog, self.engine.stats()
+        self.check_open()
+        engine = self.engine.stats()
         histogram = engine.pop("histogram")
-        with catalog.lock:
-            allocator = catalog.extents.allocator
-            return {
-                "location": self.location,
-                "engine": self.engine.name,
-                "blobs": len(catalog.blobs),
-                "sequences": len({*catalog.sequences, *self._sequences}),
-                "capacity_nbytes": allocator.capacity_nbytes,
-                "used_nbytes": allocator.used_nbytes,
-                "free_nbytes": allocator.free_nbytes,
-                "largest_free_nbytes": allocator.largest_free_nbytes,
-                **catalog.counters,
-                "staging": self.staging.stats(),
-                "transfers": engine,
-                "latency_ns": histogram,
-            }
+        return {
+            "location": self.location,
+            "engine": self.engine.name,
+            **self.catalog.stats(),
+            "sequences": len(self.sequences()),
+            "staging": self.staging.stats(),
+            "transfers": engine,
+            "latency_ns": histogram,
+        }
 
     def close(self) -> None:
         """Flushes, and gives the device back. May be called twice. Tensors that were got stay
-        valid. Raises what the flush raised, after everything was released."""
-        if self._closed:
-            return
+        valid. Asynchronous work is waited for; what other threads call in the meantime ends with
+        ClosedError. Raises what the flush raised, after everything was released."""
         if os.getpid() != self._pid:
             self._closed = True
             return
-        self._stop.set()
-        try:
-            with self._sequence_lock:
-                executor, self._executor = self._executor, None
-                sequences = list(self._sequences.values())
-            if executor is not None:
-                executor.shutdown()
-            for sequence in sequences:
-                if sequence.temporary:
-                    sequence.delete()
-            self.flush()
-            self.catalog.save_order()
-        finally:
-            self._closed = True
-            store_background.closed(self)
-            self._release_parts()
-
-    def _release_parts(self) -> None:
-        # The lock last: whoever takes it next finds nothing of ours in flight.
-        try:
-            self._parts.engine.close()
-        finally:
-            if self._parts.index is not None:
-                self._parts.index.close()
-        if self._parts.lock is not None:
-            self._parts.lock.release()
+        with self._close_lock:
+            if self._closed:
+                return
+            self._stop.set()
+            try:
+                self._background.close()
+                self._closed = True
+                for sequence in list(self._sequences.values()):
+                    if sequence.temporary:
+                        sequence.delete()
+                failed = self._stage_sequences()
+                self.catalog.close()
+                self.catalog.save_order()
+                if failed is not None:
+                    raise failed
+            finally:
+                self._closed = True
+                store_background.closed(self)
+                try:
+                    detach(self.mappings)
+                finally:
+                    self._parts.close()
 
     def __enter__(self) -> KVStore:
-        self._check_open()
+        self.check_open()
         return self
 
     def __exit__(
@@ -421,7 +422,8 @@ class KVStore:
         state = "closed" if self._closed else f"{self.engine.name}, {len(self)} blobs"
         return f"<KVStore {self.location} ({state})>"
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """ClosedError after close, and in a process forked after open."""
         if self._closed:
             raise ClosedError(f"the store at {self.location} is closed")
         if os.getpid() != self._pid:

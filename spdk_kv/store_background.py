@@ -1,4 +1,4 @@
-"""What open stores do by themselves: become durable now and then, and close at exit."""
+"""What stores do beside their callers: asynchronous work, a flush now and then, close at exit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,58 @@ import atexit
 import logging
 import threading
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol, TypeVar
 
-from spdk_kv.errors import SpdkKvError
+from spdk_kv.errors import ClosedError, SpdkKvError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_THREADS = 4
+# As long as an engine waits for its device when it is closed.
+_CLOSE_TIMEOUT_S = 30.0
+
+
+class Background:
+    """The asynchronous work of one store, and its end. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._writes: set[Future[Any]] = set()
+        self._closed = False
+
+    def run(self, work: Callable[[], T]) -> Future[T]:
+        """Runs ``work`` on one of a few threads. ClosedError after close."""
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the store is being closed")
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="spdk_kv-async")
+            return self._executor.submit(work)
+
+    def track(self, write: Future[T]) -> Future[T]:
+        """Makes :meth:`close` wait for a write that the engine does."""
+        with self._lock:
+            self._writes.add(write)
+        write.add_done_callback(self._forget)
+        return write
+
+    def _forget(self, write: Future[Any]) -> None:
+        with self._lock:
+            self._writes.discard(write)
+
+    def close(self) -> None:
+        """Waits for what was begun, writes for 30 s at most. Takes nothing new from now on."""
+        with self._lock:
+            self._closed = True
+            executor, writes = self._executor, list(self._writes)
+        if executor is not None:
+            executor.shutdown()
+        wait(writes, _CLOSE_TIMEOUT_S)
 
 
 class Flushable(Protocol):

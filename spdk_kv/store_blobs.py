@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.transfer import READ, WRITE, Transfer
-from spdk_kv.engines.pagecache import PageCacheEngine
-from spdk_kv.errors import CorruptionError, DeviceError, ShapeMismatch
-from spdk_kv.index import BlobRecord
+from spdk_kv.errors import ClosedError, CorruptionError, ShapeMismatch, is_unreadable
+from spdk_kv.index_records import BlobRecord
+from spdk_kv.store_catalog import shown
 from spdk_kv.tensors import Destination, array_from, byte_view, destination, tensor_from
 
 if TYPE_CHECKING:
@@ -25,7 +23,7 @@ class BlobWriter:
 
     def __init__(self, store: KVStore, tensors: Mapping[str, Any]) -> None:
         for key in tensors:
-            _check_key(key)
+            check_key(key)
         self._store = store
         self._catalog = store.catalog
         self._keys = list(tensors)
@@ -35,18 +33,24 @@ class BlobWriter:
         self._transfer = store.engine.transfer(WRITE, checksum=self._checksum)
         filled = [view for view in self._views if view.nbytes]
         self._offsets = self._catalog.allocate([v.nbytes for v in filled]) if filled else []
-        for view, offset in zip(filled, self._offsets, strict=True):
-            self._transfer.keep(view.keep)
-            self._transfer.add(offset, view.address, view.nbytes)
+        # None once they are published or given up: that happens once, whatever interrupts it.
+        self._owned: list[int] | None = self._offsets
+        try:
+            for view, offset in zip(filled, self._offsets, strict=True):
+                self._transfer.keep(view.keep)
+                self._transfer.add(offset, view.address, view.nbytes)
+        except BaseException:
+            self._give_up()
+            raise
 
     def run(self, timeout_s: float | None) -> None:
         """Blocks until written and visible."""
         try:
             self._store.engine.run(self._transfer, timeout_s)
+            self._publish()
         except BaseException:
             self._give_up()
             raise
-        self._publish()
 
     def start(self, timeout_s: float | None) -> Future[None]:
         """Returns at once; the future is done when the blobs are visible."""
@@ -62,15 +66,16 @@ class BlobWriter:
             raise self._store.engine.error(transfer)
         self._publish()
 
+    def _take(self) -> list[int] | None:
+        with self._catalog.lock:
+            owned, self._owned = self._owned, None
+            return owned
+
     def _give_up(self) -> None:
-        offsets = self._offsets
-
-        def abandon() -> None:
-            with self._catalog.lock:
-                self._catalog.extents.abandon(offsets)
-
-        # After a deadline the device may still write there.
-        self._catalog.release(self._transfer, abandon)
+        offsets = self._take()
+        if offsets:
+            # After a deadline the device may still write there.
+            self._catalog.release([self._transfer], lambda: self._catalog.abandon(offsets))
 
     def _publish(self) -> None:
         records = {}
@@ -82,7 +87,14 @@ class BlobWriter:
                 crc = self._transfer.crc(piece) if self._checksum else 0
                 piece += 1
             records[key] = BlobRecord(offset, view.nbytes, view.dtype, view.shape, crc)
-        self._catalog.publish(records)
+        offsets = self._take()
+        if offsets is None:
+            return  # given up: whoever started it was interrupted
+        try:
+            self._catalog.publish(records)
+        except ClosedError:
+            self._catalog.abandon(offsets)
+            raise
 
 
 class BlobReader:
@@ -97,7 +109,7 @@ class BlobReader:
         as_numpy: bool,
     ) -> None:
         for key in keys:
-            _check_key(key)
+            check_key(key)
         if outs is not None and len(outs) != len(keys):
             raise ShapeMismatch(f"{len(outs)} outs for {len(keys)} keys")
         if outs is not None and (device is not None or as_numpy):
@@ -109,6 +121,7 @@ class BlobReader:
         self._device = device
         self._as_numpy = as_numpy
         self._records = store.catalog.find(keys)
+        self._pinned = self._records
         try:
             self._destinations: list[Destination | None] = [None] * len(keys)
             if outs is not None:
@@ -121,7 +134,7 @@ class BlobReader:
             for position in range(len(keys)):
                 self._add(position)
         except BaseException:
-            store.catalog.unpin(self._records)
+            self._unpin()
             raise
 
     def _add(self, position: int) -> None:
@@ -166,12 +179,17 @@ class BlobReader:
 
     def _failed(self, failure: BaseException) -> None:
         """Unpins, once the device has let go; forgets a blob whose bytes cannot be read."""
-        catalog, records = self._store.catalog, self._records
-        catalog.release(self._transfer, lambda: catalog.unpin(records))
-        if isinstance(failure, CorruptionError) or type(failure) is DeviceError:
+        self._store.catalog.release([self._transfer], self._unpin)
+        if is_unreadable(failure):
             for key, record in self._failed_blobs():
-                catalog.drop(key, only=record)
-                catalog.counters["corruptions"] += 1
+                self._store.catalog.drop_damaged(key, record)
+
+    def _unpin(self) -> None:
+        """Once, even where an interrupted start and the transfer's end both come here: another
+        reader may have the same extents pinned."""
+        with self._store.catalog.lock:
+            pinned, self._pinned = self._pinned, []
+            self._store.catalog.unpin(pinned)
 
     def _failed_blobs(self) -> list[tuple[str, BlobRecord]]:
         """Those that the failed command belongs to."""
@@ -179,7 +197,7 @@ class BlobReader:
         return [
             (key, record)
             for key, record in zip(self._keys, self._records, strict=True)
-            if record.offset <= offset < record.offset + max(record.nbytes, 1)
+            if record.offset <= offset < record.offset + record.nbytes
         ]
 
     def _results(self) -> list[Any]:
@@ -188,7 +206,7 @@ class BlobReader:
                 self._check()
             return [self._result(position) for position in range(len(self._keys))]
         finally:
-            self._store.catalog.unpin(self._records)
+            self._unpin()
 
     def _check(self) -> None:
         damaged = []
@@ -198,15 +216,10 @@ class BlobReader:
                 continue
             if self._transfer.crc(piece) != record.crc:
                 damaged.append(key)
-                forget(self._store, key, record)
+                self._store.catalog.drop_damaged(key, record)
             piece += 1
         if damaged:
-            raise CorruptionError(
-                f"the stored bytes of {damaged[0]!r}"
-                + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else "")
-                + f" in {self._store.location} are not those that were put (CRC32C differs); "
-                "forgotten, so that they can be put again"
-            )
+            raise damage(self._store.location, damaged)
 
     def _result(self, position: int) -> Any:
         record, place = self._records[position], self._destinations[position]
@@ -221,34 +234,16 @@ class BlobReader:
         return tensor if self._device is None else tensor.to(self._device)
 
 
-def map_blob(store: KVStore, key: str) -> Any:
-    """A tensor that is the page cache itself. Its extent stays pinned while it lives."""
-    _check_key(key)
-    (record,) = store.catalog.find((key,))
-    engine = cast(PageCacheEngine, store.engine)
-    if not record.nbytes:
-        return tensor_from(None, record.dtype, record.shape)
-    try:
-        mapping = engine.map(record.offset, record.nbytes)
-    except BaseException:
-        store.catalog.unpin((record,))
-        raise
-    weakref.finalize(mapping, store.catalog.unpin, (record,)).atexit = False
-    if store.verify and crc32c(mapping) != record.crc:
-        forget(store, key, record)
-        raise CorruptionError(
-            f"the stored bytes of {key!r} in {store.location} are not those that were put (CRC32C "
-            "differs); forgotten, so that they can be put again"
-        )
-    return tensor_from(mapping, record.dtype, record.shape)
+def damage(location: str, keys: list[str]) -> CorruptionError:
+    """The error for blobs whose checksum does not match."""
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return CorruptionError(
+        f"the stored bytes of {shown(keys[0])}{more} in {location} are not those that were put "
+        "(CRC32C differs); forgotten, so that they can be put again"
+    )
 
 
-def forget(store: KVStore, key: str, record: BlobRecord) -> None:
-    """Drops a damaged blob, if it is still the one that was read, and counts it."""
-    store.catalog.drop(key, only=record)
-    store.catalog.counters["corruptions"] += 1
-
-
-def _check_key(key: object) -> None:
+def check_key(key: object) -> None:
+    """TypeError unless ``key`` is one."""
     if not isinstance(key, str):
         raise TypeError(f"a key is a str, not {type(key).__name__}")

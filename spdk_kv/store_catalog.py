@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from spdk_kv._native.transfer import Transfer
-from spdk_kv.errors import CapacityError, CorruptionError, DeviceError, KeyNotFound
-from spdk_kv.index import BlobRecord, SequenceRecord
+from spdk_kv.errors import CapacityError, ClosedError, DeviceError, KeyNotFound
+from spdk_kv.index_records import BlobRecord, SequenceRecord
 from spdk_kv.store_extents import ExtentTable
 from spdk_kv.store_open import BLOCK_NBYTES, Opened
 from spdk_kv.units import align_up
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 Eviction = Literal["lru", "none"]
 
-# A full store evicts at least this share of its capacity at once: every eviction costs a commit.
+# A full store evicts at least this share of what it holds at once: every eviction costs a commit.
 _EVICTED_SHARE = 32
 
 
@@ -32,6 +32,10 @@ class Catalog:
 
     ``lock`` guards everything here and is never held over I/O to the device; commits are
     serialised by a lock of their own.
+
+    A signal handler may raise (Ctrl-C) between any two steps of a change. So a change notes first
+    what the index has to learn of it, and one that is interrupted is finished all the same; what
+    may get lost is a piece of free space, until the store is opened again.
     """
 
     def __init__(self, opened: Opened, eviction: Eviction, discard: bool) -> None:
@@ -45,30 +49,20 @@ class Catalog:
         self.extents = ExtentTable(opened.allocator)
         self.counters = {"hits": 0, "misses": 0, "evictions": 0, "corruptions": 0}
         # Least recently used first.
-        self.blobs: OrderedDict[str, BlobRecord] = OrderedDict()
-        self.sequences: dict[str, SequenceRecord] = {}
+        self.blobs: OrderedDict[str, BlobRecord] = opened.blobs
+        self.sequences = opened.sequences
         self._changed_blobs: dict[str, BlobRecord | None] = {}
         self._changed_sequences: dict[str, SequenceRecord | None] = {}
-        self._blob_nbytes = 0
+        # Space that forgetting all blobs would give.
+        self._blob_nbytes = sum(_footprint(record) for record in self.blobs.values())
         self._touched = False
+        self._closed = False
         self._commit_lock = threading.Lock()
+        self._growth_lock = threading.Lock()
         # What the device may still touch although its caller has given up (a deadline).
-        self._quarantine: list[tuple[Transfer, Callable[[], None]]] = []
-        self._load()
-
-    def _load(self) -> None:
-        if self.index is None:
-            return
-        self.blobs.update(self.index.load_blobs())
-        self._blob_nbytes = sum(record.nbytes for record in self.blobs.values())
-        self.sequences.update(self.index.load_sequences())
-        live = [(blob.offset, blob.nbytes) for blob in self.blobs.values() if blob.nbytes]
-        for sequence in self.sequences.values():
-            live += [(unit.offset, sequence.extent_nbytes) for unit in sequence.units]
-        try:
-            self.extents.allocator.reserve_all(live)
-        except CorruptionError as damage:
-            raise CorruptionError(f"the index {self.index.path} is damaged: {damage}") from damage
+        self._quarantine: list[tuple[list[Transfer], Callable[[], None]]] = []
+        # Read by mappings that are gone by now; see unpin_later.
+        self._unpinned: deque[BlobRecord] = deque()
 
     # -- blobs ----------------------------------------------------------------------------------
 
@@ -82,9 +76,9 @@ class Catalog:
             missing = [key for key in keys if key not in self.blobs]
             if missing:
                 self.counters["misses"] += len(missing)
-                shown = ", ".join(_shown(key) for key in missing[:5])
+                first = ", ".join(shown(key) for key in missing[:5])
                 more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-                raise KeyNotFound(f"no blob {shown}{more}")
+                raise KeyNotFound(f"no blob {first}{more}")
             self.counters["hits"] += len(keys)
             self._touched = True
             found = []
@@ -98,33 +92,58 @@ class Catalog:
         with self.lock:
             self.extents.unpin([record.offset for record in records if record.nbytes])
 
+    def unpin_later(self, record: BlobRecord) -> None:
+        """As :meth:`unpin`, from a finalizer: that may run amid any step of the thread that holds
+        the lock, so it changes nothing itself."""
+        self._unpinned.append(record)
+
     def publish(self, records: Mapping[str, BlobRecord]) -> None:
-        """Makes written blobs visible; the extents of those they replace are retired."""
+        """Makes written blobs visible, all or (ClosedError: the last commit is over) none; the
+        extents of those they replace are retired."""
         with self.lock:
-            for key, record in records.items():
-                self._retire_blob(key)
-                self.blobs[key] = record
-                self._blob_nbytes += record.nbytes
-                self._changed_blobs[key] = record
+            if self._closed:
+                raise ClosedError("the store was closed before the blobs were written")
+            try:
+                self._publish(records)
+            except BaseException:
+                self._publish(records)
+                raise
+
+    def _publish(self, records: Mapping[str, BlobRecord]) -> None:
+        for key, record in records.items():
+            if key in self._changed_blobs:
+                # Its place among the changes is that of an earlier one, and so not its recency.
+                self._touched = True
+            self._changed_blobs[key] = record
+            former = self.blobs.get(key)
+            if former is record:
+                continue
+            self.blobs[key] = record
+            self.blobs.move_to_end(key)
+            self._blob_nbytes += _footprint(record)
+            if former is not None:
+                self._retire(former)
 
     def drop(self, key: str, only: BlobRecord | None = None) -> bool:
         """Forgets a blob (``only``: if it is still that one). Returns whether it was there."""
         with self.lock:
-            if only is not None and self.blobs.get(key) is not only:
-                return False
-            if not self._retire_blob(key):
+            record = self.blobs.get(key)
+            if record is None or (only is not None and record is not only):
                 return False
             self._changed_blobs[key] = None
+            del self.blobs[key]
+            self._retire(record)
             return True
 
-    def _retire_blob(self, key: str) -> bool:
-        record = self.blobs.pop(key, None)
-        if record is None:
-            return False
-        self._blob_nbytes -= record.nbytes
+    def drop_damaged(self, key: str, record: BlobRecord) -> None:
+        """Forgets a blob whose bytes cannot be had, if it is still that one, and counts it."""
+        with self.lock:
+            self.counters["corruptions"] += self.drop(key, only=record)
+
+    def _retire(self, record: BlobRecord) -> None:
+        self._blob_nbytes -= _footprint(record)
         if record.nbytes:
             self.extents.retire([record.offset])
-        return True
 
     # -- sequences ------------------------------------------------------------------------------
 
@@ -134,12 +153,26 @@ class Catalog:
             self.sequences[name] = record
             self._changed_sequences[name] = record
 
-    def drop_sequence(self, name: str, offsets: Sequence[int]) -> None:
-        """Forgets a sequence (recorded or not) and retires its extents."""
+    def drop_sequence(
+        self, name: str, offsets: Sequence[int], writes: Sequence[Transfer] = ()
+    ) -> None:
+        """Forgets a sequence (recorded or not). Its extents are retired, as soon as the device has
+        let go of ``writes``."""
         with self.lock:
-            if self.sequences.pop(name, None) is not None:
+            if name in self.sequences:
                 self._changed_sequences[name] = None
-            self.extents.retire(offsets)
+                del self.sequences[name]
+
+        def retire() -> None:
+            with self.lock:
+                self.extents.retire(offsets)
+
+        self.release(writes, retire)
+
+    def count_corruption(self) -> None:
+        """Called for damage found in a sequence; that of blobs is counted here."""
+        with self.lock:
+            self.counters["corruptions"] += 1
 
     # -- space ----------------------------------------------------------------------------------
 
@@ -149,7 +182,7 @@ class Catalog:
         Where there is no room: commits, so that retired extents come free, then evicts blobs if
         that is allowed (both block on the device). CapacityError.
         """
-        self._end_quarantine()
+        self._end_pins()
         wanted = 0
         while True:
             refusal = None
@@ -169,19 +202,23 @@ class Catalog:
 
     def _back(self, offsets: Sequence[int], sizes: Sequence[int]) -> CapacityError | None:
         """Makes the device reach the extents; gives them up where it cannot."""
+        end = max(o + align_up(n, BLOCK_NBYTES) for o, n in zip(offsets, sizes, strict=True))
         try:
-            self.engine.ensure(
-                max(o + align_up(n, BLOCK_NBYTES) for o, n in zip(offsets, sizes, strict=True))
-            )
+            # One at a time: a growth that fails takes back what it added to the file.
+            with self._growth_lock:
+                self.engine.ensure(end)
         except CapacityError as full:
-            with self.lock:
-                self.extents.abandon(offsets)
+            self.abandon(offsets)
             return full
         except BaseException:
-            with self.lock:
-                self.extents.abandon(offsets)
+            self.abandon(offsets)
             raise
         return None
+
+    def abandon(self, offsets: Sequence[int]) -> None:
+        """Takes extents back that no record ever named."""
+        with self.lock:
+            self.extents.abandon(offsets)
 
     def _make_room(self, sizes: Sequence[int], wanted: int) -> bool:
         """Frees something, if anything can be freed. Returns whether it is worth another try."""
@@ -191,35 +228,50 @@ class Catalog:
                 if sum(sizes) > allocator.free_nbytes + self._blob_nbytes:
                     # Nothing would be won by losing everything.
                     return False
-                self._evict(max(wanted, sum(sizes), allocator.capacity_nbytes // _EVICTED_SHARE))
+                self._evict(max(wanted, sum(sizes), allocator.used_nbytes // _EVICTED_SHARE))
             if not self.extents.has_retired:
                 return False
         self.commit()
         return True
 
     def _evict(self, nbytes: int) -> None:
-        """Drops the least recently used blobs until their extents come to ``nbytes``."""
-        while self.blobs and nbytes > 0:
-            key, record = next(iter(self.blobs.items()))
-            self.drop(key)
-            self.counters["evictions"] += 1
-            nbytes -= record.nbytes
+        """Drops the least recently used blobs until their extents come to ``nbytes``.
 
-    def release(self, transfer: Transfer | None, action: Callable[[], None]) -> None:
-        """Runs ``action`` (an unpin, say) now, or once the device has let go of ``transfer``."""
-        if transfer is not None and transfer.in_flight:
+        Those without bytes, and those that are just being read, would give no space.
+        """
+        victims = []
+        for key, record in self.blobs.items():
+            if nbytes <= 0:
+                break
+            if record.nbytes and not self.extents.pinned(record.offset):
+                victims.append(key)
+                nbytes -= _footprint(record)
+        for key in victims:
+            self.counters["evictions"] += self.drop(key)
+
+    def release(self, transfers: Sequence[Transfer], action: Callable[[], None]) -> None:
+        """Runs ``action`` (an unpin, say) now, or once the device has let go of ``transfers``."""
+        in_flight = [transfer for transfer in transfers if transfer.in_flight]
+        if in_flight:
             with self.lock:
-                self._quarantine.append((transfer, action))
-            return
-        action()
+                self._quarantine.append((in_flight, action))
+        else:
+            action()
 
-    def _end_quarantine(self) -> None:
-        if not self._quarantine:
+    def _end_pins(self) -> None:
+        """Takes note of what the device, or a mapping, has let go of in the meantime."""
+        if not self._quarantine and not self._unpinned:
             return
+        over: list[tuple[list[Transfer], Callable[[], None]]] = []
+        held: list[tuple[list[Transfer], Callable[[], None]]] = []
         with self.lock:
-            over = [action for transfer, action in self._quarantine if not transfer.in_flight]
-            self._quarantine = [pair for pair in self._quarantine if pair[0].in_flight]
-        for action in over:
+            while self._unpinned:
+                self.unpin([self._unpinned.popleft()])
+            for pair in self._quarantine:
+                # Looked at once: it may come to its end between two looks.
+                (held if any(transfer.in_flight for transfer in pair[0]) else over).append(pair)
+            self._quarantine = held
+        for _, action in over:
             action()
 
     # -- commit ---------------------------------------------------------------------------------
@@ -233,11 +285,14 @@ class Catalog:
         """Data to the medium, then the records; blocks on both. What failed is tried again by the
         next commit."""
         with self._commit_lock:
-            with self.lock:
-                blobs, self._changed_blobs = self._changed_blobs, {}
-                sequences, self._changed_sequences = self._changed_sequences, {}
-                retired = self.extents.take_retired()
+            blobs: dict[str, BlobRecord | None] = {}
+            sequences: dict[str, SequenceRecord | None] = {}
+            retired: list[int] = []
             try:
+                with self.lock:
+                    blobs, self._changed_blobs = self._changed_blobs, {}
+                    sequences, self._changed_sequences = self._changed_sequences, {}
+                    retired = self.extents.take_retired()
                 if self.index is not None and (blobs or sequences):
                     if any(record is not None for record in (*blobs.values(), *sequences.values())):
                         self.engine.flush(timeout_s)
@@ -270,12 +325,37 @@ class Catalog:
                 self._discard = False
                 return
 
+    def stats(self) -> dict[str, int]:
+        """Blobs, bytes, and what was counted."""
+        with self.lock:
+            allocator = self.extents.allocator
+            return {
+                "blobs": len(self.blobs),
+                "capacity_nbytes": allocator.capacity_nbytes,
+                "used_nbytes": allocator.used_nbytes,
+                "free_nbytes": allocator.free_nbytes,
+                "largest_free_nbytes": allocator.largest_free_nbytes,
+                **self.counters,
+            }
+
+    def close(self) -> None:
+        """The last commit: what is published from now on is refused."""
+        with self.lock:
+            self._closed = True
+        self.commit()
+
     def save_order(self) -> None:
         """Records which blobs were used last, for eviction after a reopening."""
         if self.index is not None and self._touched:
             self.index.touch_order(self.blobs)
 
 
-def _shown(key: str) -> str:
+def _footprint(record: BlobRecord) -> int:
+    """Bytes of the blob's extent."""
+    return align_up(record.nbytes, BLOCK_NBYTES)
+
+
+def shown(key: str) -> str:
+    """``key`` for a message: its beginning, where it is long."""
     text = repr(key)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import uuid
+from collections import OrderedDict
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.allocator import Allocator
 from spdk_kv.engines import Engine, EngineOptions, Location, open_engine, parse_location
-from spdk_kv.errors import CapacityError, StoreMismatch, device_error
+from spdk_kv.engines.files import FileEngine
+from spdk_kv.errors import (
+    CapacityError,
+    CorruptionError,
+    DeviceTimeout,
+    StoreLocked,
+    StoreMismatch,
+    device_error,
+)
 from spdk_kv.index import Index
-from spdk_kv.lock import StoreLock
+from spdk_kv.index_records import BlobRecord, SequenceRecord
+from spdk_kv.lock import CommandsLock, StoreLock
 from spdk_kv.superblock import (
     COPY_OFFSETS,
     DATA_START,
@@ -28,7 +40,7 @@ from spdk_kv.superblock import (
     fit_device_id,
     pack,
 )
-from spdk_kv.units import GIB, align_down, format_nbytes, parse_nbytes
+from spdk_kv.units import GIB, align_down, align_up, format_nbytes, parse_nbytes
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +51,20 @@ _MOST_BY_DEFAULT = 64 * GIB
 # This much at either end of a block device has to be zero before a store is begun on it:
 # partition tables, filesystems, md and LVM all leave a mark within it.
 _BLANK_NBYTES = 1 << 20
+# In the index: the generation that an open was about to write.
+_BUSY_TIMEOUT_S = 1.0
+_MEANT = "next generation"
+# Of stores whose device did not let go: held until the process ends.
+_kept: list[ExitStack] = []
 
 
 @dataclass
 class Opened:
-    """The parts of an open store. ``index`` and ``lock`` are None where nothing persists."""
+    """The parts of an open store. ``index`` and ``lock`` are None where nothing persists.
+
+    ``allocator`` has the extents of ``blobs`` (least recently used first) and ``sequences``; all
+    three are the catalog's from now on.
+    """
 
     location: Location
     engine: Engine
@@ -51,6 +72,25 @@ class Opened:
     index: Index | None
     lock: StoreLock | None
     uuid: str
+    commands: CommandsLock | None = None
+    blobs: OrderedDict[str, BlobRecord] = field(default_factory=OrderedDict)
+    sequences: dict[str, SequenceRecord] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Gives everything back. DeviceTimeout if the device does not let go: the store then stays
+        locked, for whoever opened it would meet our commands still in flight."""
+        with ExitStack() as rest:
+            if self.lock is not None:
+                rest.callback(self.lock.release)
+            if self.index is not None:
+                rest.callback(self.index.close)
+            if self.commands is not None:
+                rest.callback(self.commands.release)
+            try:
+                self.engine.close()
+            except DeviceTimeout:
+                _kept.append(rest.pop_all())
+                raise
 
 
 def open_parts(
@@ -99,8 +139,12 @@ def _open_folder(
         index = Index(index_path)
         undo.callback(index.close)
         device = open_engine(place, data, engine=engine, options=options)
+        assert isinstance(device, FileEngine)
         undo.callback(device.close)
+        commands = CommandsLock(device.fd, data)
+        undo.callback(commands.release)
         opened = _join(place, device, index, lock, wanted)
+        opened.commands = commands
         undo.pop_all()
         return opened
 
@@ -136,7 +180,7 @@ def _open_block(
             )
         index = Index(index_path)
         undo.callback(index.close)
-        device = open_engine(place, engine=engine, options=options)
+        device = _open_device(place, engine, options)
         undo.callback(device.close)
         if found is None:
             _refuse_unless_blank(device)
@@ -145,13 +189,30 @@ def _open_block(
         return opened
 
 
+def _open_device(place: Location, engine: str | None, options: EngineOptions) -> Engine:
+    # A process that was killed holds the device until its last command has ended.
+    until = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            return open_engine(place, engine=engine, options=options)
+        except StoreLocked:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.01)
+
+
 def _join(
     place: Location, device: Engine, index: Index, lock: StoreLock, wanted: int | None
 ) -> Opened:
-    """Checks that data and index are of one store, and marks both with the next generation."""
+    """Checks that data and index are of one store, and marks both with the next generation.
+
+    The index says first which generation is meant, then the data gets it, then the index has it:
+    so a crash in between is told from an old copy of one of the two.
+    """
     current = _read_superblock(device)
-    begun = index.get_meta("begun") == "yes"
-    if current is None and begun:
+    # Of generation 0 is an index whose store was never begun to the end.
+    generation = index.generation
+    if current is None and generation:
         raise StoreMismatch(
             f"{place}: the index is that of store {index.uuid}, but the data carries no "
             "superblock: it was replaced or wiped. Put it back, or remove the index to start empty"
@@ -160,27 +221,58 @@ def _join(
         raise StoreMismatch(
             f"{place}: the data is that of store {current.uuid}, the index that of {index.uuid}"
         )
-    # The index is marked first, so it may be one ahead: that is a crash between the two marks.
-    if current is not None and begun and index.generation - current.generation not in (0, 1):
-        raise StoreMismatch(
-            f"{place}: data of generation {current.generation} beside an index of generation "
-            f"{index.generation}: one of them is an old copy"
-        )
+    if current is not None and current.generation != generation:
+        if str(current.generation) == index.get_meta(_MEANT):
+            generation = index.generation = current.generation
+        else:
+            raise StoreMismatch(
+                f"{place}: data of generation {current.generation} beside an index of generation "
+                f"{generation}: one of them is an old copy"
+            )
     identity = fit_device_id(device.identity)
     if current is not None and current.device_id != identity:
         raise StoreMismatch(
             f"{place}: the store was made on device {current.device_id!r}, this is {identity!r}"
         )
+    blobs, sequences = OrderedDict(index.load_blobs()), dict(index.load_sequences())
     capacity = _capacity(place, device, current, wanted)
-    allocator = Allocator(capacity, BLOCK_NBYTES, DATA_START)
-    generation = max(index.generation, current.generation if current else 0) + 1
+    allocator = _allocator(index, blobs, sequences, current, capacity)
+    # Only now, when nothing can be refused any more.
+    generation += 1
     superblock = Superblock(index.uuid, BLOCK_NBYTES, capacity, generation, identity)
     device.ensure(DATA_START)
-    index.generation = generation
+    index.set_meta(_MEANT, str(generation))
     _write_superblock(device, superblock)
-    if not begun:
-        index.set_meta("begun", "yes")
-    return Opened(place, device, allocator, index, lock, index.uuid)
+    index.generation = generation
+    return Opened(
+        place, device, allocator, index, lock, index.uuid, blobs=blobs, sequences=sequences
+    )
+
+
+def _allocator(
+    index: Index,
+    blobs: Mapping[str, BlobRecord],
+    sequences: Mapping[str, SequenceRecord],
+    current: Superblock | None,
+    capacity: int,
+) -> Allocator:
+    """The allocator with all recorded extents; CapacityError if a smaller store was asked for
+    than those reach."""
+    live = [(blob.offset, blob.nbytes) for blob in blobs.values() if blob.nbytes]
+    for sequence in sequences.values():
+        live += [(unit.offset, sequence.extent_nbytes) for unit in sequence.units]
+    reached = max((offset + nbytes for offset, nbytes in live), default=DATA_START) - DATA_START
+    if current is not None and capacity < reached <= current.capacity_nbytes:
+        raise CapacityError(
+            f"what is stored reaches to {format_nbytes(align_up(reached, BLOCK_NBYTES))} "
+            f"({reached} bytes); a capacity of {format_nbytes(capacity)} would cut it off"
+        )
+    allocator = Allocator(capacity, BLOCK_NBYTES, DATA_START)
+    try:
+        allocator.reserve_all(live)
+    except CorruptionError as damage:
+        raise CorruptionError(f"the index {index.path} is damaged: {damage}") from damage
+    return allocator
 
 
 def _capacity(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spdk_kv.errors import ShapeMismatch
-from spdk_kv.types import dtype_itemsize, dtype_name, torch_dtypes
+from spdk_kv.types import dtype_itemsize, dtype_name, movable, torch_dtypes
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def byte_view(tensor: Any) -> ByteView:
             f"only dense tensors with plain elements are stored, not {tensor.type()}"
         )
     name = dtype_name(tensor.dtype)
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
+    plain = movable(tensor).contiguous().cpu()
     return ByteView(
         plain.data_ptr(), plain.numel() * plain.element_size(), name, tuple(tensor.shape), plain
     )
@@ -106,8 +106,10 @@ class Destination:
         """Copies ``tensor`` into ``out`` and returns it; blocks until a GPU has the bytes."""
         if isinstance(self.out, np.ndarray):
             self.out[...] = tensor.numpy()
-        else:
+        elif self.out.is_conj() or self.out.is_neg():
             self.out.copy_(tensor)
+        else:
+            movable(self.out).copy_(movable(tensor))
         return self.out
 
 
@@ -117,6 +119,7 @@ def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
         _check_same(_numpy_name(out.dtype), out.shape, dtype, shape)
         if not out.flags.writeable:
             raise ShapeMismatch("out is read-only")
+        _check_distinct(out.shape, out.strides)
         return Destination(out, byte_view(out) if out.flags.c_contiguous else None)
     import torch
 
@@ -127,9 +130,17 @@ def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
         raise ShapeMismatch(f"out is a dense tensor, not {out.type()}")
     if out.requires_grad:
         raise ShapeMismatch("out requires grad; pass out.detach()")
+    _check_distinct(out.shape, out.stride())
     lazy = out.is_conj() or out.is_neg()
     direct = out.device.type == "cpu" and out.is_contiguous() and not lazy
     return Destination(out, byte_view(out) if direct else None)
+
+
+def _check_distinct(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    if 0 not in shape and any(
+        size > 1 and not stride for size, stride in zip(shape, strides, strict=True)
+    ):
+        raise ShapeMismatch("out has elements that share memory (it was expanded)")
 
 
 def _check_same(

@@ -55,6 +55,16 @@ def dtype_itemsize(name: str) -> int:
     return torch_dtypes()[name].itemsize
 
 
+def movable(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as elements of equal size that torch can copy, as it cannot every dtype's; its
+    values are resolved where they are lazy (conjugates)."""
+    import torch
+
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+    return plain.view(sizes[plain.element_size()])
+
+
 @dataclass(frozen=True)
 class KVShape:
     """The shape of one sequence's KV cache; fixed when the sequence is created.

@@ -21,7 +21,8 @@ except PackageNotFoundError:  # a checkout that was never installed
 # for it would import the command, and with it torch: seconds for a `--help`.
 COMMANDS = {
     "bench": ("spdk_kv.cli.bench:bench", "Measure a drive, an engine or a policy."),
-    "demo": ("spdk_kv.cli.demo:demo", "Store and load tensors and show that they come back."),
+    "demo": ("spdk_kv.cli.demo:demo", "Let a model decode with its KV cache on the drive."),
+    "device": ("spdk_kv.cli.device:device", "Take a drive from the kernel, and give it back."),
     "doctor": ("spdk_kv.cli.doctor:doctor", "Show what this machine offers and what to mend."),
     "stat": ("spdk_kv.cli.stat:stat", "Show what a store holds."),
 }

@@ -77,7 +77,7 @@ class Engine:
     def _start(self, backend: Any, keep: object) -> None:
         """Starts the queue over ``backend`` (a capsule), once the geometry is set."""
         slots: list[int] = []
-        if self.align_nbytes > 1:
+        if self.align_nbytes > 1 or self.block_nbytes > 1:
             # Twice the depth: while one half is copied out of, the device fills the other.
             count = 2 * self.options.depth
             self._slots = self.allocate(count * self.segment_nbytes)
@@ -185,6 +185,7 @@ class Engine:
     def _reap(self, queue: Queue) -> None:
         while done := queue.reap():
             self._resolve(done)
+            done.clear()  # or the last ones, and their memory, would live until the next
 
     @staticmethod
     def _resolve(done: list[Transfer]) -> None:
@@ -227,10 +228,14 @@ class Engine:
         self.run(transfer, timeout_s)
 
     def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> None:
-        """Tells the device that a range holds nothing worth keeping (TRIM, or a hole)."""
+        """Tells the device that a range holds nothing worth keeping (TRIM, or a hole).
+
+        Where the filesystem or the drive knows no such thing, nothing happens.
+        """
         transfer = self.transfer(DISCARD)
         transfer.add(offset, 0, nbytes)
-        self.run(transfer, timeout_s)
+        if transfer.run(timeout_s) not in (0, errno.EOPNOTSUPP):
+            raise self.error(transfer)
 
     def ensure(self, nbytes: int) -> None:
         """Makes sure that the device reaches to ``nbytes``; CapacityError where it cannot."""
@@ -255,5 +260,9 @@ class Engine:
         self.queue.depth = depth
 
     def stats(self) -> dict[str, Any]:
-        """The queue's counters; times in nanoseconds. See :meth:`Queue.stats`."""
-        return dict(self.queue.stats())
+        """The queue's counters, times in nanoseconds (see :meth:`Queue.stats`), and
+        ``depth_achieved``: segments in flight on average while there were any."""
+        counters = dict(self.queue.stats())
+        busy_ns = counters["busy_ns"]
+        counters["depth_achieved"] = counters["latency_ns"] / busy_ns if busy_ns else 0.0
+        return counters

@@ -9,6 +9,7 @@ import os
 import stat
 import struct
 from pathlib import Path
+from typing import Any
 
 from spdk_kv.engines.base import Engine, EngineOptions
 from spdk_kv.errors import CapacityError, EngineUnavailable, StoreLocked, device_error
@@ -18,6 +19,9 @@ from spdk_kv.units import align_up, format_nbytes
 DIRECT_BLOCK_NBYTES = 4096
 # The data file grows by this much, so that writes seldom wait for the filesystem.
 _GROWTH_NBYTES = 256 << 20
+# Growth leaves this much of the filesystem, for the index beside the data: where that cannot be
+# written, not even room can be made, since a blob is only gone when the index says so.
+_LEFT_NBYTES = 8 << 20
 _BLKGETSIZE64 = 0x80081272
 # statx(2): struct statx and its flags, which Python's os module does not have.
 _AT_EMPTY_PATH = 0x1000
@@ -32,11 +36,23 @@ class FileEngine(Engine):
     def __init__(self, path: str, options: EngineOptions) -> None:
         super().__init__(path, options)
         self.fd = _open(path, self.direct, self.name)
-        if self.direct:
-            self.block_nbytes, self.align_nbytes = _direct_alignment(self.fd)
-        self._is_block = stat.S_ISBLK(os.fstat(self.fd).st_mode)
+        try:
+            if self.direct:
+                self.block_nbytes, self.align_nbytes = _direct_alignment(self.fd)
+            self._is_block = stat.S_ISBLK(os.fstat(self.fd).st_mode)
+            self._backend = self._open_backend()
+            self._start(self._backend.backend, self._backend)
+        except BaseException:
+            # The next engine tried may want the device, which is open exclusively.
+            os.close(self.fd)
+            raise
+
+    def _open_backend(self) -> Any:
+        """The native side over ``fd``; EngineUnavailable where it cannot run here."""
+        raise NotImplementedError
 
     def _release(self) -> None:
+        self._backend.close()
         os.close(self.fd)
 
     @property
@@ -67,10 +83,13 @@ class FileEngine(Engine):
         size = os.fstat(self.fd).st_size
         if nbytes <= size:
             return
-        # First a generous step, then exactly what is needed: the last megabytes of a filesystem
-        # are good for data too.
+        # First a generous step, then exactly what is needed.
         last_error: OSError | None = None
+        free = os.fstatvfs(self.fd)
+        free_nbytes = free.f_bavail * free.f_frsize
         for target in (align_up(nbytes, _GROWTH_NBYTES), align_up(nbytes, 1 << 20)):
+            if target - size > free_nbytes - _LEFT_NBYTES:
+                continue
             try:
                 os.posix_fallocate(self.fd, size, target - size)
             except OSError as refused:
@@ -82,10 +101,10 @@ class FileEngine(Engine):
                 last_error = refused
             else:
                 return
-        free = os.fstatvfs(self.fd)
         raise CapacityError(
             f"no room for {self.where} to grow to {format_nbytes(nbytes)}: the filesystem has "
-            f"{format_nbytes(free.f_bavail * free.f_frsize)} free"
+            f"{format_nbytes(free_nbytes)} free, of which {format_nbytes(_LEFT_NBYTES)} are left "
+            "for the index"
         ) from last_error
 
 
@@ -107,17 +126,22 @@ def _direct_alignment(fd: int) -> tuple[int, int]:
 
 def _open(path: str, direct: bool, name: str) -> int:
     flags = os.O_RDWR | os.O_CLOEXEC
+    # A device that is not there must not become a file in /dev; /dev/shm is for files.
+    create = not path.startswith("/dev/") or path.startswith("/dev/shm/")
     try:
         if stat.S_ISBLK(os.stat(path).st_mode):
             # Exclusive: the kernel refuses while the device is mounted, swapped on, or in use
             # by dm, md or another opener of this kind.
             flags |= os.O_EXCL
+        create = False
     except FileNotFoundError:
         pass
-    if not path.startswith("/dev/"):
+    if create:
         flags |= os.O_CREAT
     try:
         fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o600)
+        if create:
+            os.fchmod(fd, 0o600)  # whatever the umask
     except OSError as refused:
         if direct and refused.errno == errno.EINVAL:
             raise EngineUnavailable(

@@ -14,6 +14,8 @@ class RamEngine(Engine):
 
     def __init__(self, capacity_nbytes: int, options: EngineOptions) -> None:
         super().__init__("ram://", options)
+        if capacity_nbytes < 1:
+            raise ValueError(f"ram:// needs a capacity of at least a byte, not {capacity_nbytes}")
         self._capacity_nbytes = capacity_nbytes
         self._backend = MemoryBackend(capacity_nbytes)
         self._start(self._backend.backend, self._backend)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 
 from spdk_kv._native.pool_backend import PoolBackend
-from spdk_kv.engines.base import EngineOptions
 from spdk_kv.engines.files import FileEngine
 
 # The copies are the kernel's and run on the pool's threads: a few saturate memory.
@@ -18,10 +17,8 @@ class PageCacheEngine(FileEngine):
     name = "pagecache"
     direct = False
 
-    def __init__(self, path: str, options: EngineOptions) -> None:
-        super().__init__(path, options)
-        self._backend = PoolBackend(self.fd, min(options.depth, _MOST_THREADS))
-        self._start(self._backend.backend, self._backend)
+    def _open_backend(self) -> PoolBackend:
+        return PoolBackend(self.fd, min(self.options.depth, _MOST_THREADS))
 
     def map(self, offset: int, nbytes: int) -> mmap.mmap:
         """The page cache itself as memory, with no copy: ``nbytes`` from ``offset``, a multiple
@@ -39,7 +36,3 @@ class PageCacheEngine(FileEngine):
         )
         mapping.madvise(mmap.MADV_WILLNEED)
         return mapping
-
-    def _release(self) -> None:
-        self._backend.close()
-        super()._release()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from spdk_kv._native.pool_backend import PoolBackend
-from spdk_kv.engines.base import EngineOptions
 from spdk_kv.engines.files import FileEngine
 
 # More threads than this only queue up inside the kernel.
@@ -19,11 +18,5 @@ class ThreadsEngine(FileEngine):
     name = "threads"
     direct = True
 
-    def __init__(self, path: str, options: EngineOptions) -> None:
-        super().__init__(path, options)
-        self._backend = PoolBackend(self.fd, min(options.depth, _MOST_THREADS))
-        self._start(self._backend.backend, self._backend)
-
-    def _release(self) -> None:
-        self._backend.close()
-        super()._release()
+    def _open_backend(self) -> PoolBackend:
+        return PoolBackend(self.fd, min(self.options.depth, _MOST_THREADS))

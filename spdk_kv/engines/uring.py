@@ -29,7 +29,12 @@ def why_unavailable() -> tuple[str, str] | None:
         UringBackend(null, 4).close()
     except OSError as refused:
         if refused.errno == errno.ENOSYS:
-            return "the kernel has no io_uring", "a kernel of 5.6 or newer"
+            return f"the kernel has no io_uring that serves ({refused})", "a kernel of 5.11 or newer"
+        if refused.errno == errno.ENOMEM:
+            return (
+                "RLIMIT_MEMLOCK is too low for a ring (io_uring_setup: ENOMEM)",
+                "ulimit -l 65536, or LimitMEMLOCK=64M in the service",
+            )
         return (
             f"io_uring is forbidden here ({refused.strerror})",
             "sysctl kernel.io_uring_disabled=0; in a container, a seccomp profile that allows "
@@ -62,13 +67,18 @@ class UringEngine(FileEngine):
     def __init__(self, path: str, options: EngineOptions) -> None:
         if reason := why_unavailable():
             raise EngineUnavailable(f"engine uring: {reason[0]}; mend it with: {reason[1]}")
+        super().__init__(path, options)
+
+    def _open_backend(self) -> Any:
         from spdk_kv._native.uring_backend import UringBackend
 
-        super().__init__(path, options)
-        # Room for the depth, and for the wake-up and cancellations beside it.
-        self._backend = UringBackend(self.fd, 2 * options.depth + 8)
-        self.registered_buffers = self._backend.fixed_buffers
-        self._start(self._backend.backend, self._backend)
+        try:
+            # Room for the depth, and for the wake-up and cancellations beside it.
+            backend = UringBackend(self.fd, 2 * self.options.depth + 8)
+        except OSError as refused:
+            raise EngineUnavailable(f"engine uring: {refused}") from refused
+        self.registered_buffers = backend.fixed_buffers
+        return backend
 
     def allocate(self, nbytes: int) -> Any:
         region = Region(nbytes, self.options.hugepages)
@@ -84,7 +94,3 @@ class UringEngine(FileEngine):
                 errno.errorcode.get(status, status),
             )
         return region
-
-    def _release(self) -> None:
-        self._backend.close()
-        super()._release()

@@ -1,0 +1,168 @@
+"""spdk_kv against fio, on the same file, in the same run: the targets, the figures, met or missed.
+
+    python bench/against_fio.py --dir DIR          on the drive under DIR
+    python bench/against_fio.py --fast-drive       on a simulated drive (needs root)
+    python bench/against_fio.py --software         without a drive: our own cost alone
+
+Any of them together; --quick for a look in about a minute; --json FILE keeps every single figure.
+Every round makes every run once, ours and fio's in turn and every other round in reverse; a ratio
+is taken within its round, so that what slows the machine for a while slows both sides of it.
+Ctrl-C ends it and removes its files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import fast_drive
+import machine
+import software_runs
+from drive_runs import TENSOR_NBYTES, Figure, drive_runs
+from targets import DRIVE_TARGETS, SOFTWARE_TARGETS, DriveTarget, SoftwareTarget
+
+from spdk_kv.units import GIB, format_nbytes, parse_nbytes
+
+Rounds = dict[str, list[Figure]]
+
+
+def measure_drive(folder: Path, size: int, seconds: float, rounds: int) -> Rounds:
+    """Every run once per round."""
+    figures: Rounds = {}
+    with drive_runs(folder, size, seconds) as runs:
+        for number in range(rounds):
+            order = list(runs) if number % 2 == 0 else list(reversed(runs))
+            for done, name in enumerate(order):
+                _say(f"round {number + 1} of {rounds}, run {done + 1} of {len(order)}: {name}")
+                figures.setdefault(name, []).append(runs[name]())
+        figures = {name: figures[name] for name in runs}
+    _say("")
+    return figures
+
+
+def figure_table(figures: Rounds) -> list[str]:
+    lines = [
+        "| run | GiB/s, median (min to max) | CPU-seconds per GiB, median (min to max) |",
+        "|---|---|---|",
+    ]
+    for name, seen in figures.items():
+        speed = _spread([one.gib_s for one in seen], 2)
+        cpu = _spread([one.cpu_s_per_gib for one in seen], 3)
+        lines.append(f"| {name} | {speed} | {cpu} |")
+    return lines
+
+
+def target_table(figures: Rounds) -> list[str]:
+    lines = [
+        "| what | ours | fio | compared, median (min to max) | target | |",
+        "|---|---|---|---|---|---|",
+    ]
+    return lines + [_target_row(target, figures) for target in DRIVE_TARGETS]
+
+
+def _target_row(target: DriveTarget, figures: Rounds) -> str:
+    ours = [target.value(one) for one in figures[target.run]]
+    theirs = [target.value(one) for one in figures[target.yardstick]]
+    compared = [target.compare(a, b) for a, b in zip(ours, theirs, strict=True)]
+    cells = (
+        target.label,
+        f"{statistics.median(ours):.3g} {target.unit}",
+        f"{statistics.median(theirs):.3g}",
+        _spread(compared, 3),
+        target.wanted,
+        target.verdict(statistics.median(compared)),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def software_table(figures: dict[str, float]) -> list[str]:
+    lines = ["| what | figure | target | |", "|---|---|---|---|"]
+    return lines + [_software_row(target, figures[target.figure]) for target in SOFTWARE_TARGETS]
+
+
+def _software_row(target: SoftwareTarget, figure: float) -> str:
+    if target.most is None:
+        return f"| {target.label} | {figure:.3g} {target.unit} | | |"
+    verdict = "met" if figure <= target.most else "missed"
+    return f"| {target.label} | {figure:.3g} {target.unit} | at most {target.most:g} | {verdict} |"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    middle = statistics.median(values)
+    return f"{middle:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _say(text: str) -> None:
+    """On one line of the terminal, if there is one."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", type=Path, action="append", default=[], help="a folder to work in")
+    parser.add_argument("--fast-drive", action="store_true", help="a simulated drive as well")
+    parser.add_argument("--software", action="store_true", help="the cost of our own code as well")
+    parser.add_argument("--size", type=parse_nbytes, default=GIB, help="bytes of each data file")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of one run")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="short runs, two rounds: a look only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there")
+    words = parser.parse_args()
+    if words.quick:
+        words.seconds, words.rounds = 0.4, 2
+    if not (words.dir or words.fast_drive or words.software):
+        parser.error("nothing to do: --dir, --fast-drive or --software")
+    if words.size < 4 * TENSOR_NBYTES or words.size % TENSOR_NBYTES:
+        parser.error(f"--size is a multiple of {format_nbytes(TENSOR_NBYTES)}, at least four")
+    return words
+
+
+def main() -> None:
+    words = _arguments()
+    kept: dict[str, object] = {}
+    with ExitStack() as undo:
+        folders = [folder.resolve() for folder in words.dir]
+        if words.fast_drive:
+            # Three files, and what the filesystem and the blobs take.
+            folders.append(undo.enter_context(fast_drive.fast_drive(3 * words.size + GIB)))
+        for folder in folders:
+            lines = machine.describe(folder)
+            print(f"\n## {machine.drive(folder)}\n")
+            print(*(f"- {line}" for line in lines), sep="\n")
+            print(
+                f"- method: {words.rounds} rounds of {words.seconds:g} s per run, files of "
+                f"{format_nbytes(words.size)}\n"
+            )
+            figures = measure_drive(folder, words.size, words.seconds, words.rounds)
+            print(*target_table(figures), "", *figure_table(figures), sep="\n", flush=True)
+            kept[str(folder)] = {
+                "machine": lines,
+                "runs": {name: [asdict(one) for one in seen] for name, seen in figures.items()},
+            }
+        if words.software:
+            place = folders[-1] if folders else Path.cwd()
+            lines = machine.describe(place)
+            print("\n## Our own cost\n", *(f"- {line}" for line in lines), "", sep="\n")
+            costs = software_runs.null_engine(words.quick)
+            count = 20_000 if words.quick else 100_000
+            costs |= software_runs.many_blobs(place / "many-blobs", count)
+            print(f"{costs['blobs']:,.0f} blobs of 4 KiB, put in {costs['put_s']:.1f} s\n")
+            print(*software_table(costs), sep="\n")
+            kept["software"] = {"machine": lines, "figures": costs}
+    if words.json:
+        words.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RuntimeError as failed:
+        sys.exit(f"error: {failed}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,13 @@
+"""``spdk-kv bench``: the measurements, each in a module of its own."""
+
+from __future__ import annotations
+
+from spdk_kv.cli import LazyGroup
+
+bench = LazyGroup(
+    "bench",
+    commands_at={
+        "io": ("spdk_kv.cli.bench_io:bench_io", "What an engine gets out of a drive."),
+    },
+    help="Measure a drive, an engine or a policy.",
+)

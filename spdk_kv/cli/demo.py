@@ -1,0 +1,175 @@
+"""``spdk-kv demo``: a model decodes a text with its KV cache in memory, and on the drive."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from spdk_kv.cli import CommandFailed
+from spdk_kv.cli.demo_model import (
+    DemoModel,
+    load_model,
+    prompt_tokens,
+    random_model,
+    read_text,
+    require_transformers,
+)
+from spdk_kv.cli.demo_report import Report, print_report
+from spdk_kv.cli.output import json_option, print_json, progress
+from spdk_kv.units import MIB
+
+if TYPE_CHECKING:
+    from spdk_kv.store import KVStore
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_COUNT = click.IntRange(min=1)
+
+
+@click.command()
+@click.option("--text", type=_FILE, help="UTF-8 text to continue.  [default: a short story]")
+@click.option(
+    "--model",
+    "folder",
+    type=_FOLDER,
+    help="Folder of a transformers model.  [default: a small one with random weights]",
+)
+@click.option("--location", help="Store to use, e.g. file:///DIR.  [default: a temporary folder]")
+@click.option("--prompt-tokens", type=_COUNT, default=2048, show_default=True)
+@click.option("--new-tokens", type=_COUNT, default=32, show_default=True)
+@json_option
+def demo(
+    text: Path | None,
+    folder: Path | None,
+    location: str | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    as_json: bool,
+) -> None:
+    """Let a model decode with its KV cache on the drive.
+
+    It continues a text twice, with the cache in memory and on the drive, and compares. Exit
+    status 1 if the tokens differ. Nothing is left behind; a store at --location stays, without
+    the demo's data.
+    """
+    content = read_text(text)
+    with progress(1, "loading"):
+        require_transformers()
+        chosen = random_model(prompt_tokens + new_tokens) if folder is None else load_model(folder)
+    report = _compare(chosen, content, location, prompt_tokens, new_tokens)
+    if as_json:
+        print_json(report.fields())
+    else:
+        print_report(report)
+    if not report.tokens_equal:
+        click.get_current_context().exit(1)
+
+
+def _compare(
+    chosen: DemoModel, text: str, location: str | None, prompt_count: int, new_tokens: int
+) -> Report:
+    from transformers import DynamicCache
+
+    from spdk_kv.cli.demo_run import run
+    from spdk_kv.integrations.transformers import OffloadedKVCache
+
+    most = prompt_count + new_tokens
+    _check_length(chosen, most)
+    prompt = prompt_tokens(chosen.tokenizer, text, prompt_count)
+    model, config = chosen.model, chosen.model.config
+    with _store(location, _kv_nbytes(chosen, most)) as store:
+        # Once for nothing: the first pass also sets up torch's threads and kernels.
+        run(model, prompt[:, :512], 2, DynamicCache(config=config), lambda count: None)
+        with progress(new_tokens, "in memory") as advance:
+            memory = run(model, prompt, new_tokens, DynamicCache(config=config), advance)
+        before = store.stats()["transfers"]
+        with (
+            OffloadedKVCache(store, config, max_tokens=most) as cache,
+            progress(new_tokens, "on the drive") as advance,
+        ):
+            offloaded = run(model, prompt, new_tokens, cache, advance)
+            sequence = cache.sequence
+            assert sequence is not None
+            shape, kv_nbytes, stats = sequence.shape, sequence.nbytes, cache.stats()
+        after = store.stats()["transfers"]
+        return Report(
+            chosen=chosen,
+            parameters=sum(weight.numel() for weight in model.parameters()),
+            shape=shape,
+            prompt_tokens=prompt_count,
+            memory=memory,
+            offloaded=offloaded,
+            kv_nbytes=kv_nbytes,
+            resident_layers=stats["resident_layers_peak"],
+            prefetch_hits=stats["prefetch_hits"],
+            read_wait_s=stats["read_wait_s"],
+            written_nbytes=after["written_nbytes"] - before["written_nbytes"],
+            read_nbytes=after["read_nbytes"] - before["read_nbytes"],
+            engine=store.engine.name,
+            location=store.location,
+            temporary=location is None,
+        )
+
+
+def _check_length(chosen: DemoModel, tokens: int) -> None:
+    config = chosen.model.config.get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and tokens > most:
+        raise click.BadParameter(
+            f"with the new tokens that makes {tokens}, but {chosen.label} reads {most} at most",
+            param_hint="'--prompt-tokens'",
+        )
+
+
+def _kv_nbytes(chosen: DemoModel, tokens: int) -> int:
+    """At most what the K/V of ``tokens`` takes, for the size of a temporary store."""
+    config = chosen.model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    token_nbytes = int(kv_heads * head_dim * chosen.model.dtype.itemsize)
+    return 2 * int(config.num_hidden_layers) * token_nbytes * tokens
+
+
+@contextmanager
+def _store(location: str | None, kv_nbytes: int) -> Iterator[KVStore]:
+    """The store at ``location``, or a new one in a folder that is removed again."""
+    from spdk_kv.store import open as open_store
+
+    if location is not None:
+        try:
+            store = open_store(location)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="'--location'") from error
+        with store:
+            yield store
+        return
+    folder = _temporary_folder()
+    try:
+        # Some room more: extents are whole chunks, and the store needs its own.
+        with open_store(
+            f"file://{folder}", capacity=kv_nbytes + kv_nbytes // 8 + 64 * MIB
+        ) as store:
+            yield store
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary_folder() -> str:
+    # Not /tmp: often that is memory, where nothing would be read from a drive.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spdk_kv"
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix="demo-", dir=cache)
+    except OSError as error:
+        raise CommandFailed(
+            f"no temporary folder in {cache}: {error.strerror}; name another place with "
+            "--location file:///DIR"
+        ) from error

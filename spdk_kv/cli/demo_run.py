@@ -1,0 +1,86 @@
+"""The demo's measurement: one generation with one cache."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """``tokens``: the new ones. ``prompt_s``: until the first of them; ``decode_s``: for all the
+    others. ``peak_rss_nbytes``: the process's most resident memory during the run."""
+
+    tokens: list[int]
+    prompt_s: float
+    decode_s: float
+    peak_rss_nbytes: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed, the prompt not counted (unless there is only its one token)."""
+        if len(self.tokens) < 2:
+            return len(self.tokens) / self.prompt_s
+        return (len(self.tokens) - 1) / self.decode_s
+
+
+class _Stopwatch:
+    """A streamer for ``generate``: notes when tokens arrive."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.times: list[float] = []
+        self._advance = advance
+
+    def put(self, tokens: torch.Tensor) -> None:
+        # The first call has the prompt, before anything was computed.
+        self.times.append(time.perf_counter())
+        if len(self.times) > 1:
+            self._advance(1)
+
+    def end(self) -> None:
+        """Nothing is left to be told."""
+
+
+def run(
+    model: Any, prompt: torch.Tensor, new_tokens: int, cache: Any, advance: Callable[[int], None]
+) -> Run:
+    """Continues ``prompt``, greedily, with ``cache``. ``advance(1)`` is called for every token."""
+    import torch
+
+    _forget_peak_rss()
+    watch = _Stopwatch(advance)
+    told = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        streamer=watch,
+    )
+    begin, first, last = watch.times[0], watch.times[1], watch.times[-1]
+    tokens = told[0, prompt.shape[1] :].tolist()
+    return Run(tokens, first - begin, last - first, _peak_rss_nbytes())
+
+
+def _forget_peak_rss() -> None:
+    # proc(5): 5 resets the peak to what is resident now. Where that may not be written, the peak
+    # is that of the process so far.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_rss_nbytes() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

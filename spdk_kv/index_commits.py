@@ -1,0 +1,113 @@
+"""How many commits an index has made, kept beside it: an older state of it is noticed.
+
+SQLite ends its log at the first frame whose checksum fails, and says nothing: a flipped bit in it
+brings an earlier state back, in which a key names bytes that were overwritten or deleted since.
+So does a log that is lost, or an older copy of the index. Every transaction counts itself inside
+the index, and once it is on the medium the count is written here as well.
+
+The count is not flushed, for it needs no order of its own: it is written after its commit is on
+the medium, so whatever reaches the medium of it is never ahead of the index. After a kill it is
+behind by one commit at most. After a power cut it is behind by what the kernel had not yet
+written, and a flipped bit among just those commits goes unnoticed: two faults at once.
+
+A file that is missing, or of which no copy is good, is refused: an older index looks the same
+from here. Nothing does that on its own: the file is flushed before its index exists, and the
+copies are in different pages, so that neither a flipped bit nor a bad sector takes both.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import struct
+import zlib
+
+from spdk_kv.errors import CorruptionError, device_error
+
+log = logging.getLogger(__name__)
+
+_COPY_OFFSETS = (0, 4096)
+_COUNT = struct.Struct("<32sQ")  # the index's uuid, commits; then the checksum of both
+_CRC = struct.Struct("<I")
+
+
+class CommitCount:
+    """The count at ``path`` of the index ``uuid``, which itself counts ``commits``.
+
+    CorruptionError where that is fewer than here, or where there is no good count. DeviceError
+    where the file cannot be read. Not for several threads at once.
+    """
+
+    def __init__(self, path: str, uuid: str, commits: int) -> None:
+        self.path = path
+        self._uuid = uuid
+        try:
+            self._file = io.FileIO(path, "r+")
+        except FileNotFoundError:
+            raise CorruptionError(f"{path} is missing; {_UNKNOWN}") from None
+        except OSError as error:
+            raise device_error("open", 0, 0, error.errno or 0, path) from error
+        # Not brought up to date here: what a killed process left may not be on the medium yet,
+        # and this file must not get there first. The next commit flushes both that and itself.
+        try:
+            counted = self._read()
+            if commits < counted:
+                raise CorruptionError(
+                    f"the index lost {counted - commits} commits: it counts {commits}, {path} "
+                    f"{counted}. Its log is damaged or gone, or it is an old copy"
+                )
+        except BaseException:
+            self._file.close()
+            raise
+
+    def write(self, commits: int) -> None:
+        """Say that the index made ``commits``, the last of which is on the medium."""
+        copy = _pack(self._uuid, commits)
+        try:
+            for offset in _COPY_OFFSETS:
+                os.pwrite(self._file.fileno(), copy, offset)
+        except OSError as error:
+            # The commit stands, so this is no error of it. The next one writes its count again.
+            log.warning("%s stays behind its index: %s", self.path, error)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self) -> int:
+        counts = []
+        for offset in _COPY_OFFSETS:
+            try:
+                copy = os.pread(self._file.fileno(), _COUNT.size + _CRC.size, offset)
+            except OSError as error:
+                raise device_error("read", offset, 0, error.errno or 0, self.path) from error
+            if len(copy) == _COUNT.size + _CRC.size:
+                commits = int(_COUNT.unpack_from(copy)[1])
+                if copy == _pack(self._uuid, commits):
+                    counts.append(commits)
+        if not counts:
+            raise CorruptionError(f"{self.path} is damaged, or of another index; {_UNKNOWN}")
+        return max(counts)  # a kill between the two leaves one behind
+
+
+_UNKNOWN = (
+    "so nothing tells whether the index is the latest. Put the file back, or remove the store to "
+    "start empty"
+)
+
+
+def create_commit_count(path: str, uuid: str) -> None:
+    """A count of 0 at ``path`` for the new index ``uuid``, on the medium (but for its folder)."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(file, 0o600)  # whatever the umask
+        for offset in _COPY_OFFSETS:
+            os.pwrite(file, _pack(uuid, 0), offset)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _pack(uuid: str, commits: int) -> bytes:
+    fields = _COUNT.pack(uuid.encode(), commits)
+    return fields + _CRC.pack(zlib.crc32(fields))

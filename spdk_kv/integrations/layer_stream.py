@@ -1,0 +1,360 @@
+"""A model's K/V on a store, streamed past it layer by layer while it computes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
+
+import torch
+
+from spdk_kv.errors import CapacityError, ShapeMismatch, SpdkKvError
+from spdk_kv.sequence import Sequence
+from spdk_kv.store import KVStore
+from spdk_kv.types import Granularity, KVShape
+from spdk_kv.units import format_nbytes
+
+log = logging.getLogger(__name__)
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a :class:`LayerStream` is laid out.
+
+    ``windows``: per layer, the tokens that its attention sees, the newest one included, or None
+    for all. ``most_tokens``: what the model can attend to at most, or None. ``max_tokens``: the
+    capacity, or None: ``most_tokens``, or as many as half of the store's capacity holds.
+    ``resident_layers``: layers whose K/V may be in memory at once. ``name``: of a lasting sequence.
+    """
+
+    windows: tuple[int | None, ...]
+    most_tokens: int | None
+    max_tokens: int | None
+    resident_layers: int
+    name: str | None
+    granularity: Granularity
+
+
+@dataclass
+class StreamCounters:
+    """What a stream did. ``prefetch_hits``: reads of a layer that had been asked for ahead;
+    ``read_wait_s``: seconds spent waiting in reads; the bytes are those of K and V."""
+
+    resident_layers_peak: int = 0
+    prefetch_hits: int = 0
+    prefetch_misses: int = 0
+    appended_nbytes: int = 0
+    read_nbytes: int = 0
+    read_wait_s: float = 0.0
+
+
+class LayerStream:
+    """K and V of all layers in one sequence, created at the first :meth:`update`.
+
+    Layers are updated in order, again and again. Of ``n`` resident layers one is the layer being
+    computed and one the layer being read ahead. The first ``n - 2`` stay in memory for good: the
+    scan is cyclic, so keeping the last ones used would never hit. With one there is no reading
+    ahead, and with as many as there are layers nothing is read back. For one thread at a time.
+    """
+
+    def __init__(self, store: KVStore, options: StreamOptions) -> None:
+        layers, resident = len(options.windows), options.resident_layers
+        self.options = options
+        self.kept_layers = layers if resident >= layers else max(0, resident - 2)
+        self.counters = StreamCounters()
+        self._store = store
+        self._kept: dict[int, Pair] = {}
+        self._lent: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]]] = {}
+        self._ahead: int | None = None
+        self._written: int | None = None
+        self._sequence: Sequence | None = None
+        self._finalizer: weakref.finalize[[Sequence], LayerStream] | None = None
+        if options.name is not None and options.name in store.sequences():
+            self._resume(options.name)
+
+    # -- what it is -----------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> int:
+        return len(self.options.windows)
+
+    @property
+    def sequence(self) -> Sequence | None:
+        """The sequence, once there is one."""
+        return self._sequence
+
+    def tokens(self, layer: int) -> int:
+        """Tokens that ``layer`` holds."""
+        return 0 if self._sequence is None else self._sequence.tokens(layer)
+
+    @property
+    def resident_layers(self) -> int:
+        """Layers whose K/V is in memory just now: kept, lent to the model, or read ahead."""
+        self._lent = {n: ks for n, ks in self._lent.items() if any(k() is not None for k in ks)}
+        ahead = () if self._ahead is None else (self._ahead,)
+        return len({*self._kept, *self._lent, *ahead})
+
+    # -- tokens ---------------------------------------------------------------------------------
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Pair:
+        """Adds tokens, ``[batch, kv_heads, tokens, head_dim]`` each, and returns what the layer's
+        attention sees: the window (all tokens where there is none) before them, and them.
+
+        On the device of ``k``; the strides are those of token-major memory. Blocks on the drive
+        for what was not read ahead, and for the write of the layer before. Raises CapacityError
+        and ShapeMismatch before anything is changed, and the store's errors.
+        """
+        sequence = self._sequence or self._create(k, v)
+        past, count = sequence.tokens(layer), k.shape[2]
+        self._check(layer, sequence, past, k)
+        if self._written is not None and self._written != layer:
+            # Two layers in memory leave no room for a third that is still being written.
+            sequence.settle(self._written)
+        sequence.append(layer, k, v)
+        self._written = layer
+        if self.options.resident_layers == 1:
+            sequence.settle(layer)
+        self.counters.appended_nbytes += 2 * k.nbytes
+        first = self._first(layer, past)
+        if first == past:
+            keys, values = k, v
+        elif layer in self._kept:
+            keys, values = _joined(self._kept[layer], (k, v), past - first)
+        else:
+            keys, values = self._read(sequence, layer, first, k.device)
+        if layer < self.kept_layers:
+            self._kept[layer] = (keys.contiguous(), values.contiguous())
+        self._lent[layer] = (weakref.ref(keys), weakref.ref(values))
+        self._read_ahead(sequence, layer, count if past else 1)
+        now = self.resident_layers
+        self.counters.resident_layers_peak = max(self.counters.resident_layers_peak, now)
+        return keys, values
+
+    def _first(self, layer: int, tokens: int) -> int:
+        """The first of ``tokens`` that the next one still sees."""
+        window = self.options.windows[layer]
+        return 0 if window is None else max(0, tokens - window + 1)
+
+    def _read(self, sequence: Sequence, layer: int, first: int, device: torch.device) -> Pair:
+        if self._ahead == layer:
+            self.counters.prefetch_hits += 1
+            self._ahead = None
+        else:
+            self.counters.prefetch_misses += 1
+        begin = time.perf_counter()
+        target = None if device.type == "cpu" else device
+        keys, values = sequence.read(layer, tokens=slice(first, None), device=target)
+        self.counters.read_wait_s += time.perf_counter() - begin
+        self.counters.read_nbytes += keys.nbytes + values.nbytes
+        return keys, values
+
+    def _read_ahead(self, sequence: Sequence, layer: int, spare: int) -> None:
+        if self.options.resident_layers == 1 or self.kept_layers == self.layers:
+            return
+        ahead = max((layer + 1) % self.layers, self.kept_layers)
+        tokens = sequence.tokens(ahead)
+        first = self._first(ahead, tokens)
+        if ahead in (self._ahead, layer) or first == tokens:
+            return
+        sequence.prefetch([ahead], first_token=first, spare_tokens=spare)
+        self._ahead = ahead
+
+    # -- changing -------------------------------------------------------------------------------
+
+    def truncate(self, count: int) -> None:
+        """Forgets the newest ``count`` tokens of all layers. Blocks on the drive.
+
+        Also brings layers back into step after a forward pass that ended half-way.
+        """
+        if self._sequence is None:
+            return
+        lengths = [self._sequence.tokens(layer) for layer in range(self.layers)]
+        left = max(0, min(lengths[0] - count, *lengths))
+        if left == max(lengths):
+            return
+        # What is kept of a windowed layer does not reach back far enough: it is read again.
+        self._drop_resident()
+        self._sequence.truncate(left)
+        self._read_ahead(self._sequence, self.layers - 1, 1)
+
+    def reorder(self, rows: Rows[int]) -> None:
+        """Row ``b`` of the batch becomes what row ``rows[b]`` was. No I/O."""
+        if self._sequence is None or list(rows) == list(range(self._sequence.shape.batch)):
+            return
+        self._sequence.reorder(rows)
+        for layer, (k, v) in self._kept.items():
+            index = torch.tensor(rows, device=k.device)
+            self._kept[layer] = (k.index_select(0, index), v.index_select(0, index))
+
+    def select(self, rows: Rows[int]) -> None:
+        """The batch becomes the ``rows`` of what it was, as many as are given, in their order.
+
+        Another number of rows wants another layout: everything is copied on the drive, layer by
+        layer, and needs its room twice meanwhile. Raises CapacityError, and ShapeMismatch for a
+        lasting sequence.
+        """
+        old = self._sequence
+        if old is None:
+            return
+        if len(rows) == old.shape.batch:
+            self.reorder(rows)
+            return
+        if not old.temporary:
+            raise ShapeMismatch(
+                f"the lasting sequence {old.name!r} has {old.shape.batch} rows for good, not "
+                f"{len(rows)}: make the cache without name= to change its batch"
+            )
+        self._drop_resident()
+        new = self._open(replace(old.shape, batch=len(rows)))
+        try:
+            for layer in range(self.layers):
+                k, v = old.read(layer)
+                new.append(layer, k[list(rows)], v[list(rows)])
+                new.settle(layer)
+        except BaseException:
+            new.delete()
+            raise
+        self.clear()
+        self._take(new)
+
+    def clear(self) -> None:
+        """Deletes the sequence; the next :meth:`update` begins another one, of any batch."""
+        self._drop_resident()
+        sequence, self._sequence = self._sequence, None
+        if sequence is not None:
+            self._detach()
+            sequence.delete()
+
+    def release(self) -> None:
+        """Lets go of the sequence: a temporary one is deleted, a lasting one stays."""
+        if self._sequence is None or self._sequence.temporary:
+            self.clear()
+            return
+        if self._ahead is not None:
+            # Nobody will take it: a prefetch of nothing in its place gives the memory back.
+            self._sequence.prefetch([self._ahead], first_token=self.tokens(self._ahead))
+        self._drop_resident()
+        self._sequence = None
+
+    def _drop_resident(self) -> None:
+        self._kept.clear()
+        self._lent.clear()
+        self._ahead = self._written = None
+
+    # -- the sequence ---------------------------------------------------------------------------
+
+    def _create(self, k: torch.Tensor, v: torch.Tensor) -> Sequence:
+        if k.shape != v.shape:
+            raise ShapeMismatch(
+                f"k is {list(k.shape)} but v is {list(v.shape)}: models whose keys and values "
+                "differ in shape cannot be kept in a sequence"
+            )
+        batch, heads, count, head_dim = k.shape
+        one = KVShape(self.layers, heads, head_dim, k.dtype, 1, batch)
+        tokens = self.options.max_tokens
+        if tokens is None:
+            # Of the capacity, not of what is free: room is made by eviction, and by commits.
+            half = self._store.stats()["capacity_nbytes"] // 2 // one.nbytes
+            tokens = max(count, min(half, self.options.most_tokens or half))
+        sequence = self._open(replace(one, max_tokens=tokens))
+        self._take(sequence)
+        return sequence
+
+    def _open(self, shape: KVShape) -> Sequence:
+        name = self.options.name or f"layer-stream-{uuid.uuid4().hex}"
+        temporary = self.options.name is None
+        granularity = self.options.granularity
+        try:
+            return _outside_inference(
+                lambda: self._store.sequence(
+                    name, shape, granularity=granularity, temporary=temporary
+                )
+            )
+        except CapacityError as error:
+            raise CapacityError(
+                f"{error}; {shape.max_tokens} tokens of {shape.layers} layers take "
+                f"{format_nbytes(shape.nbytes)}: pass a smaller max_tokens=, or open the store "
+                "with a larger capacity="
+            ) from error
+
+    def _resume(self, name: str) -> None:
+        sequence = _outside_inference(lambda: self._store.sequence(name))
+        shape, wanted = sequence.shape, self.options.max_tokens
+        if shape.layers != self.layers:
+            raise ShapeMismatch(
+                f"sequence {name!r} has {shape.layers} layers, the model {self.layers}"
+            )
+        if wanted is not None and wanted > shape.max_tokens:
+            raise ShapeMismatch(
+                f"sequence {name!r} was made for {shape.max_tokens} tokens, not {wanted}"
+            )
+        self._take(sequence)
+        # A crash may have come between two layers of one forward pass.
+        self.truncate(0)
+
+    def _take(self, sequence: Sequence) -> None:
+        self._sequence = sequence
+        if sequence.temporary:
+            self._finalizer = weakref.finalize(self, _delete_aside, sequence)
+            self._finalizer.atexit = False  # closing the store deletes it
+
+    def _detach(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer.detach()
+            self._finalizer = None
+
+    def _check(self, layer: int, sequence: Sequence, past: int, k: torch.Tensor) -> None:
+        room, count = sequence.shape.max_tokens, k.shape[2]
+        if past + count > room:
+            raise CapacityError(
+                f"the cache has room for {room} tokens per row, and {past + count} are wanted: "
+                f"make it with max_tokens={past + count} or more"
+            )
+        before, wanted = (layer - 1, past + count) if layer else (self.layers - 1, past)
+        if self.layers > 1 and sequence.tokens(before) != wanted:
+            raise SpdkKvError(
+                f"layer {layer} follows {past} tokens, but layer {before} has "
+                f"{sequence.tokens(before)}: an earlier forward pass ended half-way; crop(0) takes "
+                "its tokens back, reset() forgets all"
+            )
+        if torch.is_grad_enabled() and k.requires_grad:
+            raise SpdkKvError(
+                "K/V that went to the drive has no gradients: run the model under torch.no_grad() "
+                "or torch.inference_mode()"
+            )
+
+
+def _joined(kept: Pair, new: Pair, past: int) -> Pair:
+    """The last ``past`` tokens of ``kept``, and ``new``."""
+    k, v = (
+        torch.cat([before[:, :, before.shape[2] - past :], after], dim=2)
+        for before, after in zip(kept, new, strict=True)
+    )
+    return k, v
+
+
+def _outside_inference(make: Callable[[], Sequence]) -> Sequence:
+    # A tensor made in inference mode can never be changed outside it, and the sequence's
+    # unfinished chunks live longer than one call of the model.
+    with torch.inference_mode(False):
+        return make()
+
+
+def _delete_aside(sequence: Sequence) -> None:
+    """Deletes the sequence of a stream that was dropped without :meth:`LayerStream.release`."""
+    # On a thread of its own: the garbage collector may run while this one holds the store's locks.
+    threading.Thread(target=_delete, args=(sequence,), name="spdk_kv-delete", daemon=True).start()
+
+
+def _delete(sequence: Sequence) -> None:
+    try:
+        sequence.delete()
+    except SpdkKvError as error:
+        log.debug("deleting %s: %s", sequence.name, error)
