@@ -34,6 +34,7 @@ cdef extern from "<spdk/env.h>" nogil:
     int spdk_mem_unregister(void *address, size_t nbytes)
     bint spdk_pci_device_is_removed(spdk_pci_device *device)
     int spdk_pci_device_cfg_read16(spdk_pci_device *device, uint16_t *value, uint32_t offset)
+    int spdk_pci_device_cfg_read32(spdk_pci_device *device, uint32_t *value, uint32_t offset)
     int spdk_pci_device_cfg_write16(spdk_pci_device *device, uint16_t value, uint32_t offset)
 
 cdef extern from "<spdk/log.h>" nogil:
@@ -124,7 +125,7 @@ cdef extern from "<spdk/nvme.h>" nogil:
 
     enum spdk_nvme_transport_type:
         SPDK_NVME_TRANSPORT_PCIE
-    ctypedef union spdk_nvme_csts_register "union spdk_nvme_csts_register":
+    union spdk_nvme_csts_register:
         uint32_t raw
     void spdk_nvme_trid_populate_transport(spdk_nvme_transport_id *trid,
                                            spdk_nvme_transport_type type)
@@ -138,7 +139,9 @@ cdef extern from "<spdk/nvme.h>" nogil:
     spdk_nvme_ctrlr *spdk_nvme_connect(const spdk_nvme_transport_id *trid,
                                        const spdk_nvme_ctrlr_opts *opts, size_t nbytes)
     int spdk_nvme_detach(spdk_nvme_ctrlr *)
-    int spdk_nvme_ctrlr_reset(spdk_nvme_ctrlr *)
+    int spdk_nvme_ctrlr_disconnect(spdk_nvme_ctrlr *)
+    void spdk_nvme_ctrlr_reconnect_async(spdk_nvme_ctrlr *)
+    int spdk_nvme_ctrlr_reconnect_poll_async(spdk_nvme_ctrlr *)
     bint spdk_nvme_ctrlr_is_failed(spdk_nvme_ctrlr *)
     void spdk_nvme_ctrlr_set_remove_cb(spdk_nvme_ctrlr *, spdk_nvme_remove_cb, void *)
     int32_t spdk_nvme_ctrlr_process_admin_completions(spdk_nvme_ctrlr *)
@@ -158,11 +161,7 @@ cdef extern from "<spdk/nvme.h>" nogil:
     spdk_nvme_qpair *spdk_nvme_ctrlr_alloc_io_qpair(spdk_nvme_ctrlr *,
                                                     const spdk_nvme_io_qpair_opts *, size_t nbytes)
     int spdk_nvme_ctrlr_free_io_qpair(spdk_nvme_qpair *)
-    int spdk_nvme_ctrlr_reconnect_io_qpair(spdk_nvme_qpair *)
-    void spdk_nvme_ctrlr_disconnect_io_qpair(spdk_nvme_qpair *)
     int32_t spdk_nvme_qpair_process_completions(spdk_nvme_qpair *, uint32_t most)
-    bint spdk_nvme_qpair_is_connected(spdk_nvme_qpair *)
-    uint32_t spdk_nvme_qpair_get_num_outstanding_reqs(spdk_nvme_qpair *)
     int spdk_nvme_qpair_add_cmd_error_injection(spdk_nvme_ctrlr *, spdk_nvme_qpair *, uint8_t opcode,
                                                 bint do_not_submit, uint64_t timeout_us,
                                                 uint32_t count, uint8_t sct, uint8_t sc)
@@ -172,6 +171,7 @@ cdef extern from "<spdk/nvme.h>" nogil:
     bint spdk_nvme_ns_is_active(spdk_nvme_ns *)
     uint32_t spdk_nvme_ns_get_sector_size(spdk_nvme_ns *)
     uint64_t spdk_nvme_ns_get_size(spdk_nvme_ns *)
+    uint64_t spdk_nvme_ns_get_num_sectors(spdk_nvme_ns *)
     uint32_t spdk_nvme_ns_get_max_io_xfer_size(spdk_nvme_ns *)
     uint32_t spdk_nvme_ns_get_optimal_io_boundary(spdk_nvme_ns *)
     uint32_t spdk_nvme_ns_get_md_size(spdk_nvme_ns *)

@@ -28,6 +28,8 @@ SPDK_VERSION = SPDK_VERSION_STRING.decode()
 
 include "spdk_sigbus.pxi"
 include "spdk_env.pxi"
+include "spdk_types.pxi"
 include "spdk_removal.pxi"
+include "spdk_recovery.pxi"
 include "spdk_controller.pxi"
 include "spdk_queue.pxi"

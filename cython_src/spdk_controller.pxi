@@ -4,8 +4,34 @@
 DEF ADMIN_INTERVAL_NS = 50_000_000
 
 
+# SPDK's, generic command status (NVMe Base 2.0, figure 95): the queue ended under the command.
+DEF ABORTED_SQ_DELETION = 0x08
+
+
 cdef void _on_removal(void *context, spdk_nvme_ctrlr *ctrlr) noexcept nogil:
-    (<Admin *>context).gone = True
+    cdef Admin *a = <Admin *>context
+    if a.pci != NULL:
+        a.gone = True
+    else:
+        _ask(a, -ENODEV)
+
+
+cdef void _look_after(Admin *a) noexcept nogil:
+    """One look at the admin queue and at whether the controller is still there. With `use` held."""
+    cdef bint failed = False
+    if a.ctrlr != NULL:
+        if a.pci != NULL and not a.out:
+            _look_for_removal(a)
+        if spdk_nvme_ctrlr_process_admin_completions(a.ctrlr) == -ENXIO:
+            failed = spdk_nvme_ctrlr_is_failed(a.ctrlr)
+        if a.by_register:
+            pthread_mutex_lock(&_socket)
+            failed |= spdk_nvme_ctrlr_get_regs_csts(a.ctrlr).raw == ALL_ONES
+            pthread_mutex_unlock(&_socket)
+        if failed and not a.gone:
+            _ask(a, -ENODEV)
+    if a.asked and not a.gone:
+        _rebuild(a)
 
 
 cdef void *_admin_main(void *argument) noexcept nogil:
@@ -13,13 +39,11 @@ cdef void *_admin_main(void *argument) noexcept nogil:
     pthread_mutex_lock(&a.mutex)
     while not a.stopping:
         pthread_mutex_unlock(&a.mutex)
-        if spdk_nvme_ctrlr_process_admin_completions(a.ctrlr) == -ENXIO:
-            if spdk_nvme_ctrlr_is_failed(a.ctrlr):
-                a.gone = True
-        if a.pci != NULL and not a.out:
-            _look_for_removal(a)
+        pthread_mutex_lock(&a.use)
+        _look_after(a)
+        pthread_mutex_unlock(&a.use)
         pthread_mutex_lock(&a.mutex)
-        if not a.stopping:
+        if not a.stopping and not (a.asked and not a.gone):
             wait_until(&a.stop_asked, &a.mutex, skv_now_ns() + ADMIN_INTERVAL_NS)
     pthread_mutex_unlock(&a.mutex)
     return NULL
@@ -54,37 +78,60 @@ cdef class Controller:
     cdef readonly str transport_id
 
     def __cinit__(self, str transport_id not None, *, double connect_timeout_s=10.0):
-        cdef spdk_nvme_transport_id trid
-        cdef spdk_nvme_ctrlr_opts opts
+        cdef Admin *a = &self._a
         cdef bytes text = transport_id.encode()
         cdef const char *chars = text
         self.transport_id = transport_id
-        memset(&trid, 0, sizeof(trid))
-        if spdk_nvme_transport_id_parse(&trid, chars):
+        if spdk_nvme_transport_id_parse(&a.trid, chars):
             raise ValueError(f"not a transport ID: {transport_id!r}")
-        spdk_nvme_ctrlr_get_default_ctrlr_opts(&opts, sizeof(opts))
-        opts.fabrics_connect_timeout_us = <uint64_t>(connect_timeout_s * 1e6)
+        spdk_nvme_ctrlr_get_default_ctrlr_opts(&a.opts, sizeof(a.opts))
+        a.opts.fabrics_connect_timeout_us = <uint64_t>(connect_timeout_s * 1e6)
+        a.by_register = "VFIOUSER" in transport_id
         with nogil:
-            self._a.ctrlr = spdk_nvme_connect(&trid, &opts, sizeof(opts))
-        if self._a.ctrlr == NULL:
+            pthread_mutex_lock(&_socket)
+            a.ctrlr = spdk_nvme_connect(&a.trid, &a.opts, sizeof(a.opts))
+            pthread_mutex_unlock(&_socket)
+        if a.ctrlr == NULL:
             raise OSError(ENODEV, f"no NVMe controller answers at {transport_id}")
-        self._a.pci = spdk_nvme_ctrlr_get_pci_device(self._a.ctrlr)
-        spdk_nvme_ctrlr_set_remove_cb(self._a.ctrlr, _on_removal, &self._a)
-        pthread_mutex_init(&self._a.mutex, NULL)
-        init_cond(&self._a.stop_asked)
-        if start_thread(&self._a.thread, _admin_main, &self._a):
-            spdk_nvme_detach(self._a.ctrlr)
+        a.pci = spdk_nvme_ctrlr_get_pci_device(a.ctrlr)
+        memcpy(a.serial, spdk_nvme_ctrlr_get_data(a.ctrlr).sn, sizeof(a.serial))
+        spdk_nvme_ctrlr_set_remove_cb(a.ctrlr, _on_removal, a)
+        pthread_mutex_init(&a.use, NULL)
+        pthread_mutex_init(&a.mutex, NULL)
+        init_cond(&a.stop_asked)
+        init_cond(&a.calm)
+        if start_thread(&a.thread, _admin_main, a):
+            spdk_nvme_detach(a.ctrlr)
             raise MemoryError("no thread for the admin queue")
         self._open = True
 
+    cdef int _use(self) except -1:
+        """Keeps the controller's thread off until :meth:`_used`. OSError where it is lost."""
+        with nogil:
+            pthread_mutex_lock(&self._a.use)
+        if self._open and self._a.ctrlr != NULL:
+            return 0
+        pthread_mutex_unlock(&self._a.use)
+        raise OSError(ENODEV, f"no NVMe controller answers at {self.transport_id}")
+
+    cdef void _used(self) noexcept:
+        pthread_mutex_unlock(&self._a.use)
+
     @property
     def gone(self):
-        """Whether the drive was removed, or failed for good."""
-        return bool(self._a.gone)
+        """Whether the drive was removed, or answers no more. Only the second may pass."""
+        return bool(self._a.gone or self._a.ctrlr == NULL)
 
     def describe(self):
         """``serial``, ``model``, ``firmware``, ``max_transfer_nbytes``, ``volatile_write_cache``
         and what it can do (``compare``, ``deallocate``, ``write_zeroes``)."""
+        self._use()
+        try:
+            return self._describe()
+        finally:
+            self._used()
+
+    cdef dict _describe(self):
         cdef const spdk_nvme_ctrlr_data *d = spdk_nvme_ctrlr_get_data(self._a.ctrlr)
         # Optional NVM commands, NVMe Base 2.0 figure 275.
         cdef uint16_t optional = (<const uint16_t *>&d.oncs)[0]
@@ -101,17 +148,27 @@ cdef class Controller:
 
     def namespaces(self):
         """The numbers of the active namespaces."""
-        cdef uint32_t nsid = spdk_nvme_ctrlr_get_first_active_ns(self._a.ctrlr)
+        cdef uint32_t nsid
         found = []
+        self._use()
+        nsid = spdk_nvme_ctrlr_get_first_active_ns(self._a.ctrlr)
         while nsid:
             found.append(nsid)
             nsid = spdk_nvme_ctrlr_get_next_active_ns(self._a.ctrlr, nsid)
+        self._used()
         return found
 
     def namespace(self, uint32_t nsid):
         """Geometry and identity of a namespace: ``block_nbytes``, ``nbytes``, ``metadata_nbytes``
         and ``protection`` type, ``max_transfer_nbytes``, ``boundary_nbytes`` (0: none), ``nguid``,
         ``eui64``, ``uuid`` (hexadecimal, or empty). LookupError."""
+        self._use()
+        try:
+            return self._geometry(nsid)
+        finally:
+            self._used()
+
+    cdef dict _geometry(self, uint32_t nsid):
         cdef spdk_nvme_ns *ns = self._namespace(nsid)
         cdef uint32_t block = spdk_nvme_ns_get_sector_size(ns)
         cdef const uint8_t *nguid = spdk_nvme_ns_get_nguid(ns)
@@ -131,7 +188,7 @@ cdef class Controller:
         }
 
     cdef spdk_nvme_ns *_namespace(self, uint32_t nsid) except NULL:
-        cdef spdk_nvme_ns *ns = spdk_nvme_ctrlr_get_ns(self._a.ctrlr, nsid) if self._open else NULL
+        cdef spdk_nvme_ns *ns = spdk_nvme_ctrlr_get_ns(self._a.ctrlr, nsid)
         if ns == NULL or not spdk_nvme_ns_is_active(ns):
             raise LookupError(f"{self.transport_id} has no namespace {nsid}")
         return ns
@@ -144,6 +201,7 @@ cdef class Controller:
         memset(&completion, 0, sizeof(completion))
         region = DmaRegion(sizeof(spdk_nvme_health_information_page))
         page = <spdk_nvme_health_information_page *><size_t>region.address
+        self._use()
         rc = spdk_nvme_ctrlr_cmd_get_log_page(
             self._a.ctrlr, SPDK_NVME_LOG_HEALTH_INFORMATION, SPDK_NVME_GLOBAL_NS_TAG, page,
             sizeof(spdk_nvme_health_information_page), 0, _on_completion, &completion)
@@ -153,6 +211,7 @@ cdef class Controller:
                     # Below zero the controller failed and has completed what was outstanding.
                     spdk_nvme_ctrlr_process_admin_completions(self._a.ctrlr)
             rc = completion.status
+        self._used()
         if rc:
             raise OSError(abs(rc), f"the health log of {self.transport_id} cannot be read")
         return {
@@ -168,12 +227,21 @@ cdef class Controller:
         }
 
     def reset(self):
-        """Resets the controller; what is in flight fails. Blocks without the GIL. OSError."""
-        cdef int rc
+        """Resets the controller, all its pairs with it; what was in flight then begins anew.
+        Blocks without the GIL. OSError where it does not come back."""
+        cdef Admin *a = &self._a
+        cdef uint64_t wanted
+        cdef bint lost
         with nogil:
-            rc = spdk_nvme_ctrlr_reset(self._a.ctrlr)
-        if rc:
-            raise OSError(-rc, f"{self.transport_id} could not be reset")
+            pthread_mutex_lock(&a.mutex)
+            wanted = a.rebuilt + 1 + a.resetting
+            _ask_locked(a, -EAGAIN)
+            while a.rebuilt < wanted and not a.gone and not a.stopping:
+                wait_until(&a.calm, &a.mutex, skv_now_ns() + PARKING_NS)
+            lost = a.rebuilt < wanted or a.ctrlr == NULL
+            pthread_mutex_unlock(&a.mutex)
+        if lost:
+            raise OSError(ENODEV, f"{self.transport_id} did not come back from a reset")
 
     def close(self):
         """Lets the controller go; its queues have to be closed before. Blocks without the GIL."""
@@ -186,6 +254,8 @@ cdef class Controller:
             pthread_cond_broadcast(&self._a.stop_asked)
             pthread_mutex_unlock(&self._a.mutex)
             pthread_join(self._a.thread, NULL)
-            spdk_nvme_detach(self._a.ctrlr)
-        pthread_mutex_destroy(&self._a.mutex)
-        pthread_cond_destroy(&self._a.stop_asked)
+            if self._a.ctrlr != NULL:
+                pthread_mutex_lock(&_socket)
+                spdk_nvme_detach(self._a.ctrlr)
+                pthread_mutex_unlock(&_socket)
+        self._a.ctrlr = NULL

@@ -14,6 +14,8 @@ cdef extern from "<stdio.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void *, size_t)
+    int rmdir(const char *path)
+    int getpid()
 
 cdef extern from "<spdk/log.h>" nogil:
     ctypedef void (*logfunc)(int level, const char *file, const int line, const char *func,
@@ -24,7 +26,17 @@ cdef extern from "<rte_log.h>" nogil:
     int rte_openlog_stream(FILE *)
 
 
+cdef extern from "<rte_eal.h>" nogil:
+    const char *rte_eal_get_runtime_dir()
+
+
 cdef int _log_fd = -1
+
+# Held by whoever takes or gives SPDK's memory, and by whoever speaks to a controller's registers or
+# connects to one: SPDK tells every vfio-user controller of new memory over the socket that also
+# carries its registers, and does not keep two threads from taking each other's answers.
+cdef pthread_mutex_t _socket
+pthread_mutex_init(&_socket, NULL)
 
 
 cdef void _log(int level, const char *file, const int line, const char *func, const char *format,
@@ -56,6 +68,7 @@ def set_up_environment(str core not None, *, int memory_mib, bint hugepages, str
     needed). ``arguments``: more of DPDK's. ``log_fd``: where DPDK's messages go. Returns 0 or
     -errno.
     """
+    global _log_fd
     cdef Environment e
     cdef pthread_t thread
     cdef bytes core_bytes = core.encode(), argument_bytes = arguments.encode()
@@ -70,7 +83,9 @@ def set_up_environment(str core not None, *, int memory_mib, bint hugepages, str
     e.opts.no_huge = not hugepages
     # One file (a nameless one, with --in-memory) per segment: what vfio-user can hand over.
     e.opts.hugepage_single_segments = hugepages
-    e.opts.iova_mode = "va"
+    if hugepages:
+        # Without them SPDK says so itself, and DPDK ends the process over an option given twice.
+        e.opts.iova_mode = "va"
     e.opts.no_pci = not pci
     if arguments:
         e.opts.env_context = <char *>argument_bytes
@@ -85,6 +100,9 @@ def set_up_environment(str core not None, *, int memory_mib, bint hugepages, str
             e.rc = -EAGAIN
         else:
             pthread_join(thread, NULL)
+        if e.rc == 0:
+            # DPDK makes a folder for what processes share; nothing is shared, so it is empty.
+            rmdir(rte_eal_get_runtime_dir())
     return e.rc
 
 
@@ -104,31 +122,41 @@ cdef class DmaRegion:
     buffer. Freed with its last reference. MemoryError where SPDK has none left."""
     cdef readonly size_t address
     cdef readonly size_t nbytes
+    cdef int _pid
 
     def __cinit__(self, size_t nbytes):
         cdef void *at
         cdef size_t rounded = (nbytes + 4095) & ~<size_t>4095
         with nogil:
+            pthread_mutex_lock(&_socket)
             at = spdk_zmalloc(rounded, 4096, NULL, SPDK_ENV_NUMA_ID_ANY,
                               SPDK_MALLOC_DMA | SPDK_MALLOC_SHARE)
+            pthread_mutex_unlock(&_socket)
         if at == NULL:
             raise MemoryError(f"SPDK has no {nbytes} bytes of memory left")
         self.address = <size_t>at
+        self._pid = getpid()
         self.nbytes = rounded
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         PyBuffer_FillInfo(buffer, self, <void *>self.address, self.nbytes, 0, flags)
 
     def __dealloc__(self):
-        if self.address:
-            spdk_free(<void *>self.address)
+        # A forked child has a copy of the books only; the memory is its parent's.
+        if self.address and self._pid == getpid():
+            with nogil:
+                pthread_mutex_lock(&_socket)
+                spdk_free(<void *>self.address)
+                pthread_mutex_unlock(&_socket)
 
 
 def register_memory(size_t address, size_t nbytes):
     """Makes foreign memory reachable for controllers. Returns 0 or -errno (-EBUSY: overlaps)."""
     cdef int rc
     with nogil:
+        pthread_mutex_lock(&_socket)
         rc = spdk_mem_register(<void *>address, nbytes)
+        pthread_mutex_unlock(&_socket)
     return rc
 
 
@@ -136,5 +164,7 @@ def unregister_memory(size_t address, size_t nbytes):
     """Takes that back. Returns 0 or -errno."""
     cdef int rc
     with nogil:
+        pthread_mutex_lock(&_socket)
         rc = spdk_mem_unregister(<void *>address, nbytes)
+        pthread_mutex_unlock(&_socket)
     return rc

@@ -92,9 +92,7 @@ def test_a_write_puts_its_bytes_and_zeros_to_the_end_of_its_block(
     shift=shifts,
     summed=st.booleans(),
 )
-def test_a_read_brings_its_bytes_and_touches_no_others(
-    keeping, first, skip, nbytes, shift, summed
-):
+def test_a_read_brings_its_bytes_and_touches_no_others(keeping, first, skip, nbytes, shift, summed):
     engine = keeping.engine
     data = pattern(1, AREA)
     keeping.poke(0, data)
@@ -180,7 +178,7 @@ def test_a_transfer_is_cut_at_the_segment_size(any_engine):
 
 def test_memory_the_device_reaches_is_not_copied(keeping):
     engine = keeping.engine
-    side = memory(2 * SEGMENT, engine.align_nbytes % BLOCK)
+    side = keeping.memory(2 * SEGMENT, engine.align_nbytes % BLOCK)
     for op, nbytes, capacity in (
         (WRITE, SEGMENT + 10, 2 * SEGMENT),
         (READ, SEGMENT + 10, 2 * SEGMENT),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import threading
 from typing import Any
 
@@ -10,7 +12,10 @@ from spdk_kv.engines import spdk_env
 from spdk_kv.engines.base import Engine, EngineOptions, op_name
 from spdk_kv.engines.location import Location
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
-from spdk_kv.errors import DeviceGone, EngineUnavailable
+from spdk_kv.engines.spdk_refusal import refusal
+from spdk_kv.errors import DeviceError, DeviceGone, EngineUnavailable
+
+log = logging.getLogger(__name__)
 
 _controllers: dict[str, tuple[Any, int]] = {}
 _controllers_lock = threading.Lock()
@@ -29,7 +34,7 @@ def transport_id(location: Location) -> str:
     )
 
 
-def _acquire(name: str) -> Any:
+def _acquire(name: str, location: Location) -> Any:
     """The process's one connection to a controller; several namespaces share it."""
     spdk = spdk_env.bindings()
     with _controllers_lock:
@@ -40,6 +45,9 @@ def _acquire(name: str) -> Any:
             try:
                 controller = spdk.Controller(name)
             except OSError as refused:
+                if location.scheme == "spdk":
+                    reach_nbytes = spdk_env.settings().memory_nbytes
+                    raise refusal(location.path, reach_nbytes) from refused
                 raise DeviceGone(f"{refused}; see `spdk-kv doctor`") from refused
         _controllers[name] = (controller, users + 1)
         return controller
@@ -83,13 +91,15 @@ class SpdkEngine(Engine):
         super().__init__(str(location), options)
         self._transport_id = transport_id(location)
         spdk = spdk_env.bindings()
-        self._controller = _acquire(self._transport_id)
+        self._controller = _acquire(self._transport_id, location)
         try:
             self.controller: dict[str, Any] = self._controller.describe()
             self.namespace = self._geometry(location.nsid)
             self._pair = spdk.QueuePair(self._controller, location.nsid, options.depth)
-        except BaseException:
+        except BaseException as failed:
             _release(self._transport_id)
+            if isinstance(failed, OSError):
+                raise DeviceGone(f"{failed}; see `spdk-kv doctor`") from failed
             raise
         self._dma_region = spdk.DmaRegion
         self.block_nbytes = self.namespace["block_nbytes"]
@@ -111,7 +121,17 @@ class SpdkEngine(Engine):
         return found
 
     def allocate(self, nbytes: int) -> Any:
-        return _Reachable(self._dma_region(nbytes), self._pair)
+        try:
+            return _Reachable(self._dma_region(nbytes), self._pair)
+        except MemoryError as none_left:
+            if self._queue is None:
+                raise EngineUnavailable(
+                    f"engine spdk: {none_left}, and it cannot do without: reserve more hugepages "
+                    "(`spdk-kv doctor`), or lower `depth` or `segment`"
+                ) from none_left
+            # Slower, since what lies here is copied; but whoever holds many tensors still gets one.
+            log.info("%s: ordinary memory instead", none_left)
+            return super().allocate(nbytes)
 
     @property
     def capacity_nbytes(self) -> int:
@@ -124,14 +144,25 @@ class SpdkEngine(Engine):
 
     @property
     def gone(self) -> bool:
-        """Whether the drive was removed, or failed for good."""
+        """Whether the drive was removed, or does not answer just now."""
         return bool(self._controller.gone)
 
     def health(self) -> dict[str, Any]:
-        """The drive's SMART log, main fields. Blocks."""
-        return dict(self._controller.health())
+        """The drive's SMART log, main fields. Blocks. DeviceGone, DeviceError."""
+        try:
+            return dict(self._controller.health())
+        except OSError as failed:
+            kind = DeviceGone if self.gone else DeviceError
+            raise kind(str(failed), op="health", status=failed.errno) from failed
 
     def error(self, transfer: Transfer) -> Exception:
+        if transfer.status == errno.ENODEV and self._pair.stranger:
+            return DeviceGone(
+                f"another namespace answers at {self.where} now than when it was opened; its bytes "
+                "are not touched",
+                op=op_name(transfer.op),
+                status=errno.ENODEV,
+            )
         if not is_nvme_status(transfer.status):
             return super().error(transfer)
         offset, nbytes = transfer.failure or (0, 0)

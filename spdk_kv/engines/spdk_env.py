@@ -59,6 +59,11 @@ def configure(settings: SpdkSettings) -> None:
         _settings = settings
 
 
+def settings() -> SpdkSettings:
+    """The settings that are, or will be, used."""
+    return _settings
+
+
 def why_unavailable() -> tuple[str, str] | None:
     """(what is missing, what mends it), or None where SPDK's bindings are there.
 
@@ -123,7 +128,7 @@ def _set_up(settings: SpdkSettings) -> ModuleType:
             f"engine spdk: its environment could not be set up ({reason}); look at the log of "
             "spdk_kv.spdk, and at hugepages and memlock in `spdk-kv doctor`"
         )
-    log.info("SPDK %s, %s", spdk_backend.SPDK_VERSION, "hugepages" if hugepages else "no hugepages")
+    log.info("%s, %s", spdk_backend.SPDK_VERSION, "hugepages" if hugepages else "no hugepages")
     return spdk_backend
 
 
@@ -135,14 +140,14 @@ def _signal_action(number: int) -> bytes:
 
 
 def _free_hugepage_nbytes() -> int:
-    free = size = 0
+    """What is free and not promised to another process."""
+    found = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
-        if name == "HugePages_Free":
-            free = int(value)
-        elif name == "Hugepagesize":
-            size = int(value.split()[0]) << 10
-    return free * size
+        if name.startswith("Huge"):
+            found[name] = int(value.split()[0])
+    free = found.get("HugePages_Free", 0) - found.get("HugePages_Rsvd", 0)
+    return free * (found.get("Hugepagesize", 0) << 10)
 
 
 def _relay(reader: int) -> None:

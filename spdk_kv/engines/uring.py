@@ -29,7 +29,10 @@ def why_unavailable() -> tuple[str, str] | None:
         UringBackend(null, 4).close()
     except OSError as refused:
         if refused.errno == errno.ENOSYS:
-            return f"the kernel has no io_uring that serves ({refused})", "a kernel of 5.11 or newer"
+            return (
+                f"the kernel has no io_uring that serves ({refused})",
+                "a kernel of 5.11 or newer",
+            )
         if refused.errno == errno.ENOMEM:
             return (
                 "RLIMIT_MEMLOCK is too low for a ring (io_uring_setup: ENOMEM)",

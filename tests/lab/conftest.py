@@ -54,13 +54,18 @@ class Lab:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
+    @property
+    def env(self) -> dict[str, str]:
+        """Where this very spdk_kv comes from, installed or not."""
+        return {"PYTHONPATH": str(Path(spdk_kv.__file__).parent.parent)}
+
+    def command(self, name: str, *arguments: object) -> list[str]:
+        """The command line of tests/lab/guest_``name``.py."""
+        return [sys.executable, str(HERE / f"guest_{name}.py"), *map(str, arguments)]
+
     def start(self, name: str, *arguments: object, **options: Any) -> Command:
         """Starts tests/lab/guest_``name``.py inside."""
-        # Where this very spdk_kv comes from, installed or not.
-        env = {"PYTHONPATH": str(Path(spdk_kv.__file__).parent.parent), "PYTHONUNBUFFERED": "1"}
-        script = [sys.executable, str(HERE / f"guest_{name}.py"), *map(str, arguments)]
-        env |= options.pop("env", {})
-        return self.machine.link.start(script, env=env, cwd=str(HERE), **options)
+        return self.machine.link.start(self.command(name, *arguments), env=self.env, **options)
 
     def answer(self, command: Command, timeout_s: float = 120.0) -> Any:
         """Waits for a script; what it told. Fails with its output if it failed or hung."""
@@ -95,7 +100,8 @@ def lab() -> Iterator[Lab]:
         Drive("n0", "LAB-N0"),
         Drive("n1", "LAB-N1", block_nbytes=4096),
         Drive("bad", "LAB-BAD", bad_blocks=BAD_BLOCKS),
-        *(Drive(name, f"LAB-{name.upper()}") for name in ("pull", "cut", "kill", "user", "bind")),
+        *(Drive(name, f"LAB-{name.upper()}") for name in ("pull", "cut", "kill", "user", "lock")),
+        Drive("bind", "LAB-BIND", nbytes=64 * MIB),
         Drive("two0", "LAB-TWO0", nbytes=64 * MIB),
         Drive("two1", "LAB-TWO1", nbytes=64 * MIB, shares_group_with="two0"),
     ]
@@ -105,4 +111,6 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture(scope="session")
 def lab_without_iommu() -> Iterator[Lab]:
     """The machine without one."""
-    yield from boot(Hardware([Drive("n0", "LAB-N0")], iommu=False, hugepage_nbytes=0))
+    yield from boot(
+        Hardware([Drive("n0", "LAB-N0", nbytes=64 * MIB)], iommu=False, hugepage_nbytes=0)
+    )

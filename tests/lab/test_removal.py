@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 
 def check(told: dict) -> None:
     assert told["good"] >= 2
@@ -25,9 +27,11 @@ def test_a_drive_unplugged_under_load_is_gone_and_is_let_go(lab):
 
 
 def test_a_drive_whose_slot_loses_power_under_load_is_gone(lab):
-    reading = lab.start("reading", "LAB-CUT")
+    # Kept open: Linux before 6.13 waits more than a minute for a card that is not there to be
+    # reset, when its owner lets go of it or ends.
+    reading = lab.start("reading", "LAB-CUT", "keep")
     lab.machine.link.wait_text(reading, "reading", 60.0)
-    address = reading.text().split()[1]
-    lab.script("cut_power", address)
+    lab.script("cut_power", reading.text().split()[1])
     lab.machine.wait_unplugged("cut")
-    check(lab.answer(reading, 60.0))
+    lab.machine.link.wait_text(reading, "}\n", 60.0)
+    check(json.loads(reading.text("out").splitlines()[-1]))

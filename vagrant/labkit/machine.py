@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import shlex
@@ -33,6 +34,7 @@ def _die_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+@functools.cache
 def kvm_works(host: Host, patience_s: float = 4.0) -> bool:
     """Whether a kernel under KVM prints its first line in time: on some nested hosts it hangs."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
