@@ -92,9 +92,7 @@ def test_a_write_puts_its_bytes_and_zeros_to_the_end_of_its_block(
     shift=shifts,
     summed=st.booleans(),
 )
-def test_a_read_brings_its_bytes_and_touches_no_others(
-    keeping, first, skip, nbytes, shift, summed
-):
+def test_a_read_brings_its_bytes_and_touches_no_others(keeping, first, skip, nbytes, shift, summed):
     engine = keeping.engine
     data = pattern(1, AREA)
     keeping.poke(0, data)

@@ -184,7 +184,7 @@ def test_threads_and_collections_in_the_middle_of_it():
         rng = random.Random(seed)
         try:
             out: list = []
-            for step in range(1500):
+            for _ in range(1500):
                 lease = pool.lease(rng.choice([PAGE, 300_000, MIB, 2 * MIB]))
                 mark = np.frombuffer(lease, np.uint8)
                 mark[:1] = seed
