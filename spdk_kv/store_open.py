@@ -38,6 +38,7 @@ from spdk_kv.superblock import (
     Superblock,
     choose,
     fit_device_id,
+    is_blank,
     pack,
 )
 from spdk_kv.units import GIB, align_down, align_up, format_nbytes, parse_nbytes
@@ -53,6 +54,8 @@ _MOST_BY_DEFAULT = 64 * GIB
 _BLANK_NBYTES = 1 << 20
 # In the index: the generation that an open was about to write.
 _BUSY_TIMEOUT_S = 1.0
+# In which one copy of the superblock may differ from the other: a torn write, a few flipped bits.
+_MOST_DAMAGED_NBYTES = 64
 _MEANT = "next generation"
 # Of stores whose device did not let go: held until the process ends.
 _kept: list[ExitStack] = []
@@ -349,10 +352,33 @@ def _peek(path: str) -> Superblock | None:
     try:
         with open(path, "rb", buffering=0) as device:
             fd = device.fileno()
-            copies = [os.pread(fd, SUPERBLOCK_NBYTES, offset) for offset in COPY_OFFSETS]
-            return choose([copy.ljust(SUPERBLOCK_NBYTES, b"\0") for copy in copies])
+            found = [os.pread(fd, SUPERBLOCK_NBYTES, offset) for offset in COPY_OFFSETS]
     except OSError as refused:
         raise device_error("open", 0, 0, refused.errno or 0, path) from refused
+    copies = [copy.ljust(SUPERBLOCK_NBYTES, b"\0") for copy in found]
+    chosen = choose(copies)
+    _refuse_if_written_over(path, copies)
+    return chosen
+
+
+def _refuse_if_written_over(path: str, copies: list[bytes]) -> None:
+    """A filesystem or a partition table made over a store leaves its second superblock: that must
+    not pass for a store with a damaged first one, which opening would mend."""
+    first, second = copies
+    changed = sum(a != b for a, b in zip(first, second, strict=True))
+    if any(map(is_blank, copies)) or changed <= _MOST_DAMAGED_NBYTES:
+        return
+    for bad, good in ((0, 1), (1, 0)):
+        try:
+            choose([copies[bad]])
+        except CorruptionError:
+            at, source = COPY_OFFSETS[bad], COPY_OFFSETS[good]
+            raise StoreMismatch(
+                f"{path} held a store, but something else was written at offset {at} (`wipefs -n` "
+                "and `blkid` may say what); it is not touched. If it is damage and nothing more, "
+                f"mend it: dd if={path} of={path} bs=4096 count=1 conv=notrunc "
+                f"skip={source // 4096} seek={at // 4096}"
+            ) from None
 
 
 def _private_folder(path: str) -> None:
