@@ -285,6 +285,7 @@ class Catalog:
     def commit(self, timeout_s: float | None = None) -> None:
         """Data to the medium, then the records; blocks on both. What failed is tried again by the
         next commit."""
+        self._end_pins()
         with self._commit_lock:
             blobs: dict[str, BlobRecord | None] = {}
             sequences: dict[str, SequenceRecord | None] = {}

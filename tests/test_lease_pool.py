@@ -253,7 +253,7 @@ def test_more_regions_than_the_table_has_room_for(uring):
 
 def memoryview_of(region) -> memoryview:
     """The bytes of a region, registered or not."""
-    return memoryview(getattr(region, "_region", region))
+    return memoryview(getattr(region, "_held", {}).get(region.address, region))
 
 
 def test_regions_of_many_threads_keep_their_own_entries(uring):

@@ -7,6 +7,7 @@ leaves between any two steps can be made and mended in a test. Decisions stand e
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,10 +140,24 @@ def _settles(condition: Callable[[], bool]) -> bool:
 
 @contextmanager
 def signals_later() -> Iterator[None]:
-    """Holds signals back: one in between would leave a drive between two drivers."""
-    blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    """Holds signals back: one in between would leave a drive between two drivers.
+
+    Masked in this thread, for a program that has no other; and where Python runs handlers, in its
+    main thread, noted and sent again at the end, for another thread may take what this one masks.
+    """
+    held = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    arrived: list[int] = []
+    handlers = {}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number in held:
+                handlers[number] = signal.signal(number, lambda got, _frame: arrived.append(got))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            # None: a handler that C installed, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in arrived:
+            signal.raise_signal(number)
