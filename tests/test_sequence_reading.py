@@ -18,6 +18,7 @@ from spdk_kv.errors import (
     KeyNotFound,
     ShapeMismatch,
 )
+from spdk_kv.sequence_views import read_all, read_heads
 from spdk_kv.store import KVStore
 from spdk_kv.types import torch_dtypes
 
@@ -353,6 +354,24 @@ def test_deleting_while_others_read_gives_tokens_or_a_typed_error(folder):
                     reader.result(30)
             for key in store.keys(""):
                 store.delete(key)
+
+
+def test_a_layer_of_a_deleted_sequence_does_nothing_more(ram):
+    # A thread may have come to it before it was deleted, and wait for its lock.
+    sequence, reference = begun(ram, "layer", [100])
+    cache, (k, v) = sequence._layers[0], reference.tokens(100)
+    sequence.delete()
+    for call in (
+        lambda: cache.append(k, v),
+        cache.settle,
+        lambda: cache.truncate(0),
+        lambda: cache.reorder(torch.tensor([1, 0]).numpy()),
+        cache.write_tail,
+        lambda: read_all(cache, sequence._layout, 0, 100),
+        lambda: read_heads(cache, sequence._layout, 0, 100, [0]),
+    ):
+        with pytest.raises(ClosedError):
+            call()
 
 
 def test_a_flipped_bit_of_a_unit_is_found_and_counted(folder):

@@ -159,5 +159,5 @@ def signals_later() -> Iterator[None]:
             # None: a handler that C installed, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number in arrived:
-            signal.raise_signal(number)
+        for got in arrived:
+            signal.raise_signal(got)
