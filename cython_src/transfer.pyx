@@ -55,5 +55,7 @@ DEMAND = 0
 PREFETCH = 1
 
 include "transfer_types.pxi"
+include "transfer_segments.pxi"
 include "transfer_loop.pxi"
+include "transfer_queue.pxi"
 include "transfer_api.pxi"

@@ -263,8 +263,11 @@ class Index:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock, _typed_errors(self.path):
             connection = self._use()
-            connection.execute("BEGIN IMMEDIATE")
             try:
+                if connection.in_transaction:
+                    # An interrupt (Ctrl-C) came before the roll-back, or instead of it.
+                    connection.execute("ROLLBACK")
+                connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 # Counted from the row, not from memory, which an interrupt can leave behind it.
                 commits = _read_number(connection, "commits") + 1

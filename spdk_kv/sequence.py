@@ -299,8 +299,13 @@ class Sequence:
                 cache = self._layer(number)
                 with cache.lock, self._counting_corruption():
                     if tokens < cache.tokens:
+                        before = self._record_first
                         self._record_first |= tokens < self._recorded[number]
-                        cache.truncate(tokens)
+                        try:
+                            cache.truncate(tokens)
+                        except SpdkKvError:
+                            self._record_first = before  # for it changed nothing
+                            raise
             self._record_now()
 
     def _record_now(self) -> None:

@@ -181,7 +181,8 @@ class LayerCache:
     def _end_tail_write(self) -> None:
         """One that was interrupted may still be in flight: what follows it must not meet it."""
         if self._tail_write is not None:
-            self._tail_write.wait()
+            if self._tail_write.in_flight:
+                self._tail_write.wait()
             self._tail_write = None
 
     def close(self) -> list[Transfer]:
@@ -193,7 +194,8 @@ class LayerCache:
         if self._tail_write is not None:
             transfers.append(self._tail_write)
         for transfer in transfers:
-            transfer.cancel()
+            if transfer.in_flight:
+                transfer.cancel()
         return transfers
 
     # -- reading --------------------------------------------------------------------------------

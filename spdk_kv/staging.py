@@ -64,11 +64,19 @@ class StagingPool:
         region = self._engine_allocate(nbytes)
         if self._cudart is None:
             return region
+        _registered[region.address] = region
         status = self._cudart.cudaHostRegister(region.address, region.nbytes, 0)
         if int(status):
+            del _registered[region.address]
             log.info("%d bytes could not be registered with the GPU (status %s)", nbytes, status)
             return region
         return _GpuRegion(region, self._cudart)
+
+
+# Registered with the GPU, by address. It is freed after it is unregistered and not otherwise: an
+# exception in a finalizer (Ctrl-C) is swallowed, and the GPU would go on copying from pages that
+# are no longer those at the address.
+_registered: dict[int, Any] = {}
 
 
 class _GpuRegion:
@@ -77,9 +85,9 @@ class _GpuRegion:
     def __init__(self, region: Any, cudart: Any) -> None:
         self.address: int = region.address
         self.nbytes: int = region.nbytes
-        # The finalizer holds the region, so it is unregistered before it is freed.
-        weakref.finalize(self, self._unregister, region, cudart).atexit = False
+        weakref.finalize(self, self._unregister, self.address, cudart).atexit = False
 
     @staticmethod
-    def _unregister(region: Any, cudart: Any) -> None:
-        cudart.cudaHostUnregister(region.address)
+    def _unregister(address: int, cudart: Any) -> None:
+        cudart.cudaHostUnregister(address)
+        del _registered[address]

@@ -269,7 +269,8 @@ class Catalog:
                 self.unpin([self._unpinned.popleft()])
             for pair in self._quarantine:
                 # Looked at once: it may come to its end between two looks.
-                (held if any(transfer.in_flight for transfer in pair[0]) else over).append(pair)
+                in_flight = [transfer for transfer in pair[0] if transfer.in_flight]
+                (held if in_flight else over).append(pair)
             self._quarantine = held
         for _, action in over:
             action()
@@ -284,6 +285,7 @@ class Catalog:
     def commit(self, timeout_s: float | None = None) -> None:
         """Data to the medium, then the records; blocks on both. What failed is tried again by the
         next commit."""
+        self._end_pins()
         with self._commit_lock:
             blobs: dict[str, BlobRecord | None] = {}
             sequences: dict[str, SequenceRecord | None] = {}
@@ -294,7 +296,8 @@ class Catalog:
                     sequences, self._changed_sequences = self._changed_sequences, {}
                     retired = self.extents.take_retired()
                 if self.index is not None and (blobs or sequences):
-                    if any(record is not None for record in (*blobs.values(), *sequences.values())):
+                    records = (*blobs.values(), *sequences.values())
+                    if records.count(None) < len(records):
                         self.engine.flush(timeout_s)
                     self.index.commit(blobs, sequences)
             except BaseException:

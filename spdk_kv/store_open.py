@@ -40,6 +40,7 @@ from spdk_kv.superblock import (
     Superblock,
     choose,
     fit_device_id,
+    is_blank,
     pack,
 )
 from spdk_kv.units import GIB, align_down, align_up, format_nbytes, parse_nbytes
@@ -55,6 +56,8 @@ _MOST_BY_DEFAULT = 64 * GIB
 _BLANK_NBYTES = 1 << 20
 # In the index: the generation that an open was about to write.
 _BUSY_TIMEOUT_S = 1.0
+# In which one copy of the superblock may differ from the other: a torn write, a few flipped bits.
+_MOST_DAMAGED_NBYTES = 64
 _MEANT = "next generation"
 # Of stores whose device did not let go: held until the process ends.
 _kept: list[ExitStack] = []
@@ -170,7 +173,9 @@ def _open_device(
         device = _open_when_free(place, engine, options)
         undo.callback(device.close)
         index_path = os.path.join(folder, "index.sqlite")
-        found = read_superblock(device)
+        copies = _read_copies(device)
+        found = choose(copies)
+        _refuse_if_written_over(device.where, copies)
         if found is None and not create:
             raise StoreMismatch(f"{place} is blank; pass create=True to begin a store on it")
         if found is None:
@@ -315,6 +320,10 @@ def _capacity(
 
 def read_superblock(device: Engine) -> Superblock | None:
     """The newest good superblock; None where there is none yet. CorruptionError, DeviceError."""
+    return choose(_read_copies(device))
+
+
+def _read_copies(device: Engine) -> list[bytes]:
     size = device.capacity_nbytes
     copies = []
     for offset in COPY_OFFSETS:
@@ -322,7 +331,7 @@ def read_superblock(device: Engine) -> Superblock | None:
             copies.append(bytes(SUPERBLOCK_NBYTES))
         else:
             copies.append(_read(device, offset, SUPERBLOCK_NBYTES))
-    return choose(copies)
+    return copies
 
 
 def _write_superblock(device: Engine, superblock: Superblock) -> None:
@@ -354,6 +363,27 @@ def _refuse_unless_blank(device: Engine) -> None:
                 f"{device.where} is not blank within the MiB at offset {offset} and holds no store "
                 "of spdk_kv; it is not touched. `wipefs -n` and `blkid` say what may be on it"
             )
+
+
+def _refuse_if_written_over(path: str, copies: list[bytes]) -> None:
+    """A filesystem or a partition table made over a store leaves its second superblock: that must
+    not pass for a store with a damaged first one, which opening would mend."""
+    first, second = copies
+    changed = sum(a != b for a, b in zip(first, second, strict=True))
+    if any(map(is_blank, copies)) or changed <= _MOST_DAMAGED_NBYTES:
+        return
+    for bad, good in ((0, 1), (1, 0)):
+        try:
+            choose([copies[bad]])
+        except CorruptionError:
+            at, source = COPY_OFFSETS[bad], COPY_OFFSETS[good]
+            raise StoreMismatch(
+                f"{path} held a store, but something else was written at offset {at} (`wipefs -n` "
+                "and `blkid` may say what); it is not touched. If it is damage and nothing more, "
+                f"mend it: copy its 4096 bytes at offset {source} to offset {at} (of a node: dd "
+                f"if={path} of={path} bs=4096 count=1 conv=notrunc skip={source // 4096} "
+                f"seek={at // 4096})"
+            ) from None
 
 
 def _private_folder(path: str) -> None:

@@ -71,7 +71,7 @@ def test_all_implementations_agree_at_every_length_and_start():
     data = np.random.default_rng(1).bytes(2048)
     for name in usable():
         for start in (0, 1, 3, 7, 8, 63):
-            for nbytes in [*range(0, 70), 255, 256, 257, 511, 512, 513, 767, 768, 1023, 1024, 1500]:
+            for nbytes in [*range(70), 255, 256, 257, 511, 512, 513, 767, 768, 1023, 1024, 1500]:
                 piece = memoryview(data)[start : start + nbytes]
                 assert crc32c_with(name, piece) == crc32c_with("table", piece), (name, nbytes)
     for nbytes in (0, 1, 300):

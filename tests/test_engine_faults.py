@@ -16,9 +16,11 @@ import pytest
 from media import SMALL, address_of, image, medium, memory, read, write
 from subprocesses import run_script
 
+from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.memory import Pool
-from spdk_kv._native.transfer import FLUSH, READ, WRITE
+from spdk_kv._native.transfer import FLUSH, PREFETCH, READ, WRITE
 from spdk_kv.engines import EngineOptions, open_engine, parse_location
+from spdk_kv.engines.uring import why_unavailable
 from spdk_kv.errors import CapacityError, CorruptionError, DeviceError, DeviceGone, DeviceTimeout
 
 BLOCK = 4096
@@ -52,6 +54,12 @@ def test_a_file_truncated_behind_the_engine_is_corruption(kind, tmp_path):
         assert read(engine, 0, 100) == b"\xee" * 100
 
 
+def _run_to_the_medium(engine, transfer) -> None:
+    """Through the page cache a full disk may show only when the bytes leave it."""
+    engine.run(transfer)
+    engine.flush()
+
+
 @pytest.mark.parametrize("engine", FILE_ENGINES)
 def test_a_full_disk_is_a_capacity_error_and_takes_no_space(engine, tmp_path):
     with blockdev.ext4(tmp_path, 32 * MIB) as at:
@@ -73,8 +81,7 @@ def test_a_full_disk_is_a_capacity_error_and_takes_no_space(engine, tmp_path):
         source = memory(4 * MIB)
         transfer.add(32 * MIB, address_of(source), len(source))
         with pytest.raises(CapacityError, match="filesystem is full"):
-            grown.run(transfer)
-            grown.flush()
+            _run_to_the_medium(grown, transfer)
         write(grown, 0, b"what has room")
         assert read(grown, 0, 13) == b"what has room"
         os.ftruncate(filler, 0)
@@ -218,6 +225,44 @@ def test_a_hung_flush_through_the_page_cache_times_out(tmp_path):
         assert read(hung, 0, 12) == b"in the cache"
         device.thaw()
         hung.flush(timeout_s=10)
+        hung.close()
+
+
+def test_a_thread_may_end_while_its_writes_hang(tmp_path):
+    """They are in the ring under its name, and some kernels cancel them with it."""
+    if reason := why_unavailable():
+        pytest.skip(reason[0])
+    with blockdev.ext4(tmp_path, 96 * MIB) as at:
+        folder = blockdev.HungDevice("", at / "data")
+        options = EngineOptions(depth=600, segment_nbytes=64 << 10, hugepages=False)
+        hung = opened("uring", str(at / "data"), options)
+        hung.ensure(32 * MIB)
+        write(hung, 0, bytes(32 * MIB))
+        data = np.random.default_rng(0).integers(0, 256, 24 * MIB, np.uint8)
+        source = memory(len(data))
+        source[:] = data
+        transfer = hung.transfer(WRITE, checksum=True)
+        transfer.add(0, address_of(source), len(source))
+
+        into = memory(BLOCK)
+        short = hung.transfer(READ)
+        short.add(28 * MIB, address_of(into), BLOCK)
+
+        def begin() -> None:
+            transfer.submit(priority=PREFETCH)
+            # Before the queue's own thread wakes: so this one sends the writes, in its name.
+            hung.run(short)
+
+        folder.freeze()
+        thread = threading.Thread(target=begin)
+        thread.start()
+        thread.join(20)
+        time.sleep(0.2)
+        assert not transfer.done
+        folder.close()
+        hung.wait(transfer)
+        assert transfer.crc() == crc32c(data)
+        assert read(hung, 0, len(data)) == data.tobytes()
         hung.close()
 
 

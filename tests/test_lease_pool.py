@@ -184,7 +184,7 @@ def test_threads_and_collections_in_the_middle_of_it():
         rng = random.Random(seed)
         try:
             out: list = []
-            for step in range(1500):
+            for _ in range(1500):
                 lease = pool.lease(rng.choice([PAGE, 300_000, MIB, 2 * MIB]))
                 mark = np.frombuffer(lease, np.uint8)
                 mark[:1] = seed
@@ -253,7 +253,7 @@ def test_more_regions_than_the_table_has_room_for(uring):
 
 def memoryview_of(region) -> memoryview:
     """The bytes of a region, registered or not."""
-    return memoryview(getattr(region, "_region", region))
+    return memoryview(getattr(region, "_held", {}).get(region.address, region))
 
 
 def test_regions_of_many_threads_keep_their_own_entries(uring):

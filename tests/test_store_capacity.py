@@ -261,11 +261,17 @@ def test_a_full_disk_refuses_the_put_and_keeps_the_rest(small_disk):
 def test_a_full_disk_evicts_a_part_and_not_everything(small_disk):
     # The capacity is far more than the disk has; what is evicted goes by what is held.
     with open_store(small_disk / "kv", capacity="1 GiB") as store:
-        for i in range(200):
-            store.put(str(i), payload(str(i), 1, 256 << 10))
-        assert len(store) > 20
-        for key in store.keys(""):
-            assert version_of(key, store.get(key)) == 1
+        most = 0
+        for i in range(400):
+            # Long keys, so that the index grows beside the data.
+            store.put(f"{i:04}" * 300, noise(128 << 10, i))
+            most = max(most, len(store))
+            assert len(store) > 0.8 * most
+        assert 100 < most < 400
+        for i in range(400, 450):
+            store.put(str(i), payload(str(i), 1, 128 << 10))
+        for i in range(400, 450):
+            assert version_of(str(i), store.get(str(i))) == 1
         check_books(store)
 
 

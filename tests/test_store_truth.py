@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,8 @@ from helpers_store import (
     version_of,
 )
 
+from spdk_kv import index as index_module
+from spdk_kv import lock, store_open
 from spdk_kv.errors import (
     CapacityError,
     CorruptionError,
@@ -34,6 +39,7 @@ from spdk_kv.errors import (
     StoreLocked,
     StoreMismatch,
 )
+from spdk_kv.index import Index
 from spdk_kv.superblock import COPY_OFFSETS
 
 folder = folder_fixture
@@ -213,6 +219,51 @@ def test_records_that_overlap_are_refused_before_anything_is_written(folder):
     with pytest.raises(CorruptionError, match="overlap"):
         reopen(store)
     assert sha256(store / "data") == before
+
+
+def test_crashes_amid_opening_one_after_another_are_no_old_copies(folder, monkeypatch):
+    store = filled(folder / "store")
+
+    def crash(*_):
+        raise SystemExit
+
+    # The data has the next generation, the index not yet.
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "generation", property(Index.generation.fget, crash))
+        with pytest.raises(SystemExit):
+            reopen(store)
+    # Then the index says that another is meant, and the data does not get it.
+    with monkeypatch.context() as patch:
+        patch.setattr(store_open, "_write_superblock", crash)
+        with pytest.raises(SystemExit):
+            reopen(store)
+    with reopen(store) as opened:
+        assert [version_of(key, opened.get(key)) for key in "abc"] == [1, 1, 1]
+
+
+def test_an_index_has_its_log_from_the_beginning(folder):
+    # Were it turned on at the first open, a kill amid that would leave a rollback journal, which
+    # the connection that checks the index, and may not write, could never play back.
+    index_module._create(str(folder / "index.sqlite"))
+    assert (folder / "index.sqlite").read_bytes()[18:20] == b"\2\2"
+
+
+def test_commands_of_a_killed_process_are_waited_for(folder, monkeypatch):
+    filled(folder)
+    # As a ring that outlives its process: something holds the data's open file, and its lock.
+    descriptor = os.open(folder / "data", os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "_COMMANDS_TIMEOUT_S", 0.1)
+        with pytest.raises(StoreLocked, match="killed"):
+            reopen(folder)
+    timer = threading.Timer(0.4, os.close, [descriptor])
+    started = time.monotonic()
+    timer.start()
+    with reopen(folder) as store:
+        assert time.monotonic() - started >= 0.4
+        assert version_of("a", store.get("a")) == 1
+    reopen(folder).close()
 
 
 # -- the superblock -------------------------------------------------------------------------------

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
-from transformers_models import assert_same, config_of, feed, generate, model_of, prompt, random_kv
+from transformers_models import (
+    assert_same,
+    config_of,
+    feed,
+    generate,
+    leased_nbytes,
+    model_of,
+    prompt,
+    random_kv,
+)
 
 from spdk_kv.errors import CapacityError, CorruptionError, ShapeMismatch, SpdkKvError
 from spdk_kv.integrations.transformers import OffloadedKVCache, layer_windows
@@ -54,7 +63,7 @@ def test_named_cache_is_taken_up_by_another_store(tmp_path: Path, family: str) -
             inputs = {"input_ids": begun, "attention_mask": mask}
             found = generate(model, cache, inputs, max_new_tokens=15)
             assert cache.stats()["read_nbytes"] > 0
-        assert store.staging.stats()["leased_nbytes"] <= 4 * 2 * (16 << 10)
+        assert leased_nbytes(store, 4 * 2 * (16 << 10)) <= 4 * 2 * (16 << 10)
     assert found.sequences.tolist() == wanted.sequences.tolist()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from typing import Any
 
@@ -134,3 +135,14 @@ def feed(caches: list[Any], tokens: int, batch: int = 1, layers: int = 4) -> Non
             assert torch.equal(keys, found[0][0])
             assert torch.equal(values, found[0][1])
         del found, keys, values  # or the cache counts them as a layer in memory
+
+
+def leased_nbytes(store: KVStore, at_most: int = 0) -> int:
+    """What the staging pool has out, once the drive is done with what was dropped in flight: the
+    engine notices that on its next call."""
+    deadline = time.monotonic() + 10
+    while True:
+        store.engine.flush()
+        leased = store.staging.stats()["leased_nbytes"]
+        if leased <= at_most or time.monotonic() > deadline:
+            return leased

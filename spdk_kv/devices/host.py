@@ -77,7 +77,7 @@ def read_host(root: Path = Path("/")) -> Host:
         memlock_exempt=_has_capability(root, _CAP_IPC_LOCK),
         iommu_groups=len(entries(root / "sys/kernel/iommu_groups")),
         iommu_units=entries(root / "sys/class/iommu"),
-        vfio_pci=_vfio_pci(root, kernel),
+        vfio_pci=vfio_pci_state(root, kernel),
         io_uring=probe_io_uring(root),
         container_hints=_container_hints(root),
     )
@@ -115,7 +115,8 @@ def _has_capability(root: Path, number: int) -> bool:
     return match is not None and bool(int(match[1], 16) >> number & 1)
 
 
-def _vfio_pci(root: Path, kernel: str) -> VfioState:
+def vfio_pci_state(root: Path, kernel: str) -> VfioState:
+    """Whether the kernel of release ``kernel`` has the driver vfio-pci, or could load it."""
     # The driver's directory is there for the module and for a built-in alike.
     if exists(root / "sys/bus/pci/drivers/vfio-pci"):
         return "loaded"

@@ -29,8 +29,12 @@ class Mount:
 
 def read_mounts(root: Path = Path("/")) -> tuple[Mount, ...]:
     """Every mount that this process sees; lines of another form are left out."""
-    text = read_text(root / "proc/self/mountinfo") or ""
-    return tuple(mount for line in text.splitlines() if (mount := _parse(line)) is not None)
+    return parse_mounts(read_text(root / "proc/self/mountinfo") or "")
+
+
+def parse_mounts(text: str) -> tuple[Mount, ...]:
+    """The mounts in ``text``, the content of a mountinfo; lines of another form are left out."""
+    return tuple(mount for line in text.split("\n") if (mount := _parse(line)) is not None)
 
 
 def _parse(line: str) -> Mount | None:
@@ -42,14 +46,14 @@ def _parse(line: str) -> Mount | None:
         return None
     return Mount(
         device=head[2],
-        root=_unescape(head[3]),
-        mount_point=_unescape(head[4]),
+        root=unescape(head[3]),
+        mount_point=unescape(head[4]),
         fstype=tail[0],
-        source=_unescape(tail[1]),
+        source=unescape(tail[1]),
         options=tuple(tail[2].split(",")),
     )
 
 
-def _unescape(field: str) -> str:
-    # The kernel writes space, tab, newline, backslash and '#' as three octal digits.
+def unescape(field: str) -> str:
+    """``field`` as it was: the kernel writes space, tab, newline, backslash and # in octal."""
     return _OCTAL.sub(lambda match: chr(int(match[1], 8)), field)

@@ -49,16 +49,22 @@ def why_unavailable() -> tuple[str, str] | None:
 
 
 class _RegisteredRegion:
-    """A region that the ring knows; taken out of its table before it is freed."""
+    """A region that the ring knows; taken out of its table before it is freed.
 
-    def __init__(self, region: Region, backend: Any) -> None:
-        self._region = region
+    ``held`` keeps the region until then: an exception here (Ctrl-C) is swallowed, and were the
+    memory unmapped with its entry left, reads into whatever is mapped there next would go to the
+    old pages. So it is rather never freed.
+    """
+
+    def __init__(self, region: Region, backend: Any, held: dict[int, Region]) -> None:
         self._backend = backend
+        self._held = held
         self.address = region.address
         self.nbytes = region.nbytes
 
     def __del__(self) -> None:
         self._backend.unregister(self.address)
+        del self._held[self.address]
 
 
 class UringEngine(FileEngine):
@@ -81,13 +87,16 @@ class UringEngine(FileEngine):
         except OSError as refused:
             raise EngineUnavailable(f"engine uring: {refused}") from refused
         self.registered_buffers = backend.fixed_buffers
+        self._held: dict[int, Region] = {}
         return backend
 
     def allocate(self, nbytes: int) -> Any:
         region = Region(nbytes, self.options.hugepages)
+        self._held[region.address] = region
         status = self._backend.register(region.address, region.nbytes)
         if status == 0:
-            return _RegisteredRegion(region, self._backend)
+            return _RegisteredRegion(region, self._backend, self._held)
+        del self._held[region.address]
         if self.registered_buffers:
             self.registered_buffers = False
             log.info(

@@ -1,0 +1,203 @@
+# The Python side of a queue.
+
+
+cdef void _free_transfer(Transfer_ *t):
+    """Drops what the transfer kept alive. Needs the GIL, and that it is done."""
+    if t.kept != NULL:
+        Py_DECREF(<object>t.kept)
+    pthread_cond_destroy(&t.finished)
+    free(t.segments)
+    free(t.crcs)
+    free(t)
+
+
+cdef void _free_orphans(Queue_ *q):
+    cdef Transfer_ *t
+    cdef Transfer_ *following
+    if q.orphans == NULL:  # a hint; the truth is read under the mutex
+        return
+    pthread_mutex_lock(&q.mutex)
+    t = q.orphans
+    q.orphans = NULL
+    pthread_mutex_unlock(&q.mutex)
+    while t != NULL:
+        following = t.next_incoming
+        _free_transfer(t)
+        t = following
+
+
+@cython.no_gc_clear
+cdef class Queue:
+    """One engine queue and the thread that drives it when nobody waits.
+
+    ``backend`` is an engine's capsule and ``keep`` whatever must outlive it. ``depth``: segments
+    kept in flight. ``segment_nbytes``: the largest command. ``block_nbytes``, ``align_nbytes``:
+    what the device wants of offsets and of addresses (powers of two). ``slots``: addresses of
+    bounce slots of ``segment_nbytes`` each, for memory that the device cannot reach directly.
+    """
+    cdef Queue_ *_q
+    cdef object _keep
+    cdef readonly bint closed
+    cdef readonly size_t pid
+
+    def __cinit__(self, backend, keep, *, uint32_t depth, uint32_t segment_nbytes,
+                  uint32_t block_nbytes, uint32_t align_nbytes, slots, size_t pid):
+        cdef Queue_ *q
+        cdef size_t address
+        self.closed = True
+        if segment_nbytes % block_nbytes or not depth or not segment_nbytes:
+            raise ValueError("segments are a whole number of blocks, and depth is at least 1")
+        if not slots and (align_nbytes > 1 or block_nbytes > 1):
+            raise ValueError("a device that wants alignment needs bounce slots")
+        q = <Queue_ *>calloc(1, sizeof(Queue_))
+        if q == NULL:
+            raise MemoryError()
+        q.slots = <unsigned char **>calloc(len(slots) + 1, sizeof(void *))
+        q.backend = <skv_backend *>PyCapsule_GetPointer(backend, SKV_BACKEND_CAPSULE)
+        for address in slots:
+            q.slots[q.free_slots] = <unsigned char *>address
+            q.free_slots += 1
+        q.depth = depth
+        q.segment_nbytes = segment_nbytes
+        q.block_nbytes = block_nbytes
+        q.align_nbytes = align_nbytes
+        pthread_mutex_init(&q.mutex, NULL)
+        init_cond(&q.work)
+        init_cond(&q.reapable)
+        self._q = q
+        self._keep = (backend, keep)
+        self.pid = pid
+        if start_thread(&q.thread, _thread_main, q):
+            raise MemoryError("no thread for the transfer loop")
+        self.closed = False
+
+    @property
+    def depth(self):
+        """Segments kept in flight; may be set at any time."""
+        return self._q.depth
+
+    @depth.setter
+    def depth(self, uint32_t depth):
+        if not depth:
+            raise ValueError("depth is at least 1")
+        self._q.depth = depth
+
+    @property
+    def segment_nbytes(self):
+        return self._q.segment_nbytes
+
+    @property
+    def active(self):
+        """Transfers submitted and not done, those included that nobody waits for any more."""
+        return self._q.active
+
+    def reap(self):
+        """Blocks until transfers that were submitted with ``notify`` are done; returns them.
+
+        An empty list: the queue is closed, or :meth:`stop_reaping` was called.
+        """
+        cdef Queue_ *q = self._q
+        cdef Transfer_ *t
+        cdef list done = []
+        cdef bint stop = self.pid != _getpid()
+        while not done and not stop:
+            with nogil:
+                pthread_mutex_lock(&q.mutex)
+                while q.reap == NULL and q.orphans == NULL and not q.reap_stop:
+                    pthread_cond_wait(&q.reapable, &q.mutex)
+                t = q.reap
+                q.reap = NULL
+                stop = q.reap_stop
+                pthread_mutex_unlock(&q.mutex)
+            while t != NULL:
+                done.append(<object>t.handle)
+                Py_DECREF(<object>t.handle)
+                t.handle = NULL
+                t = t.next_incoming
+            _free_orphans(q)
+        done.reverse()
+        return done
+
+    def stop_reaping(self):
+        """Lets :meth:`reap` return for good."""
+        pthread_mutex_lock(&self._q.mutex)
+        self._q.reap_stop = 1
+        pthread_cond_broadcast(&self._q.reapable)
+        pthread_mutex_unlock(&self._q.mutex)
+
+    def stats(self):
+        """Counters since the queue was opened, as a dict. Times are in nanoseconds;
+        ``histogram`` maps a latency to the number of commands near it (within 6.25 %)."""
+        cdef Counters c = self._q.counters
+        cdef int i
+        return {
+            "ios": c.ios, "read_nbytes": c.read_nbytes, "written_nbytes": c.written_nbytes,
+            "transfers": c.transfers, "errors": c.errors, "bounced_nbytes": c.bounced,
+            "latency_ns": c.latency_ns, "busy_ns": c.busy_ns, "deepest": c.deepest,
+            "histogram": {
+                skv_bucket_ns(i): c.histogram[i] for i in range(SKV_BUCKETS) if c.histogram[i]
+            },
+        }
+
+    def close(self, double timeout_s=30.0):
+        """Waits until nothing is in flight, then ends the thread. Returns whether it came to that.
+
+        If the device does not let go within ``timeout_s``, False: whoever waits gets ETIMEDOUT,
+        and the queue's memory is given up rather than freed, since the device may still write to
+        what was kept.
+        """
+        cdef Queue_ *q = self._q
+        cdef uint64_t until_ns = skv_now_ns() + <uint64_t>(min(max(timeout_s, 0.0), 1e9) * 1e9)
+        cdef bint stopped = False
+        if self.closed or self.pid != _getpid():
+            self.closed = True
+            return True
+        self.closed = True
+        with nogil:
+            pthread_mutex_lock(&q.mutex)
+            q.stopping = 1
+            q.reap_stop = 1
+            pthread_cond_broadcast(&q.work)
+            pthread_cond_broadcast(&q.reapable)
+            while not q.stopped:
+                if wait_until(&q.reapable, &q.mutex, until_ns):
+                    break
+            if not q.stopped:
+                q.giving_up = 1
+                q.changed = 1
+                _wake(q)
+                # Soon, unless the driver itself hangs in the kernel.
+                until_ns = skv_now_ns() + 20 * SLICE_NS
+                while not q.stopped and not q.gave_up:
+                    if wait_until(&q.reapable, &q.mutex, until_ns):
+                        break
+            stopped = q.stopped
+            pthread_mutex_unlock(&q.mutex)
+            if stopped:
+                pthread_join(q.thread, NULL)
+            else:
+                pthread_detach(q.thread)
+        if not stopped:
+            Py_INCREF(self)  # never freed: the device still owns a part of it
+            return False
+        _free_orphans(q)
+        return True
+
+    def __dealloc__(self):
+        cdef Queue_ *q = self._q
+        if q == NULL or self.pid != _getpid():
+            return  # a forked child has none of the threads, and locks in whatever state
+        if not self.closed:
+            # Only transfers hold a queue, and none are left: nothing can be in flight.
+            with nogil:
+                pthread_mutex_lock(&q.mutex)
+                q.stopping = 1
+                pthread_cond_broadcast(&q.work)
+                pthread_mutex_unlock(&q.mutex)
+                pthread_join(q.thread, NULL)
+        _free_orphans(q)
+        pthread_mutex_destroy(&q.mutex)
+        pthread_cond_destroy(&q.work)
+        pthread_cond_destroy(&q.reapable)
+        free(q.slots)
+        free(q)

@@ -1,0 +1,313 @@
+# What the driver does with one segment: prepare, submit, complete, follow up. Without the GIL, in
+# the one thread that holds the queue.
+
+
+cdef inline void _todo_push(Queue_ *q, Transfer_ *t) noexcept nogil:
+    # Read once: a waiter may raise it at any time.
+    cdef uint8_t priority = (<volatile_uint8 *>&t.priority)[0]
+    t.next_todo = NULL
+    t.listed = 1 + priority
+    if q.todo[priority] == NULL:
+        q.todo[priority] = t
+    else:
+        q.todo_tail[priority].next_todo = t
+    q.todo_tail[priority] = t
+
+
+cdef void _todo_remove(Queue_ *q, Transfer_ *t) noexcept nogil:
+    cdef Transfer_ *previous = NULL
+    cdef Transfer_ *at
+    cdef int p
+    if not t.listed:
+        return
+    p = t.listed - 1
+    at = q.todo[p]
+    while at != t:
+        previous = at
+        at = at.next_todo
+    if previous == NULL:
+        q.todo[p] = t.next_todo
+    else:
+        previous.next_todo = t.next_todo
+    if q.todo_tail[p] == t:
+        q.todo_tail[p] = previous
+    t.listed = 0
+
+
+cdef void _notify(Queue_ *q, Transfer_ *t) noexcept nogil:
+    """Hands `t` to the reaper, once. With the mutex held."""
+    if not t.notified:
+        t.notified = 1
+        t.next_incoming = q.reap
+        q.reap = t
+        pthread_cond_broadcast(&q.reapable)
+
+
+cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
+    """Nothing of it is in flight: tell whoever waits. `t` may be gone when this returns."""
+    _todo_remove(q, t)
+    if t.previous != NULL:
+        t.previous.following = t.following
+    else:
+        q.all = t.following
+    if t.following != NULL:
+        t.following.previous = t.previous
+    q.counters.transfers += 1
+    if t.status:
+        q.counters.errors += 1
+    pthread_mutex_lock(&q.mutex)
+    q.active -= 1
+    t.done = 1
+    if t.handle != NULL:
+        _notify(q, t)
+    elif t.orphan:
+        t.next_incoming = q.orphans
+        q.orphans = t
+        # What it kept goes as soon as somebody with the GIL can see to it.
+        pthread_cond_broadcast(&q.reapable)
+    pthread_cond_broadcast(&t.finished)
+    pthread_mutex_unlock(&q.mutex)
+
+
+cdef inline void _maybe_finish(Queue_ *q, Transfer_ *t) noexcept nogil:
+    if t.outstanding == 0 and t.next == t.count:
+        _finish_transfer(q, t)
+
+
+cdef void _stop_submitting(Queue_ *q, Transfer_ *t) noexcept nogil:
+    t.next = t.count
+    _todo_remove(q, t)
+
+
+cdef void _fail(Queue_ *q, Segment *s, int status) noexcept nogil:
+    cdef Transfer_ *t = s.transfer
+    s.failed = 1
+    if not t.status:
+        t.status = status
+        t.failed_segment = <uint32_t>(s - t.segments)
+    # The rest would be work for nothing.
+    _stop_submitting(q, t)
+
+
+cdef void _finish_segment(Queue_ *q, Segment *s) noexcept nogil:
+    cdef Transfer_ *t = s.transfer
+    if s.slot != NULL:
+        q.slots[q.free_slots] = s.slot
+        q.free_slots += 1
+        s.slot = NULL
+    t.outstanding -= 1
+    _maybe_finish(q, t)
+
+
+cdef inline void _follow_up_push(Queue_ *q, Segment *s) noexcept nogil:
+    s.next_follow_up = NULL
+    s.queued = 1
+    if q.follow_up == NULL:
+        q.follow_up = s
+    else:
+        q.follow_up_tail.next_follow_up = s
+    q.follow_up_tail = s
+
+
+cdef inline void _retry(Queue_ *q, Segment *s) noexcept nogil:
+    s.next_retry = q.retry
+    q.retry = s
+
+
+cdef void _checksum(Segment *s, uint32_t first, uint32_t last) noexcept nogil:
+    """Sums the caller's bytes [first, last) of a segment; `first` begins a chunk, if there are
+    chunks, and the calls for one segment come in order."""
+    cdef uint32_t chunk = s.transfer.chunk_nbytes
+    cdef uint32_t take
+    if s.chunk_crcs == NULL:
+        s.crc = skv_crc32c(s.crc if first else 0, s.user + first, last - first)
+        return
+    while first < last:
+        take = min(chunk, last - first)
+        s.chunk_crcs[first // chunk] = skv_crc32c(0, s.user + first, take)
+        first += take
+
+
+cdef inline void _move(unsigned char *to, const unsigned char *source, uint32_t nbytes) noexcept nogil:
+    # A page at a time: longer copies make the C library use REP MOVSB, which AMD's Zen 3 and 4 run
+    # at a fifth of their speed when both ends lie nearly alike within their pages, as a tensor
+    # (64 bytes into a page) and a slot (at the start of one) do.
+    while nbytes > MOVE_NBYTES:
+        memcpy(to, source, MOVE_NBYTES)
+        to += MOVE_NBYTES
+        source += MOVE_NBYTES
+        nbytes -= MOVE_NBYTES
+    memcpy(to, source, nbytes)
+
+
+cdef void _copy(Segment *s) noexcept nogil:
+    """Between the caller's memory and the slot, and the checksum with it.
+
+    In blocks that stay in the cache, so that summing what was just copied costs little. What is
+    summed is the caller's side: the copy is covered too.
+    """
+    cdef uint32_t block = COPY_BLOCK_NBYTES, chunk = s.transfer.chunk_nbytes
+    cdef uint32_t at = 0, end
+    if chunk:
+        # Whole chunks, of whatever length.
+        block = max(block // chunk, <uint32_t>1) * chunk
+    while at < s.nbytes:
+        end = min(at + block, s.nbytes)
+        if s.transfer.op == SKV_WRITE:
+            _move(s.slot + at, s.user + at, end - at)
+        else:
+            _move(s.user + at, s.slot + s.skip + at, end - at)
+        if s.transfer.checksum:
+            _checksum(s, at, end)
+        at = end
+
+
+cdef void _do_follow_up(Queue_ *q) noexcept nogil:
+    """One segment's checksum or copy; short enough to look at the device again after it."""
+    cdef Segment *s = q.follow_up
+    q.follow_up = s.next_follow_up
+    s.queued = 0
+    # Of a transfer that failed or expired nobody reads the sums, and its caller's memory should
+    # not change any more than the device changes it.
+    if not s.failed and not s.transfer.status:
+        if s.slot != NULL:
+            _copy(s)
+        else:
+            _checksum(s, 0, s.nbytes)
+    if s.io_done:
+        _finish_segment(q, s)
+
+
+cdef void _submit_segment(Queue_ *q, Segment *s) noexcept nogil:
+    """Hands one segment to the engine, or puts it on the retry list when the engine is full."""
+    cdef int rc
+    s.io.submitted_ns = skv_now_ns()
+    rc = q.backend.submit(q.backend.self, &s.io)
+    if rc == -EAGAIN:
+        _retry(q, s)
+        return
+    if rc < 0:
+        _fail(q, s, -rc)
+        s.io_done = 1
+        if not s.queued:
+            _finish_segment(q, s)
+        return
+    if q.in_flight == 0:
+        q.busy_since_ns = s.io.submitted_ns
+    q.in_flight += 1
+    s.in_flight = 1
+    if q.in_flight > q.counters.deepest:
+        q.counters.deepest = q.in_flight
+
+
+cdef void _prepare(Queue_ *q, Segment *s) noexcept nogil:
+    cdef unsigned char *at = s.user
+    cdef uint32_t padding
+    if s.bounce:
+        q.free_slots -= 1
+        s.slot = q.slots[q.free_slots]
+        at = s.slot
+        q.counters.bounced += s.nbytes
+        if s.transfer.op == SKV_WRITE:
+            _copy(s)
+    if s.transfer.op == SKV_WRITE:
+        # Whatever the last block held in memory is somebody else's business.
+        padding = s.device_nbytes - s.nbytes
+        if padding:
+            memset(at + s.nbytes, 0, padding)
+    s.io.addr = at
+    s.io.offset = s.offset
+    s.io.nbytes = s.device_nbytes
+    s.io.op = s.transfer.op
+    s.io.next = NULL
+    s.transfer.outstanding += 1
+
+
+cdef void _refill(Queue_ *q) noexcept nogil:
+    """Submits until the target depth is reached or nothing is left to submit."""
+    cdef Segment *s
+    cdef Transfer_ *t
+    cdef bint bounced_write
+    q.more = 0
+    while q.in_flight < q.depth:
+        s = q.retry
+        if s != NULL:
+            q.retry = s.next_retry
+            if s.transfer.status:
+                s.failed = 1
+                s.io_done = 1
+                if not s.queued:
+                    _finish_segment(q, s)
+                continue
+            _submit_segment(q, s)
+            if q.retry == s:
+                return
+            continue
+        t = q.todo[0] if q.todo[0] != NULL else q.todo[1]
+        if t == NULL:
+            return
+        s = &t.segments[t.next]
+        if s.bounce and q.free_slots == 0:
+            return
+        t.next += 1
+        if t.next == t.count:
+            _todo_remove(q, t)
+        _prepare(q, s)
+        if t.op == SKV_WRITE and t.checksum and not s.bounce:
+            # Computed while the device is at work, not before it may begin.
+            _follow_up_push(q, s)
+        bounced_write = s.bounce and t.op == SKV_WRITE
+        _submit_segment(q, s)
+        if q.retry == s:
+            return
+        if bounced_write:
+            # Copying it took as long as the device may take for it: off with it, then the next.
+            q.more = 1
+            return
+
+
+cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
+    cdef Transfer_ *t = s.transfer
+    cdef int32_t result = s.io.result
+    cdef uint32_t needed = s.device_nbytes
+    cdef uint64_t took = now - s.io.submitted_ns
+    q.in_flight -= 1
+    s.in_flight = 0
+    if q.in_flight == 0:
+        q.counters.busy_ns += now - q.busy_since_ns
+    q.counters.ios += 1
+    q.counters.latency_ns += took
+    q.counters.histogram[skv_bucket(took)] += 1
+    if result < 0:
+        # The kernel cancels what a thread has in flight when that thread ends, and the driver may
+        # have been any thread: so a cancellation that nobody asked for is tried again.
+        if (result == -EAGAIN or result == -EINTR or result == -ECANCELED) and not t.status:
+            _retry(q, s)
+            return
+        _fail(q, s, -result)
+    elif t.op == SKV_READ or t.op == SKV_WRITE:
+        if t.op == SKV_READ:
+            q.counters.read_nbytes += <uint32_t>result
+            # A file may end inside its last block; the caller's bytes are what counts.
+            needed = s.skip + s.nbytes
+        else:
+            q.counters.written_nbytes += <uint32_t>result
+        if s.moved + <uint32_t>result < needed:
+            # Short. What is left goes out again, from a block boundary; no progress is an end.
+            result -= result % <int32_t>q.block_nbytes
+            if result == 0:
+                _fail(q, s, ENODATA if t.op == SKV_READ else EIO)
+            elif not t.status:
+                s.moved += <uint32_t>result
+                s.io.addr = <unsigned char *>s.io.addr + result
+                s.io.offset += <uint32_t>result
+                s.io.nbytes -= <uint32_t>result
+                _retry(q, s)
+                return
+            else:
+                s.failed = 1
+    s.io_done = 1
+    if not s.failed and t.op == SKV_READ and (t.checksum or s.slot != NULL):
+        _follow_up_push(q, s)
+    elif not s.queued:
+        _finish_segment(q, s)
