@@ -13,23 +13,24 @@ import fast_drive
 import fio
 
 
-def describe(folder: Path) -> list[str]:
-    """Lines ``what: it is``; ``folder`` lies on the drive that is measured."""
+def describe(folder: Path | None, yardstick: str = "") -> list[str]:
+    """Lines ``what: it is``; ``folder`` lies on the drive that is measured (None: no line about
+    it). ``yardstick``: what it is compared with, if not fio."""
     import torch
 
     import spdk_kv
 
     try:
-        yardstick = fio.version()
+        yardstick = yardstick or fio.version()
     except RuntimeError as missing:
         yardstick = str(missing)
-    return [
+    lines = [
         f"CPU: {_cpu()}, {os.cpu_count()} logical cores, {_memory()} of memory",
         f"kernel: {platform.release()}; load before: {os.getloadavg()[0]:.2f}",
         f"software: {yardstick}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"spdk_kv {spdk_kv.__version__} ({_commit()})",
-        f"drive: {drive(folder)}",
     ]
+    return lines if folder is None else [*lines, f"drive: {drive(folder)}"]
 
 
 def drive(folder: Path) -> str:

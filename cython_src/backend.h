@@ -11,6 +11,12 @@
 #include <stdint.h>
 #include <time.h>
 
+/*
+ * skv_io.result of a command that an NVMe device failed: minus this, plus the status code type
+ * and status code as the specification packs them (NVMe Base 2.0, figure 94).
+ */
+#define SKV_NVME_STATUS 0x10000
+
 #define SKV_BACKEND_CAPSULE "spdk_kv.backend"
 
 enum { SKV_READ = 0, SKV_WRITE = 1, SKV_FLUSH = 2, SKV_DISCARD = 3 };
@@ -24,6 +30,7 @@ typedef struct skv_io {
     int32_t result;      /* set on completion: bytes moved, or -errno */
     struct skv_io *next; /* for lists of the engine's own */
     uint64_t submitted_ns;
+    void *owner;         /* for the engine: what its callbacks need to find */
 } skv_io;
 
 typedef struct skv_backend {
@@ -37,6 +44,9 @@ typedef struct skv_backend {
     void (*wake)(void *self);
     /* Asks that a submitted command end soon (with -ECANCELED); it still comes out of poll. */
     void (*cancel)(void *self, skv_io *io);
+    /* Whether the device can move these bytes itself; NULL: any memory will do. Called by the
+     * thread that submits a transfer. Where it cannot, the loop goes through a bounce slot. */
+    int (*reaches)(void *self, const void *addr, uint64_t nbytes);
 } skv_backend;
 
 static inline uint64_t skv_now_ns(void)

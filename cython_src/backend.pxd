@@ -3,6 +3,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 cdef extern from "backend.h" nogil:
     const char *SKV_BACKEND_CAPSULE
     enum:
+        SKV_NVME_STATUS
         SKV_READ
         SKV_WRITE
         SKV_FLUSH
@@ -17,6 +18,7 @@ cdef extern from "backend.h" nogil:
         int32_t result
         skv_io *next
         uint64_t submitted_ns
+        void *owner
 
     ctypedef struct skv_backend:
         void *self
@@ -24,6 +26,7 @@ cdef extern from "backend.h" nogil:
         int (*poll)(void *self, skv_io **done, int max, int64_t wait_ns) noexcept nogil
         void (*wake)(void *self) noexcept nogil
         void (*cancel)(void *self, skv_io *io) noexcept nogil
+        int (*reaches)(void *self, const void *addr, uint64_t nbytes) noexcept nogil
 
     uint64_t skv_now_ns()
     int skv_bucket(uint64_t ns)

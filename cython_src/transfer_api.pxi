@@ -96,6 +96,7 @@ cdef class Transfer:
         cdef Queue_ *q = self._t.queue
         cdef uint64_t most = q.segment_nbytes, count = 0, chunks = 0, at, skip, take
         cdef uint32_t i
+        cdef bint foreign
         cdef Piece *p
         cdef Segment *s
         if self._t.op >= SKV_FLUSH:
@@ -124,6 +125,8 @@ cdef class Transfer:
         for i in range(self._count):
             p = &self._pieces[i]
             at = 0
+            foreign = (q.backend.reaches != NULL and self._t.op <= SKV_WRITE
+                       and not q.backend.reaches(q.backend.self, p.address, p.capacity))
             s = &self._t.segments[p.first_segment]
             while at < p.nbytes or (self._t.op == SKV_FLUSH and at == 0):
                 skip = (p.offset + at) % q.block_nbytes
@@ -136,7 +139,7 @@ cdef class Transfer:
                 s.device_nbytes = <uint32_t>(
                     (skip + take + q.block_nbytes - 1) // q.block_nbytes * q.block_nbytes)
                 if self._t.op <= SKV_WRITE:
-                    s.bounce = (<size_t>s.user % q.align_nbytes != 0 or skip != 0
+                    s.bounce = (foreign or <size_t>s.user % q.align_nbytes != 0 or skip != 0
                                 or at + s.device_nbytes > p.capacity)
                 if self._t.chunk_nbytes:
                     s.chunk_crcs = &self._t.crcs[

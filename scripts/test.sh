@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in .venv of this checkout, which is made or brought up to date first.
 #
-#   scripts/test.sh [arguments of pytest]
+#   scripts/test.sh [--lab] [arguments of pytest]
 #
+# --lab: also the tests in tests/lab, which boot virtual machines (vagrant/README.md).
 # Every step runs, whatever failed before it; the exit status is 1 if any failed. The settings are
 # those of quickstart.sh.
 set -euo pipefail
@@ -10,6 +11,10 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 failed=()
+if [ "${1:-}" = --lab ]; then
+    export SPDK_KV_LAB=1
+    shift
+fi
 
 step() {
     local name=$1

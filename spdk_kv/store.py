@@ -50,13 +50,14 @@ def open(
 ) -> KVStore:
     """Opens the store at ``location``, or begins one where there is none.
 
-    ``location``: ``file:///DIR``, ``block:///dev/NODE``, ``ram://``, ``null://`` or ``auto``.
+    ``location``: ``file:///DIR``, ``block:///dev/NODE``, ``spdk://0000:01:00.0/1`` (and
+    ``spdk+tcp://``, ``spdk+vfiouser://``), ``ram://``, ``null://`` or ``auto``.
     ``capacity``: bytes of tensors at most (``"64 GiB"``); by default what it was, else half of
     the free space up to 64 GiB (a block device: all of it). ``engine``: ``uring``, ``threads`` or
     ``pagecache``; None takes the best direct one that may be used. ``eviction``: ``"lru"`` makes
     room by forgetting the blobs used longest ago, ``"none"`` refuses with CapacityError.
     ``verify``: check checksums on every read. ``create``: False never begins a store; True is
-    needed to begin one on a (blank) block device. ``index_dir``: where a block device's index
+    needed to begin one on a (blank) device. ``index_dir``: where the index of a store on a device
     lies. ``depth``, ``segment``: commands in flight, and bytes of the largest. ``staging``: idle
     memory kept for the next transfers. ``mmap``: with the pagecache engine, a get returns the
     page cache itself instead of a copy (checked once; pages that the kernel drops and reads again

@@ -1,13 +1,15 @@
 """Opening a store: lock, data, superblock and index, and that they belong together.
 
 Nothing is ever formatted over. A new store is begun only where there is nothing: a folder with
-neither data nor index, or (with ``create``) a block device whose ends are blank.
+neither data nor index, or (with ``create``) a device whose ends are blank.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import re
 import time
 import uuid
 from collections import OrderedDict
@@ -114,10 +116,11 @@ def open_parts(
         nbytes = wanted or _VOLATILE_CAPACITY
         opened = open_engine(place, engine=engine, capacity_nbytes=nbytes, options=options)
         return Opened(place, opened, Allocator(nbytes, BLOCK_NBYTES), None, None, uuid.uuid4().hex)
-    if place.scheme == "block":
-        return _open_block(place, wanted, engine, options, index_dir, bool(create))
+    if place.scheme == "block" or place.is_nvme:
+        folder = _index_folder(place) if index_dir is None else os.fspath(index_dir)
+        return _open_device(place, wanted, engine, options, folder, bool(create))
     if index_dir is not None:
-        raise ValueError("index_dir is for block:// stores; a file:// store keeps its index inside")
+        raise ValueError("index_dir is for stores on devices; a file:// store has its index inside")
     return _open_folder(place, wanted, engine, options, create is not False)
 
 
@@ -152,30 +155,32 @@ def _open_folder(
         return opened
 
 
-def _open_block(
+def _open_device(
     place: Location,
     wanted: int | None,
     engine: str | None,
     options: EngineOptions,
-    index_dir: str | os.PathLike[str] | None,
+    folder: str,
     create: bool,
 ) -> Opened:
-    found = _peek(place.path)
-    if found is None and not create:
-        raise StoreMismatch(f"{place} is blank; pass create=True to begin a store on it")
-    if index_dir is None:
-        state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-        # A new store's folder is named by its device; its uuid is drawn with the index.
-        name = os.path.basename(place.path)
-        index_dir = os.path.join(os.path.abspath(state), "spdk_kv", name)
-    folder = os.fspath(index_dir)
+    """A store on a drive or a partition, its index in ``folder``."""
     _private_folder(folder)
     with ExitStack() as undo:
+        # Before the device is touched: whoever owns the store is not to notice.
         lock = StoreLock(os.path.join(folder, "lock"))
         lock.acquire()
         undo.callback(lock.release)
+        device = _open_when_free(place, engine, options)
+        undo.callback(device.close)
         index_path = os.path.join(folder, "index.sqlite")
-        if found is not None and not os.path.exists(index_path):
+        copies = _read_copies(device)
+        found = choose(copies)
+        _refuse_if_written_over(device.where, copies)
+        if found is None and not create:
+            raise StoreMismatch(f"{place} is blank; pass create=True to begin a store on it")
+        if found is None:
+            _refuse_unless_blank(device)
+        elif not os.path.exists(index_path):
             raise StoreMismatch(
                 f"{place} holds the store {found.uuid}, whose index is not in {folder}; pass "
                 "index_dir=, or wipe the device yourself to start empty (wipefs does not know "
@@ -183,16 +188,24 @@ def _open_block(
             )
         index = Index(index_path)
         undo.callback(index.close)
-        device = _open_device(place, engine, options)
-        undo.callback(device.close)
-        if found is None:
-            _refuse_unless_blank(device)
         opened = _join(place, device, index, lock, wanted)
         undo.pop_all()
         return opened
 
 
-def _open_device(place: Location, engine: str | None, options: EngineOptions) -> Engine:
+def _index_folder(place: Location) -> str:
+    """Where a device's index lies if nobody says otherwise."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    name = os.path.basename(place.path)
+    if place.is_nvme:
+        # Readable, of letters that any filesystem takes, and for each location another one.
+        text = str(place)
+        number = hashlib.sha256(text.encode()).hexdigest()[:8]
+        name = f"{re.sub('[^A-Za-z0-9.]+', '-', text)[-100:].strip('-.')}-{number}"
+    return os.path.join(os.path.abspath(state), "spdk_kv", name)
+
+
+def _open_when_free(place: Location, engine: str | None, options: EngineOptions) -> Engine:
     # A process that was killed holds the device until its last command has ended.
     until = time.monotonic() + _BUSY_TIMEOUT_S
     while True:
@@ -212,7 +225,7 @@ def _join(
     The index says first which generation is meant, then the data gets it, then the index has it:
     so a crash in between is told from an old copy of one of the two.
     """
-    current = _read_superblock(device)
+    current = read_superblock(device)
     # Of generation 0 is an index whose store was never begun to the end.
     generation = index.generation
     if current is None and generation:
@@ -305,7 +318,12 @@ def _capacity(
     return wanted
 
 
-def _read_superblock(device: Engine) -> Superblock | None:
+def read_superblock(device: Engine) -> Superblock | None:
+    """The newest good superblock; None where there is none yet. CorruptionError, DeviceError."""
+    return choose(_read_copies(device))
+
+
+def _read_copies(device: Engine) -> list[bytes]:
     size = device.capacity_nbytes
     copies = []
     for offset in COPY_OFFSETS:
@@ -313,7 +331,7 @@ def _read_superblock(device: Engine) -> Superblock | None:
             copies.append(bytes(SUPERBLOCK_NBYTES))
         else:
             copies.append(_read(device, offset, SUPERBLOCK_NBYTES))
-    return choose(copies)
+    return copies
 
 
 def _write_superblock(device: Engine, superblock: Superblock) -> None:
@@ -347,20 +365,6 @@ def _refuse_unless_blank(device: Engine) -> None:
             )
 
 
-def _peek(path: str) -> Superblock | None:
-    """The superblock of a device, read before anything is locked or held."""
-    try:
-        with open(path, "rb", buffering=0) as device:
-            fd = device.fileno()
-            found = [os.pread(fd, SUPERBLOCK_NBYTES, offset) for offset in COPY_OFFSETS]
-    except OSError as refused:
-        raise device_error("open", 0, 0, refused.errno or 0, path) from refused
-    copies = [copy.ljust(SUPERBLOCK_NBYTES, b"\0") for copy in found]
-    chosen = choose(copies)
-    _refuse_if_written_over(path, copies)
-    return chosen
-
-
 def _refuse_if_written_over(path: str, copies: list[bytes]) -> None:
     """A filesystem or a partition table made over a store leaves its second superblock: that must
     not pass for a store with a damaged first one, which opening would mend."""
@@ -376,8 +380,9 @@ def _refuse_if_written_over(path: str, copies: list[bytes]) -> None:
             raise StoreMismatch(
                 f"{path} held a store, but something else was written at offset {at} (`wipefs -n` "
                 "and `blkid` may say what); it is not touched. If it is damage and nothing more, "
-                f"mend it: dd if={path} of={path} bs=4096 count=1 conv=notrunc "
-                f"skip={source // 4096} seek={at // 4096}"
+                f"mend it: copy its 4096 bytes at offset {source} to offset {at} (of a node: dd "
+                f"if={path} of={path} bs=4096 count=1 conv=notrunc skip={source // 4096} "
+                f"seek={at // 4096})"
             ) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,24 +26,49 @@ KEEPING = [*FILES, *BLOCKS, "ram"]
 EVERY = [*KEEPING, "null"]
 
 
+class _Held(np.ndarray):
+    """An array that keeps what its bytes lie in."""
+
+    def __new__(cls, of: np.ndarray, region: Any) -> _Held:
+        held = of.view(cls)
+        held.region = region
+        return held
+
+    def __array_finalize__(self, of: Any) -> None:
+        self.region = getattr(of, "region", None)
+
+
 @dataclass
 class Medium:
-    """An open engine, and the path of its bytes ("" for ram and null)."""
+    """An open engine, and the path of its bytes ("" where there is none).
+
+    ``other``: another engine on the same bytes, as a second initiator would be.
+    """
 
     engine: Engine
     path: str
+    other: Engine | None = None
+
+    def memory(self, nbytes: int, shift: int = 0) -> np.ndarray:
+        """As :func:`memory`, but memory that the device reaches."""
+        if self.engine.name != "spdk":
+            return memory(nbytes, shift)
+        region = self.engine.allocate(nbytes + shift)
+        there = (ctypes.c_char * region.nbytes).from_address(region.address)
+        # Held by the array: what is sliced from it holds the array.
+        return _Held(np.frombuffer(there, np.uint8), region)[shift : shift + nbytes]
 
     def peek(self, offset: int, nbytes: int) -> bytes:
         """The bytes on the medium, past the engine's queue where there is a way past it."""
         if not self.path:
-            return read(self.engine, offset, nbytes)
+            return read(self.other or self.engine, offset, nbytes)
         with open(self.path, "rb", buffering=0) as file:
             return os.pread(file.fileno(), nbytes, offset)
 
     def poke(self, offset: int, data: bytes) -> None:
         """Puts bytes on the medium; whole blocks, past the engine's queue where possible."""
         if not self.path:
-            write(self.engine, offset, data)
+            write(self.other or self.engine, offset, data)
             return
         with open(self.path, "r+b", buffering=0) as file:
             assert os.pwrite(file.fileno(), data, offset) == len(data)

@@ -114,7 +114,10 @@ def test_size_is_cut_to_whole_segments_and_refused_when_too_small() -> None:
         (["--location", "nvme://x"], "unknown scheme"),
         (["--location", "null://", "--engine", "uring"], "null:// is served by"),
         (["--location", "null://", "--depth", "4096", "--segment-nbytes", "1GiB"], "of memory"),
-        (["--location", "ram://", "--i-know-this-destroys", "/dev/x"], "for block:// alone"),
+        (
+            ["--location", "ram://", "--i-know-this-destroys", "/dev/x"],
+            "for block:// and spdk:// alone",
+        ),
         (["--location", "block:///etc/hostname"], "not a block device"),
     ],
 )

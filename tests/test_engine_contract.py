@@ -178,7 +178,7 @@ def test_a_transfer_is_cut_at_the_segment_size(any_engine):
 
 def test_memory_the_device_reaches_is_not_copied(keeping):
     engine = keeping.engine
-    side = memory(2 * SEGMENT, engine.align_nbytes % BLOCK)
+    side = keeping.memory(2 * SEGMENT, engine.align_nbytes % BLOCK)
     for op, nbytes, capacity in (
         (WRITE, SEGMENT + 10, 2 * SEGMENT),
         (READ, SEGMENT + 10, 2 * SEGMENT),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spdk_kv.engines import Engine, EngineOptions
 
 _OPS = ("read", "write", "randread")
-_DEFAULT_NBYTES = {"file": GIB, "block": GIB, "ram": 256 * MIB, "null": GIB}
+_DEFAULT_NBYTES = {"ram": 256 * MIB}  # all others: a GiB
 _CONFIRM = "--i-know-this-destroys"
 
 
@@ -45,7 +45,7 @@ def _nbytes(
     "--location",
     required=True,
     metavar="URI",
-    help="file:///DIR (a temporary file in it), block:///dev/NODE, ram:// or null://.",
+    help="file:///DIR (a temporary file in it), block:///dev/NODE, spdk://..., ram:// or null://.",
 )
 @click.option("--op", type=click.Choice(_OPS), default="read", show_default=True)
 @click.option(
@@ -81,8 +81,8 @@ def _nbytes(
 @click.option(
     _CONFIRM,
     "destroys",
-    metavar="PATH",
-    help="Needed to write to a block device: its path again, letter by letter.",
+    metavar="PATH|URI",
+    help="Needed to write to a device: its path (spdk: its URI) again, letter by letter.",
 )
 @json_option
 def bench_io(
@@ -100,8 +100,8 @@ def bench_io(
     """Measure what an engine gets out of a drive.
 
     On file:// it works in a temporary file, written once before the clock starts and gone
-    afterwards, whatever happens; stores in that folder are not touched. A block device is only
-    read, unless its path is repeated.
+    afterwards, whatever happens; stores in that folder are not touched. A device is only read,
+    unless its path or URI is repeated.
     """
     from spdk_kv.cli.measure import Load, measure
     from spdk_kv.engines import EngineOptions
@@ -113,9 +113,14 @@ def bench_io(
         raise click.UsageError(str(wrong)) from wrong
     _check_memory(depth, segment_nbytes)
     if place.scheme == "block":
-        _check_block(place.path, op, destroys)
+        _check_block(place.path)
+        _check_write(place.path, op, destroys)
+    elif place.is_nvme:
+        _check_write(location, op, destroys)
     elif destroys is not None:
-        raise click.UsageError(f"{_CONFIRM} is for block:// alone; {place} needs no such thing")
+        raise click.UsageError(
+            f"{_CONFIRM} is for block:// and spdk:// alone; {place} needs no such thing"
+        )
     span = size or _default_size(place)
     if span < segment_nbytes:
         raise click.UsageError(
@@ -161,21 +166,24 @@ def _check_memory(depth: int, segment_nbytes: int) -> None:
         )
 
 
-def _check_block(path: str, op: str, destroys: str | None) -> None:
+def _check_block(path: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except OSError as refused:
         raise device_error("open", 0, 0, refused.errno or 0, path) from refused
     if not stat.S_ISBLK(mode):
         raise click.UsageError(f"{path} is not a block device; a folder is file://")
-    if op == "write" and destroys != path:
+
+
+def _check_write(name: str, op: str, destroys: str | None) -> None:
+    if op == "write" and destroys != name:
         raise click.UsageError(
-            f"writing destroys what is on {path}. To do it all the same: {_CONFIRM} {path}"
+            f"writing destroys what is on {name}. To do it all the same: {_CONFIRM} {name}"
         )
 
 
 def _default_size(place: Location) -> int:
-    size = _DEFAULT_NBYTES[place.scheme]
+    size = _DEFAULT_NBYTES.get(place.scheme, GIB)
     if place.scheme != "file":
         return size
     try:
@@ -189,7 +197,7 @@ def _default_size(place: Location) -> int:
 def _opened(
     place: Location, engine: str | None, options: EngineOptions, nbytes: int
 ) -> Iterator[Engine]:
-    """The engine, over ``nbytes`` that were written before (block: whatever is there)."""
+    """The engine, over ``nbytes`` that were written before (a device: whatever is there)."""
     from spdk_kv.cli.measure import fill
     from spdk_kv.engines import open_engine
 

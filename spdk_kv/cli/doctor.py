@@ -25,21 +25,25 @@ from spdk_kv.cli.output import console, json_option, on_terminal, print_json
 from spdk_kv.devices.host import read_host
 from spdk_kv.devices.nvme import NvmeDrive, list_drives
 from spdk_kv.memory import MemorySnapshot, page_cache_budget, read_memory
+from spdk_kv.units import format_nbytes
 
 if TYPE_CHECKING:
-    from spdk_kv.engines import EngineStatus
+    from spdk_kv.engines import EngineStatus, Location
 
 _STYLES = {"ok": "green", "missing": "red", "limited": "yellow", "info": "cyan"}
 _PIPE_WIDTH = 80
 
 
 @click.command()
+@click.argument("locations", nargs=-1, metavar="[URI]...")
 @json_option
-def doctor(as_json: bool) -> None:
+def doctor(locations: tuple[str, ...], as_json: bool) -> None:
     """Show what this machine offers and what to mend.
 
-    Reads only; changes nothing. Exit status 0 whatever it finds.
+    With an URI of an NVMe drive (spdk://, spdk+tcp://, spdk+vfiouser://) also whether SPDK
+    reaches it, and what it is. Reads only; changes nothing. Exit status 0 whatever it finds.
     """
+    places = [_nvme_location(location) for location in locations]
     from spdk_kv.engines import engine_status  # may load native code: not for `--help`
 
     engines = engine_status()
@@ -56,6 +60,7 @@ def doctor(as_json: bool) -> None:
         check_io_uring(host.io_uring),
         _check_gpu(),
         *check_drives(drives),
+        *(_check_location(place) for place in places),
     ]
     if as_json:
         print_json(
@@ -73,6 +78,43 @@ def doctor(as_json: bool) -> None:
         _print_table(report)
     else:
         _print_lines(report)
+
+
+def _nvme_location(text: str) -> Location:
+    from spdk_kv.engines import parse_location
+
+    try:
+        place = parse_location(text)
+    except ValueError as wrong:
+        raise click.UsageError(str(wrong)) from wrong
+    if not place.is_nvme:
+        raise click.UsageError(f"{place} is not an NVMe drive's location (spdk://...)")
+    return place
+
+
+def _check_location(place: Location) -> Check:
+    """Connects to the drive for a moment."""
+    from spdk_kv.engines import EngineOptions, open_engine
+    from spdk_kv.engines.spdk import SpdkEngine
+    from spdk_kv.errors import SpdkKvError
+
+    try:
+        drive = open_engine(place, options=EngineOptions(depth=1, segment_nbytes=4096))
+    except SpdkKvError as refused:
+        return Check(str(place), "missing", str(refused))
+    assert isinstance(drive, SpdkEngine)
+    try:
+        facts = [
+            drive.controller["model"],
+            f"serial {drive.controller['serial']}",
+            format_nbytes(drive.capacity_nbytes),
+            f"blocks of {drive.block_nbytes}",
+            f"at most {format_nbytes(drive.namespace['max_transfer_nbytes'])} per command",
+            f"identity {drive.identity}",
+        ]
+    finally:
+        drive.close()
+    return Check(str(place), "ok", ", ".join(facts))
 
 
 def _check_gpu() -> Check:

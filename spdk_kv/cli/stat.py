@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from spdk_kv.cli.output import console, json_option, on_terminal, print_json
 from spdk_kv.engines.location import parse_location
-from spdk_kv.superblock import COPY_OFFSETS, SUPERBLOCK_NBYTES, Superblock, choose
+from spdk_kv.superblock import Superblock
 from spdk_kv.units import format_nbytes
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "--index-dir",
     type=click.Path(file_okay=False),
-    help="Where the index of a block:// store lies, if not in its usual place.",
+    help="Where the index of a store on a device lies, if not in its usual place.",
 )
 @json_option
 def stat(location: str, index_dir: str | None, as_json: bool) -> None:
@@ -43,7 +42,7 @@ def stat(location: str, index_dir: str | None, as_json: bool) -> None:
     except ValueError as wrong:
         raise click.UsageError(str(wrong)) from wrong
     with store:
-        report = _report(store, place.scheme == "block")
+        report = _report(store, place.scheme != "file")
     if as_json:
         print_json(report)
     else:
@@ -51,6 +50,8 @@ def stat(location: str, index_dir: str | None, as_json: bool) -> None:
 
 
 def _report(store: KVStore, on_device: bool) -> dict[str, Any]:
+    from spdk_kv.store_open import read_superblock
+
     held = store.stats()
     return {
         "location": store.location,
@@ -63,14 +64,8 @@ def _report(store: KVStore, on_device: bool) -> dict[str, Any]:
         "largest_free_nbytes": held["largest_free_nbytes"],
         "blobs": held["blobs"],
         "sequences": held["sequences"],
-        "superblock": _superblock_fields(_read_superblock(store.engine.where), on_device),
+        "superblock": _superblock_fields(read_superblock(store.engine), on_device),
     }
-
-
-def _read_superblock(path: str) -> Superblock | None:
-    with open(path, "rb", buffering=0) as device:
-        copies = [os.pread(device.fileno(), SUPERBLOCK_NBYTES, at) for at in COPY_OFFSETS]
-    return choose(copies)
 
 
 def _superblock_fields(superblock: Superblock | None, on_device: bool) -> dict[str, Any] | None:

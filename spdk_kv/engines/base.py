@@ -19,6 +19,11 @@ T = TypeVar("T")
 _OP_NAMES = {READ: "read", WRITE: "write", FLUSH: "flush", DISCARD: "discard"}
 
 
+def op_name(op: int) -> str:
+    """``read``, ``write``, ``flush`` or ``discard``."""
+    return _OP_NAMES[op]
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """What every engine is opened with.

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
+_PCI_ADDRESS = re.compile(r"[0-9a-fA-F]{4}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
 _FORMS = {
     "file": "file:///DIR (a folder that holds the data file and the index)",
     "block": "block:///dev/NODE (a partition or a whole drive)",
+    "spdk": "spdk://0000:01:00.0/1 (a drive bound to vfio-pci, by PCI address and namespace)",
+    "spdk+tcp": "spdk+tcp://HOST:PORT/NQN[/NAMESPACE] (an NVMe/TCP target)",
+    "spdk+vfiouser": "spdk+vfiouser:///DIR/NQN[/NAMESPACE] (a vfio-user target's socket folder)",
     "ram": "ram:// (memory; gone when it is closed)",
     "null": "null:// (keeps no bytes: measures the software alone)",
     "auto": "auto (a folder of the user's cache directory)",
@@ -17,13 +22,33 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Location:
-    """A parsed location: ``scheme`` is file, block, ram or null; ``path`` is absolute or empty."""
+    """A parsed location.
+
+    ``path``: absolute, or empty; of ``spdk`` the PCI address, of ``spdk+vfiouser`` the folder.
+    ``host``, ``port``, ``nqn`` and the namespace number ``nsid`` belong to the NVMe forms.
+    """
 
     scheme: str
     path: str
+    host: str = ""
+    port: int = 0
+    nqn: str = ""
+    nsid: int = 0
 
     def __str__(self) -> str:
+        if self.scheme == "spdk":
+            return f"spdk://{self.path}/{self.nsid}"
+        if self.scheme == "spdk+tcp":
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            return f"spdk+tcp://{host}:{self.port}/{self.nqn}/{self.nsid}"
+        if self.scheme == "spdk+vfiouser":
+            return f"spdk+vfiouser://{self.path}/{self.nqn}/{self.nsid}"
         return f"{self.scheme}://{self.path}"
+
+    @property
+    def is_nvme(self) -> bool:
+        """Whether SPDK drives it."""
+        return self.scheme.startswith("spdk")
 
 
 def understood() -> str:
@@ -51,6 +76,8 @@ def parse_location(location: str | os.PathLike[str]) -> Location:
         if parts.netloc or path not in ("", "/"):
             raise ValueError(f"location {text!r} takes no path: write {parts.scheme}://")
         return Location(parts.scheme, "")
+    if parts.scheme.startswith("spdk"):
+        return _parse_nvme(text, parts.scheme, parts.netloc, path)
     if parts.netloc:
         raise ValueError(
             f"location {text!r} names a host ({parts.netloc}); a local path has three slashes: "
@@ -59,3 +86,31 @@ def parse_location(location: str | os.PathLike[str]) -> Location:
     if not path.startswith("/") or "\0" in path:
         raise ValueError(f"location {text!r} has no absolute path; understood are\n{understood()}")
     return Location(parts.scheme, os.path.normpath(path))
+
+
+def _parse_nvme(text: str, scheme: str, netloc: str, path: str) -> Location:
+    bad = ValueError(f"not a location: {text!r}; it is written {_FORMS[scheme]}")
+    if scheme == "spdk":
+        # The PCI address has colons, so it is not to be taken for host and port.
+        nsid = path.removeprefix("/") or "1"
+        if not _PCI_ADDRESS.fullmatch(netloc) or not _is_nsid(nsid):
+            raise bad
+        return Location(scheme, netloc.lower(), nsid=int(nsid))
+    names = path.split("/")
+    nsid = names.pop() if len(names) > 2 and _is_nsid(names[-1]) else "1"
+    nqn = names.pop()
+    if not nqn.startswith("nqn.") or len(nqn) > 223:
+        raise bad
+    folder = "/".join(names)
+    if scheme == "spdk+vfiouser":
+        if netloc or not folder.startswith("/"):
+            raise bad
+        return Location(scheme, os.path.normpath(folder), nqn=nqn, nsid=int(nsid))
+    host, _, port = netloc.rpartition(":")
+    if folder or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise bad
+    return Location(scheme, "", host=host.strip("[]"), port=int(port), nqn=nqn, nsid=int(nsid))
+
+
+def _is_nsid(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) < 0xFFFFFFFF

@@ -1,0 +1,261 @@
+# A controller and its namespaces, and the thread that looks after its admin queue.
+
+# Between two looks at the admin queue: keep-alives, asynchronous events, removal.
+DEF ADMIN_INTERVAL_NS = 50_000_000
+
+
+# SPDK's, generic command status (NVMe Base 2.0, figure 95): the queue ended under the command.
+DEF ABORTED_SQ_DELETION = 0x08
+
+
+cdef void _on_removal(void *context, spdk_nvme_ctrlr *ctrlr) noexcept nogil:
+    cdef Admin *a = <Admin *>context
+    if a.pci != NULL:
+        a.gone = True
+    else:
+        _ask(a, -ENODEV)
+
+
+cdef void _look_after(Admin *a) noexcept nogil:
+    """One look at the admin queue and at whether the controller is still there. With `use` held."""
+    cdef bint failed = False
+    if a.ctrlr != NULL:
+        if a.pci != NULL and not a.out:
+            _look_for_removal(a)
+        if spdk_nvme_ctrlr_process_admin_completions(a.ctrlr) == -ENXIO:
+            failed = spdk_nvme_ctrlr_is_failed(a.ctrlr)
+        if a.by_register:
+            pthread_mutex_lock(&_socket)
+            failed |= spdk_nvme_ctrlr_get_regs_csts(a.ctrlr).raw == ALL_ONES
+            pthread_mutex_unlock(&_socket)
+        if failed and not a.gone:
+            _ask(a, -ENODEV)
+    if a.asked and not a.gone:
+        _rebuild(a)
+
+
+cdef void *_admin_main(void *argument) noexcept nogil:
+    cdef Admin *a = <Admin *>argument
+    pthread_mutex_lock(&a.mutex)
+    while not a.stopping:
+        pthread_mutex_unlock(&a.mutex)
+        pthread_mutex_lock(&a.use)
+        _look_after(a)
+        pthread_mutex_unlock(&a.use)
+        pthread_mutex_lock(&a.mutex)
+        if not a.stopping and not (a.asked and not a.gone):
+            wait_until(&a.stop_asked, &a.mutex, skv_now_ns() + ADMIN_INTERVAL_NS)
+    pthread_mutex_unlock(&a.mutex)
+    return NULL
+
+
+cdef struct Completion:
+    bint done
+    int status     # 0, or SKV_NVME_STATUS and the code
+
+
+cdef int _status_of(const spdk_nvme_cpl *cpl) noexcept nogil:
+    if cpl.status.sc == 0 and cpl.status.sct == 0:
+        return 0
+    return SKV_NVME_STATUS | (cpl.status.sct << 8) | cpl.status.sc
+
+
+cdef void _on_completion(void *argument, const spdk_nvme_cpl *cpl) noexcept nogil:
+    cdef Completion *c = <Completion *>argument
+    c.status = _status_of(cpl)
+    c.done = True
+
+
+@cython.no_gc_clear
+cdef class Controller:
+    """An NVMe controller, connected by an SPDK transport ID (``trtype:PCIe traddr:0000:01:00.0``).
+
+    Blocks without the GIL while it connects. OSError (ENODEV) where there is none, ValueError for
+    a transport ID that is none.
+    """
+    cdef Admin _a
+    cdef bint _open
+    cdef readonly str transport_id
+
+    def __cinit__(self, str transport_id not None, *, double connect_timeout_s=10.0):
+        cdef Admin *a = &self._a
+        cdef bytes text = transport_id.encode()
+        cdef const char *chars = text
+        self.transport_id = transport_id
+        if spdk_nvme_transport_id_parse(&a.trid, chars):
+            raise ValueError(f"not a transport ID: {transport_id!r}")
+        spdk_nvme_ctrlr_get_default_ctrlr_opts(&a.opts, sizeof(a.opts))
+        a.opts.fabrics_connect_timeout_us = <uint64_t>(connect_timeout_s * 1e6)
+        a.by_register = "VFIOUSER" in transport_id
+        with nogil:
+            pthread_mutex_lock(&_socket)
+            a.ctrlr = spdk_nvme_connect(&a.trid, &a.opts, sizeof(a.opts))
+            pthread_mutex_unlock(&_socket)
+        if a.ctrlr == NULL:
+            raise OSError(ENODEV, f"no NVMe controller answers at {transport_id}")
+        a.pci = spdk_nvme_ctrlr_get_pci_device(a.ctrlr)
+        memcpy(a.serial, spdk_nvme_ctrlr_get_data(a.ctrlr).sn, sizeof(a.serial))
+        spdk_nvme_ctrlr_set_remove_cb(a.ctrlr, _on_removal, a)
+        pthread_mutex_init(&a.use, NULL)
+        pthread_mutex_init(&a.mutex, NULL)
+        init_cond(&a.stop_asked)
+        init_cond(&a.calm)
+        if start_thread(&a.thread, _admin_main, a):
+            spdk_nvme_detach(a.ctrlr)
+            raise MemoryError("no thread for the admin queue")
+        self._open = True
+
+    cdef int _use(self) except -1:
+        """Keeps the controller's thread off until :meth:`_used`. OSError where it is lost."""
+        with nogil:
+            pthread_mutex_lock(&self._a.use)
+        if self._open and self._a.ctrlr != NULL:
+            return 0
+        pthread_mutex_unlock(&self._a.use)
+        raise OSError(ENODEV, f"no NVMe controller answers at {self.transport_id}")
+
+    cdef void _used(self) noexcept:
+        pthread_mutex_unlock(&self._a.use)
+
+    @property
+    def gone(self):
+        """Whether the drive was removed, or answers no more. Only the second may pass."""
+        return bool(self._a.gone or self._a.ctrlr == NULL)
+
+    def describe(self):
+        """``serial``, ``model``, ``firmware``, ``max_transfer_nbytes``, ``volatile_write_cache``
+        and what it can do (``compare``, ``deallocate``, ``write_zeroes``)."""
+        self._use()
+        try:
+            return self._describe()
+        finally:
+            self._used()
+
+    cdef dict _describe(self):
+        cdef const spdk_nvme_ctrlr_data *d = spdk_nvme_ctrlr_get_data(self._a.ctrlr)
+        # Optional NVM commands, NVMe Base 2.0 figure 275.
+        cdef uint16_t optional = (<const uint16_t *>&d.oncs)[0]
+        return {
+            "serial": (<const char *>d.sn)[:20].decode("ascii", "replace").strip(),
+            "model": (<const char *>d.mn)[:40].decode("ascii", "replace").strip(),
+            "firmware": (<const char *>d.fr)[:8].decode("ascii", "replace").strip(),
+            "max_transfer_nbytes": spdk_nvme_ctrlr_get_max_xfer_size(self._a.ctrlr),
+            "volatile_write_cache": bool(d.vwc.present),
+            "compare": bool(optional & 1),
+            "deallocate": bool(optional & 4),
+            "write_zeroes": bool(optional & 8),
+        }
+
+    def namespaces(self):
+        """The numbers of the active namespaces."""
+        cdef uint32_t nsid
+        found = []
+        self._use()
+        nsid = spdk_nvme_ctrlr_get_first_active_ns(self._a.ctrlr)
+        while nsid:
+            found.append(nsid)
+            nsid = spdk_nvme_ctrlr_get_next_active_ns(self._a.ctrlr, nsid)
+        self._used()
+        return found
+
+    def namespace(self, uint32_t nsid):
+        """Geometry and identity of a namespace: ``block_nbytes``, ``nbytes``, ``metadata_nbytes``
+        and ``protection`` type, ``max_transfer_nbytes``, ``boundary_nbytes`` (0: none), ``nguid``,
+        ``eui64``, ``uuid`` (hexadecimal, or empty). LookupError."""
+        self._use()
+        try:
+            return self._geometry(nsid)
+        finally:
+            self._used()
+
+    cdef dict _geometry(self, uint32_t nsid):
+        cdef spdk_nvme_ns *ns = self._namespace(nsid)
+        cdef uint32_t block = spdk_nvme_ns_get_sector_size(ns)
+        cdef const uint8_t *nguid = spdk_nvme_ns_get_nguid(ns)
+        cdef const spdk_uuid *uuid = spdk_nvme_ns_get_uuid(ns)
+        cdef uint64_t eui64 = spdk_nvme_ns_get_data(ns).eui64
+        return {
+            "nsid": nsid,
+            "block_nbytes": block,
+            "nbytes": spdk_nvme_ns_get_size(ns),
+            "metadata_nbytes": spdk_nvme_ns_get_md_size(ns),
+            "protection": spdk_nvme_ns_get_pi_type(ns),
+            "max_transfer_nbytes": spdk_nvme_ns_get_max_io_xfer_size(ns),
+            "boundary_nbytes": spdk_nvme_ns_get_optimal_io_boundary(ns) * block,
+            "nguid": nguid[:16].hex() if nguid != NULL else "",
+            "eui64": (<unsigned char *>&eui64)[:8].hex() if eui64 else "",
+            "uuid": (<const unsigned char *>uuid)[:16].hex() if uuid != NULL else "",
+        }
+
+    cdef spdk_nvme_ns *_namespace(self, uint32_t nsid) except NULL:
+        cdef spdk_nvme_ns *ns = spdk_nvme_ctrlr_get_ns(self._a.ctrlr, nsid)
+        if ns == NULL or not spdk_nvme_ns_is_active(ns):
+            raise LookupError(f"{self.transport_id} has no namespace {nsid}")
+        return ns
+
+    def health(self):
+        """The SMART / health log page, main fields. Blocks without the GIL. OSError."""
+        cdef spdk_nvme_health_information_page *page
+        cdef Completion completion
+        cdef int rc
+        memset(&completion, 0, sizeof(completion))
+        region = DmaRegion(sizeof(spdk_nvme_health_information_page))
+        page = <spdk_nvme_health_information_page *><size_t>region.address
+        self._use()
+        rc = spdk_nvme_ctrlr_cmd_get_log_page(
+            self._a.ctrlr, SPDK_NVME_LOG_HEALTH_INFORMATION, SPDK_NVME_GLOBAL_NS_TAG, page,
+            sizeof(spdk_nvme_health_information_page), 0, _on_completion, &completion)
+        if rc == 0:
+            with nogil:
+                while not completion.done:
+                    # Below zero the controller failed and has completed what was outstanding.
+                    spdk_nvme_ctrlr_process_admin_completions(self._a.ctrlr)
+            rc = completion.status
+        self._used()
+        if rc:
+            raise OSError(abs(rc), f"the health log of {self.transport_id} cannot be read")
+        return {
+            "temperature_c": page.temperature - 273,
+            "available_spare_percent": page.available_spare,
+            "percentage_used": page.percentage_used,
+            "read_nbytes": page.data_units_read[0] * 512000,
+            "written_nbytes": page.data_units_written[0] * 512000,
+            "power_cycles": page.power_cycles[0],
+            "power_on_hours": page.power_on_hours[0],
+            "unsafe_shutdowns": page.unsafe_shutdowns[0],
+            "media_errors": page.media_errors[0],
+        }
+
+    def reset(self):
+        """Resets the controller, all its pairs with it; what was in flight then begins anew.
+        Blocks without the GIL. OSError where it does not come back."""
+        cdef Admin *a = &self._a
+        cdef uint64_t wanted
+        cdef bint lost
+        with nogil:
+            pthread_mutex_lock(&a.mutex)
+            wanted = a.rebuilt + 1 + a.resetting
+            _ask_locked(a, -EAGAIN)
+            while a.rebuilt < wanted and not a.gone and not a.stopping:
+                wait_until(&a.calm, &a.mutex, skv_now_ns() + PARKING_NS)
+            lost = a.rebuilt < wanted or a.ctrlr == NULL
+            pthread_mutex_unlock(&a.mutex)
+        if lost:
+            raise OSError(ENODEV, f"{self.transport_id} did not come back from a reset")
+
+    def close(self):
+        """Lets the controller go; its queues have to be closed before. Blocks without the GIL."""
+        if not self._open:
+            return
+        self._open = False
+        with nogil:
+            pthread_mutex_lock(&self._a.mutex)
+            self._a.stopping = True
+            pthread_cond_broadcast(&self._a.stop_asked)
+            pthread_mutex_unlock(&self._a.mutex)
+            pthread_join(self._a.thread, NULL)
+            if self._a.ctrlr != NULL:
+                pthread_mutex_lock(&_socket)
+                spdk_nvme_detach(self._a.ctrlr)
+                pthread_mutex_unlock(&_socket)
+        self._a.ctrlr = NULL

@@ -1,0 +1,225 @@
+# Resets, and connections that come back. Only the controller's own thread does either.
+#
+# SPDK brings back what a vfio-user pair had in flight only when the pair is freed, and a controller
+# whose target was restarted only when it is connected anew; on PCIe both work too. So there is one
+# way for all: all drivers park, pairs are freed, the controller is reset or else connected again,
+# and pairs are made again if it is the same drive.
+
+cdef extern from "<string.h>" nogil:
+    int memcmp(const void *, const void *, size_t)
+
+# Between two attempts to find a lost controller.
+DEF RECONNECT_NS = 1_000_000_000
+# Between two looks at whether all drivers have parked.
+DEF PARKING_NS = 50_000_000
+
+
+cdef void _ask_locked(Admin *a, int fate) noexcept nogil:
+    """As :func:`_ask`, with the mutex held."""
+    if not a.asked:
+        a.asked = True
+        a.wish = fate
+    elif fate == -ENODEV:
+        a.wish = fate
+    pthread_cond_broadcast(&a.stop_asked)
+
+
+cdef void _ask(Admin *a, int fate) noexcept nogil:
+    """Asks the controller's thread for a reset. `fate`: of what is in flight."""
+    pthread_mutex_lock(&a.mutex)
+    _ask_locked(a, fate)
+    pthread_mutex_unlock(&a.mutex)
+
+
+cdef int _connect_pair(Pair *p) noexcept nogil:
+    """Makes the pair's connection. -ENODEV where its namespace is not there or is another one."""
+    cdef spdk_nvme_ctrlr *ctrlr = p.admin.ctrlr
+    cdef spdk_nvme_ns *ns
+    cdef spdk_nvme_io_qpair_opts opts
+    cdef unsigned char identity[40]
+    cdef const uint8_t *nguid
+    cdef const spdk_uuid *uuid
+    cdef uint64_t eui64
+    if ctrlr == NULL:
+        return -ENODEV
+    ns = spdk_nvme_ctrlr_get_ns(ctrlr, p.nsid)
+    if ns == NULL or not spdk_nvme_ns_is_active(ns):
+        return -ENODEV
+    memset(identity, 0, sizeof(identity))
+    nguid = spdk_nvme_ns_get_nguid(ns)
+    uuid = spdk_nvme_ns_get_uuid(ns)
+    eui64 = spdk_nvme_ns_get_data(ns).eui64
+    if nguid != NULL:
+        memcpy(identity, nguid, 16)
+    if uuid != NULL:
+        memcpy(identity + 16, uuid, 16)
+    memcpy(identity + 32, &eui64, 8)
+    if not p.known:
+        p.block_nbytes = spdk_nvme_ns_get_sector_size(ns)
+        p.blocks = spdk_nvme_ns_get_num_sectors(ns)
+        memcpy(p.identity, identity, sizeof(identity))
+        p.known = True
+    p.stranger = (memcmp(p.identity, identity, sizeof(identity)) != 0
+                  or spdk_nvme_ns_get_sector_size(ns) != p.block_nbytes
+                  or spdk_nvme_ns_get_num_sectors(ns) != p.blocks)
+    if p.stranger:
+        return -ENODEV
+    spdk_nvme_ctrlr_get_default_io_qpair_opts(ctrlr, &opts, sizeof(opts))
+    # Each of our commands may be split at MDTS or a boundary: SPDK then needs more requests
+    # than we have commands, and queues in software what the hardware queue cannot hold.
+    opts.io_queue_size = max(opts.io_queue_size, 2 * p.depth)
+    opts.io_queue_requests = max(opts.io_queue_requests, 16 * p.depth)
+    opts.delay_cmd_submit = True
+    p.ns = ns
+    p.broken = False
+    p.pair = spdk_nvme_ctrlr_alloc_io_qpair(ctrlr, &opts, sizeof(opts))
+    return 0 if p.pair != NULL else -ENXIO
+
+
+cdef bint _same_drive(Admin *a) noexcept nogil:
+    return memcmp(a.serial, spdk_nvme_ctrlr_get_data(a.ctrlr).sn, sizeof(a.serial)) == 0
+
+
+cdef bint _let_go_of_pairs(Admin *a) noexcept nogil:
+    """Brings back everything in flight. All drivers keep off. Returns whether the controller could
+    be switched off before; where it could not, it was cut off from memory."""
+    cdef Pair *p = a.pairs
+    cdef bint off = True
+    if a.ctrlr != NULL:
+        if spdk_nvme_ctrlr_disconnect(a.ctrlr) == 0:
+            while spdk_nvme_ctrlr_process_admin_completions(a.ctrlr) != -ENXIO:
+                pass
+        # CSTS.RDY (NVMe Base 2.0, section 3.1.3.6): still enabled, so it may still write.
+        if a.pci != NULL and spdk_nvme_ctrlr_get_regs_csts(a.ctrlr).raw & 1:
+            off = False
+            _cut_off(a)
+    while p != NULL:
+        if p.pair != NULL:
+            spdk_nvme_ctrlr_free_io_qpair(p.pair)
+            p.pair = NULL
+        p = p.next
+    return off
+
+
+cdef void _find_controller(Admin *a, bint may_reset) noexcept nogil:
+    """Resets the controller, or connects to it anew. Leaves NULL where it is not there, or is
+    another drive's."""
+    cdef int rc = -EAGAIN
+    if a.ctrlr != NULL and may_reset:
+        spdk_nvme_ctrlr_reconnect_async(a.ctrlr)
+        while rc == -EAGAIN:
+            rc = spdk_nvme_ctrlr_reconnect_poll_async(a.ctrlr)
+    if rc and a.ctrlr != NULL:
+        spdk_nvme_detach(a.ctrlr)
+        a.ctrlr = NULL
+        a.pci = NULL
+    if a.ctrlr == NULL:
+        a.ctrlr = spdk_nvme_connect(&a.trid, &a.opts, sizeof(a.opts))
+        if a.ctrlr == NULL:
+            return
+        a.pci = spdk_nvme_ctrlr_get_pci_device(a.ctrlr)
+        spdk_nvme_ctrlr_set_remove_cb(a.ctrlr, _on_removal, a)
+    if not _same_drive(a):
+        spdk_nvme_detach(a.ctrlr)
+        a.ctrlr = NULL
+        a.pci = NULL
+
+
+cdef bint _all_parked(Admin *a) noexcept nogil:
+    cdef Pair *p = a.pairs
+    while p != NULL:
+        if p.active and not p.parked:
+            return False
+        p = p.next
+    return True
+
+
+cdef void _rebuild(Admin *a) noexcept nogil:
+    """A reset and all that belongs to it. With `use` held."""
+    cdef Pair *p
+    cdef bint off
+    pthread_mutex_lock(&a.mutex)
+    a.asked = False
+    a.resetting = True
+    a.fate = a.wish
+    while not _all_parked(a):
+        wait_until(&a.calm, &a.mutex, skv_now_ns() + PARKING_NS)
+    pthread_mutex_unlock(&a.mutex)
+    pthread_mutex_lock(&_socket)
+    off = _let_go_of_pairs(a)
+    # Whoever waits for what was in flight need not wait for the rest.
+    pthread_mutex_lock(&a.mutex)
+    p = a.pairs
+    while p != NULL:
+        p.active = p.parked = False
+        p = p.next
+    pthread_cond_broadcast(&a.calm)
+    pthread_mutex_unlock(&a.mutex)
+    _find_controller(a, off)
+    p = a.pairs
+    while p != NULL:
+        _connect_pair(p)
+        p = p.next
+    pthread_mutex_unlock(&_socket)
+    pthread_mutex_lock(&a.mutex)
+    a.resetting = False
+    a.tried_ns = skv_now_ns()
+    a.rebuilt += 1
+    pthread_cond_broadcast(&a.calm)
+    pthread_mutex_unlock(&a.mutex)
+
+
+cdef int _enter(Pair *p) noexcept nogil:
+    """The driver wants to submit, and has nothing in flight. 0; -EAGAIN: not yet; -ENODEV."""
+    cdef Admin *a = p.admin
+    cdef int rc = 0
+    pthread_mutex_lock(&a.mutex)
+    if a.gone:
+        rc = -ENODEV
+    elif a.asked or a.resetting:
+        rc = -EAGAIN
+    elif p.pair != NULL and not p.broken:
+        p.active = True
+    elif skv_now_ns() - a.tried_ns < RECONNECT_NS:
+        rc = -ENODEV
+    else:
+        _ask_locked(a, -EAGAIN)
+        rc = -EAGAIN
+    pthread_mutex_unlock(&a.mutex)
+    return rc
+
+
+cdef void _leave(Pair *p) noexcept nogil:
+    """Nothing of the pair is in flight any more."""
+    pthread_mutex_lock(&p.admin.mutex)
+    p.active = False
+    if p.admin.resetting:
+        pthread_cond_broadcast(&p.admin.calm)
+    pthread_mutex_unlock(&p.admin.mutex)
+
+
+cdef void _park(Pair *p, uint64_t until_ns) noexcept nogil:
+    """Keeps off the pair while it is taken away; `held` is still set where that lasts longer."""
+    cdef Admin *a = p.admin
+    pthread_mutex_lock(&a.mutex)
+    if not p.held:
+        if not a.resetting:
+            pthread_mutex_unlock(&a.mutex)
+            return
+        p.held = p.parked = True
+        pthread_cond_broadcast(&a.calm)
+    while p.parked:
+        if wait_until(&a.calm, &a.mutex, until_ns):
+            break
+    p.held = p.parked
+    pthread_mutex_unlock(&a.mutex)
+
+
+cdef void _wait_for_calm(Pair *p, uint64_t until_ns) noexcept nogil:
+    """With nothing in flight: until submitting may work again."""
+    cdef Admin *a = p.admin
+    pthread_mutex_lock(&a.mutex)
+    while (a.asked or a.resetting) and not p.woken:
+        if wait_until(&a.calm, &a.mutex, until_ns):
+            break
+    pthread_mutex_unlock(&a.mutex)

@@ -1,0 +1,181 @@
+"""Engine `spdk`: NVMe controllers driven from user space, over PCIe, vfio-user or TCP."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from typing import Any
+
+from spdk_kv._native.transfer import DISCARD, Transfer
+from spdk_kv.engines import spdk_env
+from spdk_kv.engines.base import Engine, EngineOptions, op_name
+from spdk_kv.engines.location import Location
+from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
+from spdk_kv.engines.spdk_refusal import refusal
+from spdk_kv.errors import DeviceError, DeviceGone, EngineUnavailable
+
+log = logging.getLogger(__name__)
+
+_controllers: dict[str, tuple[Any, int]] = {}
+_controllers_lock = threading.Lock()
+
+
+def transport_id(location: Location) -> str:
+    """SPDK's transport ID for ``location``."""
+    if location.scheme == "spdk":
+        return f"trtype:PCIe traddr:{location.path}"
+    if location.scheme == "spdk+vfiouser":
+        return f"trtype:VFIOUSER traddr:{location.path} subnqn:{location.nqn}"
+    family = "IPv6" if ":" in location.host else "IPv4"
+    return (
+        f"trtype:TCP adrfam:{family} traddr:{location.host} trsvcid:{location.port} "
+        f"subnqn:{location.nqn}"
+    )
+
+
+def _acquire(name: str, location: Location) -> Any:
+    """The process's one connection to a controller; several namespaces share it."""
+    spdk = spdk_env.bindings()
+    with _controllers_lock:
+        controller, users = _controllers.get(name, (None, 0))
+        if controller is not None and controller.gone and not users:
+            controller = None
+        if controller is None:
+            try:
+                controller = spdk.Controller(name)
+            except OSError as refused:
+                if location.scheme == "spdk":
+                    reach_nbytes = spdk_env.settings().memory_nbytes
+                    raise refusal(location.path, reach_nbytes) from refused
+                raise DeviceGone(f"{refused}; see `spdk-kv doctor`") from refused
+        _controllers[name] = (controller, users + 1)
+        return controller
+
+
+def _release(name: str) -> None:
+    with _controllers_lock:
+        controller, users = _controllers[name]
+        if users > 1:
+            _controllers[name] = (controller, users - 1)
+            return
+        del _controllers[name]
+        controller.close()
+
+
+class _Reachable:
+    """SPDK's memory, known to the queue pair until it is freed."""
+
+    def __init__(self, region: Any, pair: Any) -> None:
+        self._region = region
+        self._pair = pair
+        self.address: int = region.address
+        self.nbytes: int = region.nbytes
+        pair.add_memory(self.address, self.nbytes)
+
+    def __del__(self) -> None:
+        self._pair.remove_memory(self.address)
+
+
+class SpdkEngine(Engine):
+    """One namespace through one queue pair. Polls while something is in flight.
+
+    Attributes beside the contract's: ``controller`` (serial, model, firmware ...) and
+    ``namespace`` (block size, identity ...), as dicts.
+    """
+
+    name = "spdk"
+    direct = True
+
+    def __init__(self, location: Location, options: EngineOptions) -> None:
+        super().__init__(str(location), options)
+        self._transport_id = transport_id(location)
+        spdk = spdk_env.bindings()
+        self._controller = _acquire(self._transport_id, location)
+        try:
+            self.controller: dict[str, Any] = self._controller.describe()
+            self.namespace = self._geometry(location.nsid)
+            self._pair = spdk.QueuePair(self._controller, location.nsid, options.depth)
+        except BaseException as failed:
+            _release(self._transport_id)
+            if isinstance(failed, OSError):
+                raise DeviceGone(f"{failed}; see `spdk-kv doctor`") from failed
+            raise
+        self._dma_region = spdk.DmaRegion
+        self.block_nbytes = self.namespace["block_nbytes"]
+        # PRP entries point to whole dwords (NVMe Base 2.0, section 4.1.1).
+        self.align_nbytes = 4
+        self._start(self._pair.backend, self._pair)
+
+    def _geometry(self, nsid: int) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self._controller.namespace(nsid)
+        except LookupError as missing:
+            active = ", ".join(str(number) for number in self._controller.namespaces())
+            raise EngineUnavailable(f"{missing}; active are: {active or 'none'}") from missing
+        if found["metadata_nbytes"] or found["protection"]:
+            raise EngineUnavailable(
+                f"namespace {nsid} of {self.where} is formatted with {found['metadata_nbytes']} "
+                "bytes of metadata per block; format it without (nvme format --lbaf)"
+            )
+        return found
+
+    def allocate(self, nbytes: int) -> Any:
+        try:
+            return _Reachable(self._dma_region(nbytes), self._pair)
+        except MemoryError as none_left:
+            if self._queue is None:
+                raise EngineUnavailable(
+                    f"engine spdk: {none_left}, and it cannot do without: reserve more hugepages "
+                    "(`spdk-kv doctor`), or lower `depth` or `segment`"
+                ) from none_left
+            # Slower, since what lies here is copied; but whoever holds many tensors still gets one.
+            log.info("%s: ordinary memory instead", none_left)
+            return super().allocate(nbytes)
+
+    @property
+    def capacity_nbytes(self) -> int:
+        return int(self.namespace["nbytes"])
+
+    @property
+    def identity(self) -> str:
+        names = (self.controller["serial"], *(self.namespace[n] for n in ("nguid", "eui64")))
+        return " ".join(name for name in (*names, f"ns{self.namespace['nsid']}") if name)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the drive was removed, or does not answer just now."""
+        return bool(self._controller.gone)
+
+    def health(self) -> dict[str, Any]:
+        """The drive's SMART log, main fields. Blocks. DeviceGone, DeviceError."""
+        try:
+            return dict(self._controller.health())
+        except OSError as failed:
+            kind = DeviceGone if self.gone else DeviceError
+            raise kind(str(failed), op="health", status=failed.errno) from failed
+
+    def error(self, transfer: Transfer) -> Exception:
+        if transfer.status == errno.ENODEV and self._pair.stranger:
+            return DeviceGone(
+                f"another namespace answers at {self.where} now than when it was opened; its bytes "
+                "are not touched",
+                op=op_name(transfer.op),
+                status=errno.ENODEV,
+            )
+        if not is_nvme_status(transfer.status):
+            return super().error(transfer)
+        offset, nbytes = transfer.failure or (0, 0)
+        op = op_name(transfer.op)
+        return nvme_error(op, offset, nbytes, transfer.status, self.where, self.block_nbytes)
+
+    def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> None:
+        if self.controller["deallocate"]:
+            transfer = self.transfer(DISCARD)
+            transfer.add(offset, 0, nbytes)
+            self.run(transfer, timeout_s)
+
+    def _release(self) -> None:
+        self._slots = None
+        self._pair.close()
+        _release(self._transport_id)

@@ -1,0 +1,95 @@
+"""scripts/setup_vfio.py inside the lab, and what is put on a drive that it must then refuse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from conftest import ROOT, Lab
+
+SCRIPT = ROOT / "scripts" / "setup_vfio.py"
+
+
+@dataclass
+class Situation:
+    """What the drive $D is brought into by ``make``, and out of by ``undo``; shell, as root.
+
+    ``codes``: what must be among the reasons. ``tool``: the program that ``make`` needs.
+    """
+
+    make: str
+    undo: str
+    codes: frozenset[str]
+    tool: str = "sh"
+
+
+def situation(make: str, undo: str, *codes: str, tool: str = "sh") -> Situation:
+    return Situation(make, undo, frozenset(codes), tool)
+
+
+MKFS = "mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 $D"
+SITUATIONS = {
+    "mounted": situation(f"{MKFS}; mount -o ro $D /mnt", "umount /mnt", "mounted"),
+    "mounted where only another process sees it": situation(
+        f"{MKFS}; unshare -m --propagation private sh -c 'mount -o ro $D /mnt; sleep 600' "
+        "</dev/null >/dev/null 2>&1 & echo $! >/run/holder; sleep 2",
+        "pkill -P $(cat /run/holder); kill $(cat /run/holder); sleep 1",
+        "mounted",
+    ),
+    "the root of a process": situation(
+        f"{MKFS}; mkdir -p /run/newroot; unshare -m --propagation private sh -c "
+        "'mount $D /run/newroot; mkdir -p /run/newroot/old; "
+        "cp /bin/busybox /run/newroot/; sync; mount -o remount,ro $D /run/newroot; cd /run/newroot;"
+        " pivot_root . old; exec /busybox sleep 600' </dev/null >/dev/null 2>&1 & "
+        "echo $! >/run/holder; sleep 3",
+        "kill $(cat /run/holder); sleep 1",
+        "mounted",
+    ),
+    "swap": situation("mkswap -q $D; swapon $D", "swapoff $D", "swap"),
+    "a filesystem that is not mounted": situation(MKFS, ":", "signature"),
+    "partitioned": situation("printf 'label: gpt\\n,\\n' | sfdisk -q $D", ":", "signature",
+                             tool="sfdisk"),
+    "a volume of LVM": situation(
+        "pvcreate -q $D; vgcreate -q labvg $D; lvcreate -q -an -Zn -Wn -l 4 -n v labvg; "
+        "vgchange -q -ay labvg; dmsetup ls",
+        "vgchange -q -an labvg", "holder", tool="lvcreate",
+    ),
+    "mapped by dm": situation(
+        "echo 0 2048 linear $D 0 | dmsetup create labdm", "dmsetup remove labdm", "holder",
+        tool="dmsetup",
+    ),
+    "in md": situation(
+        "mdadm --create /dev/md9 --run --force --level=1 --raid-devices=1 --metadata=1.2 $D",
+        "mdadm --stop /dev/md9", "holder", tool="mdadm",
+    ),
+    "behind a loop device": situation(
+        "modprobe loop; losetup -r $(losetup -f) $D", "losetup -D", "loop"
+    ),
+    "data without a signature": situation(
+        "dd if=/dev/urandom of=$D bs=1M count=1 seek=17 conv=fsync status=none", ":", "data"
+    ),
+    "open by a process": situation(
+        "sleep 600 <$D >/dev/null 2>&1 & echo $! >/run/holder", "kill $(cat /run/holder)", "open"
+    ),
+    "in fstab": situation("echo $D /data ext4 noauto 0 0 >>/etc/fstab", "sed -i '\\#^/dev/nvme#d' "
+                          "/etc/fstab", "configured"),
+}  # fmt: skip
+
+
+def setup(lab: Lab, *arguments: object) -> tuple[int, dict[str, Any]]:
+    """Runs the script inside, with the system's Python: its exit status and what it said."""
+    done = lab.machine.run("/usr/bin/env", "python3", SCRIPT, *arguments, "--json", timeout_s=120.0)
+    assert done.status in (0, 2, 3), done.text()
+    return done.status, json.loads(done.text("out"))
+
+
+def codes(answer: dict[str, Any]) -> set[str]:
+    """The reasons that the script gave."""
+    return {reason["code"] for reason in answer["reasons"]}
+
+
+def node(lab: Lab, serial: str) -> str:
+    """The drive's block device inside."""
+    find = f"grep -l '^{serial} *$' /sys/class/nvme/nvme*/serial"
+    return "/dev/" + lab.shell(f"basename $(dirname $({find}))").text().strip() + "n1"

@@ -1,0 +1,20 @@
+"""Owns a drive until it is killed, with a write finished and reads in flight. argv: the serial."""
+
+import ctypes
+import sys
+
+from guest_drive import take
+from guest_engine import open_drive, pattern, write
+
+from spdk_kv._native.transfer import READ
+
+MIB = 1 << 20
+engine = open_drive(take(sys.argv[1]))
+write(engine, 0, pattern(5, 2 * MIB))
+engine.flush()
+memory = ctypes.create_string_buffer(2 * MIB)
+print("owned", flush=True)
+while True:
+    transfer = engine.transfer(READ)
+    transfer.add(0, ctypes.addressof(memory), len(memory))
+    engine.run(transfer, 60.0)
