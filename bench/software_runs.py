@@ -30,7 +30,7 @@ _BATCH = 1000
 
 def null_engine(quick: bool) -> dict[str, float]:
     """Microseconds per small get and put, and per segment of a large transfer: the median of
-    many batches, so that a teammate's burst of work does not count."""
+    many batches, so that a burst of other work does not count."""
     rounds = 10 if quick else 50
     tensor = torch.arange(256, dtype=torch.float32)
     out = torch.empty_like(tensor)

@@ -462,6 +462,7 @@ def again(stores: list[spdk_kv.KVStore], folder: Path) -> None:
     stores[0] = reopen(folder, engine="pagecache")
 
 
+@pytest.mark.slow
 def test_ctrl_c_anywhere_in_a_put(folder, long_lived):
     def put(at: int) -> None:
         long_lived[0].put_many({key: payload(key, at, 60_000) for key in "abc"})
@@ -486,6 +487,7 @@ def test_ctrl_c_anywhere_in_a_put(folder, long_lived):
     assert interrupted_everywhere(lambda at: None, put, check) > 50
 
 
+@pytest.mark.slow
 def test_ctrl_c_anywhere_in_an_eviction_a_flush_or_a_delete(folder, long_lived):
     def prepare(at: int) -> None:
         again(long_lived, folder)
@@ -505,6 +507,7 @@ def test_ctrl_c_anywhere_in_an_eviction_a_flush_or_a_delete(folder, long_lived):
     assert interrupted_everywhere(prepare, change, check, 7) > 150
 
 
+@pytest.mark.slow
 def test_ctrl_c_anywhere_in_a_get(folder, long_lived):
     store = long_lived[0]
     store.put_many({key: payload(key, 0, 60_000) for key in "ab"})
@@ -548,6 +551,7 @@ def test_ctrl_c_just_after_the_start_of_a_future(folder, long_lived):
     check_books(store)
 
 
+@pytest.mark.slow
 def test_ctrl_c_anywhere_in_a_sequence(folder, long_lived):
     shape = spdk_kv.KVShape(1, 2, 64, torch.float16, 400)
     k = torch.arange(400).repeat_interleave(128).view(1, 400, 2, 64).transpose(1, 2).half()
