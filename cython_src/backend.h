@@ -28,6 +28,7 @@ typedef struct skv_io {
     uint32_t nbytes;
     int32_t op;
     int32_t result;      /* set on completion: bytes moved, or -errno */
+    uint32_t cold_nbytes; /* of a read through a cache: bytes that were not in it */
     struct skv_io *next; /* for lists of the engine's own */
     uint64_t submitted_ns;
     void *owner;         /* for the engine: what its callbacks need to find */

@@ -16,6 +16,7 @@ cdef extern from "backend.h" nogil:
         uint32_t nbytes
         int32_t op
         int32_t result
+        uint32_t cold_nbytes
         skv_io *next
         uint64_t submitted_ns
         void *owner

@@ -25,6 +25,7 @@ cdef size_t PAGE = 4096
 cdef size_t HUGE = 2 << 20
 # Small leases are carved out of regions of this size: one registration serves many of them.
 cdef size_t SLAB = 4 << 20
+cdef size_t LARGE = 1 << 20
 
 
 cdef size_t _round_up(size_t value, size_t multiple) noexcept:
@@ -32,9 +33,11 @@ cdef size_t _round_up(size_t value, size_t multiple) noexcept:
 
 
 cdef size_t size_class(size_t nbytes) noexcept:
-    """Four classes to each doubling, whole pages: at most a fifth is wasted."""
+    """Whole pages; four classes to each doubling, where at most a fifth is wasted, and sixteen for
+    what is large, where a seventeenth is."""
     cdef size_t step = PAGE
-    while nbytes > 8 * step:
+    cdef size_t steps = 8 if nbytes <= LARGE else 32
+    while nbytes > steps * step:
         step *= 2
     return _round_up(max(nbytes, <size_t>1), step)
 
@@ -98,6 +101,9 @@ cdef struct Slab:
 
 cdef struct SizeClass:
     size_t capacity
+    size_t last_used       # the pool's clock at the last lease
+    size_t whole           # slabs with nothing leased out
+    size_t spare           # the fewest of those since the last shed()
     Slab *first            # slabs with something idle
     SizeClass *smaller
 
@@ -138,11 +144,12 @@ cdef class Pool:
 
     ``allocate`` returns an object with ``address`` and ``nbytes`` whose end of life frees the
     memory (an engine's own DMA memory, or :class:`Region`). Free memory beyond ``cache_nbytes``
-    is given up. Thread-safe under the GIL.
+    is given up, that of sizes not asked for the longest first: what grows by and by (a sequence)
+    leaves one size behind after the other. Thread-safe under the GIL.
     """
     cdef object _allocate
     cdef SizeClass *_largest  # all classes, in falling order
-    cdef size_t _whole        # slabs with nothing leased out
+    cdef size_t _clock
     cdef readonly size_t cache_nbytes
     cdef readonly size_t free_nbytes
     cdef readonly size_t leased_nbytes
@@ -160,9 +167,12 @@ cdef class Pool:
         # Again, should another thread have taken what this one made.
         while kind.first == NULL:
             self._grow(kind)
+        self._clock += 1
+        kind.last_used = self._clock
         slab = kind.first
         if slab.idle == slab.count:
-            self._whole -= 1
+            kind.whole -= 1
+            kind.spare = min(kind.spare, kind.whole)
         slab.idle -= 1
         lease.address = slab.addresses[slab.idle]
         lease.nbytes = nbytes
@@ -192,7 +202,11 @@ cdef class Pool:
         return made
 
     cdef _grow(self, SizeClass *kind):
-        region = self._allocate(kind.capacity if 4 * kind.capacity > SLAB else SLAB)
+        cdef size_t wanted = kind.capacity if 4 * kind.capacity > SLAB else SLAB
+        if self.free_nbytes + wanted > self.cache_nbytes:
+            # In the place of what is idle, not on top of it.
+            self.trim(self.cache_nbytes - min(wanted, self.cache_nbytes))
+        region = self._allocate(wanted)
         cdef size_t at = region.address
         cdef size_t count = region.nbytes // kind.capacity
         cdef size_t i
@@ -206,7 +220,7 @@ cdef class Pool:
         for i in range(count):
             slab.addresses[i] = at + i * kind.capacity
         _link(kind, slab)
-        self._whole += 1
+        kind.whole += 1
         self.free_nbytes += count * kind.capacity
         self.peak_nbytes = max(self.peak_nbytes, self.leased_nbytes + self.free_nbytes)
 
@@ -216,33 +230,57 @@ cdef class Pool:
         slab.addresses[slab.idle] = address
         slab.idle += 1
         if slab.idle == slab.count:
-            self._whole += 1
+            kind.whole += 1
         self.free_nbytes += slab.capacity
         self.leased_nbytes -= slab.capacity
-        if self.free_nbytes > self.cache_nbytes and self._whole:
+        if self.free_nbytes > self.cache_nbytes:
             self.trim(self.cache_nbytes)
 
     def trim(self, size_t keep_nbytes=0):
-        """Gives up idle regions, those of the largest leases first, until at most
+        """Gives up idle regions, those of sizes not asked for the longest first, until at most
         ``keep_nbytes`` are free."""
-        cdef SizeClass *kind = self._largest
         cdef Slab *dropped = NULL
-        cdef Slab *slab
-        cdef Slab *following
-        while kind != NULL:
-            slab = kind.first
-            while slab != NULL and self.free_nbytes > keep_nbytes:
-                following = slab.following
-                if slab.idle == slab.count:
-                    _unlink(kind, slab)
-                    self._whole -= 1
-                    self.free_nbytes -= slab.count * slab.capacity
-                    slab.following = dropped
-                    dropped = slab
-                slab = following
-            kind = kind.smaller
+        cdef SizeClass *kind = self._oldest()
+        while kind != NULL and self.free_nbytes > keep_nbytes:
+            self._take_whole(kind, &dropped)
+            if not kind.whole:
+                kind = self._oldest()
         # Only now, since the end of a region may run anything.
         _free_slabs(dropped)
+
+    def shed(self):
+        """Gives up the regions that were idle ever since the last call."""
+        cdef SizeClass *kind = self._largest
+        cdef Slab *dropped = NULL
+        while kind != NULL:
+            while kind.spare:
+                kind.spare -= 1
+                self._take_whole(kind, &dropped)
+            kind.spare = kind.whole
+            kind = kind.smaller
+        _free_slabs(dropped)
+
+    cdef void _take_whole(self, SizeClass *kind, Slab **taken) noexcept:
+        """Moves one of the class's idle regions, of which there is one, to ``taken``."""
+        cdef Slab *slab = kind.first
+        while slab.idle < slab.count:
+            slab = slab.following
+        _unlink(kind, slab)
+        kind.whole -= 1
+        kind.spare = min(kind.spare, kind.whole)
+        self.free_nbytes -= slab.count * slab.capacity
+        slab.following = taken[0]
+        taken[0] = slab
+
+    cdef SizeClass *_oldest(self) noexcept:
+        """Of the classes with an idle region the one used longest ago, or NULL."""
+        cdef SizeClass *kind = self._largest
+        cdef SizeClass *oldest = NULL
+        while kind != NULL:
+            if kind.whole and (oldest == NULL or kind.last_used < oldest.last_used):
+                oldest = kind
+            kind = kind.smaller
+        return oldest
 
     def __dealloc__(self):
         # Leases hold their pool: none are out.

@@ -8,7 +8,7 @@ O_DIRECT. The threads never touch Python.
 cimport cython
 from cpython.pycapsule cimport PyCapsule_New
 from libc.errno cimport EINTR, errno
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from backend cimport (
@@ -27,6 +27,13 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t pwrite(int fd, const void *buffer, size_t nbytes, long offset)
     int fdatasync(int fd)
     int getpid()
+
+cdef extern from "<sys/uio.h>" nogil:
+    int RWF_NOWAIT
+    ctypedef struct iovec "struct iovec":
+        void *iov_base
+        size_t iov_len
+    ssize_t preadv2(int fd, const iovec *parts, int count, long offset, int flags)
 
 cdef extern from "<errno.h>" nogil:
     int ECANCELED
@@ -50,8 +57,35 @@ cdef struct ThreadPool:
     bint woken
     bint waiting
     bint stopping
+    bint tells_cold
     pthread_t *threads
     int count
+
+
+cdef uint32_t _read_cached(int fd, skv_io *io) noexcept nogil:
+    """Reads what the page cache holds from the start of the range on; returns how much that is."""
+    cdef iovec part
+    cdef ssize_t rc
+    part.iov_base = io.addr
+    part.iov_len = io.nbytes
+    rc = preadv2(fd, &part, 1, <long>io.offset, RWF_NOWAIT)
+    # Not supported or interrupted: it then counts as cold, and is read all the same.
+    return <uint32_t>rc if rc > 0 else 0
+
+
+cdef int _read_telling(int fd, skv_io *io) noexcept nogil:
+    """Reads through the page cache, and tells how much of it had to come from the device."""
+    cdef uint32_t warm = _read_cached(fd, io)
+    cdef ssize_t rc
+    if warm == io.nbytes:
+        return <int>warm
+    while True:
+        rc = pread(fd, <char *>io.addr + warm, io.nbytes - warm, <long>(io.offset + warm))
+        if rc >= 0:
+            io.cold_nbytes = <uint32_t>rc
+            return <int>(warm + rc)
+        if errno != EINTR:
+            return -errno
 
 
 cdef int _execute(int fd, skv_io *io) noexcept nogil:
@@ -86,7 +120,10 @@ cdef void *_thread_main(void *argument) noexcept nogil:
             continue
         p.todo = io.next
         pthread_mutex_unlock(&p.mutex)
-        io.result = _execute(p.fd, io)
+        if p.tells_cold and io.op == SKV_READ:
+            io.result = _read_telling(p.fd, io)
+        else:
+            io.result = _execute(p.fd, io)
         pthread_mutex_lock(&p.mutex)
         _finished(p, io)
     pthread_mutex_unlock(&p.mutex)
@@ -174,6 +211,7 @@ cdef void _cancel(void *self, skv_io *io) noexcept nogil:
 cdef class PoolBackend:
     """``threads`` native threads over the descriptor ``fd``, which stays the caller's.
 
+    ``tells_cold``: count what reads do not find in the page cache (``Transfer.cold_nbytes``).
     ``backend`` is the capsule for a queue. Close it after the queue; a thread that hangs in a
     system call would make that wait.
     """
@@ -181,8 +219,9 @@ cdef class PoolBackend:
     cdef readonly object backend
     cdef int _pid
 
-    def __cinit__(self, int fd, int threads):
+    def __cinit__(self, int fd, int threads, *, bint tells_cold=False):
         self._p.fd = fd
+        self._p.tells_cold = tells_cold
         self._pid = getpid()
         if not 1 <= threads <= 1024:
             raise ValueError(f"threads is 1 to 1024, not {threads}")

@@ -297,6 +297,11 @@ cdef class Transfer:
         return total
 
     @property
+    def cold_nbytes(self):
+        """Of a read through a cache: bytes that had to come from the device."""
+        return self._t.cold_nbytes
+
+    @property
     def failure(self):
         """(device offset, nbytes) of the command that failed first, or None."""
         cdef Segment *s

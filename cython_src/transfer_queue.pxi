@@ -118,6 +118,12 @@ cdef class Queue:
         done.reverse()
         return done
 
+    def collect(self):
+        """Frees what dropped transfers kept, of those that the device is done with. Does not block;
+        every submission does it too."""
+        if self.pid == _getpid():
+            _free_orphans(self._q)
+
     def stop_reaping(self):
         """Lets :meth:`reap` return for good."""
         pthread_mutex_lock(&self._q.mutex)

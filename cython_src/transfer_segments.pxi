@@ -182,6 +182,7 @@ cdef void _submit_segment(Queue_ *q, Segment *s) noexcept nogil:
     """Hands one segment to the engine, or puts it on the retry list when the engine is full."""
     cdef int rc
     s.io.submitted_ns = skv_now_ns()
+    s.io.cold_nbytes = 0
     rc = q.backend.submit(q.backend.self, &s.io)
     if rc == -EAGAIN:
         _retry(q, s)
@@ -288,6 +289,7 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
     elif t.op == SKV_READ or t.op == SKV_WRITE:
         if t.op == SKV_READ:
             q.counters.read_nbytes += <uint32_t>result
+            t.cold_nbytes += s.io.cold_nbytes
             # A file may end inside its last block; the caller's bytes are what counts.
             needed = s.skip + s.nbytes
         else:

@@ -65,6 +65,7 @@ cdef struct Transfer_:
     uint8_t orphan         # its handle is gone: free it when done
     int status             # first errno
     uint32_t failed_segment
+    uint64_t cold_nbytes   # read, and not found in the engine's cache
     uint64_t deadline_ns   # 0: none
     pthread_cond_t finished
     Transfer_ *next_incoming

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spdk_kv.errors import ShapeMismatch
@@ -65,6 +66,15 @@ class SequenceLayout:
     def extent_nbytes(self) -> int:
         """Bytes of one extent: all tokens, whole chunks."""
         return align_up(self.shape.max_tokens * self.row_nbytes, self.chunk_nbytes)
+
+    def unit_extents(self, offsets: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
+        """Of K and V of each layer, in turn: (offset, nbytes) of their extents, which lie at
+        ``offsets``."""
+        step, nbytes = self.extents_per_unit, self.extent_nbytes
+        return [
+            tuple((offset, nbytes) for offset in offsets[at : at + step])
+            for at in range(0, len(offsets), step)
+        ]
 
     def token_range(self, first: int, last: int) -> tuple[int, int]:
         """The bytes of an extent, whole chunks, that cover tokens ``[first, last)``."""

@@ -6,34 +6,34 @@ not give. Both are read; the tightest wins.
 
 from __future__ import annotations
 
+import os
+import re
+import threading
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from spdk_kv.devices.host import read_meminfo
-from spdk_kv.devices.mounts import Mount, read_mounts
-from spdk_kv.devices.sysfs import exists, parse_count, read_text
+from spdk_kv.devices.sysfs import parse_count
+from spdk_kv.devices.sysfs import read_text as read_file
+from spdk_kv.memory_cached import cached_nbytes
+from spdk_kv.memory_cgroups import CgroupLimit, MemoryCgroups, ReadText
+from spdk_kv.units import KIB
 
-# cgroup v1 writes "no limit" as the largest multiple of the page size below 2^63.
-_UNLIMITED = 1 << 62
+__all__ = [
+    "Budget",
+    "CgroupLimit",
+    "MemoryReader",
+    "MemorySnapshot",
+    "cached_nbytes",
+    "page_cache_budget",
+    "read_memory",
+]
 
+_MEMINFO = re.compile(r"^(MemTotal|MemAvailable|Mapped):\s*([0-9]+) kB$", re.MULTILINE)
+_SOME_AVG10 = re.compile(r"^some avg10=([0-9]{1,3}(?:\.[0-9]+)?)\s", re.MULTILINE)
 
-@dataclass(frozen=True)
-class CgroupLimit:
-    """One cgroup with a memory limit, this process's own or one around it.
-
-    ``reclaimable_nbytes``: its page cache, which counts as usage but gives way under pressure.
-    """
-
-    path: str
-    limit_nbytes: int
-    usage_nbytes: int
-    reclaimable_nbytes: int
-
-    @property
-    def headroom_nbytes(self) -> int:
-        """Bytes that page cache could hold here: what is free and what is page cache already."""
-        free = self.limit_nbytes - self.usage_nbytes + self.reclaimable_nbytes
-        return max(0, min(free, self.limit_nbytes))
+# Reads after which what was not found is looked for again.
+_LOOK_AGAIN = 64
+_CHUNK_NBYTES = 16 * KIB
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,18 @@ class MemorySnapshot:
 
     ``available_nbytes``: MemAvailable, which counts reclaimable page cache; None where unknown.
     ``limits``: only the cgroups that have a limit. ``notes``: each file that was missing,
-    unreadable or nonsense, and so stands for "no limit known".
+    unreadable or nonsense, and so stands for "no limit known". ``mapped_nbytes``: page cache that
+    processes have mapped (libraries, weights), which looks reclaimable and is in use.
+    ``pressure``: the percentage of the last 10 s in which some task waited for memory (PSI), of
+    the innermost cgroup that tells or else of the machine; None where unknown.
     """
 
     total_nbytes: int | None
     available_nbytes: int | None
     limits: tuple[CgroupLimit, ...]
     notes: tuple[str, ...]
+    mapped_nbytes: int = 0
+    pressure: float | None = None
 
     @property
     def tightest(self) -> CgroupLimit | None:
@@ -56,160 +61,171 @@ class MemorySnapshot:
         return min(self.limits, key=lambda limit: limit.headroom_nbytes, default=None)
 
 
+@dataclass(frozen=True)
+class Budget:
+    """``nbytes``: what the page cache may hold for us in all, what it holds already included.
+
+    ``limited_by``: the cgroup's path, "MemAvailable", "what was given", or "nothing is known".
+    ``pressure`` and ``notes`` as in MemorySnapshot.
+    """
+
+    nbytes: int
+    limited_by: str
+    pressure: float | None
+    notes: tuple[str, ...]
+
+
 def page_cache_budget(snapshot: MemorySnapshot, reserve_nbytes: int) -> int:
     """Bytes that the page cache may hold for us in all, what it holds already included.
 
-    ``reserve_nbytes`` stays free for others: count in it file-backed model weights, which look
-    reclaimable but are needed at every step. 0 where nothing at all is known, so that nobody
-    plans with memory that may not be there. Raises ValueError for a negative reserve.
+    ``reserve_nbytes`` stays free for others: count in it what will be needed and is not in use
+    yet. 0 where nothing at all is known, so that nobody plans with memory that may not be there.
+    Raises ValueError for a negative reserve.
     """
+    return _tightest(snapshot, reserve_nbytes)[0]
+
+
+def _tightest(snapshot: MemorySnapshot, reserve_nbytes: int) -> tuple[int, str]:
+    """The budget in bytes, and what bounds it."""
     if reserve_nbytes < 0:
         raise ValueError(f"reserve_nbytes is not negative: {reserve_nbytes}")
-    bounds = [limit.headroom_nbytes for limit in snapshot.limits]
+    bounds = [(limit.headroom_nbytes, limit.path) for limit in snapshot.limits]
     if snapshot.available_nbytes is not None:
-        bounds.append(snapshot.available_nbytes)
-    return max(0, min(bounds, default=0) - reserve_nbytes)
+        bounds.append((snapshot.available_nbytes - snapshot.mapped_nbytes, "MemAvailable"))
+    nbytes, name = min(bounds, default=(0, "nothing is known"))
+    return max(0, nbytes - reserve_nbytes), name
 
 
 def read_memory(root: Path = Path("/")) -> MemorySnapshot:
     """Reads a dozen small files of procfs and cgroupfs; does not block, does not raise."""
+
+    def read_text(path: str) -> str | None:
+        return read_file(Path(path))
+
+    return _snapshot(root, read_text, MemoryCgroups(root, read_text))
+
+
+def _snapshot(root: Path, read_text: ReadText, cgroups: MemoryCgroups) -> MemorySnapshot:
     notes: list[str] = []
-    sizes = read_meminfo(root)
+    sizes = {}
+    for name, digits in _MEMINFO.findall(read_text(f"{root}/proc/meminfo") or ""):
+        count = parse_count(digits)
+        if count is not None:
+            sizes[name] = count * KIB
     if "MemAvailable" not in sizes:
         notes.append("/proc/meminfo: no usable MemAvailable")
+    notes += cgroups.notes
+    limits = cgroups.limits(notes)
     return MemorySnapshot(
         total_nbytes=sizes.get("MemTotal"),
         available_nbytes=sizes.get("MemAvailable"),
-        limits=_Cgroups(root, notes).limits(),
+        limits=limits,
         notes=tuple(notes),
+        mapped_nbytes=sizes.get("Mapped", 0),
+        pressure=_pressure(root, read_text, cgroups),
     )
 
 
-class _Cgroups:
-    """The memory cgroups of this process, from its own up to the mount point."""
+def _pressure(root: Path, read_text: ReadText, cgroups: MemoryCgroups) -> float | None:
+    for file in (*cgroups.pressure_files, f"{root}/proc/pressure/memory"):
+        match = _SOME_AVG10.search(read_text(file) or "")
+        if match is not None:
+            return min(100.0, float(match[1]))
+    return None
 
-    def __init__(self, root: Path, notes: list[str]) -> None:
+
+class MemoryReader:
+    """The budget again and again, cheap enough for every decode step.
+
+    ``budget``: bytes that are given instead of read. ``reserve_nbytes`` as in page_cache_budget.
+    Keeps the files open, notices when the process is moved to another cgroup, and may be used by
+    several threads and after a fork. Raises ValueError for negative sizes.
+    """
+
+    def __init__(
+        self, budget: int | None = None, reserve_nbytes: int = 0, root: Path = Path("/")
+    ) -> None:
+        if min(budget or 0, reserve_nbytes) < 0:
+            raise ValueError(f"budget and reserve are not negative: {budget}, {reserve_nbytes}")
+        self._given = budget
+        self._reserve = reserve_nbytes
         self._root = root
-        self._notes = notes
+        self._lock = threading.Lock()
+        self._files = _OpenFiles()
+        self._pid = os.getpid()
+        self._membership: str | None = None
+        self._cgroups: MemoryCgroups | None = None
+        self._reads = 0
 
-    def limits(self) -> tuple[CgroupLimit, ...]:
-        membership = self._membership()
-        if membership is None:
-            return ()
-        version, path = membership
-        mount = self._mount(version, path)
-        if mount is None:
-            return ()
-        top = self._root / mount.mount_point.lstrip("/")
-        own = top / self._below(path, mount)
-        while own != top and not exists(own):
-            self._note(own, "missing")
-            own = own.parent
-        levels = [own, *(parent for parent in own.parents if parent.is_relative_to(top))]
-        if version == 1:
-            found = [self._read_v1(level, innermost=level == own) for level in levels]
-        else:
-            found = [self._read_v2(level, outermost=level == top) for level in levels]
-        return tuple(limit for limit in found if limit is not None)
+    def read(self) -> Budget:
+        """The budget now; does not block on the device, does not raise for what it finds."""
+        with self._lock:
+            cgroups = self._find()
+            if self._given is not None:
+                pressure = _pressure(self._root, self._files.read, cgroups)
+                return Budget(self._given, "what was given", pressure, ())
+            snapshot = _snapshot(self._root, self._files.read, cgroups)
+        nbytes, limited_by = _tightest(snapshot, self._reserve)
+        return Budget(nbytes, limited_by, snapshot.pressure, snapshot.notes)
 
-    def _membership(self) -> tuple[int, str] | None:
-        """The version of the hierarchy that accounts memory, and this process's path in it."""
-        file = self._root / "proc/self/cgroup"
-        unified = None
-        for line in (read_text(file) or "").splitlines():
-            number, _, rest = line.partition(":")
-            controllers, _, path = rest.partition(":")
-            # A controller is in one hierarchy only, so v1's memory rules out v2's.
-            if "memory" in controllers.split(","):
-                return 1, path
-            if number == "0" and not controllers:
-                unified = path
-        if unified is None:
-            self._note(file, "names no memory cgroup")
-            return None
-        return 2, unified
+    def close(self) -> None:
+        """Closes the files; a later read opens them again."""
+        with self._lock:
+            self._files.close()
 
-    def _mount(self, version: int, path: str) -> Mount | None:
-        mounts = [
-            mount
-            for mount in read_mounts(self._root)
-            if (version == 2 and mount.fstype == "cgroup2")
-            or (version == 1 and mount.fstype == "cgroup" and "memory" in mount.options)
-        ]
-        if not mounts:
-            self._note(self._root / "proc/self/mountinfo", f"no cgroup v{version} memory mount")
-            return None
-        return next((mount for mount in mounts if _is_below(path, mount.root)), mounts[0])
-
-    def _below(self, path: str, mount: Mount) -> PurePosixPath:
-        if _is_below(path, mount.root):
-            return PurePosixPath(path).relative_to(mount.root)
-        # A mount from another cgroup namespace: its top is the nearest that can be named.
-        self._note(self._root / "proc/self/cgroup", f"{path} is outside {mount.mount_point}")
-        return PurePosixPath()
-
-    def _read_v1(self, level: Path, *, innermost: bool) -> CgroupLimit | None:
-        limit = self._count(level / "memory.limit_in_bytes")
-        stat = self._stat(level)
-        if innermost and "hierarchical_memory_limit" in stat:
-            # Counts the cgroups above the mount point too, which a container cannot see.
-            limit = min(stat["hierarchical_memory_limit"], _UNLIMITED if limit is None else limit)
-        if limit is None or limit >= _UNLIMITED:
-            return None
-        # Without total_ a cgroup's numbers leave out its children, unlike its usage.
-        reclaimable = stat.get("total_active_file", 0) + stat.get("total_inactive_file", 0)
-        usage = self._count(level / "memory.usage_in_bytes")
-        return CgroupLimit(self._name(level), limit, usage or 0, reclaimable)
-
-    def _read_v2(self, level: Path, *, outermost: bool) -> CgroupLimit | None:
-        limits = []
-        # Above memory.high allocation is throttled until it crawls: as good as a limit.
-        for name in ("memory.max", "memory.high"):
-            # The machine's root cgroup has neither file.
-            if outermost and not exists(level / name):
-                continue
-            if read_text(level / name) != "max":
-                limits.append(self._count(level / name))
-        known = [limit for limit in limits if limit is not None]
-        if not known:
-            return None
-        stat = self._stat(level)
-        reclaimable = stat.get("active_file", 0) + stat.get("inactive_file", 0)
-        usage = self._count(level / "memory.current")
-        return CgroupLimit(self._name(level), min(known), usage or 0, reclaimable)
-
-    def _count(self, file: Path) -> int | None:
-        text = read_text(file)
-        count = parse_count(text)
-        if text is None:
-            self._note(file, "missing or unreadable")
-        elif count is None:
-            self._note(file, f"not a byte count: {text[:40]!r}")
-        return count
-
-    def _stat(self, level: Path) -> dict[str, int]:
-        file = level / "memory.stat"
-        text = read_text(file)
-        fields: dict[str, int] = {}
-        for line in (text or "").splitlines():
-            name, _, value = line.partition(" ")
-            count = parse_count(value)
-            if count is not None:
-                fields[name] = count
-        if not fields:
-            self._note(file, "missing or unreadable" if text is None else "not a list of counts")
-        return fields
-
-    def _name(self, path: Path) -> str:
-        return f"/{path.relative_to(self._root)}"
-
-    def _note(self, file: Path, what: str) -> None:
-        self._notes.append(f"{self._name(file)}: {what}")
+    def _find(self) -> MemoryCgroups:
+        if self._pid != os.getpid():
+            self._files.close()  # /proc/self was opened as the parent's
+            self._pid = os.getpid()
+        membership = self._files.read(f"{self._root}/proc/self/cgroup")
+        again = self._reads % _LOOK_AGAIN == 0 and self._cgroups and self._cgroups.notes
+        self._reads += 1
+        if self._cgroups is None or membership != self._membership or again:
+            self._files.close()
+            self._membership = membership
+            self._cgroups = MemoryCgroups(self._root, self._files.read)
+        return self._cgroups
 
 
-def _is_below(path: str, ancestor: str) -> bool:
-    # Seen from a cgroup namespace, what lies outside it starts with "/..".
-    pure = PurePosixPath(path)
-    return ".." not in (*pure.parts, *PurePosixPath(ancestor).parts) and pure.is_relative_to(
-        ancestor
-    )
+class _OpenFiles:
+    """Small files of procfs and cgroupfs, which show their present content from offset 0."""
+
+    def __init__(self) -> None:
+        self._fds: dict[str, int] = {}
+
+    def read(self, path: str) -> str | None:
+        """The stripped content, as `devices.sysfs.read_text` gives it."""
+        for _ in range(2):
+            fd = self._fds.get(path)
+            fresh = fd is None
+            try:
+                if fd is None:
+                    fd = self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                return _read_all(fd).decode("utf-8", "backslashreplace").strip()
+            except (OSError, ValueError):  # ValueError: a NUL in the path
+                self._forget(path)
+            if fresh:
+                break  # else the file behind the descriptor is gone, and may be there anew
+        return None
+
+    def close(self) -> None:
+        for path in tuple(self._fds):
+            self._forget(path)
+
+    def _forget(self, path: str) -> None:
+        fd = self._fds.pop(path, None)
+        if fd is not None:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _read_all(fd: int) -> bytes:
+    data = os.pread(fd, _CHUNK_NBYTES, 0)
+    if len(data) < _CHUNK_NBYTES:
+        return data
+    parts = [data]
+    while more := os.pread(fd, _CHUNK_NBYTES, sum(map(len, parts))):
+        parts.append(more)
+    return b"".join(parts)

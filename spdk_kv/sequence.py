@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import threading
 from collections import deque
@@ -9,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from spdk_kv.errors import (
     CapacityError,
@@ -22,9 +21,11 @@ from spdk_kv.errors import (
 )
 from spdk_kv.index_records import SequenceRecord
 from spdk_kv.layout import CHUNK_NBYTES, SequenceLayout
+from spdk_kv.sequence_ahead import ReadAhead
 from spdk_kv.sequence_arguments import batch_order, check_tokens, head_list, token_range
 from spdk_kv.sequence_host import Host
 from spdk_kv.sequence_layer import LayerCache
+from spdk_kv.sequence_record import make_record
 from spdk_kv.sequence_views import read_all, read_heads
 from spdk_kv.types import Granularity, KVShape
 
@@ -52,18 +53,24 @@ class Sequence:
         self._layout = layout
         self._offsets = offsets
         self.deleted = False
+        self._group = store.paths.adopt(f"sequence {name!r}", layout.unit_extents(offsets))
         step = layout.extents_per_layer
-        self._layers = [
-            LayerCache(
-                f"sequence {name!r}, layer {number}",
-                store.engine,
-                store.staging,
-                layout,
-                offsets[number * step : (number + 1) * step],
-                store.verify,
-            )
-            for number in range(layout.shape.layers)
-        ]
+        try:
+            self._layers = [
+                LayerCache(
+                    f"sequence {name!r}, layer {number}",
+                    store.paths,
+                    store.staging,
+                    layout,
+                    offsets[number * step : (number + 1) * step],
+                    self._group.units[2 * number : 2 * number + 2],
+                    store.verify,
+                )
+                for number in range(layout.shape.layers)
+            ]
+        except BaseException:
+            store.paths.release(self._group)
+            raise
         # Tokens of each layer that the last record covers. Where some of them were forgotten since,
         # the device must not be written to before a newer record is committed: after a crash the
         # last one still has to find its bytes.
@@ -72,6 +79,7 @@ class Sequence:
         # Held while records are made and while they are overtaken: by truncate and delete.
         self._record_lock = threading.RLock()
         self._writing: deque[LayerCache] = deque()
+        self._ahead = ReadAhead(store.paths, self._layers, layout.shape.max_tokens)
 
     @classmethod
     def created(
@@ -124,16 +132,44 @@ class Sequence:
         cls, store: Host, name: str, record: SequenceRecord, layout: SequenceLayout
     ) -> Sequence:
         sequence = cls(store, name, layout, [unit.offset for unit in record.units], False)
+        try:
+            sequence._restore(record)
+        except BaseException:
+            store.paths.release(sequence._group)
+            raise
+        return sequence
+
+    def _restore(self, record: SequenceRecord) -> None:
+        layout = self._layout
         step, at = layout.extents_per_layer, 0
-        for number, layer in enumerate(sequence._layers):
+        for number, layer in enumerate(self._layers):
             units = record.units[number * step : (number + 1) * step]
             nbytes = units[0].nbytes // layout.row_nbytes * record.shape.batch * 4
             layer.restore(units, record.row_map[at : at + nbytes] if record.row_map else b"")
             at += nbytes
-            sequence._recorded[number] = layer.tokens
-        return sequence
+            self._recorded[number] = layer.tokens
 
     # -- what it is -----------------------------------------------------------------------------
+
+    @property
+    def read_ahead(self) -> bool:
+        """Whether layers are read ahead unasked, in the order of the last turns; may be set. Off
+        once :meth:`prefetch` was called."""
+        return self._ahead.learns
+
+    @read_ahead.setter
+    def read_ahead(self, learns: bool) -> None:
+        self._ahead.learns = learns
+
+    def set_weight(self, layers: Iterable[int], weight: float) -> None:
+        """How much it matters that ``layers`` stay in the page cache; 1.0 unless told, and heavier
+        ones are kept first. Takes effect at the next decision. ValueError unless finite."""
+        if not math.isfinite(weight):
+            raise ValueError(f"a weight is a finite number, not {weight}")
+        for layer in layers:
+            number = self._number(layer)
+            for unit in self._group.units[2 * number : 2 * number + 2]:
+                unit.weight = float(weight)
 
     @property
     def shape(self) -> KVShape:
@@ -225,12 +261,14 @@ class Sequence:
         wanted = head_list(self.shape.kv_heads, heads)
         if device is not None:
             self._store.staging.pin_for_gpu()
+        self._store.paths.reads(self._group, self._number(layer))
         with cache.lock, self._counting_corruption():
             first, last = token_range(cache.tokens, tokens)
             if wanted is None:
                 k, v = read_all(cache, self._layout, first, last)
             else:
                 k, v = read_heads(cache, self._layout, first, last, wanted)
+        self._ahead.was_read(self._number(layer) if tokens is None and wanted is None else None)
         return (k, v) if device is None else (k.to(device), v.to(device))
 
     def read_async(
@@ -249,20 +287,19 @@ class Sequence:
     def prefetch(
         self, layers: Iterable[int], *, first_token: int = 0, spare_tokens: int = 1
     ) -> None:
-        """Starts to read all tokens of ``layers`` from ``first_token`` on, after what is read on
-        demand. Returns at once.
+        """Starts to read all tokens of ``layers``, in that order, from ``first_token`` on, after
+        what is read on demand. Returns at once.
 
-        The next :meth:`read` of such a layer that begins at ``first_token`` takes them over,
+        So many are begun as half of the store's ``staging`` memory has room for, at least one; the
+        others when reads have taken those over. From now on nothing is read ahead unasked. The
+        next :meth:`read` of such a layer that begins at ``first_token`` takes them over,
         together with up to ``spare_tokens`` appended in between. The memory is held until then,
         or until a prefetch from another token (one from the end asks for nothing).
         """
         if first_token < 0 or spare_tokens < 0:
             raise ShapeMismatch(f"tokens are counted from 0, not {min(first_token, spare_tokens)}")
-        for number in layers:
-            cache = self._layer(number)
-            with cache.lock:
-                spare = min(spare_tokens, self.shape.max_tokens - cache.tokens)
-                cache.prefetch(first_token, spare)
+        numbers = [self._usable_number(layer) for layer in layers]
+        self._ahead.ask(numbers, first_token, spare_tokens)
 
     def settle(self, layer: int) -> None:
         """Blocks until all tokens appended to ``layer`` are written, and their copies in memory
@@ -337,10 +374,12 @@ class Sequence:
             if self.deleted:
                 return
             self.deleted = True
+            self._ahead.clear()
             writes = []
             for cache in self._layers:
                 with cache.lock:
                     writes += cache.close()
+            self._store.paths.release(self._group)
             self._store.catalog.drop_sequence(self.name, self._offsets, writes)
             self._store.forget_sequence(self)
 
@@ -362,26 +401,7 @@ class Sequence:
                 raise
 
     def _stage(self) -> None:
-        units, maps, recorded = [], [], []
-        for cache in self._layers:
-            with cache.lock:
-                units += cache.write_tail()
-                maps.append(cache.row_map())
-                recorded.append(cache.tokens)
-        if any(maps):
-            identity = np.arange(self.shape.batch, dtype="<i4")
-            maps = [
-                found or np.tile(identity, (tokens, 1)).tobytes()
-                for found, tokens in zip(maps, recorded, strict=True)
-            ]
-        record = SequenceRecord(
-            self.shape,
-            self.granularity,
-            self._layout.chunk_nbytes,
-            self._layout.extent_nbytes,
-            tuple(units),
-            b"".join(maps),
-        )
+        record, recorded = make_record(self._layout, self._layers)
         # First what guards the record, should an interrupt come between the two.
         self._recorded = recorded
         self._store.catalog.publish_sequence(self.name, record)
@@ -394,8 +414,11 @@ class Sequence:
             raise ShapeMismatch(f"sequence {self.name!r} has layers 0 to {len(self._layers) - 1}")
         return number
 
-    def _layer(self, layer: int) -> LayerCache:
+    def _usable_number(self, layer: int) -> int:
         self._store.check_open()
         if self.deleted:
             raise ClosedError(f"sequence {self.name!r} was deleted")
-        return self._layers[self._number(layer)]
+        return self._number(layer)
+
+    def _layer(self, layer: int) -> LayerCache:
+        return self._layers[self._usable_number(layer)]

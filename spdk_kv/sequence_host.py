@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from spdk_kv._native.transfer import Transfer
 from spdk_kv.engines import Engine
 from spdk_kv.index_records import SequenceRecord
+from spdk_kv.orchestrator import Orchestrator
 from spdk_kv.staging import StagingPool
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class Host(Protocol):
     """What a sequence stands on; a :class:`KVStore`."""
 
     engine: Engine
+    paths: Orchestrator
     staging: StagingPool
     verify: bool
 

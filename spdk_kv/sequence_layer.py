@@ -13,10 +13,11 @@ import numpy as np
 
 from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.transfer import PREFETCH, READ, WRITE, Transfer
-from spdk_kv.engines import Engine
 from spdk_kv.errors import ClosedError, CorruptionError, DeviceError, SpdkKvError
 from spdk_kv.index_records import UnitRecord
 from spdk_kv.layout import SequenceLayout
+from spdk_kv.orchestrator import Orchestrator
+from spdk_kv.orchestrator_units import TrackedUnit
 from spdk_kv.sequence_reading import CRC_NBYTES, Reading, reordered
 from spdk_kv.staging import StagingPool
 from spdk_kv.tensors import tensor_from
@@ -41,8 +42,8 @@ class Write:
 class LayerCache:
     """K and V of one layer: ``2 * extents_per_unit`` extents that grow together.
 
-    ``tokens`` have been appended; of every extent the first ``stored`` bytes, whole chunks, were
-    given to the device (some may be in flight), and the rest is in ``tails``. Every method wants
+    ``tokens`` have been appended; of every extent the first ``stored`` bytes were given to the
+    device (some may be in flight), and the rest is in ``tails``. Every method wants
     ``lock`` held; those that wait for the device say so.
 
     Where a signal handler raises (Ctrl-C) amid a change, nobody knows how much of it was made: the
@@ -52,18 +53,21 @@ class LayerCache:
     def __init__(
         self,
         name: str,
-        engine: Engine,
+        paths: Orchestrator,
         staging: StagingPool,
         layout: SequenceLayout,
         offsets: Sequence[int],
+        units: Sequence[TrackedUnit],
         verify: bool,
     ) -> None:
         self.lock = threading.RLock()
         self.name = name
         self.tokens = 0
-        self.stored = 0
+        self._stored = 0
         self.offsets = list(offsets)
-        self._engine = engine
+        self._paths = paths
+        self._engine = paths.writer
+        self._units = units
         self._staging = staging
         self._layout = layout
         self._verify = verify
@@ -84,9 +88,20 @@ class LayerCache:
         self._in_doubt = DeviceError(
             f"{name}: a change was interrupted half way; delete the sequence and compute it again"
         )
-        self.prefetched: Reading | None = None
+        self._prefetched: Reading | None = None
         # rows[t, b]: the stored row that is row b of token t now; None: each its own.
         self._rows: np.ndarray[Any, np.dtype[np.int32]] | None = None
+
+    @property
+    def stored(self) -> int:
+        """Bytes of every extent, whole chunks, that were given to the device."""
+        return self._stored
+
+    @stored.setter
+    def stored(self, nbytes: int) -> None:
+        self._stored = nbytes
+        for unit in self._units:
+            unit.nbytes = nbytes * len(unit.extents)
 
     @property
     def _tail_nbytes(self) -> int:
@@ -206,7 +221,7 @@ class LayerCache:
         start, end = self._layout.token_range(first, last)
         stride = max(end, align_up((last + spare) * row, chunk)) - start
         lease = self._staging.lease(max(1, len(extents) * stride))
-        return Reading(extents, first, start, stride, start, chunk, lease)
+        return self._reading(extents, first, start, stride, lease)
 
     def extend(self, reading: Reading, last: int, priority: int = 0) -> None:
         """Starts to read what is on the device of the bytes up to token ``last``, and is not yet
@@ -217,15 +232,27 @@ class LayerCache:
         end = min(self._writes[0].first if self._writes else self.stored, end)
         if end <= reading.until:
             return
-        chunk = self._layout.chunk_nbytes
-        transfer = self._engine.transfer(READ, checksum=self._verify, chunk_nbytes=chunk)
-        transfer.keep(reading.lease)
-        for line, number in enumerate(reading.extents):
-            address = reading.lease.address + line * reading.stride + reading.until - reading.start
-            transfer.add(self.offsets[number] + reading.until, address, end - reading.until)
-        transfer.submit(None, priority)
-        reading.transfers.append((transfer, reading.until, end))
+        for unit, lines in self._by_path(reading.extents):
+            engine = self._paths.direct if unit is None else self._paths.reader(unit)
+            reading.parts.append(reading.ask(engine, unit, lines, reading.until, end, priority))
         reading.until = end
+
+    def _by_path(self, extents: range) -> list[tuple[TrackedUnit | None, range]]:
+        """The lines of a reading of ``extents``: those of each unit that goes through the page
+        cache, and (None) those that go directly."""
+        every = range(len(extents))
+        if not any(unit.cached for unit in self._units):
+            return [(None, every)]
+        border = len(self._units[0].extents)
+        lines = sum(number < border for number in extents)
+        halves = zip(self._units, (every[:lines], every[lines:]), strict=True)
+        return [(unit if unit.cached else None, half) for unit, half in halves if half]
+
+    def _reading(self, extents: range, first: int, start: int, stride: int, lease: Any) -> Reading:
+        chunk = self._layout.chunk_nbytes
+        return Reading(
+            extents, first, start, stride, start, chunk, lease, self.offsets, self._verify
+        )
 
     def _end(self, last: int) -> int:
         return align_up(last * self._layout.row_nbytes, self._layout.chunk_nbytes)
@@ -257,7 +284,7 @@ class LayerCache:
 
     def _complete(self, reading: Reading) -> None:
         try:
-            reading.complete(self._engine, self._crcs if self._verify else None)
+            reading.complete(self._paths, self._crcs)
         except CorruptionError as damage:
             raise CorruptionError(f"{self.name}: {damage}") from None
 
@@ -273,6 +300,26 @@ class LayerCache:
             self.settle(wait=False)
             self.prefetched = self.plan(first, self.tokens, range(len(self.offsets)), spare)
             self.extend(self.prefetched, self.tokens, PREFETCH)
+
+    @property
+    def prefetched(self) -> Reading | None:
+        """What is read ahead, until it is taken."""
+        return self._prefetched
+
+    @prefetched.setter
+    def prefetched(self, reading: Reading | None) -> None:
+        held = [found.lease.nbytes if found else 0 for found in (self._prefetched, reading)]
+        self._prefetched = reading
+        self._paths.hold_ahead(held[1] - held[0])
+
+    def ahead_nbytes(self, first: int, spare: int) -> int:
+        """Memory that a prefetch of all tokens from ``first`` on takes."""
+        if self._prefetched is not None and self._prefetched.first == first:
+            return 0
+        return len(self.offsets) * (self._end(self.tokens + spare) - self._start(first))
+
+    def _start(self, first: int) -> int:
+        return self._layout.token_range(first, first)[0]
 
     def take_prefetched(self, first: int) -> Reading | None:
         """What was prefetched, if it begins at ``first`` and still has room for all tokens."""
@@ -309,7 +356,7 @@ class LayerCache:
         they have to stay as they are if it fails."""
         chunk, every = self._layout.chunk_nbytes, range(len(self.offsets))
         lease = self._staging.lease(len(every) * chunk)
-        reading = Reading(every, 0, start, chunk, start, chunk, lease)
+        reading = self._reading(every, 0, start, chunk, lease)
         self._extend_to(reading, start + chunk)
         self._complete(reading)
         return tensor_from(lease, "uint8", (len(every), chunk))

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spdk_kv._native.transfer import Transfer
+from spdk_kv._native.transfer import READ, Transfer
 from spdk_kv.engines import Engine
-from spdk_kv.errors import CorruptionError
+from spdk_kv.errors import CorruptionError, DeviceError, DeviceTimeout, SpdkKvError
+from spdk_kv.orchestrator import Orchestrator
+from spdk_kv.orchestrator_units import TrackedUnit
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 CRC_NBYTES = 4
 """Of a chunk's checksum, as the index keeps it."""
+
+
+@dataclass
+class Part:
+    """Bytes ``[start, end)`` of some of a reading's extents, on their way by one path.
+
+    ``unit``: whose they are, if they come through the page cache. ``lines``: which lines of the
+    lease they go to.
+    """
+
+    transfer: Transfer
+    engine: Engine
+    unit: TrackedUnit | None
+    lines: range
+    start: int
+    end: int
 
 
 @dataclass
@@ -24,8 +45,8 @@ class Reading:
     """Tokens ``[first, ...)`` of some extents of a layer on their way into one lease.
 
     ``start``: byte of the extents at which the lease begins; ``stride``: bytes of the lease per
-    extent; ``until``: byte up to which the transfers asked for so far cover them;
-    ``chunk_nbytes``: bytes that share a checksum.
+    extent; ``until``: byte up to which the parts asked for so far cover them; ``chunk_nbytes``:
+    bytes that share a checksum.
     """
 
     extents: range
@@ -35,24 +56,70 @@ class Reading:
     until: int
     chunk_nbytes: int
     lease: Any
-    transfers: list[tuple[Transfer, int, int]] = field(default_factory=list)
+    offsets: Sequence[int]
+    verify: bool
+    parts: list[Part] = field(default_factory=list)
 
-    def complete(self, engine: Engine, crcs: Sequence[bytearray] | None) -> None:
+    def ask(
+        self,
+        engine: Engine,
+        unit: TrackedUnit | None,
+        lines: range,
+        start: int,
+        end: int,
+        priority: int,
+    ) -> Part:
+        """Starts to read bytes ``[start, end)`` of the extents of ``lines``."""
+        transfer = engine.transfer(READ, checksum=self.verify, chunk_nbytes=self.chunk_nbytes)
+        transfer.keep(self.lease)
+        for line in lines:
+            address = self.lease.address + line * self.stride + start - self.start
+            transfer.add(self.offsets[self.extents[line]] + start, address, end - start)
+        transfer.submit(None, priority)
+        return Part(transfer, engine, unit, lines, start, end)
+
+    def complete(self, paths: Orchestrator, crcs: Sequence[bytearray]) -> None:
         """Waits until all is there. ``crcs``: per extent of the layer, the checksums of its chunks;
-        CorruptionError where one differs."""
-        for transfer, start, end in self.transfers:
-            engine.wait(transfer)
-            if crcs is None:
-                continue
-            wanted = slice(
-                start // self.chunk_nbytes * CRC_NBYTES, end // self.chunk_nbytes * CRC_NBYTES
-            )
-            for line, number in enumerate(self.extents):
-                if transfer.chunk_crcs(line) != crcs[number][wanted]:
-                    raise CorruptionError(
-                        f"stored bytes between {start} and {end} of extent {number} are not those "
-                        "that were appended (CRC32C differs)"
-                    )
+        CorruptionError where one differs. What one path cannot deliver the other one may."""
+        for part in self.parts:
+            try:
+                self._complete(part, crcs)
+            except DeviceTimeout:
+                raise  # the device may still write into the lease
+            except (DeviceError, CorruptionError) as failure:
+                self._take_over(part, paths, crcs, failure)
+            paths.was_read(part.unit, part.transfer.nbytes, part.transfer.cold_nbytes)
+
+    def _complete(self, part: Part, crcs: Sequence[bytearray]) -> None:
+        part.engine.wait(part.transfer)
+        if not self.verify:
+            return
+        wanted = slice(
+            part.start // self.chunk_nbytes * CRC_NBYTES, part.end // self.chunk_nbytes * CRC_NBYTES
+        )
+        for piece, line in enumerate(part.lines):
+            number = self.extents[line]
+            if part.transfer.chunk_crcs(piece) != crcs[number][wanted]:
+                raise CorruptionError(
+                    f"stored bytes between {part.start} and {part.end} of extent {number} are not "
+                    "those that were appended (CRC32C differs)"
+                )
+
+    def _take_over(
+        self, part: Part, paths: Orchestrator, crcs: Sequence[bytearray], failure: SpdkKvError
+    ) -> None:
+        """Reads by the other path; raises ``failure`` where that cannot either."""
+        engine = paths.other(part.engine)
+        # Without checksums nobody could tell whether the other path's bytes are the right ones.
+        if engine is None or part.transfer.in_flight or not self.verify:
+            raise failure
+        try:
+            again = self.ask(engine, None, part.lines, part.start, part.end, 0)
+            self._complete(again, crcs)
+        except SpdkKvError:
+            raise failure from None
+        log.warning("%s; the engine %s delivered it", failure, engine.name)
+        paths.took_over(part.transfer.nbytes)
 
 
 def reordered(rows: torch.Tensor, stored: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:

@@ -51,6 +51,10 @@ class StagingPool:
         """Gives all idle memory back to the system."""
         self._pool.trim(0)
 
+    def shed(self) -> None:
+        """Gives back what was idle ever since the last call: memory that the page cache can use."""
+        self._pool.shed()
+
     def stats(self) -> dict[str, int]:
         """``leased_nbytes``, ``free_nbytes`` and ``peak_nbytes`` (both, at their highest)."""
         pool = self._pool

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from spdk_kv.store_blobs import BlobReader, BlobWriter
 from spdk_kv.store_catalog import Catalog, Eviction
 from spdk_kv.store_mapped import detach, map_blob
 from spdk_kv.store_open import open_parts
+from spdk_kv.store_paths import open_paths
+from spdk_kv.store_settings import StoreSettings
 from spdk_kv.types import Granularity, KVShape
 from spdk_kv.units import parse_nbytes
 
@@ -44,6 +47,8 @@ def open(
     segment: int | str = "1 MiB",
     staging: int | str = "512 MiB",
     hugepages: bool = True,
+    residency: str = "adaptive",
+    page_cache: int | str | None = None,
     mmap: bool = False,
     discard: bool = False,
     flush_interval_s: float | None = 5.0,
@@ -59,17 +64,20 @@ def open(
     ``verify``: check checksums on every read. ``create``: False never begins a store; True is
     needed to begin one on a (blank) device. ``index_dir``: where the index of a store on a device
     lies. ``depth``, ``segment``: commands in flight, and bytes of the largest. ``staging``: idle
-    memory kept for the next transfers. ``mmap``: with the pagecache engine, a get returns the
-    page cache itself instead of a copy (checked once; pages that the kernel drops and reads again
-    are not, and a failing drive then shows as SIGBUS). ``discard``: tell the device when space
-    comes free (TRIM). ``flush_interval_s``: how often what was put is made durable in the
-    background; None leaves that to :meth:`KVStore.flush` and close.
+    memory kept for the next transfers; half of it may be used to read ahead. ``residency``: which
+    layers of sequences are read through the page cache and which directly: ``adaptive`` follows
+    the memory that is free, ``paper`` binds each when it is made (DUAL-BLADE), ``direct`` and
+    ``pagecache`` are one path for all. ``page_cache``: bytes that the page cache may hold for that
+    (``"2 GiB"``); None reads it from the machine and its cgroups. ``mmap``: with the pagecache
+    engine, a get returns the page cache itself instead of a copy (checked once; pages that the
+    kernel drops and reads again are not, and a failing drive then shows as SIGBUS). ``discard``:
+    tell the device when space comes free (TRIM). ``flush_interval_s``: how often what was put is
+    made durable in the background; None leaves that to :meth:`KVStore.flush` and close.
 
     Blocks on the device. Raises ValueError (location), StoreLocked, StoreMismatch,
     CorruptionError, CapacityError, EngineUnavailable, DeviceError.
     """
-    return KVStore(
-        location,
+    settings = StoreSettings(
         capacity=capacity,
         engine=engine,
         eviction=eviction,
@@ -78,10 +86,13 @@ def open(
         index_dir=index_dir,
         options=EngineOptions(depth, parse_nbytes(segment), hugepages),
         staging_nbytes=parse_nbytes(staging),
+        residency=residency,
+        page_cache_nbytes=None if page_cache is None else parse_nbytes(page_cache),
         mmap=mmap,
         discard=discard,
         flush_interval_s=flush_interval_s,
     )
+    return KVStore(location, settings)
 
 
 class KVStore:
@@ -91,40 +102,26 @@ class KVStore:
     from the next :meth:`flush` (or background flush, or close) on.
     """
 
-    def __init__(
-        self,
-        location: str | os.PathLike[str],
-        *,
-        capacity: int | str | None,
-        engine: str | None,
-        eviction: Eviction,
-        verify: bool,
-        create: bool | None,
-        index_dir: str | os.PathLike[str] | None,
-        options: EngineOptions,
-        staging_nbytes: int,
-        mmap: bool,
-        discard: bool,
-        flush_interval_s: float | None,
-    ) -> None:
+    def __init__(self, location: str | os.PathLike[str], settings: StoreSettings) -> None:
         self._closed = True
         self._pid = os.getpid()
         self._parts = open_parts(
             location,
-            capacity=capacity,
-            engine=engine,
-            options=options,
-            index_dir=index_dir,
-            create=create,
+            capacity=settings.capacity,
+            engine=settings.engine,
+            options=settings.options,
+            index_dir=settings.index_dir,
+            create=settings.create,
         )
         try:
             self.engine = self._parts.engine
-            if mmap and not isinstance(self.engine, PageCacheEngine):
+            if settings.mmap and not isinstance(self.engine, PageCacheEngine):
                 raise ValueError(f"mmap=True is for the pagecache engine, not {self.engine.name}")
-            self._mmap = mmap
-            self.verify = verify and self.engine.keeps_bytes
-            self.catalog = Catalog(self._parts, eviction, discard)
-            self.staging = StagingPool(self.engine.allocate, staging_nbytes)
+            self._mmap = settings.mmap
+            self.verify = settings.verify and self.engine.keeps_bytes
+            self.catalog = Catalog(self._parts, settings.eviction, settings.discard)
+            self.staging = StagingPool(self.engine.allocate, settings.staging_nbytes)
+            self.paths = open_paths(self.engine, self.staging, settings)
             self._sequences: dict[str, Sequence] = {}
             self._sequence_lock = threading.Lock()
             self._background = store_background.Background()
@@ -136,8 +133,8 @@ class KVStore:
             raise
         self._closed = False
         store_background.opened(self)
-        if flush_interval_s is not None and self.engine.persistent:
-            store_background.flush_every(self, self._stop, flush_interval_s)
+        if settings.flush_interval_s is not None and self.engine.persistent:
+            store_background.flush_every(self, self._stop, settings.flush_interval_s)
 
     @property
     def location(self) -> str:
@@ -365,9 +362,15 @@ class KVStore:
             **self.catalog.stats(),
             "sequences": len(self.sequences()),
             "staging": self.staging.stats(),
+            "residency": self.paths.stats(),
             "transfers": engine,
             "latency_ns": histogram,
         }
+
+    def why(self) -> list[dict[str, Any]]:
+        """For each layer's K and V of each sequence in use: its path, and why it is on it."""
+        self.check_open()
+        return self.paths.why()
 
     def close(self) -> None:
         """Flushes, and gives the device back. May be called twice. Tensors that were got stay
@@ -394,10 +397,10 @@ class KVStore:
             finally:
                 self._closed = True
                 store_background.closed(self)
-                try:
+                with ExitStack() as rest:
+                    rest.callback(self._parts.close)
+                    rest.callback(self.paths.close)
                     detach(self.mappings)
-                finally:
-                    self._parts.close()
 
     def __enter__(self) -> KVStore:
         self.check_open()

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spdk_kv.memory import CgroupLimit, MemorySnapshot, page_cache_budget, read_memory
+from spdk_kv.memory import (
+    CgroupLimit,
+    MemoryReader,
+    MemorySnapshot,
+    page_cache_budget,
+    read_memory,
+)
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -228,11 +234,13 @@ def test_budget_is_bounded_and_falls_with_the_reserve(
 @given(
     st.dictionaries(
         st.sampled_from(["proc/meminfo", "proc/self/cgroup", "proc/self/mountinfo",
+                         "proc/pressure/memory", "sys/fs/cgroup/a/memory.pressure",
                          "sys/fs/cgroup/a/memory.max", "sys/fs/cgroup/a/memory.current",
                          "sys/fs/cgroup/a/memory.stat", "sys/fs/cgroup/memory.max"]),
         st.binary(max_size=60)
         | st.sampled_from([b"0::/a", b"0::/../..", b"4:memory:a\0b", b"MemAvailable: 1 kB",
                            b"1 1 0:1 / /sys/fs/cgroup rw - cgroup2 c rw", b"active_file x",
+                           b"some avg10=7.25 avg60=0", b"some avg10=999 x", b"some avg10=-1 x",
                            b"1 1 0:1 /.. ../.. rw - cgroup c memory", b"12345", b"max"]),
     )
 )  # fmt: skip
@@ -245,7 +253,147 @@ def test_no_content_of_any_file_raises(files: dict[str, bytes]) -> None:
             file.write_bytes(content)
         snapshot = read_memory(Path(folder))
         assert page_cache_budget(snapshot, 0) >= 0
+        seen = MemoryReader(root=Path(folder)).read()
+        assert (seen.nbytes, seen.notes) == (page_cache_budget(snapshot, 0), snapshot.notes)
+        assert seen.pressure is None or 0 <= seen.pressure <= 100
         if snapshot.available_nbytes is None:
             assert snapshot.notes
         for note in snapshot.notes:
             note.encode()  # it is printed
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_mapped_page_cache_is_in_use_and_no_room(tmp_path: Path, version: int) -> None:
+    machine = Machine(tmp_path, version, "/a")
+    machine.cgroup("a", 2 * GIB, usage=GIB, cache=600 * MIB)
+    stat = tmp_path / machine.top / "a/memory.stat"
+    name = "total_mapped_file" if version == 1 else "file_mapped"
+    stat.write_text(stat.read_text() + f"{name} {200 * MIB}\n")
+    assert machine.budget() == GIB + 400 * MIB
+    # Mapped shared memory is counted too and is no file: there is never less than no cache.
+    stat.write_text(stat.read_text().replace(str(200 * MIB), str(700 * MIB)))
+    assert machine.budget() == GIB
+    machine.cgroup("a", "max" if version == 2 else V1_UNLIMITED)
+    meminfo = tmp_path / "proc/meminfo"
+    meminfo.write_text(meminfo.read_text() + f"Mapped: {3 * GIB >> 10} kB\n")
+    assert machine.budget() == 5 * GIB
+
+
+PSI = "some avg10={} avg60=1.00 avg300=0.50 total=123\nfull avg10=99.00 avg60=0 avg300=0 total=1"
+
+
+def test_pressure_is_that_of_the_innermost_cgroup_that_tells(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, 2, "/a/b")
+    machine.cgroup("a/b", GIB)
+    assert read_memory(tmp_path).pressure is None
+    expected = [("proc/pressure/memory", "1.25"), (f"{machine.top}/a/memory.pressure", "20.00"),
+                (f"{machine.top}/a/b/memory.pressure", "0.00")]  # fmt: skip
+    for file, percent in expected:
+        machine.write(file, PSI.format(percent))
+        assert read_memory(tmp_path).pressure == float(percent)
+        assert MemoryReader(root=tmp_path).read().pressure == float(percent)
+        assert MemoryReader(5, root=tmp_path).read().pressure == float(percent)
+    machine.write(expected[-1][0], "some avg10=nan")
+    assert read_memory(tmp_path).pressure == 20.0
+
+
+def test_v1_takes_the_pressure_of_the_machine(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, 1, "/a")
+    machine.cgroup("a", GIB)
+    machine.write("proc/pressure/memory", PSI.format("3.50"))
+    assert read_memory(tmp_path).pressure == 3.5
+
+
+# -- the reader -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_reader_follows_what_changes(tmp_path: Path, version: int) -> None:
+    machine = Machine(tmp_path, version, "/a/b")
+    top = f"/{machine.top}"
+    machine.cgroup("a", 4 * GIB, usage=GIB)
+    machine.cgroup("a/b", 2 * GIB)
+    if version == 1:
+        machine.cgroup("", V1_UNLIMITED)
+    reader = MemoryReader(reserve_nbytes=MIB, root=tmp_path)
+    seen = reader.read()
+    assert (seen.nbytes, seen.limited_by, seen.notes) == (2 * GIB - MIB, f"{top}/a/b", ())
+    machine.cgroup("a/b", GIB, usage=GIB, cache=300 * MIB)
+    assert reader.read().nbytes == 299 * MIB
+    machine.cgroup("a", 4 * GIB, usage=4 * GIB - 9 * MIB)
+    assert (reader.read().nbytes, reader.read().limited_by) == (8 * MIB, f"{top}/a")
+    machine.meminfo(5 * MIB)
+    assert (reader.read().nbytes, reader.read().limited_by) == (4 * MIB, "MemAvailable")
+    machine.meminfo(0)
+    assert reader.read().nbytes == 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_reader_survives_limits_that_turn_into_nonsense(tmp_path: Path, version: int) -> None:
+    machine = Machine(tmp_path, version, "/a")
+    name = "memory.limit_in_bytes" if version == 1 else "memory.max"
+    machine.cgroup("", V1_UNLIMITED if version == 1 else "max")
+    machine.cgroup("a", GIB)
+    reader = MemoryReader(root=tmp_path)
+    assert reader.read().nbytes == GIB
+    for nonsense in ("", "-5", "lots", "9" * 5000):
+        machine.write(f"{machine.top}/a/{name}", nonsense)
+        seen = reader.read()
+        assert (seen.nbytes, seen.limited_by) == (8 * GIB, "MemAvailable")
+        assert "not a byte count" in seen.notes[0]
+    machine.write(f"{machine.top}/a/{name}", str(GIB))
+    assert (reader.read().nbytes, reader.read().notes) == (GIB, ())
+
+
+def test_reader_notices_that_it_was_moved(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, 2, "/a")
+    machine.cgroup("a", GIB)
+    machine.cgroup("b", 2 * GIB)
+    reader = MemoryReader(root=tmp_path)
+    assert reader.read().limited_by == "/sys/fs/cgroup/a"
+    machine.write("proc/self/cgroup", "0::/b")
+    assert (reader.read().nbytes, reader.read().limited_by) == (2 * GIB, "/sys/fs/cgroup/b")
+    machine.write("proc/self/cgroup", "0::/gone")
+    assert "/sys/fs/cgroup/gone: missing" in reader.read().notes
+    machine.cgroup("gone", GIB)  # it is there now, and is found after a while
+    assert GIB in [reader.read().nbytes for _ in range(100)]
+
+
+def test_reader_of_nothing_knows_nothing_and_then_something(tmp_path: Path) -> None:
+    reader = MemoryReader(root=tmp_path)
+    assert (reader.read().nbytes, reader.read().limited_by) == (0, "nothing is known")
+    machine = Machine(tmp_path, 2, "/a")
+    machine.cgroup("a", GIB)
+    assert reader.read().nbytes == GIB
+
+
+def test_reader_takes_a_budget_that_is_given(tmp_path: Path) -> None:
+    reader = MemoryReader(3 * GIB, reserve_nbytes=GIB, root=tmp_path)
+    assert (reader.read().nbytes, reader.read().limited_by) == (3 * GIB, "what was given")
+    assert MemoryReader(0).read().nbytes == 0
+    for wrong in ({"budget": -1}, {"reserve_nbytes": -1}):
+        with pytest.raises(ValueError, match="not negative"):
+            MemoryReader(**wrong)
+
+
+def test_reader_keeps_few_files_open_and_gives_them_back() -> None:
+    before = os.listdir("/proc/self/fd")
+    reader = MemoryReader()
+    for _ in range(2):
+        reader.read()
+    held = len(os.listdir("/proc/self/fd"))
+    for _ in range(200):
+        reader.read()
+    assert len(os.listdir("/proc/self/fd")) == held
+    reader.close()
+    assert os.listdir("/proc/self/fd") == before
+    assert reader.read().nbytes > 0
+    del reader
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_reader_agrees_with_the_snapshot_of_this_machine() -> None:
+    seen = MemoryReader().read()
+    snapshot = read_memory()
+    assert seen.nbytes == pytest.approx(page_cache_budget(snapshot, 0), rel=0.1)
+    assert seen.notes == snapshot.notes

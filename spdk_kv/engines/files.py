@@ -33,9 +33,12 @@ _DIO_MEM_ALIGN_AT = 152
 class FileEngine(Engine):
     """A regular file or a block device, through one descriptor."""
 
+    exclusive = True
+    """Whether a block device is taken for this engine alone."""
+
     def __init__(self, path: str, options: EngineOptions) -> None:
         super().__init__(path, options)
-        self.fd = _open(path, self.direct, self.name)
+        self.fd = _open(path, self.direct, self.name, self.exclusive)
         try:
             if self.direct:
                 self.block_nbytes, self.align_nbytes = _direct_alignment(self.fd)
@@ -124,7 +127,7 @@ def _direct_alignment(fd: int) -> tuple[int, int]:
     return max(DIRECT_BLOCK_NBYTES, offset), memory or DIRECT_BLOCK_NBYTES
 
 
-def _open(path: str, direct: bool, name: str) -> int:
+def _open(path: str, direct: bool, name: str, exclusive: bool) -> int:
     flags = os.O_RDWR | os.O_CLOEXEC
     # A device that is not there must not become a file in /dev; /dev/shm is for files.
     create = not path.startswith("/dev/") or path.startswith("/dev/shm/")
@@ -132,7 +135,7 @@ def _open(path: str, direct: bool, name: str) -> int:
         if stat.S_ISBLK(os.stat(path).st_mode):
             # Exclusive: the kernel refuses while the device is mounted, swapped on, or in use
             # by dm, md or another opener of this kind.
-            flags |= os.O_EXCL
+            flags |= os.O_EXCL if exclusive else 0
         create = False
     except FileNotFoundError:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 
 from spdk_kv._native.pool_backend import PoolBackend
 from spdk_kv.engines.files import FileEngine
@@ -36,3 +37,25 @@ class PageCacheEngine(FileEngine):
         )
         mapping.madvise(mmap.MADV_WILLNEED)
         return mapping
+
+
+class BesidePageCacheEngine(PageCacheEngine):
+    """The page cache of a file or device that a direct engine holds open.
+
+    Both reach the same bytes, and the kernel keeps them coherent. Nothing is read ahead, so the
+    cache holds what was asked for and no more, and no page is filled while the direct engine
+    writes it. Transfers tell how much of a read was not in the cache (``cold_nbytes``).
+    """
+
+    exclusive = False
+
+    def _open_backend(self) -> PoolBackend:
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+        return PoolBackend(self.fd, min(self.options.depth, _MOST_THREADS), tells_cold=True)
+
+    def drop(self, offset: int, nbytes: int) -> None:
+        """Takes a range out of the page cache; what is dirty there is written first.
+
+        Blocks for that. Pages in use at the moment stay.
+        """
+        os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)

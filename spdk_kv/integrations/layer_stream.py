@@ -301,6 +301,7 @@ class LayerStream:
 
     def _take(self, sequence: Sequence) -> None:
         self._sequence = sequence
+        sequence.read_ahead = False  # what is in memory is counted here
         if sequence.temporary:
             self._finalizer = weakref.finalize(self, _delete_aside, sequence)
             self._finalizer.atexit = False  # closing the store deletes it

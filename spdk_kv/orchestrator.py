@@ -1,0 +1,312 @@
+"""Two paths behind one door: for each unit the page cache or the device, by the memory there is.
+
+On a drive that the kernel keeps, both engines reach the same extents and the kernel keeps them
+coherent, so a unit's path is no more than the choice of who reads it: promotion is reading through
+the page cache, demotion is dropping it from there. Whatever was decided, the bytes are the same.
+
+Writes go directly, whatever path the reads take: a prefill through the page cache would push hot
+units out of it, and wait for reclaim. Only a store told to use the page cache alone writes there.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from spdk_kv.engines import Engine
+from spdk_kv.engines.pagecache import BesidePageCacheEngine
+from spdk_kv.memory import MemoryReader, cached_nbytes
+from spdk_kv.orchestrator_units import Extents, TrackedUnit, UnitGroup
+from spdk_kv.residency import Observation, Policy, Unit
+from spdk_kv.staging import StagingPool
+from spdk_kv.units import format_nbytes
+
+log = logging.getLogger(__name__)
+
+# Of what the page cache is to hold: missed by so much, the next decision does not wait for the
+# turn's end, since the rest of the turn would go on evicting.
+_ALARM_SHARE = 0.05
+
+
+class Orchestrator:
+    """The engines of a store, and which of them reads which unit. Thread-safe.
+
+    ``direct``: the store's engine. ``cache``: the page cache of the same file, or None where there
+    is one path only; ``single`` then says why. ``ahead_nbytes``: memory of ``staging`` that may be
+    used to read ahead.
+    """
+
+    def __init__(
+        self,
+        direct: Engine,
+        cache: BesidePageCacheEngine | None,
+        policy: Policy,
+        memory: MemoryReader,
+        single: str,
+        staging: StagingPool,
+        ahead_nbytes: int,
+    ) -> None:
+        self.direct = direct
+        self.cache = cache
+        self.policy = policy
+        self.single = single
+        self.writer: Engine = cache if cache and policy.name == "pagecache" else direct
+        self.ahead_nbytes = ahead_nbytes
+        self._staging = staging
+        self._held_ahead_nbytes = 0
+        self._memory = memory
+        self._lock = threading.RLock()
+        self._groups: dict[int, UnitGroup] = {}
+        self._numbers = 0
+        self._limit_nbytes = 0
+        self._budget_nbytes = 0
+        self._limited_by = ""
+        self._reason = single or "nothing was decided yet"
+        self._since = {"hit_nbytes": 0, "missed_nbytes": 0}
+        self._counters = {
+            "decisions": 0,
+            "promotions": 0,
+            "demotions": 0,
+            "cached_read_nbytes": 0,
+            "direct_read_nbytes": 0,
+            "filled_nbytes": 0,
+            "missed_nbytes": 0,
+            "taken_over_nbytes": 0,
+        }
+        self._dropping: ThreadPoolExecutor | None = None
+
+    # -- sequences come and go ------------------------------------------------------------------
+
+    def adopt(self, name: str, extents: Sequence[Extents]) -> UnitGroup:
+        """Takes up a sequence; ``extents``: those of K and V of each layer, in turn."""
+        with self._lock:
+            self._numbers += 1
+            group = UnitGroup(self._numbers, name)
+            group.add(extents)
+            self._groups[group.number] = group
+            return group
+
+    def release(self, group: UnitGroup) -> None:
+        """Forgets a sequence that is gone; what the page cache holds of it is dropped."""
+        with self._lock:
+            if self._groups.pop(group.number, None) is not None:
+                for unit in group.units:
+                    self._demote(unit)
+
+    # -- reads ----------------------------------------------------------------------------------
+
+    def reader(self, unit: TrackedUnit) -> Engine:
+        """The engine that reads ``unit`` now."""
+        return self.cache if unit.cached and self.cache is not None else self.direct
+
+    def other(self, engine: Engine) -> Engine | None:
+        """The engine of the other path."""
+        return self.cache if engine is self.direct else self.direct
+
+    def reads(self, group: UnitGroup, layer: int) -> None:
+        """A layer is about to be read on demand; may decide anew. Does no I/O but for a few small
+        files of procfs."""
+        if self.cache is None:
+            return
+        # Of either path: one that is out of use for now must not keep what was dropped on it.
+        self._collect()
+        with self._lock:
+            if not group.begins_turn(layer):
+                return
+            # Once for all sequences that take turns, not once for each.
+            if group.turned or not any(other.turned for other in self._groups.values()):
+                for other in self._groups.values():
+                    other.turned = False
+                    other.idle_steps += 1
+                self.decide()
+            group.turned = True
+            group.idle_steps = 0
+
+    def was_read(self, unit: TrackedUnit | None, nbytes: int, cold_nbytes: int) -> None:
+        """Counts a finished read: of ``unit`` through the page cache, or (None) a direct one."""
+        if unit is None:
+            self._counters["direct_read_nbytes"] += nbytes
+            return
+        with self._lock:
+            missed = unit.warm(cold_nbytes) if unit.cached else 0
+            self._counters["cached_read_nbytes"] += nbytes
+            self._counters["filled_nbytes"] += cold_nbytes - missed
+            self._counters["missed_nbytes"] += missed
+            self._since["hit_nbytes"] += nbytes - cold_nbytes
+            self._since["missed_nbytes"] += missed
+            if missed and self._since["missed_nbytes"] > _ALARM_SHARE * self._limit_nbytes:
+                self.decide()
+
+    def took_over(self, nbytes: int) -> None:
+        """Counts bytes that one path could not deliver and the other one did."""
+        self._counters["taken_over_nbytes"] += nbytes
+
+    # -- reading ahead --------------------------------------------------------------------------
+
+    def admits(self, nbytes: int) -> bool:
+        """Whether so much more may be read ahead now. The first always may, however large.
+
+        A read on demand overtakes what is read ahead within each engine, so that it waits for no
+        more than the commands in flight.
+        """
+        held = self._held_ahead_nbytes
+        return held == 0 or held + nbytes <= self.ahead_nbytes
+
+    def hold_ahead(self, nbytes: int) -> None:
+        """Counts memory taken (or, negative, given back) by what is read ahead."""
+        with self._lock:
+            self._held_ahead_nbytes += nbytes
+
+    # -- decisions ------------------------------------------------------------------------------
+
+    def decide(self) -> None:
+        """Reads the budget, asks the policy, and moves units between the paths."""
+        with self._lock:
+            self._staging.shed()
+            budget = self._memory.read()
+            seen = Observation(
+                budget_nbytes=budget.nbytes,
+                pressure=budget.pressure or 0.0,
+                resident_nbytes=self._resident() if self._since["missed_nbytes"] else None,
+                **self._since,
+            )
+            self._since = {"hit_nbytes": 0, "missed_nbytes": 0}
+            tracked: dict[Hashable, TrackedUnit] = {
+                unit.key: unit for group in self._groups.values() for unit in group.units
+            }
+            cached = frozenset(key for key, unit in tracked.items() if unit.cached)
+            decision = self.policy.decide(
+                [_numbers(unit) for unit in tracked.values()], cached, seen
+            )
+            self._counters["decisions"] += 1
+            self._budget_nbytes, self._limited_by = budget.nbytes, budget.limited_by
+            self._limit_nbytes, self._reason = decision.limit_nbytes, decision.reason
+            for key in cached - decision.cached:
+                self._demote(tracked[key])
+            for key in decision.cached - cached:
+                tracked[key].cached = True
+                self._counters["promotions"] += 1
+        if decision.cached != cached:
+            log.info(
+                "%s: %d of %d units through the page cache (%d before): %s",
+                self.direct.where,
+                len(decision.cached),
+                len(tracked),
+                len(cached),
+                decision.reason,
+            )
+
+    def _resident(self) -> int | None:
+        """Bytes of the units on the page-cache path that the kernel really has in memory."""
+        if self.cache is None:
+            return None
+        total = 0
+        for group in self._groups.values():
+            for unit in group.units:
+                if not unit.cached:
+                    continue
+                found = [
+                    cached_nbytes(self.cache.fd, offset, unit.nbytes // len(unit.extents))
+                    for offset, _ in unit.extents
+                ]
+                known = [nbytes for nbytes in found if nbytes is not None]
+                if len(known) < len(found):
+                    return None
+                # What has to come back is not missed a second time.
+                unit.warmed_nbytes = sum(known)
+                total += unit.warmed_nbytes
+        return total
+
+    def _demote(self, unit: TrackedUnit) -> None:
+        if not unit.cached or self.cache is None:
+            return
+        unit.cached, unit.warmed_nbytes = False, 0
+        self._counters["demotions"] += 1
+        # Aside: dropping the pages of 64 MiB takes milliseconds, and a read is waiting.
+        if self._dropping is None:
+            self._dropping = ThreadPoolExecutor(1, "spdk_kv-drop")
+        self._dropping.submit(self._drop, self.cache, unit)
+
+    @staticmethod
+    def _drop(cache: BesidePageCacheEngine, unit: TrackedUnit) -> None:
+        for offset, nbytes in unit.extents:
+            if unit.cached:
+                return  # promoted again in the meantime
+            try:
+                cache.drop(offset, nbytes)
+            except OSError as refused:
+                log.debug("%s: pages stay in the cache: %s", cache.where, refused)
+
+    # -- what it did, and why -------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        self.direct.queue.collect()
+        if self.cache is not None:
+            self.cache.queue.collect()
+
+    def stats(self) -> dict[str, Any]:
+        """Policy, budget, what was decided last and why, and bytes by path since the opening."""
+        self._collect()
+        with self._lock:
+            units = [unit for group in self._groups.values() for unit in group.units]
+            cached = [unit for unit in units if unit.cached]
+            return {
+                "policy": self.policy.name,
+                "paths": 1 if self.cache is None else 2,
+                "reason": self._reason,
+                "budget_nbytes": self._budget_nbytes,
+                "limited_by": self._limited_by,
+                "limit_nbytes": self._limit_nbytes,
+                "units": len(units),
+                "cached_units": len(cached),
+                "cached_nbytes": sum(unit.nbytes for unit in cached),
+                **self._counters,
+            }
+
+    def why(self) -> list[dict[str, Any]]:
+        """Of each unit: the sequence, layer, K or V, bytes, the path, and why it is on it."""
+        with self._lock:
+            return [
+                {
+                    "sequence": group.name,
+                    "layer": unit.layer,
+                    "part": "v" if unit.value else "k",
+                    "nbytes": unit.nbytes,
+                    "path": "page cache" if unit.cached else self.direct.name,
+                    "why": self.single or self.policy.why(_numbers(unit)),
+                }
+                for group in self._groups.values()
+                for unit in group.units
+            ]
+
+    def close(self) -> None:
+        """Ends the second path; the direct engine is its owner's to close."""
+        log.debug("%s: %s", self.direct.where, _account(self._counters))
+        if self._dropping is not None:
+            self._dropping.shutdown()
+        if self.cache is not None:
+            self.cache.close()
+        self._memory.close()
+
+
+def _account(counters: dict[str, int]) -> str:
+    """One line on what was read by which path."""
+    return (
+        f"{format_nbytes(counters['cached_read_nbytes'])} read through the page cache "
+        f"({format_nbytes(counters['missed_nbytes'])} of it missed), "
+        f"{format_nbytes(counters['direct_read_nbytes'])} directly"
+    )
+
+
+def _numbers(unit: TrackedUnit) -> Unit:
+    return Unit(
+        key=unit.key,
+        nbytes=unit.nbytes,
+        capacity_nbytes=unit.capacity_nbytes,
+        weight=unit.weight,
+        idle_steps=unit.group.idle_steps,
+        sequence=unit.group.number,
+    )

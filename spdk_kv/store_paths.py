@@ -1,0 +1,41 @@
+"""The two paths of a store: its engine, and the page cache of the same bytes where there is one."""
+
+from __future__ import annotations
+
+from spdk_kv.engines import Engine
+from spdk_kv.engines.files import FileEngine
+from spdk_kv.engines.pagecache import BesidePageCacheEngine
+from spdk_kv.errors import SpdkKvError
+from spdk_kv.memory import MemoryReader
+from spdk_kv.orchestrator import Orchestrator
+from spdk_kv.residency import make_policy
+from spdk_kv.staging import StagingPool
+from spdk_kv.store_settings import StoreSettings
+
+
+def open_paths(engine: Engine, staging: StagingPool, settings: StoreSettings) -> Orchestrator:
+    """Opens the second path beside ``engine``. ValueError for an unknown policy; where there can
+    be one path only the orchestrator says why."""
+    policy = make_policy(settings.residency)
+    memory = MemoryReader(settings.page_cache_nbytes)
+    cache, single = _open_cache(engine, settings)
+    # Half of what is kept for transfers, so that a read on demand still finds room there.
+    ahead_nbytes = settings.staging_nbytes // 2
+    return Orchestrator(engine, cache, policy, memory, single, staging, ahead_nbytes)
+
+
+def _open_cache(
+    engine: Engine, settings: StoreSettings
+) -> tuple[BesidePageCacheEngine | None, str]:
+    """The page cache's engine, or None and why there is none."""
+    if settings.residency == "direct":
+        return None, "residency is 'direct': the page cache is not used"
+    if not isinstance(engine, FileEngine):
+        return None, f"the engine {engine.name} has no page cache beside it"
+    if not engine.direct:
+        why = "was asked for" if settings.engine else "is the only way to this file or device here"
+        return None, f"the engine {engine.name} {why}: everything goes through the page cache"
+    try:
+        return BesidePageCacheEngine(engine.where, engine.options), ""
+    except SpdkKvError as refused:
+        return None, f"the page cache cannot be used beside {engine.name}: {refused}"

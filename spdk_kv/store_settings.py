@@ -1,0 +1,28 @@
+"""How a store is opened, in one value; the meaning of each field is at :func:`spdk_kv.open`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from spdk_kv.engines import EngineOptions
+from spdk_kv.store_catalog import Eviction
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """The arguments of :func:`spdk_kv.open`, sizes parsed."""
+
+    capacity: int | str | None
+    engine: str | None
+    eviction: Eviction
+    verify: bool
+    create: bool | None
+    index_dir: str | os.PathLike[str] | None
+    options: EngineOptions
+    staging_nbytes: int
+    residency: str
+    page_cache_nbytes: int | None
+    mmap: bool
+    discard: bool
+    flush_interval_s: float | None
