@@ -7,6 +7,10 @@ from spdk_kv.cli import LazyGroup
 bench = LazyGroup(
     "bench",
     commands_at={
+        "decode": (
+            "spdk_kv.cli.bench_decode:bench_decode",
+            "Which path to the drive decodes fastest at which memory budget.",
+        ),
         "io": ("spdk_kv.cli.bench_io:bench_io", "What an engine gets out of a drive."),
     },
     help="Measure a drive, an engine or a policy.",

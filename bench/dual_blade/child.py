@@ -1,0 +1,28 @@
+"""The process that replays one case: spdk_kv's variants, and the baselines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from copy_threads import ScheduledPath
+from flexllmgen import NumpyFiles
+from strong import OneFile
+
+from spdk_kv.cli import decode_case
+from spdk_kv.cli.decode_case import Case
+from spdk_kv.cli.decode_load import Load, Noise
+from spdk_kv.cli.decode_replay import Device, KVPath
+
+
+def _flexllmgen(case: Case, noise: Noise, device: Device, folder: Path) -> KVPath:
+    load = Load(**case.load)
+    return ScheduledPath(load, noise, device, NumpyFiles(folder, load), case.relay_nbytes)
+
+
+def _strong(case: Case, noise: Noise, device: Device, folder: Path) -> KVPath:
+    load = Load(**case.load)
+    return ScheduledPath(load, noise, device, OneFile(folder, load), case.relay_nbytes)
+
+
+if __name__ == "__main__":
+    decode_case.main({"flexllmgen": _flexllmgen, "strong": _strong})

@@ -1,0 +1,36 @@
+"""What is to be run, in which order: the settings, and the schedule of the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rows import VARIANTS
+
+from spdk_kv.cli.decode_load import Load
+
+RHOS = (0.22, 0.33, 0.44, 0.55, 0.66, 0.77, 0.9, 1.2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``rhos``: budgets as shares of the KV cache. ``link``: times the drive's best, or None.
+    ``fio_s``: seconds of each fio job; ``fio_nbytes``: its file."""
+
+    load: Load
+    variants: tuple[str, ...] = VARIANTS
+    rhos: tuple[float, ...] = RHOS
+    runs: int = 5
+    compute_s: float = 0.0
+    link: float | None = None
+    fio_s: float = 3.0
+    fio_nbytes: int = 1 << 30
+
+
+def interleaved(plan: Plan, number: int) -> Iterator[tuple[float, str]]:
+    """The cases of run ``number``: every budget, every variant; every other run goes backwards,
+    so that what slows the machine for a while slows all of them alike."""
+    cases: Sequence[tuple[float, str]] = [
+        (rho, variant) for rho in plan.rhos for variant in plan.variants
+    ]
+    yield from cases if number % 2 == 0 else reversed(cases)

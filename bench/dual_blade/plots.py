@@ -1,0 +1,100 @@
+"""The plots, by matplotlib: ``pip install 'spdk_kv[bench]'``. Without it there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rows import VARIANTS, Row
+
+# Colours that people who see fewer of them can tell apart (Okabe and Ito).
+_COLOURS = {
+    "flexllmgen": "#d55e00",
+    "strong": "#e69f00",
+    "direct": "#56b4e9",
+    "pagecache": "#009e73",
+    "dual": "#0b2e6f",
+}
+_LABELS = {
+    "flexllmgen": "FlexLLMGen-like (memmap)",
+    "strong": "strong (one descriptor, large preads)",
+    "direct": "all direct",
+    "pagecache": "all page cache",
+    "dual": "dual (adaptive)",
+}
+
+
+def missing() -> str | None:
+    """Why no plots can be drawn, or None."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return "matplotlib is not installed (pip install 'spdk_kv[bench]')"
+    return None
+
+
+def draw(rows: Sequence[Row], out: Path) -> list[str]:
+    """Draws ``decode.png``, ``prefill.png`` and ``utilisation.png``; returns their names, none
+    where matplotlib is missing."""
+    if missing():
+        return []
+    pictures = (
+        ("decode.png", "decode_s", "Decode: seconds per token", "s per token", True),
+        ("prefill.png", "prefill_s", "Prefill: seconds", "s", False),
+        ("utilisation.png", "utilisation", "Drive utilisation in decode", "of fio", False),
+    )
+    for file, name, title, unit, bounded in pictures:
+        _picture(rows, out / file, name, title, unit, bounded)
+    return [picture[0] for picture in pictures]
+
+
+def _picture(
+    rows: Sequence[Row], path: Path, name: str, title: str, unit: str, bounded: bool
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150)
+    for variant in VARIANTS:
+        mine = [row for row in rows if row["variant"] == variant]
+        middle = f"{name}_p50" if f"{name}_p50" in rows[0] else name
+        mine = [row for row in mine if row[middle] is not None]
+        if mine:
+            _line(axes, variant, mine, name, middle)
+    if bounded:
+        bound = {row["rho"]: row["bound_s"] for row in rows if row["bound_s"] is not None}
+        best = {row["rho"]: row["bound_overlapped_s"] for row in rows if row["rho"] in bound}
+        axes.plot(
+            sorted(bound), [bound[x] for x in sorted(bound)], "k--", lw=1.2,
+            label="bound (drive, then memory)",
+        )  # fmt: skip
+        axes.plot(
+            sorted(best), [best[x] for x in sorted(best)], "k:", lw=1.2,
+            label="bound (side by side)",
+        )  # fmt: skip
+    axes.axvline(1.0, color="0.85", lw=1, zorder=0)
+    axes.set(xlabel="page-cache budget / KV cache (rho)", ylabel=unit, title=title)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _line(axes: Any, variant: str, rows: Sequence[Row], name: str, middle: str) -> None:
+    budgets = [row["rho"] for row in rows]
+    size, width, height = (5, 2.4, 5) if variant == "dual" else (3.5, 1.5, 3)
+    axes.plot(
+        budgets, [row[middle] for row in rows], "o-", ms=size, lw=width, zorder=height,
+        color=_COLOURS[variant], label=_LABELS[variant],
+    )  # fmt: skip
+    if f"{name}_p25" in rows[0]:
+        axes.fill_between(
+            budgets, [row[f"{name}_p25"] for row in rows], [row[f"{name}_p75"] for row in rows],
+            color=_COLOURS[variant], alpha=0.15, lw=0,
+        )  # fmt: skip

@@ -1,0 +1,173 @@
+"""The report: Markdown tables, JSON rows, and the plots where matplotlib is installed.
+
+    python bench/dual_blade/report.py SAMPLES [--out FOLDER] [--json FILE]
+
+draws it again from the samples that run.py kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import plots
+from rows import VARIANTS, Row, Sample, load_of, make_rows
+
+from spdk_kv.units import format_nbytes
+
+# What the paper reports, and what is asked of this reproduction.
+DECODE_LOWER, DECODE_LOWER_BEST, PREFILL_LOWER, UTILISATION = 0.424, 0.60, 0.331, 2.2
+OF_BOUND, OF_BETTER, OF_FIO = 1.10, 1.03, 0.95
+TIGHT = 0.5
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples kept in ``path``, one JSON object per line."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def markdown(samples: Sequence[Sample], rows: Sequence[Row], pictures: Sequence[str]) -> str:
+    """The whole report. ``pictures``: names of plot files beside it."""
+    about = next(sample for sample in samples if sample["kind"] == "about")
+    load = load_of(samples)
+    lines = [f"# {about['title']}", ""]
+    lines += [f"- {line}" for line in about["machine"]]
+    lines += [
+        f"- load: {load.layers} layers, hidden {load.hidden}, batch {load.batch}, prompt "
+        f"{load.prompt}, generate {load.generate}, fp16: {load.units} units of "
+        f"{format_nbytes(load.unit_nbytes)}, W = {format_nbytes(load.nbytes)} after the prompt",
+        f"- compute {about['compute_s'] * 1e3:g} ms per layer; link: {about['link_text']}",
+        f"- fio: {rows[0]['fio_read_gib_s']:.2f} GiB/s read, {rows[0]['fio_write_gib_s']:.2f} "
+        f"write; memory copy {rows[0]['memory_copy_gib_s']:.1f} GiB/s",
+        f"- runs per case: {max(row['runs'] for row in rows)}; every figure is a median "
+        "(quartiles)",
+        "",
+    ]
+    for picture in pictures:
+        lines += [f"![{Path(picture).stem}]({picture})", ""]
+    for title, cell in _TABLES:
+        lines += ["", f"## {title}", "", *_table(rows, cell)]
+    if any(row["variant"] == "dual" for row in rows):
+        lines += ["", "## What was to be reached", "", *_verdicts(rows)]
+    if errors := sorted({(row["variant"], error) for row in rows for error in row["errors"]}):
+        lines += ["", "## Runs that failed", "", *(f"- {name}: {why}" for name, why in errors)]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(row: Row, name: str) -> str:
+    middle, low, high = (row[f"{name}_{part}"] for part in ("p50", "p25", "p75"))
+    return f"{middle:.3f}" if low == high else f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _share(row: Row, name: str) -> str:
+    return "" if row[name] is None else f"{row[name]:.0%}"
+
+
+_TABLES: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("Decode, seconds per token", lambda row: _spread(row, "decode_s")),
+    ("Decode against the bound", lambda row: f"{row['of_bound']:.2f}"),
+    ("Prefill, seconds", lambda row: _spread(row, "prefill_s")),
+    ("Utilisation: read from the drive while decoding, of fio", lambda r: _share(r, "utilisation")),
+    ("Hit rate: asked for and not read from the drive", lambda row: _share(row, "hit_rate")),
+    ("CPU-seconds per token", lambda row: f"{row['cpu_s_per_token']:.2f}"),
+    ("Major faults per token", lambda row: f"{row['major_faults_per_token']:,.0f}"),
+)
+
+
+def _table(rows: Sequence[Row], cell: Callable[[Row], str]) -> list[str]:
+    """Budgets downwards, variants across."""
+    names = _names(rows)
+    lines = [f"| rho | bound | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for rho in sorted({row["rho"] for row in rows}):
+        here = {row["variant"]: row for row in rows if row["rho"] == rho}
+        bound = next((row["bound_s"] for row in here.values() if row["bound_s"]), None)
+        cells = [
+            "failed" if row is None or row["decode_s_p50"] is None else cell(row)
+            for row in map(here.get, names)
+        ]
+        lines.append(
+            f"| {rho:g} | {'' if bound is None else f'{bound:.3f}'} | {' | '.join(cells)} |"
+        )
+    return lines
+
+
+def _names(rows: Iterable[Row]) -> list[str]:
+    seen = dict.fromkeys(row["variant"] for row in rows)
+    return [name for name in VARIANTS if name in seen] + [n for n in seen if n not in VARIANTS]
+
+
+def _verdicts(rows: Sequence[Row]) -> list[str]:
+    lines = ["| rho | what | asked | reached | |", "|---|---|---|---|---|"]
+    lowest: list[float] = []
+    for rho in sorted({row["rho"] for row in rows}):
+        here = {r["variant"]: r for r in rows if r["rho"] == rho and r["decode_s_p50"] is not None}
+        dual, flex = here.get("dual"), here.get("flexllmgen")
+        if dual is None:
+            continue
+        ours = dual["decode_s_p50"]
+        lines.append(_verdict(rho, "decode / bound", dual["of_bound"], OF_BOUND, most=True))
+        others = [here[name]["decode_s_p50"] for name in ("direct", "pagecache") if name in here]
+        if others:
+            what = "decode / better of direct and pagecache"
+            lines.append(_verdict(rho, what, ours / min(others), OF_BETTER, most=True))
+        if flex is None:
+            continue
+        lower = 1 - ours / flex["decode_s_p50"]
+        lowest.append(lower)
+        if rho < 1:
+            what = "decode lower than flexllmgen's by"
+            lines.append(_verdict(rho, what, lower, DECODE_LOWER, most=False))
+        if rho < TIGHT:
+            lower = 1 - dual["prefill_s_p50"] / flex["prefill_s_p50"]
+            what = "prefill lower than flexllmgen's by"
+            lines.append(_verdict(rho, what, lower, PREFILL_LOWER, most=False))
+            if flex["utilisation"] and dual["utilisation"]:
+                what = "utilisation / flexllmgen's"
+                times = dual["utilisation"] / flex["utilisation"]
+                lines.append(_verdict(rho, what, times, UTILISATION, most=False))
+                lines.append(
+                    _verdict(rho, "utilisation of fio", dual["utilisation"], OF_FIO, most=False)
+                )
+    if lowest:
+        what = "decode lower than flexllmgen's, at the best budget"
+        lines.append(_verdict(None, what, max(lowest), DECODE_LOWER_BEST, most=False))
+    return lines
+
+
+def _verdict(rho: float | None, what: str, reached: float, asked: float, *, most: bool) -> str:
+    met = reached <= asked if most else reached >= asked
+    side = "at most" if most else "at least"
+    budget = "" if rho is None else f"{rho:g}"
+    word = "met" if met else "missed"
+    return f"| {budget} | {what} | {side} {asked:g} | {reached:.3f} | {word} |"
+
+
+def write(samples: Sequence[Sample], out: Path, json_file: Path | None) -> tuple[list[Row], str]:
+    """Writes README.md, rows.json and the plots into ``out``; returns the rows and the text."""
+    rows = make_rows(samples)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = plots.draw(rows, out)
+    text = markdown(samples, rows, pictures)
+    (out / "README.md").write_text(text)
+    content: Any = json.dumps(rows, indent=2) + "\n"
+    (out / "rows.json").write_text(content)
+    if json_file is not None:
+        json_file.write_text(content)
+    return rows, text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("samples", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of the report; default: beside SAMPLES")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the rows there as well")
+    words = parser.parse_args()
+    _, text = write(read_samples(words.samples), words.out or words.samples.parent, words.json)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
