@@ -18,8 +18,14 @@ class PageCacheEngine(FileEngine):
     name = "pagecache"
     direct = False
 
+    tells_cold = False
+
     def _open_backend(self) -> PoolBackend:
-        return PoolBackend(self.fd, min(self.options.depth, _MOST_THREADS))
+        # The loop reads ahead itself, by its depth. The kernel's read-ahead follows one stream per
+        # descriptor, is lost where several threads read in turn, and fetches what nobody wants.
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+        threads = min(self.options.depth, _MOST_THREADS)
+        return PoolBackend(self.fd, threads, tells_cold=self.tells_cold)
 
     def map(self, offset: int, nbytes: int) -> mmap.mmap:
         """The page cache itself as memory, with no copy: ``nbytes`` from ``offset``, a multiple
@@ -48,10 +54,7 @@ class BesidePageCacheEngine(PageCacheEngine):
     """
 
     exclusive = False
-
-    def _open_backend(self) -> PoolBackend:
-        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
-        return PoolBackend(self.fd, min(self.options.depth, _MOST_THREADS), tells_cold=True)
+    tells_cold = True
 
     def drop(self, offset: int, nbytes: int) -> None:
         """Takes a range out of the page cache; what is dirty there is written first.
