@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 READ: int
@@ -21,23 +21,39 @@ class Queue:
         segment_nbytes: int,
         block_nbytes: int,
         align_nbytes: int,
-        slots: Iterable[int],
+        slots: Collection[int],
         pid: int,
     ) -> None: ...
     @property
     def segment_nbytes(self) -> int: ...
     @property
     def active(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    def keep(self, thing: object) -> None: ...
+    def add_slots(self, slots: Collection[int]) -> None: ...
     def reap(self) -> list[Transfer]: ...
     def stop_reaping(self) -> None: ...
     def stats(self) -> dict[str, Any]: ...
+    def rates(self) -> list[tuple[int, int, int, int]]: ...
     def close(self, timeout_s: float = 30.0) -> bool: ...
 
 class Transfer:
     queue: Queue
     on_done: Any
+    link: Any
     def __init__(
-        self, queue: Queue, op: int, *, checksum: bool = False, chunk_nbytes: int = 0
+        self,
+        queue: Queue,
+        op: int,
+        *,
+        checksum: bool = False,
+        chunk_nbytes: int = 0,
+        segment_nbytes: int = 0,
+        window: int = 0,
+        link: Any = None,
+        stream: int | None = None,
+        hand_over: bool = False,
     ) -> None: ...
     def keep(self, thing: object) -> None: ...
     def add(self, offset: int, address: int, nbytes: int, capacity: int = 0) -> None: ...
