@@ -70,6 +70,12 @@ cdef void _landed(Queue_ *q, Segment *s) noexcept nogil:
         _handed_over(q, t)
 
 
+cdef inline void _count_overlap(Queue_ *q, uint64_t now) noexcept nogil:
+    # What began after `now` was taken overlapped with nothing yet.
+    if now > q.overlap_since_ns:
+        q.counters.overlap_ns += now - q.overlap_since_ns
+
+
 cdef void _copied(Queue_ *q, Copy *c, uint64_t now) noexcept nogil:
     """A copy is over. Its transfer may be gone when this returns."""
     cdef Segment *s = c.segment
@@ -80,7 +86,7 @@ cdef void _copied(Queue_ *q, Copy *c, uint64_t now) noexcept nogil:
     if q.copies == 0:
         q.counters.copy_busy_ns += now - q.copy_since_ns
         if q.in_flight:
-            q.counters.overlap_ns += now - q.overlap_since_ns
+            _count_overlap(q, now)
     if c.copy.result < 0:
         _fail(q, s, -c.copy.result)
     elif t.op == SKV_WRITE:
@@ -193,10 +199,10 @@ cdef inline int _doubling(uint32_t value) noexcept nogil:
 
 
 cdef void _count_rate(Queue_ *q, Transfer_ *t, uint32_t nbytes, uint64_t now) noexcept nogil:
-    """Before the command is taken off those in flight."""
+    # Commands that completed together share their depth, and the first of them has their time.
     cdef uint64_t since = max(q.completed_ns, q.busy_since_ns)
-    cdef int depth = _doubling(q.in_flight)
-    cdef Rate *rate = &q.rates[_doubling(t.segment_nbytes)][min(depth, DEPTHS - 1)]
+    cdef int depth = _doubling(q.depth_before)
+    cdef Rate *rate = &q.rates[t.op][_doubling(t.segment_nbytes)][min(depth, DEPTHS - 1)]
     rate.nbytes += nbytes
     if now > since:
         rate.busy_ns += now - since

@@ -178,16 +178,21 @@ cdef class Queue:
             },
         }
 
-    def rates(self):
-        """What the drive did for transfers over links: ``(segment_nbytes, depth, nbytes,
-        busy_ns)`` by segment size and depth at the time, both rounded down to powers of two."""
+    def rates(self, int op):
+        """What the drive did in transfers over links, for READ or WRITE: ``(segment_nbytes, depth,
+        nbytes, busy_ns)`` by the transfer's segment size and the depth at the time, both rounded
+        down to powers of two."""
         cdef int size, depth
-        return [
-            (1 << size, 1 << depth, self._q.rates[size][depth].nbytes,
-             self._q.rates[size][depth].busy_ns)
-            for size in range(SIZES) for depth in range(DEPTHS)
-            if self._q.rates[size][depth].nbytes
-        ]
+        cdef Rate *rate
+        cdef list found = []
+        if op != SKV_READ and op != SKV_WRITE:
+            raise ValueError(f"only reads and writes have rates, not operation {op}")
+        for size in range(SIZES):
+            for depth in range(DEPTHS):
+                rate = &self._q.rates[op][size][depth]
+                if rate.nbytes:
+                    found.append((1 << size, 1 << depth, rate.nbytes, rate.busy_ns))
+        return found
 
     def close(self, double timeout_s=30.0):
         """Waits until nothing is in flight, then ends the thread. Returns whether it came to that.

@@ -302,7 +302,7 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
     if q.in_flight == 0:
         q.counters.busy_ns += now - q.busy_since_ns
         if q.copies:
-            q.counters.overlap_ns += now - q.overlap_since_ns
+            _count_overlap(q, now)
     q.counters.ios += 1
     q.counters.latency_ns += took
     q.counters.histogram[skv_bucket(took)] += 1

@@ -173,6 +173,7 @@ cdef struct Queue_:
     uint64_t copy_since_ns
     uint64_t overlap_since_ns
     uint64_t completed_ns      # last completion
+    uint32_t depth_before      # in flight before the completions that came with it
     uint64_t busy_since_ns
     uint8_t deadlines          # some transfer in hand has one
     # Fixed:
@@ -180,4 +181,4 @@ cdef struct Queue_:
     uint32_t align_nbytes
     uint32_t segment_nbytes
     Counters counters
-    Rate rates[SIZES][DEPTHS]
+    Rate rates[2][SIZES][DEPTHS]  # of reads, of writes

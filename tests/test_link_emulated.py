@@ -297,7 +297,11 @@ def test_every_engine_serves_a_link_and_futures_come(kind, tmp_path) -> None:
         ]
         assert [future.result(60) for future in futures] == [0] * 6
         assert engine.stats()["copies"] > 0
-        assert {rate[0] for rate in engine.queue.rates()} == {32 << 10}
+        for op in (READ, WRITE):
+            rates = engine.queue.rates(op)
+            assert {rate[0] for rate in rates} == {32 << 10}
+            assert sum(rate[2] for rate in rates) >= 3 * MIB
+            assert max(rate[1] for rate in rates) <= SMALL.depth
 
 
 def test_dropped_transfers_land_and_their_memory_goes_after_that(ram) -> None:

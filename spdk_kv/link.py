@@ -1,0 +1,333 @@
+"""Links to GPUs, and how a transfer over one is cut: chunk size and depth from what is measured."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spdk_kv._native.cuda_link import CudaLink
+from spdk_kv._native.memory import Region
+from spdk_kv._native.transfer import READ, WRITE, Transfer
+from spdk_kv.engines.base import Engine, Link
+from spdk_kv.units import GIB, KIB, MIB, format_nbytes
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+MODES = ("fixed", "adaptive")
+_SMALLEST_CHUNK = 64 * KIB
+# Chunks that a rate is believed from, and what is hoped for where there are fewer.
+_ENOUGH_CHUNKS = 16
+_HOPE = 1.1
+# A smaller chunk costs more CPU time: it has to be faster by this much. Likewise, a deeper queue.
+_WORTH = 0.02
+# Besides those at the drive: one on the link, one behind it, two being summed.
+_BESIDE_THE_DRIVE = 4
+# Transfers of about one size until their plan is made anew.
+_PLAN_LASTS = 16
+# What was seen of a size counts as so many chunks at most, and less with every plan: what a burst of
+# other work made look slow is tried again.
+_MOST_CHUNKS = 256
+_KEPT = 0.9
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a drive did with commands of about one size at about one depth."""
+
+    segment_nbytes: int
+    depth: int
+    nbytes: float
+    busy_ns: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.nbytes / max(self.busy_ns, 1.0) * 1e9
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``segment_nbytes``: the largest chunk. ``multiple_nbytes``: every chunk is a multiple of it.
+    ``slots``: chunks that have room at once."""
+
+    segment_nbytes: int
+    multiple_nbytes: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a transfer is cut. ``depth``: chunks at once, those on the link included."""
+
+    chunk_nbytes: int
+    depth: int
+    reason: str
+
+
+def choose(
+    nbytes: int, rates: Iterable[Rate], latency_s: float, s_per_byte: float, limits: Limits
+) -> Plan:
+    """The plan for a transfer of ``nbytes`` that should take the least time.
+
+    ``rates``: what the drive was seen to do. ``latency_s`` and ``s_per_byte``: what a copy over
+    the link takes. Pure: the same numbers, the same plan.
+    """
+    seen = [rate for rate in rates if rate.nbytes >= _ENOUGH_CHUNKS * rate.segment_nbytes]
+    chunks = _chunks(limits)
+    if not seen:
+        # Eight or more, so that the drive and the link overlap, and not too small for a drive.
+        wanted = [chunk for chunk in chunks if chunk <= max(nbytes // 8, 256 * KIB)]
+        chunk = max(wanted, default=chunks[0])
+        return Plan(chunk, limits.slots, "nothing is measured yet")
+    fastest = max(rate.bytes_per_s for rate in seen)
+    best: tuple[float, int, int, str] | None = None
+    for chunk in sorted(chunks, reverse=True):
+        speed, depth = _drive(chunk, seen)
+        known = speed > 0
+        if not known:
+            speed, depth = _HOPE * fastest, limits.slots
+        took = _time(nbytes, chunk, depth, speed, latency_s, s_per_byte)
+        if best is None or took < best[0] * (1 - _WORTH):
+            link = chunk / (latency_s + chunk * s_per_byte) if s_per_byte else 0.0
+            reason = (
+                f"chunks of {format_nbytes(chunk)}: drive "
+                f"{speed / GIB:.2f} GiB/s ({'measured' if known else 'to be tried'}), "
+                + (f"link {link / GIB:.2f} GiB/s" if link else "link not measured")
+            )
+            best = (took, chunk, depth, reason)
+    assert best is not None
+    _, chunk, depth, reason = best
+    return Plan(chunk, min(limits.slots, depth + _BESIDE_THE_DRIVE), reason)
+
+
+def _chunks(limits: Limits) -> list[int]:
+    """Chunk sizes to choose from: the largest, and its halves as long as they keep to limits."""
+    chunks = []
+    chunk = limits.segment_nbytes
+    while chunk >= min(_SMALLEST_CHUNK, limits.segment_nbytes):
+        if chunk % limits.multiple_nbytes == 0:
+            chunks.append(chunk)
+        if chunk % 2:
+            break
+        chunk //= 2
+    if not chunks:
+        raise ValueError(
+            f"segments of {limits.segment_nbytes} bytes are no multiple of {limits.multiple_nbytes}"
+        )
+    return chunks
+
+
+def _drive(chunk: int, seen: list[Rate]) -> tuple[float, int]:
+    """(bytes/s, the least depth that gives them) of chunks of this size; (0, 0): not seen."""
+    alike = [rate for rate in seen if rate.segment_nbytes == 1 << (chunk.bit_length() - 1)]
+    if not alike:
+        return 0.0, 0
+    speed = max(rate.bytes_per_s for rate in alike)
+    enough = (rate.depth for rate in alike if rate.bytes_per_s >= (1 - _WORTH) * speed)
+    return speed, 2 * min(enough)  # what was seen is up to the next power of two
+
+
+def _time(
+    nbytes: int, chunk: int, depth: int, speed: float, latency_s: float, s_per_byte: float
+) -> float:
+    """Seconds until the last of ``nbytes`` is over the link."""
+    count = -(-nbytes // chunk)
+    last = min(chunk, nbytes)
+    on_drive, on_link = chunk / speed, latency_s + chunk * s_per_byte
+    # The drive is done and the last chunk goes over the link; or the link never rests after the
+    # first chunks, which land about together.
+    drive_bound = nbytes / speed + latency_s + last * s_per_byte
+    link_bound = min(depth, count) * on_drive + count * on_link
+    return max(drive_bound, min(link_bound, drive_bound + count * on_link))
+
+
+class Pipeline:
+    """Transfers between an engine and a GPU, cut so that the drive and the link overlap.
+
+    ``mode``: ``adaptive`` picks chunk size and depth from what was measured, for each size of
+    transfer; ``fixed`` takes ``chunk_nbytes`` and ``depth`` (None: the engine's segments, all of
+    its slots). Thread-safe. Raises ValueError, EngineUnavailable.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        link: Link,
+        mode: str = "adaptive",
+        *,
+        chunk_nbytes: int | None = None,
+        depth: int | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode is one of {', '.join(MODES)}, not {mode!r}")
+        if mode == "adaptive" and (chunk_nbytes is not None or depth is not None):
+            raise ValueError("chunk_nbytes and depth are for the mode 'fixed'")
+        engine.use_link(link)
+        self.engine = engine
+        self.link = link
+        self.mode = mode
+        slots = engine.queue.slots
+        self._fixed = Plan(chunk_nbytes or engine.segment_nbytes, depth or slots, "as given")
+        self._slots = slots
+        self._lock = threading.Lock()
+        self._plans: dict[tuple[int, int, int], tuple[Plan, int]] = {}
+        self._counted: dict[tuple[int, int, int], tuple[int, int]] = {}
+        self._rates: dict[tuple[int, int, int], Rate] = {}
+        self._before = engine.stats()
+        self._last: dict[int, Plan] = {}
+
+    def transfer(self, op: int, nbytes: int, *, chunk_nbytes: int = 0, **options: Any) -> Transfer:
+        """An empty transfer for about ``nbytes``; see :meth:`Engine.transfer` for the rest.
+
+        ``chunk_nbytes``: of its checksums; it must divide the engine's segments.
+        """
+        plan = self.plan(op, nbytes, chunk_nbytes)
+        return self.engine.transfer(
+            op,
+            link=self.link,
+            segment_nbytes=plan.chunk_nbytes,
+            window=plan.depth,
+            chunk_nbytes=chunk_nbytes,
+            **options,
+        )
+
+    def plan(self, op: int, nbytes: int, multiple_nbytes: int = 0) -> Plan:
+        """The plan for the next transfer of ``nbytes`` (READ or WRITE)."""
+        if self.mode == "fixed":
+            self._last[op] = self._fixed
+            return self._fixed
+        key = (op, nbytes.bit_length(), multiple_nbytes)
+        with self._lock:
+            plan, lasts = self._plans.get(key, (None, 0))
+            if plan is None or not lasts:
+                plan = self._choose(op, nbytes, multiple_nbytes)
+                lasts = _PLAN_LASTS if self._rates else 1
+            self._plans[key] = (plan, lasts - 1)
+            self._last[op] = plan
+        return plan
+
+    def _choose(self, op: int, nbytes: int, multiple_nbytes: int) -> Plan:
+        self._learn(op)
+        multiple = multiple_nbytes or self.engine.block_nbytes
+        to_device = op == READ
+        latency_s = self.link.copy_time_s(0, to_device)
+        return choose(
+            nbytes,
+            [rate for key, rate in self._rates.items() if key[0] == op],
+            latency_s,
+            (self.link.copy_time_s(MIB, to_device) - latency_s) / MIB,
+            Limits(self.engine.segment_nbytes, multiple, self._slots),
+        )
+
+    def _learn(self, op: int) -> None:
+        """Adds what the drive did since; what is older counts less and less."""
+        for segment_nbytes, depth, nbytes, busy_ns in self.engine.queue.rates(op):
+            key = (op, segment_nbytes, depth)
+            counted = self._counted.get(key, (0, 0))
+            self._counted[key] = (nbytes, busy_ns)
+            known = self._rates.get(key, Rate(segment_nbytes, depth, 0, 0))
+            total = known.nbytes + nbytes - counted[0]
+            kept = _KEPT * min(1.0, _MOST_CHUNKS * segment_nbytes / max(total, 1.0))
+            self._rates[key] = Rate(
+                segment_nbytes, depth, total * kept, (known.busy_ns + busy_ns - counted[1]) * kept
+            )
+
+    def stats(self) -> dict[str, Any]:
+        """What was chosen last (``read`` and ``write``: ``chunk_nbytes``, ``depth``, ``reason``),
+        and what the engine reached since this pipeline was made: ``drive_gib_s`` and
+        ``link_gib_s`` while each was busy, and ``overlap``, the part of the shorter of those times
+        in which both were."""
+        now = self.engine.stats()
+        since = {
+            name: now[name] - self._before[name]
+            for name in (
+                "read_nbytes",
+                "written_nbytes",
+                "busy_ns",
+                "to_device_nbytes",
+                "from_device_nbytes",
+                "copy_busy_ns",
+                "overlap_ns",
+            )
+        }
+        drive = since["read_nbytes"] + since["written_nbytes"]
+        link = since["to_device_nbytes"] + since["from_device_nbytes"]
+        shorter = min(since["busy_ns"], since["copy_busy_ns"])
+        found: dict[str, Any] = {
+            "mode": self.mode,
+            "link": self.link.name,
+            "drive_gib_s": drive / GIB / max(since["busy_ns"], 1) * 1e9,
+            "link_gib_s": link / GIB / max(since["copy_busy_ns"], 1) * 1e9,
+            "overlap": since["overlap_ns"] / shorter if shorter else 0.0,
+        }
+        for op, name in ((READ, "read"), (WRITE, "write")):
+            if plan := self._last.get(op):
+                found[name] = {
+                    "chunk_nbytes": plan.chunk_nbytes,
+                    "depth": plan.depth,
+                    "reason": plan.reason,
+                }
+        return found
+
+
+_links: dict[tuple[int, int], CudaLink] = {}
+_links_lock = threading.Lock()
+
+
+def link_for(device: torch.device | str | int) -> tuple[CudaLink | None, str]:
+    """The link to a torch device, or None, and why there is none.
+
+    Made once per GPU and process; the first time takes some tens of milliseconds.
+    """
+    import torch
+
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None, f"{device} is no CUDA device"
+    if torch.version.cuda is None:
+        return None, "this build of torch is without CUDA"
+    if not torch.cuda.is_available():
+        return None, "torch finds no usable GPU"
+    ordinal = torch.cuda.current_device() if device.index is None else device.index
+    with _links_lock:
+        key = (os.getpid(), ordinal)
+        if key not in _links:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            try:
+                _links[key] = measured(CudaLink(ordinal))
+            except OSError as refused:
+                return None, str(refused)
+        return _links[key], ""
+
+
+def measured(link: CudaLink) -> CudaLink:
+    """``link``, once its speed is known; without it copies are looked at more often than needed."""
+    memory = Region(4 * MIB)
+    try:
+        held = link.register(memory)  # until this returns
+        link.measure(memory)
+    except OSError as refused:
+        log.info("the speed of the link to GPU %d is not known: %s", link.ordinal, refused)
+    else:
+        del held
+        log.info(
+            "GPU %d, %s: %.1f GiB/s to it, %.1f GiB/s from it in copies of 1 MiB",
+            link.ordinal,
+            link.device_name,
+            MIB / GIB / max(link.copy_time_s(MIB), 1e-9),
+            MIB / GIB / max(link.copy_time_s(MIB, False), 1e-9),
+        )
+    return link
+
+
+def stream_of(device: torch.device | str | int) -> int:
+    """The handle of torch's current stream on ``device``, for a transfer's ``stream``."""
+    import torch
+
+    return int(torch.cuda.current_stream(device).cuda_stream)
