@@ -90,12 +90,15 @@ cdef int _copy(void *self, skv_copy *copy) noexcept nogil:
         <double>copy.nbytes * e.link.ns_per_byte[direction])
     e.free_ns[direction] = item.due_ns
     e.nbytes[direction] += copy.nbytes
-    if e.todo == NULL:
-        e.todo = item
+    if not e.moves:
+        item.moved = 1
     else:
-        e.todo_tail.next = item
-    e.todo_tail = item
-    pthread_cond_signal(&e.work)
+        if e.todo == NULL:
+            e.todo = item
+        else:
+            e.todo_tail.next = item
+        e.todo_tail = item
+        pthread_cond_signal(&e.work)
     pthread_mutex_unlock(&e.mutex)
     copy.event = item
     return 0
@@ -129,7 +132,7 @@ cdef void *_thread_main(void *argument) noexcept nogil:
             continue
         e.todo = item.next
         pthread_mutex_unlock(&e.mutex)
-        if e.moves and not item.result:
+        if not item.result:
             memcpy(item.to, item.source, item.nbytes)
         pthread_mutex_lock(&e.mutex)
         item.moved = 1

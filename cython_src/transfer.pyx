@@ -52,6 +52,11 @@ cdef extern from "<errno.h>" nogil:
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, unsigned long argument)
+    int PR_GET_TIMERSLACK
+    int PR_SET_TIMERSLACK
+
 cdef extern from "<unistd.h>" nogil:
     int _getpid "getpid"()
 

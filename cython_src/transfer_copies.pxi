@@ -166,10 +166,14 @@ cdef Transfer_ *_can_go_on(Queue_ *q) noexcept nogil:
 cdef int64_t _until_copied(Queue_ *q, uint64_t now) noexcept nogil:
     """Nanoseconds until it is worth looking at the copies again."""
     cdef Copy *c = q.copying
+    cdef Transfer_ *t = c.segment.transfer
     cdef uint64_t due = c.copy.due_ns, late
+    if q.in_flight >= q.depth and q.free_slots and t.next < t.count:
+        # Nothing waits for the slot, and nobody for the transfer: with the drive's next answer.
+        return LOOK_MOST_NS
     if due == 0:
         return LOOK_NS
-    if not q.free_slots and c.segment.transfer.op == SKV_READ and q.copying_tail.copy.due_ns > due:
+    if not q.free_slots and t.op == SKV_READ and q.copying_tail.copy.due_ns > due:
         # The link has plenty to do, and the drive nowhere to go: half of it at once.
         due += (q.copying_tail.copy.due_ns - due) // 2
     if due > now:
@@ -180,13 +184,19 @@ cdef int64_t _until_copied(Queue_ *q, uint64_t now) noexcept nogil:
 
 cdef void _nap(Queue_ *q, uint64_t now, int64_t wait) noexcept nogil:
     """Sleeps until `wait` is over or somebody wakes the driver. With the mutex held."""
+    cdef int slack
     if wait < NAP_NS:
         pthread_mutex_unlock(&q.mutex)
         sched_yield()
         pthread_mutex_lock(&q.mutex)
         return
     q.polling = 2
+    # By default the kernel may wake a thread 50 us late, which is longer than a copy.
+    slack = prctl(PR_GET_TIMERSLACK, 0)
+    prctl(PR_SET_TIMERSLACK, 1)
     wait_until(&q.nap, &q.mutex, now + <uint64_t>wait)
+    if slack > 0:
+        prctl(PR_SET_TIMERSLACK, <unsigned long>slack)
     q.polling = 0
 
 
@@ -206,3 +216,5 @@ cdef void _count_rate(Queue_ *q, Transfer_ *t, uint32_t nbytes, uint64_t now) no
     rate.nbytes += nbytes
     if now > since:
         rate.busy_ns += now - since
+        rate.bursts += 1
+    q.completed_ns = now

@@ -171,6 +171,7 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
             q.depth_before = q.in_flight
             for i in range(n):
                 _completed(q, <Segment *>done[i], now)
+            q.completed_ns = now
         elif n == -EINTR and target != NULL and until_ns:
             return False
         if q.follow_up != NULL:
@@ -183,6 +184,7 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
                     q.depth_before = q.in_flight
                     for i in range(n):
                         _completed(q, <Segment *>done[i], now)
+                    q.completed_ns = now
             if q.follow_up != NULL:
                 _do_follow_up(q)
 

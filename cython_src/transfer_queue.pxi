@@ -180,8 +180,8 @@ cdef class Queue:
 
     def rates(self, int op):
         """What the drive did in transfers over links, for READ or WRITE: ``(segment_nbytes, depth,
-        nbytes, busy_ns)`` by the transfer's segment size and the depth at the time, both rounded
-        down to powers of two."""
+        nbytes, busy_ns, bursts)`` by the transfer's segment size and the depth at the time, both
+        rounded down to powers of two; ``bursts``: how often some came, at once or alone."""
         cdef int size, depth
         cdef Rate *rate
         cdef list found = []
@@ -191,7 +191,7 @@ cdef class Queue:
             for depth in range(DEPTHS):
                 rate = &self._q.rates[op][size][depth]
                 if rate.nbytes:
-                    found.append((1 << size, 1 << depth, rate.nbytes, rate.busy_ns))
+                    found.append((1 << size, 1 << depth, rate.nbytes, rate.busy_ns, rate.bursts))
         return found
 
     def close(self, double timeout_s=30.0):

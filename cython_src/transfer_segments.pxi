@@ -252,15 +252,16 @@ cdef void _refill(Queue_ *q) noexcept nogil:
             if q.retry == s:
                 return
             continue
-        s = q.ready
-        if s != NULL:
-            q.ready = s.next_retry
-            if not _write_copied(q, s):
-                return
-            continue
-        t = q.todo[0] if q.todo[0] != NULL else q.todo[1]
         if q.linked:
+            s = q.ready
+            if s != NULL:
+                q.ready = s.next_retry
+                if not _write_copied(q, s):
+                    return
+                continue
             t = _can_go_on(q)
+        else:
+            t = q.todo[0] if q.todo[0] != NULL else q.todo[1]
         if t == NULL:
             return
         s = &t.segments[t.next]
@@ -296,7 +297,6 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
     cdef uint64_t took = now - s.io.submitted_ns
     if t.link != NULL and result > 0:
         _count_rate(q, t, <uint32_t>result, now)
-    q.completed_ns = now
     q.in_flight -= 1
     s.in_flight = 0
     if q.in_flight == 0:

@@ -121,10 +121,11 @@ cdef struct Counters:
 
 
 # What the drive did for transfers over links, by the doublings of their segment's size and of the
-# depth at the time: bytes, and the nanoseconds that they took.
+# depth at the time: bytes, the nanoseconds that they took, and in how many lots they came.
 cdef struct Rate:
     uint64_t nbytes
     uint64_t busy_ns
+    uint64_t bursts
 
 
 cdef struct Queue_:

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from spdk_kv._native.cuda_link import CudaLink
@@ -29,26 +29,34 @@ _HOPE = 1.1
 _WORTH = 0.02
 # Besides those at the drive: one on the link, one behind it, two being summed.
 _BESIDE_THE_DRIVE = 4
-# Transfers of about one size until their plan is made anew.
+# Transfers of about one size until their plan is made anew: this many at most, or so many bytes.
 _PLAN_LASTS = 16
-# What was seen of a size counts as so many chunks at most, and less with every plan: what a burst of
-# other work made look slow is tried again.
+_PLAN_LASTS_NBYTES = 256 * MIB
+# What was seen of a size counts as so many chunks at most, and less with every plan: what other
+# work made look slow for a while is tried again.
 _MOST_CHUNKS = 256
-_KEPT = 0.9
+_KEPT = 0.99
 
 
 @dataclass(frozen=True)
 class Rate:
-    """What a drive did with commands of about one size at about one depth."""
+    """What a drive did with commands of about one size at about one depth. ``bursts``: how often
+    some of them were over at once; one by one, that is as often as there were commands."""
 
     segment_nbytes: int
     depth: int
     nbytes: float
     busy_ns: float
+    bursts: float
 
     @property
     def bytes_per_s(self) -> float:
         return self.nbytes / max(self.busy_ns, 1.0) * 1e9
+
+    @property
+    def at_once(self) -> float:
+        """Commands over at once, on average."""
+        return max(1.0, self.nbytes / self.segment_nbytes / max(self.bursts, 1.0))
 
 
 @dataclass(frozen=True)
@@ -85,25 +93,30 @@ def choose(
         wanted = [chunk for chunk in chunks if chunk <= max(nbytes // 8, 256 * KIB)]
         chunk = max(wanted, default=chunks[0])
         return Plan(chunk, limits.slots, "nothing is measured yet")
-    fastest = max(rate.bytes_per_s for rate in seen)
-    best: tuple[float, int, int, str] | None = None
+    fastest = max(seen, key=lambda rate: rate.bytes_per_s)
+    best: tuple[float, Rate, bool] | None = None
     for chunk in sorted(chunks, reverse=True):
-        speed, depth = _drive(chunk, seen)
-        known = speed > 0
-        if not known:
-            speed, depth = _HOPE * fastest, limits.slots
-        took = _time(nbytes, chunk, depth, speed, latency_s, s_per_byte)
+        drive = _drive(chunk, seen)
+        known = drive is not None
+        if drive is None:
+            speed = _HOPE * fastest.bytes_per_s
+            drive = Rate(chunk, limits.slots, speed, 1e9, speed / chunk)
+        took = _time(nbytes, chunk, drive, latency_s, s_per_byte)
         if best is None or took < best[0] * (1 - _WORTH):
-            link = chunk / (latency_s + chunk * s_per_byte) if s_per_byte else 0.0
-            reason = (
-                f"chunks of {format_nbytes(chunk)}: drive "
-                f"{speed / GIB:.2f} GiB/s ({'measured' if known else 'to be tried'}), "
-                + (f"link {link / GIB:.2f} GiB/s" if link else "link not measured")
-            )
-            best = (took, chunk, depth, reason)
+            best = (took, replace(drive, segment_nbytes=chunk), known)
     assert best is not None
-    _, chunk, depth, reason = best
-    return Plan(chunk, min(limits.slots, depth + _BESIDE_THE_DRIVE), reason)
+    _, drive, known = best
+    chunk = drive.segment_nbytes
+    link = (
+        f"{chunk / (latency_s + chunk * s_per_byte) / GIB:.2f} GiB/s" if s_per_byte else "unknown"
+    )
+    return Plan(
+        chunk,
+        # What was seen at a depth is up to the next power of two.
+        min(limits.slots, 2 * drive.depth + _BESIDE_THE_DRIVE),
+        f"chunks of {format_nbytes(chunk)}: drive {drive.bytes_per_s / GIB:.2f} GiB/s "
+        f"({'measured' if known else 'to be tried'}), link {link}",
+    )
 
 
 def _chunks(limits: Limits) -> list[int]:
@@ -123,28 +136,26 @@ def _chunks(limits: Limits) -> list[int]:
     return chunks
 
 
-def _drive(chunk: int, seen: list[Rate]) -> tuple[float, int]:
-    """(bytes/s, the least depth that gives them) of chunks of this size; (0, 0): not seen."""
+def _drive(chunk: int, seen: list[Rate]) -> Rate | None:
+    """What was seen of chunks of this size, at the least depth that gives their best speed."""
     alike = [rate for rate in seen if rate.segment_nbytes == 1 << (chunk.bit_length() - 1)]
     if not alike:
-        return 0.0, 0
+        return None
     speed = max(rate.bytes_per_s for rate in alike)
-    enough = (rate.depth for rate in alike if rate.bytes_per_s >= (1 - _WORTH) * speed)
-    return speed, 2 * min(enough)  # what was seen is up to the next power of two
+    enough = [rate for rate in alike if rate.bytes_per_s >= (1 - _WORTH) * speed]
+    return min(enough, key=lambda rate: rate.depth)
 
 
-def _time(
-    nbytes: int, chunk: int, depth: int, speed: float, latency_s: float, s_per_byte: float
-) -> float:
+def _time(nbytes: int, chunk: int, drive: Rate, latency_s: float, s_per_byte: float) -> float:
     """Seconds until the last of ``nbytes`` is over the link."""
     count = -(-nbytes // chunk)
-    last = min(chunk, nbytes)
-    on_drive, on_link = chunk / speed, latency_s + chunk * s_per_byte
-    # The drive is done and the last chunk goes over the link; or the link never rests after the
-    # first chunks, which land about together.
-    drive_bound = nbytes / speed + latency_s + last * s_per_byte
-    link_bound = min(depth, count) * on_drive + count * on_link
-    return max(drive_bound, min(link_bound, drive_bound + count * on_link))
+    on_drive = chunk / max(drive.bytes_per_s, 1.0)
+    on_link = latency_s + min(chunk, nbytes) * s_per_byte
+    # What the drive ends with comes at once, and goes over the link one by one.
+    drive_bound = nbytes / max(drive.bytes_per_s, 1.0) + min(count, drive.at_once) * on_link
+    # Or the link never rests after the first ones.
+    link_bound = min(drive.at_once, count) * on_drive + count * on_link
+    return max(drive_bound, link_bound)
 
 
 class Pipeline:
@@ -177,7 +188,7 @@ class Pipeline:
         self._slots = slots
         self._lock = threading.Lock()
         self._plans: dict[tuple[int, int, int], tuple[Plan, int]] = {}
-        self._counted: dict[tuple[int, int, int], tuple[int, int]] = {}
+        self._counted: dict[tuple[int, int, int], tuple[int, int, int]] = {}
         self._rates: dict[tuple[int, int, int], Rate] = {}
         self._before = engine.stats()
         self._last: dict[int, Plan] = {}
@@ -207,7 +218,7 @@ class Pipeline:
             plan, lasts = self._plans.get(key, (None, 0))
             if plan is None or not lasts:
                 plan = self._choose(op, nbytes, multiple_nbytes)
-                lasts = _PLAN_LASTS if self._rates else 1
+                lasts = max(2, min(_PLAN_LASTS, _PLAN_LASTS_NBYTES // max(nbytes, 1)))
             self._plans[key] = (plan, lasts - 1)
             self._last[op] = plan
         return plan
@@ -227,15 +238,19 @@ class Pipeline:
 
     def _learn(self, op: int) -> None:
         """Adds what the drive did since; what is older counts less and less."""
-        for segment_nbytes, depth, nbytes, busy_ns in self.engine.queue.rates(op):
+        for segment_nbytes, depth, *now in self.engine.queue.rates(op):
             key = (op, segment_nbytes, depth)
-            counted = self._counted.get(key, (0, 0))
-            self._counted[key] = (nbytes, busy_ns)
-            known = self._rates.get(key, Rate(segment_nbytes, depth, 0, 0))
-            total = known.nbytes + nbytes - counted[0]
+            before = self._counted.get(key, (0, 0, 0))
+            self._counted[key] = (now[0], now[1], now[2])
+            known = self._rates.get(key, Rate(segment_nbytes, depth, 0, 0, 0))
+            total = known.nbytes + now[0] - before[0]
             kept = _KEPT * min(1.0, _MOST_CHUNKS * segment_nbytes / max(total, 1.0))
             self._rates[key] = Rate(
-                segment_nbytes, depth, total * kept, (known.busy_ns + busy_ns - counted[1]) * kept
+                segment_nbytes,
+                depth,
+                total * kept,
+                (known.busy_ns + now[1] - before[1]) * kept,
+                (known.bursts + now[2] - before[2]) * kept,
             )
 
     def stats(self) -> dict[str, Any]:

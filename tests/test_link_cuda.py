@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from media import KEEPING, SMALL, address_of, medium
+from media import KEEPING, address_of, medium
 from subprocesses import run_script
 
 from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.cuda_link import CudaLink
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import READ, WRITE
-from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.errors import DeviceError, DeviceTimeout, EngineUnavailable
 from spdk_kv.link import measured
 
@@ -358,6 +357,8 @@ def test_many_threads_on_two_engines(tmp_path, link, driver) -> None:
 def test_the_interpreter_may_exit_in_mid_copy(library) -> None:
     script = f"""
         import numpy as np
+        from media import SMALL
+        from spdk_kv.engines import open_engine, parse_location
         from test_link_cuda import *
         engine = open_engine(parse_location("ram://"), engine="ram", capacity_nbytes=8 * MIB,
                              options=SMALL)

@@ -19,8 +19,9 @@ LIMITS = Limits(segment_nbytes=MIB, multiple_nbytes=4 * KIB, slots=32)
 CHUNKS = [64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, MIB]
 
 
-def seen(chunk: int, gib_s: float, depth: int = 8, seconds: float = 0.5) -> Rate:
-    return Rate(chunk, depth, gib_s * GIB * seconds, seconds * 1e9)
+def seen(chunk: int, gib_s: float, depth: int = 8, at_once: float = 1) -> Rate:
+    nbytes = gib_s * GIB / 2
+    return Rate(chunk, depth, nbytes, 0.5e9, nbytes / chunk / at_once)
 
 
 def test_before_anything_is_measured_chunks_overlap() -> None:
@@ -28,7 +29,7 @@ def test_before_anything_is_measured_chunks_overlap() -> None:
     assert choose(2 * MIB, [], 0, 0, LIMITS).chunk_nbytes == 256 * KIB
     assert choose(64 * MIB, [], 0, 0, LIMITS).depth == 32
     # A handful of commands says nothing yet.
-    few = [Rate(MIB, 8, 3 * MIB, 1e6)]
+    few = [Rate(MIB, 8, 3 * MIB, 1e6, 3)]
     assert choose(64 * MIB, few, 0, 0, LIMITS) == choose(64 * MIB, [], 0, 0, LIMITS)
 
 
@@ -54,6 +55,14 @@ def test_a_link_that_takes_long_for_every_copy_wants_large_chunks() -> None:
     assert plan.chunk_nbytes == MIB
 
 
+def test_a_drive_that_answers_in_bursts_wants_small_chunks() -> None:
+    # What it ends with goes over the link after it, all of it.
+    steady = [seen(chunk, 3) for chunk in CHUNKS]
+    bursts = [seen(chunk, 3, at_once=16) for chunk in CHUNKS]
+    assert choose(64 * MIB, steady, 2e-6, 1 / (7 * GIB), LIMITS).chunk_nbytes == MIB
+    assert choose(64 * MIB, bursts, 2e-6, 1 / (7 * GIB), LIMITS).chunk_nbytes <= 256 * KIB
+
+
 def test_what_was_not_tried_is_hoped_for_and_then_known() -> None:
     rates = [seen(MIB, 3)]
     plan = choose(64 * MIB, rates, 1e-6, 1 / (20 * GIB), LIMITS)
@@ -67,7 +76,7 @@ def test_the_depth_is_the_least_that_gives_the_speed() -> None:
     rates = [seen(chunk, speed, depth) for chunk in CHUNKS
              for depth, speed in ((1, 1), (2, 3), (4, 3.95), (8, 4), (16, 4))]  # fmt: skip
     plan = choose(256 * MIB, rates, 0, 1 / (20 * GIB), LIMITS)
-    assert plan.depth == 2 * 4 + 4
+    assert plan.depth == 2 * 4 + 4  # up to twice of what was seen as 4, and 4 beside the drive
     assert choose(256 * MIB, rates, 0, 1 / (20 * GIB), Limits(MIB, 4096, 6)).depth == 6
 
 
@@ -78,8 +87,7 @@ def test_the_depth_is_the_least_that_gives_the_speed() -> None:
             Rate,
             st.sampled_from([1 << power for power in range(9, 28)]),
             st.sampled_from([1 << power for power in range(12)]),
-            st.floats(0, 1e15),
-            st.floats(0, 1e15),
+            *[st.floats(0, 1e15)] * 3,
         ),
         max_size=20,
     ),

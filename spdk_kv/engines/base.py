@@ -213,6 +213,8 @@ class Engine:
         With ``link`` its addresses are a GPU's; the first such transfer registers the engine's
         slots, which takes a while, or EngineUnavailable.
         """
+        if link is None and not (segment_nbytes or window or hand_over):
+            return Transfer(self.queue, op, checksum=checksum, chunk_nbytes=chunk_nbytes)
         if link is not None:
             self.use_link(link)
         return Transfer(
