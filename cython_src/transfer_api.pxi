@@ -18,8 +18,10 @@ cdef class Transfer:
     ``link``: the pieces' addresses are device memory, and each segment goes through a slot and
     over that link; what its ``register`` made of the slots must outlive the queue. ``stream`` (a
     handle) orders the copies after what was queued on it when the transfer is submitted.
-    ``hand_over``, for reads: :meth:`wait` returns once everything is read and summed and all
-    copies are begun, and ``stream`` waits for the last of them; nobody else has to.
+    ``hand_over``, for reads: it is over for whoever waits once everything is read and summed and
+    all copies are begun. :meth:`wait` (to be called also by who learnt of it from a future) then
+    makes ``stream`` wait for the last of them; nobody else has to. What was kept stays kept until
+    the copies are done.
     """
     cdef Transfer_ *_t
     cdef Piece *_pieces

@@ -25,6 +25,8 @@ _SMALLEST_CHUNK = 64 * KIB
 # Chunks that a rate is believed from, and what is hoped for where there are fewer.
 _ENOUGH_CHUNKS = 16
 _HOPE = 1.1
+# Of a size's bytes, what a depth has to have moved to be believed.
+_STEADY_PART = 0.25
 # A smaller chunk costs more CPU time: it has to be faster by this much. Likewise, a deeper queue.
 _WORTH = 0.02
 # Besides those at the drive: one on the link, one behind it, two being summed.
@@ -86,7 +88,7 @@ def choose(
     ``rates``: what the drive was seen to do. ``latency_s`` and ``s_per_byte``: what a copy over
     the link takes. Pure: the same numbers, the same plan.
     """
-    seen = [rate for rate in rates if rate.nbytes >= _ENOUGH_CHUNKS * rate.segment_nbytes]
+    seen = _steady(rates)
     chunks = _chunks(limits)
     if not seen:
         # Eight or more, so that the drive and the link overlap, and not too small for a drive.
@@ -134,6 +136,21 @@ def _chunks(limits: Limits) -> list[int]:
             f"segments of {limits.segment_nbytes} bytes are no multiple of {limits.multiple_nbytes}"
         )
     return chunks
+
+
+def _steady(rates: Iterable[Rate]) -> list[Rate]:
+    """Those that can be believed: of enough chunks, at a depth that held for a good part of them.
+    What came while a queue filled or drained says nothing about the depth it came at."""
+    rates = list(rates)
+    total: dict[int, float] = {}
+    for rate in rates:
+        total[rate.segment_nbytes] = total.get(rate.segment_nbytes, 0.0) + rate.nbytes
+    return [
+        rate
+        for rate in rates
+        if rate.nbytes >= _ENOUGH_CHUNKS * rate.segment_nbytes
+        and rate.nbytes >= _STEADY_PART * total[rate.segment_nbytes]
+    ]
 
 
 def _drive(chunk: int, seen: list[Rate]) -> Rate | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -74,7 +76,7 @@ def test_what_was_not_tried_is_hoped_for_and_then_known() -> None:
 
 def test_the_depth_is_the_least_that_gives_the_speed() -> None:
     rates = [seen(chunk, speed, depth) for chunk in CHUNKS
-             for depth, speed in ((1, 1), (2, 3), (4, 3.95), (8, 4), (16, 4))]  # fmt: skip
+             for depth, speed in ((2, 3), (4, 3.95), (16, 4))]  # fmt: skip
     plan = choose(256 * MIB, rates, 0, 1 / (20 * GIB), LIMITS)
     assert plan.depth == 2 * 4 + 4  # up to twice of what was seen as 4, and 4 beside the drive
     assert choose(256 * MIB, rates, 0, 1 / (20 * GIB), Limits(MIB, 4096, 6)).depth == 6
@@ -106,6 +108,14 @@ def test_every_plan_keeps_to_the_limits(
     assert 0 < plan.chunk_nbytes <= segment
     assert plan.chunk_nbytes % multiple == 0
     assert 1 <= plan.depth <= slots
+
+
+def test_what_came_while_the_queue_drained_says_nothing_about_its_depth() -> None:
+    rates = [seen(chunk, 4, 16) for chunk in CHUNKS]
+    drained = [replace(seen(chunk, 5, 1), nbytes=0.1 * GIB, busy_ns=0.02e9) for chunk in CHUNKS]
+    plan = choose(256 * MIB, rates + drained, 0, 1 / (20 * GIB), LIMITS)
+    assert plan.depth == 32
+    assert "4.00 GiB/s" in plan.reason
 
 
 def test_limits_that_cannot_be_kept_are_refused() -> None:
