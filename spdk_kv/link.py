@@ -255,20 +255,31 @@ class Pipeline:
 
     def _learn(self, op: int) -> None:
         """Adds what the drive did since; what is older counts less and less."""
+        sizes: dict[int, list[Rate]] = {}
         for segment_nbytes, depth, *now in self.engine.queue.rates(op):
             key = (op, segment_nbytes, depth)
             before = self._counted.get(key, (0, 0, 0))
             self._counted[key] = (now[0], now[1], now[2])
             known = self._rates.get(key, Rate(segment_nbytes, depth, 0, 0, 0))
-            total = known.nbytes + now[0] - before[0]
-            kept = _KEPT * min(1.0, _MOST_CHUNKS * segment_nbytes / max(total, 1.0))
-            self._rates[key] = Rate(
+            added = Rate(
                 segment_nbytes,
                 depth,
-                total * kept,
-                (known.busy_ns + now[1] - before[1]) * kept,
-                (known.bursts + now[2] - before[2]) * kept,
+                known.nbytes + now[0] - before[0],
+                known.busy_ns + now[1] - before[1],
+                known.bursts + now[2] - before[2],
             )
+            sizes.setdefault(segment_nbytes, []).append(added)
+        for segment_nbytes, rates in sizes.items():
+            # All depths alike, so that it stays known which of them held.
+            total = sum(rate.nbytes for rate in rates)
+            kept = _KEPT * min(1.0, _MOST_CHUNKS * segment_nbytes / total)
+            for rate in rates:
+                self._rates[op, segment_nbytes, rate.depth] = replace(
+                    rate,
+                    nbytes=rate.nbytes * kept,
+                    busy_ns=rate.busy_ns * kept,
+                    bursts=rate.bursts * kept,
+                )
 
     def stats(self) -> dict[str, Any]:
         """What was chosen last (``read`` and ``write``: ``chunk_nbytes``, ``depth``, ``reason``),

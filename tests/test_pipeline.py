@@ -142,6 +142,8 @@ def test_a_pipeline_moves_exact_bytes_while_it_learns(kind, tmp_path) -> None:
                 chosen = pipeline.stats()["write" if op == WRITE else "read"]
                 tried.add((op, chosen["chunk_nbytes"]))
         assert len(tried) > 2, "it never tried another chunk"
+        for op in ("read", "write"):
+            assert "nothing" not in pipeline.stats()[op]["reason"]
         stats = pipeline.stats()
         assert stats["mode"] == "adaptive"
         assert 0 <= stats["overlap"] <= 1.01
