@@ -6,6 +6,9 @@ and a memory range each); the queue cuts them into segments, keeps its target de
 flight, does what has to follow each one (checksum, copy out of a bounce slot), and wakes whoever
 waits once, at the end. All of that runs without the GIL.
 
+A transfer may carry a link (``link.h``): then the callers' memory is a GPU's. Every segment goes
+through a slot, and its copy to or from the device overlaps with the drive's work on others.
+
 Who drives. At any moment at most one thread is the queue's driver: it alone talks to the engine.
 A thread that waits for a transfer becomes the driver if there is none, so that a lone `get`
 costs no thread switch; otherwise the queue's own thread drives. The mutex guards only the lists
@@ -26,6 +29,9 @@ from backend cimport (
     skv_bucket, skv_bucket_ns, skv_io, skv_now_ns,
 )
 from crc32c cimport skv_crc32c, skv_crc32c_combine
+from link cimport (
+    SKV_FROM_DEVICE, SKV_LINK_CAPSULE, SKV_LINK_STATUS, SKV_TO_DEVICE, skv_copy, skv_link,
+)
 from pthreads cimport (
     init_cond, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
     pthread_cond_wait, pthread_detach, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
@@ -33,7 +39,7 @@ from pthreads cimport (
     wait_until,
 )
 
-from spdk_kv.errors import ClosedError
+from spdk_kv.errors import ClosedError, DeviceError
 
 cdef extern from *:
     ctypedef unsigned char volatile_uint8 "volatile unsigned char"
@@ -42,6 +48,14 @@ cdef extern from "<errno.h>" nogil:
     int ECANCELED
     int ENODATA
     int ETIMEDOUT
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, unsigned long argument)
+    int PR_GET_TIMERSLACK
+    int PR_SET_TIMERSLACK
 
 cdef extern from "<unistd.h>" nogil:
     int _getpid "getpid"()
@@ -56,6 +70,7 @@ PREFETCH = 1
 
 include "transfer_types.pxi"
 include "transfer_segments.pxi"
+include "transfer_copies.pxi"
 include "transfer_loop.pxi"
 include "transfer_queue.pxi"
 include "transfer_api.pxi"

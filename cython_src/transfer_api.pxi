@@ -11,7 +11,17 @@ cdef class Transfer:
 
     ``op``: READ, WRITE, FLUSH or DISCARD. ``checksum``: compute CRC32C over the callers' bytes.
     ``chunk_nbytes``: one CRC per that many bytes of a piece (a whole number of blocks that
-    divides the queue's segments); 0: one per piece.
+    divides the segments); 0: one per piece. ``segment_nbytes``: cut into segments of this size
+    (whole blocks, at most the queue's); 0: the queue's. ``window``: at most so many of them
+    outstanding at once; 0: no limit but the queue's.
+
+    ``link``: the pieces' addresses are device memory, and each segment goes through a slot and
+    over that link; what its ``register`` made of the slots must outlive the queue. ``stream`` (a
+    handle) orders the copies after what was queued on it when the transfer is submitted.
+    ``hand_over``, for reads: it is over for whoever waits once everything is read and summed and
+    all copies are begun. :meth:`wait` (to be called also by who learnt of it from a future) then
+    makes ``stream`` wait for the last of them; nobody else has to. What was kept stays kept until
+    the copies are done.
     """
     cdef Transfer_ *_t
     cdef Piece *_pieces
@@ -19,17 +29,33 @@ cdef class Transfer:
     cdef uint32_t _room
     cdef bint _submitted
     cdef readonly Queue queue
+    cdef readonly object link
+    cdef object _stream
     cdef public object on_done
 
     def __cinit__(self, Queue queue not None, int op, *, bint checksum=False,
-                  uint32_t chunk_nbytes=0):
+                  uint32_t chunk_nbytes=0, uint32_t segment_nbytes=0, uint32_t window=0,
+                  link=None, stream=None, bint hand_over=False):
         cdef Queue_ *q = queue._q
+        cdef skv_link *functions = NULL
         if op < SKV_READ or op > SKV_DISCARD:
             raise ValueError(f"unknown operation {op}")
-        if chunk_nbytes and (chunk_nbytes % q.block_nbytes or q.segment_nbytes % chunk_nbytes):
+        segment_nbytes = segment_nbytes or q.segment_nbytes
+        if segment_nbytes % q.block_nbytes or segment_nbytes > q.segment_nbytes:
+            raise ValueError(
+                f"segments are whole blocks of {q.block_nbytes} bytes, at most {q.segment_nbytes} "
+                f"and not {segment_nbytes}")
+        if chunk_nbytes and (chunk_nbytes % q.block_nbytes or segment_nbytes % chunk_nbytes):
             raise ValueError(
                 f"checksum chunks of {chunk_nbytes} bytes do not divide segments of "
-                f"{q.segment_nbytes}, or are not whole blocks of {q.block_nbytes}")
+                f"{segment_nbytes}, or are not whole blocks of {q.block_nbytes}")
+        if link is not None:
+            if op > SKV_WRITE or not q.slots_count:
+                raise ValueError("over a link go reads and writes, through a queue with slots")
+            functions = <skv_link *>PyCapsule_GetPointer(link.capsule, SKV_LINK_CAPSULE)
+        if hand_over and (functions == NULL or functions.follow == NULL or stream is None
+                          or op != SKV_READ):
+            raise ValueError("only a read over a link with streams is handed over, to a stream")
         self._t = <Transfer_ *>calloc(1, sizeof(Transfer_))
         if self._t == NULL:
             raise MemoryError()
@@ -39,7 +65,13 @@ cdef class Transfer:
         self._t.op = op
         self._t.checksum = checksum
         self._t.chunk_nbytes = chunk_nbytes
-        kept = [queue]
+        self._t.segment_nbytes = segment_nbytes
+        self._t.window = window
+        self._t.link = functions
+        self._t.hand_over = hand_over
+        self.link = link
+        self._stream = stream
+        kept = [queue, link]
         self._t.kept = <PyObject *>kept
         Py_INCREF(kept)
 
@@ -94,7 +126,7 @@ cdef class Transfer:
     cdef _cut(self):
         """Cuts the pieces into segments."""
         cdef Queue_ *q = self._t.queue
-        cdef uint64_t most = q.segment_nbytes, count = 0, chunks = 0, at, skip, take
+        cdef uint64_t most = self._t.segment_nbytes, count = 0, chunks = 0, at, skip, take
         cdef uint32_t i
         cdef bint foreign
         cdef Piece *p
@@ -118,15 +150,21 @@ cdef class Transfer:
             raise ValueError(f"{count} segments are too many for one transfer")
         free(self._t.segments)  # of an attempt that ran out of memory
         free(self._t.crcs)
+        free(self._t.copies)
+        self._t.copies = NULL
         self._t.segments = <Segment *>calloc(count + 1, sizeof(Segment))
         self._t.crcs = <uint32_t *>calloc(chunks + 1, sizeof(uint32_t))
-        if self._t.segments == NULL or self._t.crcs == NULL:
+        if self._t.link != NULL:
+            self._t.copies = <Copy *>calloc(count + 1, sizeof(Copy))
+        if (self._t.segments == NULL or self._t.crcs == NULL
+                or (self._t.link != NULL and self._t.copies == NULL)):
             raise MemoryError()
         for i in range(self._count):
             p = &self._pieces[i]
             at = 0
-            foreign = (q.backend.reaches != NULL and self._t.op <= SKV_WRITE
-                       and not q.backend.reaches(q.backend.self, p.address, p.capacity))
+            foreign = self._t.link != NULL or (
+                q.backend.reaches != NULL and self._t.op <= SKV_WRITE
+                and not q.backend.reaches(q.backend.self, p.address, p.capacity))
             s = &self._t.segments[p.first_segment]
             while at < p.nbytes or (self._t.op == SKV_FLUSH and at == 0):
                 skip = (p.offset + at) % q.block_nbytes
@@ -148,7 +186,33 @@ cdef class Transfer:
                 at += take
                 if self._t.op == SKV_FLUSH:
                     break
-        self._t.count = <uint32_t>count
+        self._t.count = self._t.to_copy = self._t.to_hand_over = <uint32_t>count
+
+    cdef _mark(self):
+        """Notes what is queued on the caller's stream."""
+        cdef skv_link *link = self._t.link
+        cdef size_t stream
+        cdef int rc = 0
+        if self._stream is None or link == NULL or link.mark == NULL or self._t.mark != NULL:
+            return
+        stream = self._stream
+        with nogil:
+            rc = link.mark(link.self, <void *>stream, &self._t.mark)
+        self._check_link(rc)
+
+    cdef _follow(self):
+        cdef skv_link *link = self._t.link
+        cdef size_t stream = self._stream
+        cdef int rc
+        with nogil:
+            rc = link.follow(link.self, <void *>stream, self._t.copied)
+        self._check_link(rc)
+
+    cdef _check_link(self, int rc):
+        if rc < 0:
+            raise DeviceError(
+                f"the stream and the transfer cannot wait for each other: "
+                f"{self.link.explain(-rc - SKV_LINK_STATUS)}", status=-rc)
 
     cdef _submit(self, timeout_s, int priority, bint notify, bint wake_thread):
         cdef Queue_ *q = self._t.queue
@@ -165,6 +229,7 @@ cdef class Transfer:
                 raise ValueError(f"timeout_s is a positive number of seconds, not {timeout_s!r}")
             self._t.deadline_ns = skv_now_ns() + <uint64_t>(limit * 1e9)
         self._cut()
+        self._mark()
         _free_orphans(q)
         self._submitted = True
         self._t.priority = PREFETCH if priority else DEMAND
@@ -202,6 +267,16 @@ cdef class Transfer:
         pthread_mutex_unlock(&self._t.queue.mutex)
         return done
 
+    cdef bint _waited(self):
+        """Whether nobody has to wait for it any more."""
+        cdef bint over
+        if not self._submitted or self.queue.pid != _getpid():
+            return self._t.done
+        pthread_mutex_lock(&self._t.queue.mutex)
+        over = _is_over(self._t)
+        pthread_mutex_unlock(&self._t.queue.mutex)
+        return over
+
     def submit(self, timeout_s=None, int priority=0, bint notify=False):
         """Starts the transfer and returns at once.
 
@@ -221,10 +296,12 @@ cdef class Transfer:
         Returns the status: 0, or the errno of the first failure. An exception raised by a signal
         handler (KeyboardInterrupt) comes out after what is in flight has ended; a second one
         comes out at once, and the memory stays kept until the device is done.
+
+        With ``hand_over`` the stream waits for the bytes from here on; DeviceError if it cannot.
         """
         cdef Transfer_ *t = self._t
         cdef Queue_ *q = t.queue
-        cdef bint over = self._over()
+        cdef bint over = self._waited()
         if not self._submitted:
             raise ValueError("the transfer was not submitted")
         if not over:
@@ -240,6 +317,8 @@ cdef class Transfer:
                 except BaseException:
                     self._drain()
                     raise
+        if t.copied != NULL and not t.status:
+            self._follow()
         if self._over():
             (<list>t.kept).clear()
         return t.status

@@ -11,7 +11,7 @@ cdef void _cancel_in_flight(Queue_ *q, Transfer_ *t) noexcept nogil:
 cdef void _expire(Queue_ *q, Transfer_ *t) noexcept nogil:
     """Its waiters give up; its memory stays kept until the device lets go. `t` may be gone when
     this returns."""
-    if not t.status:
+    if not t.status and not t.issued:
         t.status = ETIMEDOUT
         t.failed_segment = 0
     _stop_submitting(q, t)
@@ -32,7 +32,7 @@ cdef uint64_t _look_at_deadlines(Queue_ *q) noexcept nogil:
     cdef uint64_t now = skv_now_ns(), soonest = 0
     while t != NULL:
         following = t.following
-        if t.deadline_ns and not t.expired:
+        if t.deadline_ns and not t.expired and not t.issued:
             if t.deadline_ns <= now:
                 _expire(q, t)
             elif soonest == 0 or t.deadline_ns < soonest:
@@ -50,7 +50,7 @@ cdef void _look_at_changes(Queue_ *q) noexcept nogil:
         following = t.following
         if q.giving_up and not t.expired:
             _expire(q, t)
-        elif t.cancelled and not t.status:
+        elif t.cancelled and not t.status and not t.issued:
             t.status = ECANCELED
             t.failed_segment = 0
             _stop_submitting(q, t)
@@ -79,11 +79,30 @@ cdef void _take_incoming(Queue_ *q) noexcept nogil:
             q.all.previous = t
         q.all = t
         _todo_push(q, t)
+        if t.link != NULL:
+            q.linked += 1
         if t.deadline_ns:
             q.deadlines = 1
         if t.cancelled:
             q.changed = 1
         t = following
+
+
+cdef void _take_slots(Queue_ *q) noexcept nogil:
+    """With the mutex held. The new list has room for the old ones."""
+    cdef unsigned char **slots = q.more_slots
+    cdef uint32_t i
+    for i in range(q.free_slots):
+        slots[q.more_slots_count + i] = q.slots[i]
+    q.free_slots += q.more_slots_count
+    free(q.slots)
+    q.slots = slots
+    q.more_slots = NULL
+
+
+cdef inline bint _is_over(Transfer_ *t) noexcept nogil:
+    """Whoever waits for it need not any more. With the mutex held."""
+    return t.done or t.expired or t.issued
 
 
 cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil:
@@ -101,10 +120,12 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
         q.polling = 0
         if q.incoming != NULL:
             _take_incoming(q)
+        if q.more_slots != NULL:
+            _take_slots(q)
         look = q.changed
         q.changed = 0
         if target != NULL:
-            over = target.done or target.expired
+            over = _is_over(target)
         else:
             over = q.active == 0
         pthread_mutex_unlock(&q.mutex)
@@ -112,6 +133,8 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
             return True
         if look:
             _look_at_changes(q)
+        if q.copies:
+            _poll_copies(q)
         _refill(q)
         wait = 0
         wake_at = until_ns
@@ -128,10 +151,16 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
             wait = SLICE_NS
             if wake_at and wake_at < now + SLICE_NS:
                 wait = <int64_t>(wake_at - now) if wake_at > now else 0
+            if q.copies:
+                wait = min(wait, _until_copied(q, now))
             pthread_mutex_lock(&q.mutex)
             if q.incoming != NULL or q.changed or q.active == 0:
                 wait = 0
-            elif target != NULL and (target.done or target.expired):
+            elif target != NULL and _is_over(target):
+                wait = 0
+            elif q.copies and not q.in_flight:
+                # Nothing would come out of the engine, and one without a device would not wait.
+                _nap(q, now, wait)
                 wait = 0
             else:
                 q.polling = 1
@@ -139,8 +168,10 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
         n = q.backend.poll(q.backend.self, done, BATCH, wait)
         if n > 0:
             now = skv_now_ns()
+            q.depth_before = q.in_flight
             for i in range(n):
                 _completed(q, <Segment *>done[i], now)
+            q.completed_ns = now
         elif n == -EINTR and target != NULL and until_ns:
             return False
         if q.follow_up != NULL:
@@ -150,8 +181,10 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
                 n = q.backend.poll(q.backend.self, done, BATCH, 0)
                 if n > 0:
                     now = skv_now_ns()
+                    q.depth_before = q.in_flight
                     for i in range(n):
                         _completed(q, <Segment *>done[i], now)
+                    q.completed_ns = now
             if q.follow_up != NULL:
                 _do_follow_up(q)
 
@@ -190,8 +223,10 @@ cdef void *_thread_main(void *argument) noexcept nogil:
 cdef inline void _wake(Queue_ *q) noexcept nogil:
     """With the mutex held: without it the engine could be closed by now, and its descriptor
     another file's."""
-    if q.polling:
+    if q.polling == 1:
         q.backend.wake(q.backend.self)
+    elif q.polling:
+        pthread_cond_signal(&q.nap)
 
 
 cdef bint _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
@@ -218,7 +253,7 @@ cdef int _wait(Queue_ *q, Transfer_ *t, uint64_t until_ns) noexcept nogil:
     """Waits until `t` is over or `until_ns`; drives the queue if nobody else does."""
     cdef bint over
     pthread_mutex_lock(&q.mutex)
-    while not (t.done or t.expired):
+    while not _is_over(t):
         if not q.driven:
             q.driven = 1
             pthread_mutex_unlock(&q.mutex)
@@ -228,6 +263,6 @@ cdef int _wait(Queue_ *q, Transfer_ *t, uint64_t until_ns) noexcept nogil:
             break
         if wait_until(&t.finished, &q.mutex, until_ns):
             break
-    over = t.done or t.expired
+    over = _is_over(t)
     pthread_mutex_unlock(&q.mutex)
     return over

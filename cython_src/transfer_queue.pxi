@@ -3,10 +3,15 @@
 
 cdef void _free_transfer(Transfer_ *t):
     """Drops what the transfer kept alive. Needs the GIL, and that it is done."""
+    if t.mark != NULL:
+        t.link.release(t.link.self, t.mark)
+    if t.copied != NULL:
+        t.link.release(t.link.self, t.copied)
     if t.kept != NULL:
         Py_DECREF(<object>t.kept)
     pthread_cond_destroy(&t.finished)
     free(t.segments)
+    free(t.copies)
     free(t.crcs)
     free(t)
 
@@ -33,10 +38,11 @@ cdef class Queue:
     ``backend`` is an engine's capsule and ``keep`` whatever must outlive it. ``depth``: segments
     kept in flight. ``segment_nbytes``: the largest command. ``block_nbytes``, ``align_nbytes``:
     what the device wants of offsets and of addresses (powers of two). ``slots``: addresses of
-    bounce slots of ``segment_nbytes`` each, for memory that the device cannot reach directly.
+    bounce slots of ``segment_nbytes`` each, for memory that the device cannot reach directly, and
+    for what goes over a link.
     """
     cdef Queue_ *_q
-    cdef object _keep
+    cdef list _keep
     cdef readonly bint closed
     cdef readonly size_t pid
 
@@ -57,6 +63,7 @@ cdef class Queue:
         for address in slots:
             q.slots[q.free_slots] = <unsigned char *>address
             q.free_slots += 1
+        q.slots_count = q.free_slots
         q.depth = depth
         q.segment_nbytes = segment_nbytes
         q.block_nbytes = block_nbytes
@@ -64,8 +71,9 @@ cdef class Queue:
         pthread_mutex_init(&q.mutex, NULL)
         init_cond(&q.work)
         init_cond(&q.reapable)
+        init_cond(&q.nap)
         self._q = q
-        self._keep = (backend, keep)
+        self._keep = [backend, keep]
         self.pid = pid
         if start_thread(&q.thread, _thread_main, q):
             raise MemoryError("no thread for the transfer loop")
@@ -90,6 +98,34 @@ cdef class Queue:
     def active(self):
         """Transfers submitted and not done, those included that nobody waits for any more."""
         return self._q.active
+
+    @property
+    def slots(self):
+        """How many there are."""
+        return self._q.slots_count
+
+    def keep(self, thing):
+        """Keeps ``thing`` alive as long as the queue: what its slots lie in, say."""
+        self._keep.append(thing)
+
+    def add_slots(self, slots):
+        """More slots, at the addresses ``slots``; for queues that were opened without any."""
+        cdef Queue_ *q = self._q
+        cdef size_t count = len(slots), address
+        cdef uint32_t i = 0
+        cdef unsigned char **more
+        if q.slots_count:
+            raise ValueError(f"the queue has {q.slots_count} slots already")
+        more = <unsigned char **>calloc(count + 1, sizeof(void *))
+        if more == NULL:
+            raise MemoryError()
+        for address in slots:
+            more[i] = <unsigned char *>address
+            i += 1
+        pthread_mutex_lock(&q.mutex)
+        q.more_slots = more
+        q.more_slots_count = q.slots_count = i
+        pthread_mutex_unlock(&q.mutex)
 
     def reap(self):
         """Blocks until transfers that were submitted with ``notify`` are done; returns them.
@@ -140,10 +176,29 @@ cdef class Queue:
             "ios": c.ios, "read_nbytes": c.read_nbytes, "written_nbytes": c.written_nbytes,
             "transfers": c.transfers, "errors": c.errors, "bounced_nbytes": c.bounced,
             "latency_ns": c.latency_ns, "busy_ns": c.busy_ns, "deepest": c.deepest,
+            "copies": c.copies, "to_device_nbytes": c.to_device_nbytes,
+            "from_device_nbytes": c.from_device_nbytes, "copy_busy_ns": c.copy_busy_ns,
+            "overlap_ns": c.overlap_ns,
             "histogram": {
                 skv_bucket_ns(i): c.histogram[i] for i in range(SKV_BUCKETS) if c.histogram[i]
             },
         }
+
+    def rates(self, int op):
+        """What the drive did in transfers over links, for READ or WRITE: ``(segment_nbytes, depth,
+        nbytes, busy_ns, bursts)`` by the transfer's segment size and the depth at the time, both
+        rounded down to powers of two; ``bursts``: how often some came, at once or alone."""
+        cdef int size, depth
+        cdef Rate *rate
+        cdef list found = []
+        if op != SKV_READ and op != SKV_WRITE:
+            raise ValueError(f"only reads and writes have rates, not operation {op}")
+        for size in range(SIZES):
+            for depth in range(DEPTHS):
+                rate = &self._q.rates[op][size][depth]
+                if rate.nbytes:
+                    found.append((1 << size, 1 << depth, rate.nbytes, rate.busy_ns, rate.bursts))
+        return found
 
     def close(self, double timeout_s=30.0):
         """Waits until nothing is in flight, then ends the thread. Returns whether it came to that.
@@ -205,5 +260,7 @@ cdef class Queue:
         pthread_mutex_destroy(&q.mutex)
         pthread_cond_destroy(&q.work)
         pthread_cond_destroy(&q.reapable)
+        pthread_cond_destroy(&q.nap)
         free(q.slots)
+        free(q.more_slots)
         free(q)

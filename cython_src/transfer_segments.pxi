@@ -53,6 +53,8 @@ cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
     if t.following != NULL:
         t.following.previous = t.previous
     q.counters.transfers += 1
+    if t.link != NULL:
+        q.linked -= 1
     if t.status:
         q.counters.errors += 1
     pthread_mutex_lock(&q.mutex)
@@ -119,12 +121,15 @@ cdef void _checksum(Segment *s, uint32_t first, uint32_t last) noexcept nogil:
     chunks, and the calls for one segment come in order."""
     cdef uint32_t chunk = s.transfer.chunk_nbytes
     cdef uint32_t take
+    cdef unsigned char *at = s.user
+    if s.transfer.link != NULL:
+        at = s.slot + s.skip
     if s.chunk_crcs == NULL:
-        s.crc = skv_crc32c(s.crc if first else 0, s.user + first, last - first)
+        s.crc = skv_crc32c(s.crc if first else 0, at + first, last - first)
         return
     while first < last:
         take = min(chunk, last - first)
-        s.chunk_crcs[first // chunk] = skv_crc32c(0, s.user + first, take)
+        s.chunk_crcs[first // chunk] = skv_crc32c(0, at + first, take)
         first += take
 
 
@@ -170,11 +175,13 @@ cdef void _do_follow_up(Queue_ *q) noexcept nogil:
     # Of a transfer that failed or expired nobody reads the sums, and its caller's memory should
     # not change any more than the device changes it.
     if not s.failed and not s.transfer.status:
-        if s.slot != NULL:
+        if s.slot != NULL and s.transfer.link == NULL:
             _copy(s)
         else:
             _checksum(s, 0, s.nbytes)
-    if s.io_done:
+            if s.transfer.hand_over:
+                _handed_over(q, s.transfer)
+    if s.io_done and not s.copying:
         _finish_segment(q, s)
 
 
@@ -195,6 +202,7 @@ cdef void _submit_segment(Queue_ *q, Segment *s) noexcept nogil:
         return
     if q.in_flight == 0:
         q.busy_since_ns = s.io.submitted_ns
+        q.overlap_since_ns = s.io.submitted_ns
     q.in_flight += 1
     s.in_flight = 1
     if q.in_flight > q.counters.deepest:
@@ -208,9 +216,10 @@ cdef void _prepare(Queue_ *q, Segment *s) noexcept nogil:
         q.free_slots -= 1
         s.slot = q.slots[q.free_slots]
         at = s.slot
-        q.counters.bounced += s.nbytes
-        if s.transfer.op == SKV_WRITE:
-            _copy(s)
+        if s.transfer.link == NULL:
+            q.counters.bounced += s.nbytes
+            if s.transfer.op == SKV_WRITE:
+                _copy(s)
     if s.transfer.op == SKV_WRITE:
         # Whatever the last block held in memory is somebody else's business.
         padding = s.device_nbytes - s.nbytes
@@ -244,7 +253,16 @@ cdef void _refill(Queue_ *q) noexcept nogil:
             if q.retry == s:
                 return
             continue
-        t = q.todo[0] if q.todo[0] != NULL else q.todo[1]
+        if q.linked:
+            s = q.ready
+            if s != NULL:
+                q.ready = s.next_retry
+                if not _write_copied(q, s):
+                    return
+                continue
+            t = _can_go_on(q)
+        else:
+            t = q.todo[0] if q.todo[0] != NULL else q.todo[1]
         if t == NULL:
             return
         s = &t.segments[t.next]
@@ -254,6 +272,12 @@ cdef void _refill(Queue_ *q) noexcept nogil:
         if t.next == t.count:
             _todo_remove(q, t)
         _prepare(q, s)
+        if t.link != NULL and t.op == SKV_WRITE:
+            # To its slot first; the drive has it after that.
+            if not _begin_copy(q, s):
+                s.io_done = 1
+                _finish_segment(q, s)
+            continue
         if t.op == SKV_WRITE and t.checksum and not s.bounce:
             # Computed while the device is at work, not before it may begin.
             _follow_up_push(q, s)
@@ -272,10 +296,14 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
     cdef int32_t result = s.io.result
     cdef uint32_t needed = s.device_nbytes
     cdef uint64_t took = now - s.io.submitted_ns
+    if t.link != NULL and result > 0:
+        _count_rate(q, t, <uint32_t>result, now)
     q.in_flight -= 1
     s.in_flight = 0
     if q.in_flight == 0:
         q.counters.busy_ns += now - q.busy_since_ns
+        if q.copies:
+            _count_overlap(q, now)
     q.counters.ios += 1
     q.counters.latency_ns += took
     q.counters.histogram[skv_bucket(took)] += 1
@@ -309,7 +337,9 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
             else:
                 s.failed = 1
     s.io_done = 1
-    if not s.failed and t.op == SKV_READ and (t.checksum or s.slot != NULL):
+    if t.link != NULL and t.op == SKV_READ:
+        _landed(q, s)
+    elif not s.failed and t.op == SKV_READ and (t.checksum or s.slot != NULL):
         _follow_up_push(q, s)
     elif not s.queued:
         _finish_segment(q, s)

@@ -8,6 +8,16 @@ DEF COPY_BLOCK_NBYTES = 32768
 DEF MOVE_NBYTES = 4096
 # Completions taken from the engine at once.
 DEF BATCH = 64
+# Between two looks at a copy that should be over, at least and at most.
+DEF LOOK_NS = 50_000
+DEF LOOK_MOST_NS = 1_000_000
+# A sleep shorter than this would last longer than asked for.
+DEF NAP_NS = 20_000
+# Doublings that rates are kept apart by.
+DEF SIZES = 32
+DEF DEPTHS = 14
+# Transfers looked at for one that can go on while others wait for a slot.
+DEF PASSED_BY = 64
 
 
 cdef struct Segment:
@@ -27,9 +37,18 @@ cdef struct Segment:
     uint8_t failed
     uint8_t queued         # on the follow-up list
     uint8_t in_flight
+    uint8_t copying        # between slot and device memory
     # Two links, because a write may wait for its checksum and for another try at the same time.
     Segment *next_follow_up
     Segment *next_retry
+
+
+# A segment's way over a link; only transfers that have one have these.
+cdef struct Copy:
+    skv_copy copy          # first, so that the link's pointer is ours
+    Segment *segment
+    uint64_t begun_ns
+    Copy *next
 
 
 cdef struct Piece:
@@ -53,6 +72,15 @@ cdef struct Transfer_:
     uint32_t next          # first segment not yet submitted
     uint32_t outstanding   # submitted and not finished
     uint32_t chunk_nbytes  # granularity of checksums; 0: one per piece
+    uint32_t segment_nbytes
+    uint32_t window        # segments outstanding at once; 0: as many as there is room for
+    skv_link *link         # NULL: the callers' memory is the host's
+    Copy *copies           # one per segment
+    uint32_t to_copy       # copies not begun
+    uint32_t to_hand_over  # segments whose copy was not begun, or that were not summed
+    void *mark             # event that the first copy waits for, or NULL
+    void *copied           # event of the last copy, where it is handed over
+    uint8_t hand_over      # `issued` is enough for whoever waits
     uint8_t op
     uint8_t checksum
     uint8_t priority
@@ -60,6 +88,7 @@ cdef struct Transfer_:
     # Guarded by the queue's mutex:
     uint8_t done           # nothing of it is in flight any more
     uint8_t expired        # deadline passed
+    uint8_t issued         # all is copied, or will be before `copied`
     uint8_t cancelled      # asked to stop
     uint8_t notified       # the reaper has it, or will
     uint8_t orphan         # its handle is gone: free it when done
@@ -84,7 +113,20 @@ cdef struct Counters:
     uint64_t latency_ns    # sum over all commands; over busy_ns it is the mean depth
     uint64_t busy_ns       # time with something in flight
     uint64_t deepest
+    uint64_t copies
+    uint64_t to_device_nbytes
+    uint64_t from_device_nbytes
+    uint64_t copy_busy_ns  # time with a copy on its way
+    uint64_t overlap_ns    # and something in flight on the drive
     uint64_t histogram[SKV_BUCKETS]
+
+
+# What the drive did for transfers over links, by the doublings of their segment's size and of the
+# depth at the time: bytes, the nanoseconds that they took, and in how many lots they came.
+cdef struct Rate:
+    uint64_t nbytes
+    uint64_t busy_ns
+    uint64_t bursts
 
 
 cdef struct Queue_:
@@ -92,10 +134,11 @@ cdef struct Queue_:
     pthread_mutex_t mutex
     pthread_cond_t work        # for the queue's own thread
     pthread_cond_t reapable    # for the reaper
+    pthread_cond_t nap         # for a driver that only waits for copies
     pthread_t thread
     # Guarded by the mutex:
     uint8_t driven             # somebody is the driver
-    uint8_t polling            # and sleeps in the engine
+    uint8_t polling            # and sleeps: 1 in the engine, 2 on `nap`
     uint8_t changed            # a priority or a cancellation has to be looked at
     uint8_t stopping
     uint8_t stopped
@@ -107,6 +150,9 @@ cdef struct Queue_:
     Transfer_ *reap            # done, for the reaper
     Transfer_ *orphans         # done, to be freed by whoever holds the GIL next
     uint64_t active            # transfers submitted and not done
+    unsigned char **more_slots # for the driver to take
+    uint32_t more_slots_count
+    uint32_t slots_count       # with those
     # The driver's own:
     Transfer_ *all
     Transfer_ *todo[2]         # with segments to submit, by priority
@@ -119,6 +165,17 @@ cdef struct Queue_:
     unsigned char **slots
     uint32_t free_slots
     uint8_t more               # _refill stopped early: there is more to submit
+    uint32_t linked            # transfers in hand that have a link
+    uint32_t copies            # copies on their way
+    Copy *copying
+    Copy *copying_tail
+    Segment *ready             # to be written: their bytes are in their slots
+    Segment *ready_tail
+    uint64_t link_free_ns[2]   # when to expect the last copy's end, by direction
+    uint64_t copy_since_ns
+    uint64_t overlap_since_ns
+    uint64_t completed_ns      # last completion
+    uint32_t depth_before      # in flight before the completions that came with it
     uint64_t busy_since_ns
     uint8_t deadlines          # some transfer in hand has one
     # Fixed:
@@ -126,3 +183,4 @@ cdef struct Queue_:
     uint32_t align_nbytes
     uint32_t segment_nbytes
     Counters counters
+    Rate rates[2][SIZES][DEPTHS]  # of reads, of writes

@@ -21,7 +21,7 @@ FLOORS = (
     ("errors", "units", "config", "types"),
     ("_native",),
     ("engines", "devices"),
-    ("index", "allocator", "layout", "staging", "superblock", "lock", "tensors"),
+    ("index", "allocator", "layout", "link", "staging", "superblock", "lock", "tensors"),
     ("orchestrator", "residency", "memory"),
     ("store", "sequence", "sparse"),
     ("cli", "integrations"),

@@ -8,15 +8,43 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import DISCARD, FLUSH, READ, WRITE, Queue, Transfer
-from spdk_kv.errors import ClosedError, CorruptionError, DeviceTimeout, device_error
+from spdk_kv.errors import (
+    ClosedError,
+    CorruptionError,
+    DeviceError,
+    DeviceTimeout,
+    EngineUnavailable,
+    device_error,
+)
 
 T = TypeVar("T")
 
 _OP_NAMES = {READ: "read", WRITE: "write", FLUSH: "flush", DISCARD: "discard"}
+
+
+# A transfer's status with this bit set is a link's (SKV_LINK_STATUS in cython_src/link.h).
+_LINK_STATUS = 0x20000
+
+
+class Link(Protocol):
+    """The way between host memory and a GPU's: CudaLink, or EmulatedLink where there is none.
+
+    ``capsule`` is for transfers. ``register(memory)`` makes host memory (``address``, ``nbytes``)
+    reachable as long as what it returns lives; OSError. ``explain(code)`` has the words for the
+    code of a failed copy. ``copy_time_s(nbytes, to_device)``: what a lone copy takes.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def capsule(self) -> Any: ...
+    def register(self, memory: Any) -> Any: ...
+    def explain(self, code: int) -> str: ...
+    def copy_time_s(self, nbytes: int, to_device: bool = True) -> float: ...
 
 
 def op_name(op: int) -> str:
@@ -69,6 +97,7 @@ class Engine:
         self._closed = False
         self._queue: Queue | None = None
         self._slots: Any = None
+        self._links: list[Link] = []
         self._reaper: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -78,10 +107,7 @@ class Engine:
         """Starts the queue over ``backend`` (a capsule), once the geometry is set."""
         slots: list[int] = []
         if self.align_nbytes > 1 or self.block_nbytes > 1:
-            # Twice the depth: while one half is copied out of, the device fills the other.
-            count = 2 * self.options.depth
-            self._slots = self.allocate(count * self.segment_nbytes)
-            slots = [self._slots.address + i * self.segment_nbytes for i in range(count)]
+            slots = self._allocate_slots()
         self._queue = Queue(
             backend,
             (keep, self._slots),
@@ -92,6 +118,34 @@ class Engine:
             slots=slots,
             pid=self._pid,
         )
+
+    def _allocate_slots(self) -> list[int]:
+        # Twice the depth: while one half is copied out of, the device fills the other.
+        count = 2 * self.options.depth
+        self._slots = self.allocate(count * self.segment_nbytes)
+        return [self._slots.address + i * self.segment_nbytes for i in range(count)]
+
+    def use_link(self, link: Link) -> None:
+        """Makes the slots reachable for ``link``; a transfer over it does this by itself, once.
+
+        Takes memory where the engine had no slots yet. EngineUnavailable where ``link`` cannot
+        reach it.
+        """
+        queue = self.queue
+        with self._lock:
+            if link in self._links:
+                return
+            fresh = [] if queue.slots else self._allocate_slots()
+            try:
+                queue.keep(link.register(self._slots))
+            except OSError as refused:
+                raise EngineUnavailable(
+                    f"the {link.name} link does not reach the {self._slots.nbytes} bytes of "
+                    f"staging memory of {self.where}: {refused}"
+                ) from refused
+            if fresh:
+                queue.add_slots(fresh)
+            self._links.append(link)
 
     @property
     def queue(self) -> Queue:
@@ -127,6 +181,7 @@ class Engine:
                 raise DeviceTimeout(
                     f"{self.where} still holds memory {timeout_s:g} s after close", op="close"
                 )
+        self._links.clear()
         self._release()
 
     def _release(self) -> None:
@@ -141,9 +196,38 @@ class Engine:
 
     # -- transfers ------------------------------------------------------------------------------
 
-    def transfer(self, op: int, *, checksum: bool = False, chunk_nbytes: int = 0) -> Transfer:
-        """An empty transfer on this engine's queue; see :class:`Transfer`."""
-        return Transfer(self.queue, op, checksum=checksum, chunk_nbytes=chunk_nbytes)
+    def transfer(
+        self,
+        op: int,
+        *,
+        checksum: bool = False,
+        chunk_nbytes: int = 0,
+        segment_nbytes: int = 0,
+        window: int = 0,
+        link: Link | None = None,
+        stream: int | None = None,
+        hand_over: bool = False,
+    ) -> Transfer:
+        """An empty transfer on this engine's queue; see :class:`Transfer`.
+
+        With ``link`` its addresses are a GPU's; the first such transfer registers the engine's
+        slots, which takes a while, or EngineUnavailable.
+        """
+        if link is None and not (segment_nbytes or window or hand_over):
+            return Transfer(self.queue, op, checksum=checksum, chunk_nbytes=chunk_nbytes)
+        if link is not None:
+            self.use_link(link)
+        return Transfer(
+            self.queue,
+            op,
+            checksum=checksum,
+            chunk_nbytes=chunk_nbytes,
+            segment_nbytes=segment_nbytes,
+            window=window,
+            link=link,
+            stream=stream,
+            hand_over=hand_over,
+        )
 
     def run(self, transfer: Transfer, timeout_s: float | None = None) -> None:
         """Submits ``transfer``, blocks until it is done, and raises its error if it failed."""
@@ -216,6 +300,16 @@ class Engine:
                 offset=offset,
                 nbytes=transfer.nbytes,
                 status=errno.ETIMEDOUT,
+            )
+        if transfer.status & _LINK_STATUS:
+            why = transfer.link.explain(transfer.status & ~_LINK_STATUS)
+            return DeviceError(
+                f"{op} of {nbytes} bytes at offset {offset} of {self.where} failed on its way "
+                f"{'from' if transfer.op == WRITE else 'to'} the GPU: {why}",
+                op=op,
+                offset=offset,
+                nbytes=nbytes,
+                status=transfer.status,
             )
         return device_error(op, offset, nbytes, transfer.status, self.where)
 
