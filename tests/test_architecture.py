@@ -31,8 +31,9 @@ FLOORS = (
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may spread over several files beside each other: store_index.py is part of store.
 SPREAD = ("store", "sequence", "index")
-# The arrows that are meant: the store opens sequences, the demo shows an integration.
-ARROWS = {("store", "sequence"), ("cli", "integrations")}
+# The arrows that are meant: the store opens sequences, the demo shows an integration, an engine
+# that the kernel does not guard asks who uses the drive.
+ARROWS = {("store", "sequence"), ("cli", "integrations"), ("engines", "devices")}
 
 PICKLES = {"pickle", "cPickle", "_pickle", "marshal", "shelve"}
 MAX_LINES = 450
