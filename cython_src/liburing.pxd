@@ -1,9 +1,14 @@
 # The part of liburing that the engine uses; declarations only.
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "<liburing.h>" nogil:
     struct io_uring_sqe:
+        uint8_t opcode
         uint8_t flags
+        int32_t fd
+        uint32_t cmd_op
+        # 80 bytes of the command's own, in a ring with IORING_SETUP_SQE128.
+        uint8_t *cmd
     struct io_uring_cqe:
         uint64_t user_data
         int res
@@ -20,6 +25,9 @@ cdef extern from "<liburing.h>" nogil:
         long long tv_nsec
 
     unsigned IORING_SETUP_CLAMP
+    unsigned IORING_SETUP_SQE128
+    unsigned IORING_SETUP_CQE32
+    uint8_t IORING_OP_URING_CMD
     unsigned IORING_FEAT_EXT_ARG
     unsigned IORING_FSYNC_DATASYNC
     unsigned IOSQE_FIXED_FILE

@@ -4,9 +4,8 @@ file where the machine allows them, and without them where it does not."""
 
 cimport cython
 from cpython.pycapsule cimport PyCapsule_New
-from libc.errno cimport EAGAIN, EBADF, EINTR, ENOSPC, ENOSYS, errno
-from libc.stdint cimport int64_t, uint64_t
-from libc.string cimport memset, strerror
+from libc.errno cimport EAGAIN, EBADF, ENOSPC
+from libc.stdint cimport uint64_t
 
 from backend cimport (
     SKV_BACKEND_CAPSULE, SKV_FLUSH, SKV_READ, SKV_WRITE, skv_backend, skv_io,
@@ -24,20 +23,10 @@ cdef extern from "<fcntl.h>" nogil:
     int FALLOC_FL_PUNCH_HOLE
     int FALLOC_FL_KEEP_SIZE
 
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned initial, int flags)
-    int EFD_CLOEXEC
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t write(int fd, const void *, size_t)
-    int close(int fd)
-    int getpid()
+include "uring_ring.pxi"
 
 # Slots in the ring's table of registered buffers; a region takes one.
 DEF BUFFERS = 1024
-# user_data of completions that are not commands.
-DEF WAKE_TAG = 0
-DEF CANCEL_TAG = 1
 
 
 cdef struct Buffer:
@@ -45,14 +34,9 @@ cdef struct Buffer:
     size_t nbytes
 
 
-cdef struct Ring:
+cdef struct Direct:
+    Ring common
     skv_backend backend
-    io_uring ring
-    int fd
-    int wake_fd
-    uint64_t wake_count
-    bint wake_armed
-    bint fixed_file
     bint closed
     # The table of registered buffers: filled by Python threads, read by the driver.
     pthread_mutex_t mutex
@@ -64,7 +48,7 @@ cdef struct Ring:
     int used_buffers
 
 
-cdef int _buffer_index(Ring *r, size_t address, size_t nbytes) noexcept nogil:
+cdef int _buffer_index(Direct *r, size_t address, size_t nbytes) noexcept nogil:
     cdef int i, found = -1
     pthread_mutex_lock(&r.mutex)
     for i in range(r.used_buffers):
@@ -76,18 +60,18 @@ cdef int _buffer_index(Ring *r, size_t address, size_t nbytes) noexcept nogil:
     return found
 
 
-cdef int _update(Ring *r, unsigned slot, size_t address, size_t nbytes) noexcept nogil:
+cdef int _update(Direct *r, unsigned slot, size_t address, size_t nbytes) noexcept nogil:
     """Sets one entry of the kernel's table; 0 bytes empty it. With `registering` held."""
     cdef iovec vector
     cdef unsigned long long tag = 0
     cdef int rc
     vector.iov_base = <void *>address
     vector.iov_len = nbytes
-    rc = io_uring_register_buffers_update_tag(&r.ring, slot, &vector, &tag, 1)
+    rc = io_uring_register_buffers_update_tag(&r.common.ring, slot, &vector, &tag, 1)
     return rc if rc < 0 else 0
 
 
-cdef void _set_entry(Ring *r, int slot, size_t address, size_t nbytes) noexcept nogil:
+cdef void _set_entry(Direct *r, int slot, size_t address, size_t nbytes) noexcept nogil:
     pthread_mutex_lock(&r.mutex)
     r.buffers[slot].address = address
     r.buffers[slot].nbytes = nbytes
@@ -95,7 +79,7 @@ cdef void _set_entry(Ring *r, int slot, size_t address, size_t nbytes) noexcept 
     pthread_mutex_unlock(&r.mutex)
 
 
-cdef int _register(Ring *r, size_t address, size_t nbytes) noexcept nogil:
+cdef int _register(Direct *r, size_t address, size_t nbytes) noexcept nogil:
     cdef int slot, rc = -ENOSPC
     pthread_mutex_lock(&r.registering)
     if r.closed:
@@ -111,7 +95,7 @@ cdef int _register(Ring *r, size_t address, size_t nbytes) noexcept nogil:
     return rc
 
 
-cdef void _unregister(Ring *r, size_t address) noexcept nogil:
+cdef void _unregister(Direct *r, size_t address) noexcept nogil:
     cdef int slot
     pthread_mutex_lock(&r.registering)
     # A closed ring's descriptor may by now be another ring's.
@@ -124,19 +108,11 @@ cdef void _unregister(Ring *r, size_t address) noexcept nogil:
     pthread_mutex_unlock(&r.registering)
 
 
-cdef void _arm_wake(Ring *r) noexcept nogil:
-    cdef io_uring_sqe *sqe = io_uring_get_sqe(&r.ring)
-    if sqe != NULL:
-        io_uring_prep_read(sqe, r.wake_fd, &r.wake_count, 8, 0)
-        io_uring_sqe_set_data64(sqe, WAKE_TAG)
-        r.wake_armed = True
-
-
 cdef int _submit(void *self, skv_io *io) noexcept nogil:
-    cdef Ring *r = <Ring *>self
-    cdef int fd = 0 if r.fixed_file else r.fd
+    cdef Direct *r = <Direct *>self
+    cdef int fd = 0 if r.common.fixed_file else r.common.fd
     cdef int index = -1
-    cdef io_uring_sqe *sqe = io_uring_get_sqe(&r.ring)
+    cdef io_uring_sqe *sqe = io_uring_get_sqe(&r.common.ring)
     if sqe == NULL:
         return -EAGAIN
     if r.fixed_buffers and (io.op == SKV_READ or io.op == SKV_WRITE):
@@ -156,59 +132,14 @@ cdef int _submit(void *self, skv_io *io) noexcept nogil:
     else:
         io_uring_prep_fallocate(sqe, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, io.offset,
                                 io.nbytes)
-    if r.fixed_file:
+    if r.common.fixed_file:
         sqe.flags |= <unsigned char>IOSQE_FIXED_FILE
     io_uring_sqe_set_data64(sqe, <uint64_t><size_t>io)
     return 0
 
 
-cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
-    cdef Ring *r = <Ring *>self
-    cdef io_uring_cqe *cqes[64]
-    cdef io_uring_cqe *first
-    cdef __kernel_timespec timeout
-    cdef unsigned seen, i
-    cdef int n = 0, rc = 0
-    cdef uint64_t tag
-    if not r.wake_armed:
-        _arm_wake(r)
-    seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, 64))
-    if seen == 0 and wait_ns:
-        timeout.tv_sec = wait_ns // 1000000000
-        timeout.tv_nsec = wait_ns % 1000000000
-        # One system call submits and waits.
-        rc = io_uring_submit_and_wait_timeout(&r.ring, &first, 1, &timeout, NULL)
-        seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, 64))
-    elif io_uring_sq_ready(&r.ring):
-        # A busy kernel (-EBUSY, -EAGAIN) keeps the entries; they go with the next call.
-        io_uring_submit(&r.ring)
-        if seen == 0:
-            seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, 64))
-    for i in range(seen):
-        tag = cqes[i].user_data
-        if tag == WAKE_TAG:
-            r.wake_armed = False
-        elif tag != CANCEL_TAG:
-            done[n] = <skv_io *><size_t>tag
-            done[n].result = cqes[i].res
-            n += 1
-    io_uring_cq_advance(&r.ring, seen)
-    if seen == 0 and rc == -EINTR:
-        return -EINTR
-    return n
-
-
-cdef void _wake(void *self) noexcept nogil:
-    cdef uint64_t one = 1
-    write((<Ring *>self).wake_fd, &one, 8)
-
-
-cdef void _cancel(void *self, skv_io *io) noexcept nogil:
-    cdef Ring *r = <Ring *>self
-    cdef io_uring_sqe *sqe = io_uring_get_sqe(&r.ring)
-    if sqe != NULL:
-        io_uring_prep_cancel64(sqe, <uint64_t><size_t>io, 0)
-        io_uring_sqe_set_data64(sqe, CANCEL_TAG)
+cdef void _complete(Ring *r, skv_io *io, int res) noexcept nogil:
+    io.result = res
 
 
 @cython.no_gc_clear
@@ -218,35 +149,18 @@ cdef class UringBackend:
     ``backend`` is the capsule for a queue. OSError where the kernel or a container's rules
     refuse a ring. ``fixed_file`` and ``fixed_buffers`` tell what could be registered.
     """
-    cdef Ring _r
+    cdef Direct _r
     cdef int _pid
     cdef readonly object backend
 
     def __cinit__(self, int fd, unsigned entries):
-        cdef io_uring_params parameters
-        cdef int rc
         pthread_mutex_init(&self._r.mutex, NULL)
         pthread_mutex_init(&self._r.registering, NULL)
         self._pid = getpid()
         self._r.closed = True
-        self._r.fd = fd
-        self._r.wake_fd = -1
-        # Neither COOP_TASKRUN nor SINGLE_ISSUER: the driver changes, and a completion must not
-        # wait until the thread that submitted the command happens to enter the kernel again.
-        memset(&parameters, 0, sizeof(parameters))
-        parameters.flags = IORING_SETUP_CLAMP
-        rc = io_uring_queue_init_params(entries, &self._r.ring, &parameters)
-        if rc < 0:
-            raise OSError(-rc, f"io_uring_setup: {strerror(-rc).decode()}")
+        _open_ring(&self._r.common, fd, entries, 0)
         self._r.closed = False
-        if not parameters.features & IORING_FEAT_EXT_ARG:
-            # Without it liburing's timed wait puts commands of its own among ours.
-            raise OSError(ENOSYS, "io_uring_setup: this kernel is older than 5.11")
-        self._r.wake_fd = eventfd(0, EFD_CLOEXEC)
-        if self._r.wake_fd < 0:
-            raise OSError(errno, f"eventfd: {strerror(errno).decode()}")
-        self._r.fixed_file = io_uring_register_files(&self._r.ring, &fd, 1) == 0
-        self._r.fixed_buffers = io_uring_register_buffers_sparse(&self._r.ring, BUFFERS) == 0
+        self._r.fixed_buffers = io_uring_register_buffers_sparse(&self._r.common.ring, BUFFERS) == 0
         self._r.backend.self = &self._r
         self._r.backend.submit = _submit
         self._r.backend.poll = _poll
@@ -256,7 +170,7 @@ cdef class UringBackend:
 
     @property
     def fixed_file(self):
-        return bool(self._r.fixed_file)
+        return bool(self._r.common.fixed_file)
 
     @property
     def fixed_buffers(self):
@@ -302,18 +216,11 @@ cdef class UringBackend:
         else:
             ready = not self._r.closed
             self._r.closed = True
-        if ready and self._pid == getpid():
-            # The kernel takes a ring apart later, in a thread of its own; until then the device
-            # would stay open, exclusively, and memory pinned.
-            if self._r.fixed_file:
-                io_uring_unregister_files(&self._r.ring)
-            if self._r.fixed_buffers:
-                io_uring_unregister_buffers(&self._r.ring)
         if ready:
-            io_uring_queue_exit(&self._r.ring)
-        if self._r.wake_fd >= 0:
-            close(self._r.wake_fd)
-            self._r.wake_fd = -1
+            if self._r.fixed_buffers and self._pid == getpid():
+                # Or memory would stay pinned until the kernel takes the ring apart, later.
+                io_uring_unregister_buffers(&self._r.common.ring)
+            _close_ring(&self._r.common, self._pid == getpid())
 
     def __dealloc__(self):
         self.close()

@@ -116,7 +116,7 @@ def open_parts(
         nbytes = wanted or _VOLATILE_CAPACITY
         opened = open_engine(place, engine=engine, capacity_nbytes=nbytes, options=options)
         return Opened(place, opened, Allocator(nbytes, BLOCK_NBYTES), None, None, uuid.uuid4().hex)
-    if place.scheme == "block" or place.is_nvme:
+    if place.scheme in ("block", "ng") or place.is_nvme:
         folder = _index_folder(place) if index_dir is None else os.fspath(index_dir)
         return _open_device(place, wanted, engine, options, folder, bool(create))
     if index_dir is not None:

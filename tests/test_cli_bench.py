@@ -116,7 +116,7 @@ def test_size_is_cut_to_whole_segments_and_refused_when_too_small() -> None:
         (["--location", "null://", "--depth", "4096", "--segment-nbytes", "1GiB"], "of memory"),
         (
             ["--location", "ram://", "--i-know-this-destroys", "/dev/x"],
-            "for block:// and spdk:// alone",
+            "for block://, ng:// and spdk:// alone",
         ),
         (["--location", "block:///etc/hostname"], "not a block device"),
     ],

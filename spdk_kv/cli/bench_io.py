@@ -115,11 +115,13 @@ def bench_io(
     if place.scheme == "block":
         _check_block(place.path)
         _check_write(place.path, op, destroys)
+    elif place.scheme == "ng":
+        _check_write(place.path, op, destroys)
     elif place.is_nvme:
         _check_write(location, op, destroys)
     elif destroys is not None:
         raise click.UsageError(
-            f"{_CONFIRM} is for block:// and spdk:// alone; {place} needs no such thing"
+            f"{_CONFIRM} is for block://, ng:// and spdk:// alone; {place} needs no such thing"
         )
     span = size or _default_size(place)
     if span < segment_nbytes:

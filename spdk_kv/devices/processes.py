@@ -19,7 +19,7 @@ from spdk_kv.devices.strict import Unreadable, listing, optional_link, optional_
 _FIRST_NAMESPACES = {"pid": "pid:[4026531836]", "user": "user:[4026531837]"}
 _SYSTEM_MOUNTS = re.compile(r"/|/(boot|efi|usr)(/.*)?")
 # What a process that is ending, or a zombie, answers.
-_GONE = {errno.ENOENT, errno.ESRCH, errno.EINVAL, errno.ENOTDIR}
+_GONE = {errno.ENOENT, errno.ESRCH, errno.ENOTDIR}
 _ENDING_CHECKS = 20
 
 
@@ -75,7 +75,9 @@ def read_all_mounts(root: Path) -> dict[Mount, str]:
             try:
                 text = path.read_bytes().decode(errors="backslashreplace")
             except OSError as error:
-                if _gone(task, error):
+                # EINVAL: it is ending and has left its mount namespace (mounts_open_common in
+                # fs/proc_namespace.c), though what it waits for may take it minutes yet.
+                if error.errno == errno.EINVAL or _gone(task, error):
                     continue
                 raise Unreadable(f"{path}: {error.strerror}") from error
             if text in seen:

@@ -83,6 +83,16 @@ def read_stack(root: Path, bdf: str) -> Stack:
         _read_disk(block, f"nvme{instance}n{number}")
         for instance, number in sorted(found, key=lambda pair: (int(pair[0]), int(pair[1])))
     )
+    return _stand(root, controllers, disks)
+
+
+def read_namespace(root: Path, name: str) -> Stack:
+    """What stands on the one namespace ``name`` (nvme0n1) just now. Raises Unreadable."""
+    return _stand(root, (), (_read_disk(root / "sys/class/block", name),))
+
+
+def _stand(root: Path, controllers: tuple[str, ...], disks: tuple[Disk, ...]) -> Stack:
+    block = root / "sys/class/block"
     generics = tuple(disk.name.replace("nvme", "ng") for disk in disks)
     holders = _holders(block, [n for disk in disks for n in (disk.name, *disk.partitions)])
     numbers = {}

@@ -32,14 +32,19 @@ _EXPORTED = (
 
 def check_usage(root: Path, kernel: Kernel, stack: Stack) -> Iterator[Reason]:
     """Everything that uses the drive now. Raises Unreadable, OSError."""
+    yield from check_kernel_use(root, kernel, stack)
+    yield from check_open(root, kernel, stack)
+    yield from _check_in_flight(root, stack)
+
+
+def check_kernel_use(root: Path, kernel: Kernel, stack: Stack) -> Iterator[Reason]:
+    """What the kernel itself does with the drive now. Raises Unreadable, OSError."""
     yield from check_mounts(root, kernel, stack)
     yield from check_btrfs(root, stack)
     yield from _check_swap(root, kernel, stack)
     yield from _check_holders(root, stack)
     yield from _check_loops(root, kernel, stack)
     yield from _check_exports(root, kernel, stack)
-    yield from check_open(root, kernel, stack)
-    yield from _check_in_flight(root, stack)
 
 
 def _check_swap(root: Path, kernel: Kernel, stack: Stack) -> Iterator[Reason]:

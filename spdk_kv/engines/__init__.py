@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from spdk_kv.engines import spdk_env, uring
+from spdk_kv.engines import ng, spdk_env, uring
 from spdk_kv.engines.base import Engine, EngineOptions
 from spdk_kv.engines.location import Location, parse_location
 from spdk_kv.engines.memory import NullEngine, RamEngine
@@ -44,6 +44,8 @@ def engine_status() -> list[EngineStatus]:
     """What every engine that this build knows can do on this machine."""
     missing = uring.why_unavailable()
     found = [EngineStatus("uring", missing is None, *(missing or ("", "")))]
+    missing = ng.why_unavailable()
+    found.append(EngineStatus("ng", missing is None, *(missing or ("", ""))))
     missing = spdk_env.why_unavailable()
     found.append(EngineStatus("spdk", missing is None, *(missing or ("", ""))))
     found += [EngineStatus(name, True, "", "") for name in ("threads", "pagecache", "ram", "null")]
@@ -84,6 +86,10 @@ def open_engine(
         from spdk_kv.engines.spdk import SpdkEngine
 
         return SpdkEngine(location, options)
+    if location.scheme == "ng":
+        if engine not in (None, "ng"):
+            raise ValueError(f"{location} is served by the engine ng alone")
+        return ng.NgEngine(location.path, options)
     path = path or location.path
     if engine is not None:
         if engine not in _FILE_ENGINES:

@@ -11,6 +11,7 @@ _PCI_ADDRESS = re.compile(r"[0-9a-fA-F]{4}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]"
 _FORMS = {
     "file": "file:///DIR (a folder that holds the data file and the index)",
     "block": "block:///dev/NODE (a partition or a whole drive)",
+    "ng": "ng:///dev/ngXnY (a drive's generic node, for NVMe commands through the kernel)",
     "spdk": "spdk://0000:01:00.0/1 (a drive bound to vfio-pci, by PCI address and namespace)",
     "spdk+tcp": "spdk+tcp://HOST:PORT/NQN[/NAMESPACE] (an NVMe/TCP target)",
     "spdk+vfiouser": "spdk+vfiouser:///DIR/NQN[/NAMESPACE] (a vfio-user target's socket folder)",

@@ -28,24 +28,29 @@ def why_unavailable() -> tuple[str, str] | None:
     try:
         UringBackend(null, 4).close()
     except OSError as refused:
-        if refused.errno == errno.ENOSYS:
-            return (
-                f"the kernel has no io_uring that serves ({refused})",
-                "a kernel of 5.11 or newer",
-            )
-        if refused.errno == errno.ENOMEM:
-            return (
-                "RLIMIT_MEMLOCK is too low for a ring (io_uring_setup: ENOMEM)",
-                "ulimit -l 65536, or LimitMEMLOCK=64M in the service",
-            )
-        return (
-            f"io_uring is forbidden here ({refused.strerror})",
-            "sysctl kernel.io_uring_disabled=0; in a container, a seccomp profile that allows "
-            "io_uring_setup, io_uring_enter and io_uring_register",
-        )
+        return ring_refusal(refused)
     finally:
         os.close(null)
     return None
+
+
+def ring_refusal(refused: OSError) -> tuple[str, str]:
+    """(why the kernel gave no ring, what mends it)."""
+    if refused.errno == errno.ENOSYS:
+        return (
+            f"the kernel has no io_uring that serves ({refused})",
+            "a kernel of 5.11 or newer",
+        )
+    if refused.errno == errno.ENOMEM:
+        return (
+            "RLIMIT_MEMLOCK is too low for a ring (io_uring_setup: ENOMEM)",
+            "ulimit -l 65536, or LimitMEMLOCK=64M in the service",
+        )
+    return (
+        f"io_uring is forbidden here ({refused.strerror})",
+        "sysctl kernel.io_uring_disabled=0; in a container, a seccomp profile that allows "
+        "io_uring_setup, io_uring_enter and io_uring_register",
+    )
 
 
 class _RegisteredRegion:

@@ -29,6 +29,8 @@ def situation(make: str, undo: str, *codes: str, tool: str = "sh") -> Situation:
 
 
 MKFS = "mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 $D"
+# In these the kernel itself has the drive: engine `ng` must refuse it, too.
+KERNELS = {"mounted", "swap", "holder", "loop", "export"}
 SITUATIONS = {
     "mounted": situation(f"{MKFS}; mount -o ro $D /mnt", "umount /mnt", "mounted"),
     "mounted where only another process sees it": situation(
@@ -50,6 +52,19 @@ SITUATIONS = {
     "a filesystem that is not mounted": situation(MKFS, ":", "signature"),
     "partitioned": situation("printf 'label: gpt\\n,\\n' | sfdisk -q $D", ":", "signature",
                              tool="sfdisk"),
+    "a partition of it is mounted": situation(
+        "printf 'label: gpt\\n,\\n' | sfdisk -q $D; mkfs.ext4 -q -F ${D}p1; "
+        "mount -o ro ${D}p1 /mnt",
+        "umount /mnt", "mounted", tool="sfdisk",
+    ),
+    "exported by nvmet": situation(
+        "modprobe nvmet; mount -t configfs none /sys/kernel/config; "
+        "N=/sys/kernel/config/nvmet/subsystems/lab/namespaces/1; mkdir ${N%/*/*} $N; "
+        "printf $D >$N/device_path; echo 1 >$N/enable",
+        "N=/sys/kernel/config/nvmet/subsystems/lab/namespaces/1; echo 0 >$N/enable; "
+        "rmdir $N ${N%/*/*}; umount /sys/kernel/config; modprobe -r nvmet",
+        "export",
+    ),
     "a volume of LVM": situation(
         "pvcreate -q $D; vgcreate -q labvg $D; lvcreate -q -an -Zn -Wn -l 4 -n v labvg; "
         "vgchange -q -ay labvg; dmsetup ls",

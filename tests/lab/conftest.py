@@ -100,11 +100,17 @@ def lab() -> Iterator[Lab]:
         Drive("n0", "LAB-N0"),
         Drive("n1", "LAB-N1", block_nbytes=4096),
         Drive("bad", "LAB-BAD", bad_blocks=BAD_BLOCKS),
-        *(Drive(name, f"LAB-{name.upper()}") for name in ("pull", "cut", "kill", "user", "lock")),
+        Drive("power", "LAB-POWER", nbytes=49 * MIB, write_log="power.log",
+              parts=(24 * MIB, 24 * MIB, MIB)),
+        Drive("meta", "LAB-META", nbytes=64 * MIB, metadata_nbytes=8),
+        *(
+            Drive(name, f"LAB-{name.upper()}")
+            for name in ("pull", "cut", "kill", "user", "lock", "nggo")
+        ),
         Drive("bind", "LAB-BIND", nbytes=64 * MIB),
         Drive("two0", "LAB-TWO0", nbytes=64 * MIB),
         Drive("two1", "LAB-TWO1", nbytes=64 * MIB, shares_group_with="two0"),
-    ]
+    ]  # fmt: skip
     yield from boot(Hardware(drives))
 
 

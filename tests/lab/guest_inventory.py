@@ -2,15 +2,15 @@
 
 import json
 
-from guest_drive import CONTROLLERS, address_of, driver_of, group_of, node_of
+from guest_drive import CONTROLLERS, address_of, driver_of, group_of, wait_for
 
 drives = {}
 for controller in CONTROLLERS.glob("nvme*"):
     serial = (controller / "serial").read_text().strip()
     address = address_of(serial)
-    disk = node_of(serial).removeprefix("/dev/")
-    with open(f"/sys/block/{disk}/queue/logical_block_size") as size:
-        block_nbytes = int(size.read())
+    # Not guest_drive's node_of: a format that the kernel cannot use has a disk of no size.
+    (disk,) = wait_for(lambda at=controller: list(at.glob("nvme*n1")))
+    block_nbytes = int((disk / "queue/logical_block_size").read_text())
     try:
         group = group_of(address)
     except FileNotFoundError:

@@ -1,7 +1,8 @@
-"""Reads a drive over VFIO without end, until that fails; tells how it failed and what came then.
+"""Reads a drive without end, until that fails; tells how it failed and what came then.
 
-argv: the drive's serial; ``keep``: end without closing. Prints `reading ADDRESS` when reads are in
-flight. Every buffer that was read is compared.
+argv: the drive's serial; ``ng``: through the kernel's generic node, otherwise over VFIO;
+``keep``: end without closing. Prints `reading ADDRESS` when reads are in flight. Every buffer that
+was read is compared.
 """
 
 import os
@@ -9,15 +10,21 @@ import sys
 import threading
 import time
 
-from guest_drive import take
+from guest_drive import address_of, node_of, take
 from guest_engine import open_drive, pattern, read, tell, write
 
+from spdk_kv.engines import EngineOptions, open_engine, parse_location
 from spdk_kv.errors import DeviceError
 
 MIB = 1 << 20
 data = pattern(3, 8 * MIB)
-address = take(sys.argv[1])
-engine = open_drive(address, segment_nbytes=128 << 10)
+if "ng" in sys.argv:
+    address = address_of(sys.argv[1])
+    node = node_of(sys.argv[1]).replace("/nvme", "/ng")
+    engine = open_engine(parse_location(f"ng://{node}"), options=EngineOptions(16, 128 << 10))
+else:
+    address = take(sys.argv[1])
+    engine = open_drive(address, segment_nbytes=128 << 10)
 write(engine, 0, data)
 good = 0
 failures = []

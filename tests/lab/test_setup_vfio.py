@@ -5,12 +5,16 @@ Whatever it refuses is as it was, to the last bit of its image.
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from binding import SCRIPT, SITUATIONS, codes, node, setup
+from binding import KERNELS, SCRIPT, SITUATIONS, codes, node, setup
 
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason=f"{SCRIPT.name} is not there")
 
 SERIAL = "LAB-BIND"
+UDEVD = "/lib/systemd/systemd-udevd"
+UNIT = "/etc/systemd/system/spdk-kv-vfio.service"
 
 
 @pytest.fixture
@@ -24,7 +28,9 @@ def address(lab) -> str:
 
 def wipe(lab) -> None:
     """The image is sparse: what is discarded reads as zeros."""
-    lab.shell(f"blkdiscard -f {node(lab, SERIAL)} && sync")
+    disk = node(lab, SERIAL)
+    # Or the partitions of an earlier test would still be there.
+    lab.shell(f"blkdiscard -f {disk} && sync && blockdev --rereadpt {disk}")
 
 
 def driver(lab, address: str) -> str:
@@ -56,6 +62,10 @@ def test_a_drive_in_use_is_refused_and_left_as_it_is(lab, address, name):
             # No flag makes it take a drive that is in use.
             again = check_refusal(lab, address, SERIAL, "--i-know-this-destroys", SERIAL)
             assert case.codes <= again
+        if case.codes & KERNELS:
+            told = lab.script("ng_attempt", node(lab, SERIAL))
+            assert told["kind"] == "StoreLocked", told
+            assert set(re.findall(r"[a-z-]+(?=: )", told["text"])) & case.codes, told
     finally:
         lab.shell(environment + case.undo, check=False)
 
@@ -105,3 +115,54 @@ def test_a_killed_owners_drive_is_restored(lab, address):
     lab.shell("kill -9 $(cat /run/holder)")
     status, answer = setup(lab, "restore", address)
     assert (status, driver(lab, address)) == (0, "nvme"), str(answer)
+
+
+def mode(lab, node: str) -> list[str]:
+    """The group and the mode of a device node."""
+    return lab.shell(f"stat -c '%G %a' {node}").text().split()
+
+
+def test_udev_gives_the_group_the_node_when_it_is_made_anew(lab, address):
+    if lab.shell(f"test -x {UDEVD} && command -v udevadm", check=False).status:
+        pytest.skip("udev is not installed here")
+    assert setup(lab, "bind", address, SERIAL, "--yes")[0] == 0
+    status, answer = setup(lab, "permissions", "--group", "disk", address)
+    assert status == 0, str(answer)
+    vfio = answer["vfio_node"]
+    assert mode(lab, vfio) == ["disk", "660"]
+    lab.shell(f"chown root:root {vfio}; chmod 600 {vfio}; {UDEVD} --daemon")
+    try:
+        device = f"/sys/devices/virtual/vfio/{vfio.rpartition('/')[2]}"
+        lab.shell(f"udevadm trigger --action=add {device} && udevadm settle")
+        assert mode(lab, vfio) == ["disk", "660"]
+        assert setup(lab, "restore", address)[0] == 0
+        assert not lab.shell("ls /run/udev/rules.d").text().strip()
+    finally:
+        lab.shell("udevadm control --exit")
+
+
+def test_a_persistent_binding_is_made_again_at_boot(lab, address):
+    lab.shell("mkdir -p /run/systemd/system")  # as where systemd runs
+    try:
+        status, answer = setup(lab, "bind", address, SERIAL, "--yes", "--persist")
+        assert (status, driver(lab, address)) == (0, "vfio-pci"), str(answer)
+        status, answer = setup(lab, "permissions", "--group", "disk", address)
+        assert status == 0, str(answer)
+        # After a boot the kernel has the drive, and /run is empty.
+        function = f"/sys/bus/pci/devices/{address}"
+        lab.shell(
+            f"echo {address} >{function}/driver/unbind && echo >{function}/driver_override && "
+            f"echo {address} >/sys/bus/pci/drivers_probe && rm -r /run/spdk_kv /run/udev/rules.d"
+        )
+        assert driver(lab, address) == "nvme"
+        node(lab, SERIAL)
+        lab.shell(f"test -e {UNIT.replace('system/', 'system/multi-user.target.wants/')}")
+        (start,) = re.findall(r"^ExecStart=(.*)$", lab.shell(f"cat {UNIT}").text(), re.MULTILINE)
+        said = lab.shell(start, timeout_s=120.0).text()
+        assert driver(lab, address) == "vfio-pci", said
+        assert mode(lab, answer["vfio_node"]) == ["disk", "660"]
+        assert setup(lab, "restore", address)[0] == 0
+        assert driver(lab, address) == "nvme"
+        lab.shell(f"test ! -e {UNIT} && test ! -e /etc/spdk_kv/persist.json")
+    finally:
+        lab.shell("rmdir /run/systemd/system")

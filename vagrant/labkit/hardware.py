@@ -14,12 +14,14 @@ MIB = 1 << 20
 
 @dataclass
 class Drive:
-    """An NVMe drive of one namespace on a sparse raw file.
+    """An NVMe drive on a sparse raw file.
 
     ``name``: QEMU's name for it, for :meth:`Machine.unplug`. ``image``: the file, made where it is
     missing. ``shares_group_with``: the name of an earlier drive whose card it is the second
     function of, so that both are one IOMMU group. ``bad_blocks``: 512-byte blocks of the image
-    that fail to be read.
+    that fail to be read. ``metadata_nbytes``: beside each block. ``write_log``: a
+    file in the machine's ``share`` that records every write. ``parts``: namespaces of these sizes,
+    one behind the other in the image, instead of one; their sum is ``nbytes``.
     """
 
     name: str
@@ -29,6 +31,9 @@ class Drive:
     image: Path | None = None
     shares_group_with: str | None = None
     bad_blocks: Sequence[int] = ()
+    metadata_nbytes: int = 0
+    write_log: str | None = None
+    parts: Sequence[int] = ()
 
 
 @dataclass
@@ -47,8 +52,8 @@ def default_drives() -> list[Drive]:
     return [Drive("n0", "LAB-N0"), Drive("n1", "LAB-N1", block_nbytes=4096)]
 
 
-def _node(drive: Drive) -> str:
-    """The drive's image as a node of QEMU's block layer."""
+def _nodes(drive: Drive, folder: Path) -> list[dict[str, object]]:
+    """The drive's image as nodes of QEMU's block layer: one for each namespace, and below."""
     image: dict[str, object] = {"driver": "file", "filename": str(drive.image)}
     if drive.bad_blocks:
         # The raw layer above raises the event for each of its reads (QEMU: docs/devel/blkdebug).
@@ -57,12 +62,28 @@ def _node(drive: Drive) -> str:
             for sector in drive.bad_blocks
         ]
         image = {"driver": "blkdebug", "image": image, "inject-error": errors}
-    return json.dumps(
-        {"driver": "raw", "node-name": f"{drive.name}-image", "file": image, "discard": "unmap"}
-    )
+    if drive.write_log:
+        log = folder / "share" / drive.write_log
+        log.touch()
+        image = {
+            "driver": "blklogwrites",
+            "file": image,
+            "log": {"driver": "file", "filename": str(log)},
+        }
+    common = {"driver": "raw", "discard": "unmap"}
+    if not drive.parts:
+        return [{**common, "node-name": f"{drive.name}-image1", "file": image}]
+    whole = f"{drive.name}-whole"
+    nodes: list[dict[str, object]] = [{**image, "node-name": whole, "discard": "unmap"}]
+    offset = 0
+    for number, nbytes in enumerate(drive.parts, 1):
+        part = {"node-name": f"{drive.name}-image{number}", "file": whole}
+        nodes.append({**common, **part, "offset": offset, "size": nbytes})
+        offset += nbytes
+    return nodes
 
 
-def _drive_options(drives: list[Drive]) -> list[str]:
+def _drive_options(drives: list[Drive], folder: Path) -> list[str]:
     options = []
     functions: dict[str, int] = {}
     cards: dict[str, str] = {}
@@ -77,9 +98,15 @@ def _drive_options(drives: list[Drive]) -> list[str]:
         if function == 0 and drive.name in shared:
             place += ",multifunction=on"
         block = f"logical_block_size={drive.block_nbytes},physical_block_size={drive.block_nbytes}"
-        options += ["-blockdev", _node(drive)]
+        block += f",ms={drive.metadata_nbytes}"
+        for node in _nodes(drive, folder):
+            options += ["-blockdev", json.dumps(node)]
         options += ["-device", f"nvme,id={drive.name},serial={drive.serial},{place}"]
-        options += ["-device", f"nvme-ns,bus={drive.name},drive={drive.name}-image,nsid=1,{block}"]
+        if drive.parts:
+            block += ",share-rw=on"
+        for nsid in range(1, 1 + max(1, len(drive.parts))):
+            namespace = f"drive={drive.name}-image{nsid},nsid={nsid},{block}"
+            options += ["-device", f"nvme-ns,bus={drive.name},{namespace}"]
     return options
 
 
@@ -127,5 +154,5 @@ def command_line(
         *("-chardev", f"socket,id=link,path={folder / 'link'},server=on,wait=off"),
         *("-device", "virtserialport,chardev=link,name=spdk_kv.lab"),
         *("-qmp", f"unix:{folder / 'qmp'},server=on,wait=off"),
-        *_drive_options(hardware.drives),
+        *_drive_options(hardware.drives, folder),
     ]

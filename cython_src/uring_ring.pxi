@@ -1,0 +1,122 @@
+# What the io_uring engines share: a ring on one descriptor, with a wake-up in it. Whoever includes
+# this has a struct that begins with a Ring, and says with _complete what a command's `res` means.
+
+from libc.errno cimport EINTR, ENOSYS, errno
+from libc.stdint cimport int64_t
+from libc.string cimport memset, strerror
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned initial, int flags)
+    int EFD_CLOEXEC
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t write(int fd, const void *, size_t)
+    int close(int fd)
+    int getpid()
+
+# user_data of completions that are not commands.
+DEF WAKE_TAG = 0
+DEF CANCEL_TAG = 1
+
+
+cdef struct Ring:
+    io_uring ring
+    int fd
+    int wake_fd
+    uint64_t wake_count
+    bint wake_armed
+    bint fixed_file
+
+
+cdef _open_ring(Ring *r, int fd, unsigned entries, unsigned flags):
+    """Sets up the ring; OSError where the kernel or a container's rules refuse it."""
+    cdef io_uring_params parameters
+    cdef int rc
+    r.fd = fd
+    r.wake_fd = -1
+    # Neither COOP_TASKRUN nor SINGLE_ISSUER: the driver changes, and a completion must not
+    # wait until the thread that submitted the command happens to enter the kernel again.
+    memset(&parameters, 0, sizeof(parameters))
+    parameters.flags = IORING_SETUP_CLAMP | flags
+    rc = io_uring_queue_init_params(entries, &r.ring, &parameters)
+    if rc < 0:
+        raise OSError(-rc, f"io_uring_setup: {strerror(-rc).decode()}")
+    r.wake_fd = eventfd(0, EFD_CLOEXEC)
+    rc = errno
+    if r.wake_fd >= 0 and parameters.features & IORING_FEAT_EXT_ARG:
+        r.fixed_file = io_uring_register_files(&r.ring, &fd, 1) == 0
+        return
+    _close_ring(r, True)
+    if parameters.features & IORING_FEAT_EXT_ARG:
+        raise OSError(rc, f"eventfd: {strerror(rc).decode()}")
+    # Without it liburing's timed wait puts commands of its own among ours.
+    raise OSError(ENOSYS, "io_uring_setup: this kernel is older than 5.11")
+
+
+cdef void _close_ring(Ring *r, bint owner) noexcept nogil:
+    """Gives the ring back. `owner`: false in a forked child, which leaves the parent's alone."""
+    if owner and r.fixed_file:
+        # The kernel takes a ring apart later, in a thread of its own; until then the device
+        # would stay open, exclusively.
+        io_uring_unregister_files(&r.ring)
+    io_uring_queue_exit(&r.ring)
+    if r.wake_fd >= 0:
+        close(r.wake_fd)
+        r.wake_fd = -1
+
+
+cdef void _arm_wake(Ring *r) noexcept nogil:
+    cdef io_uring_sqe *sqe = io_uring_get_sqe(&r.ring)
+    if sqe != NULL:
+        io_uring_prep_read(sqe, r.wake_fd, &r.wake_count, 8, 0)
+        io_uring_sqe_set_data64(sqe, WAKE_TAG)
+        r.wake_armed = True
+
+
+cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
+    cdef Ring *r = <Ring *>self
+    cdef io_uring_cqe *cqes[64]
+    cdef io_uring_cqe *first
+    cdef __kernel_timespec timeout
+    cdef unsigned seen, i
+    cdef int n = 0, rc = 0
+    cdef uint64_t tag
+    if not r.wake_armed:
+        _arm_wake(r)
+    seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, 64))
+    if seen == 0 and wait_ns:
+        timeout.tv_sec = wait_ns // 1000000000
+        timeout.tv_nsec = wait_ns % 1000000000
+        # One system call submits and waits.
+        rc = io_uring_submit_and_wait_timeout(&r.ring, &first, 1, &timeout, NULL)
+        seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, 64))
+    elif io_uring_sq_ready(&r.ring):
+        # A busy kernel (-EBUSY, -EAGAIN) keeps the entries; they go with the next call.
+        io_uring_submit(&r.ring)
+        if seen == 0:
+            seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, 64))
+    for i in range(seen):
+        tag = cqes[i].user_data
+        if tag == WAKE_TAG:
+            r.wake_armed = False
+        elif tag != CANCEL_TAG:
+            done[n] = <skv_io *><size_t>tag
+            _complete(r, done[n], cqes[i].res)
+            n += 1
+    io_uring_cq_advance(&r.ring, seen)
+    if seen == 0 and rc == -EINTR:
+        return -EINTR
+    return n
+
+
+cdef void _wake(void *self) noexcept nogil:
+    cdef uint64_t one = 1
+    write((<Ring *>self).wake_fd, &one, 8)
+
+
+cdef void _cancel(void *self, skv_io *io) noexcept nogil:
+    cdef Ring *r = <Ring *>self
+    cdef io_uring_sqe *sqe = io_uring_get_sqe(&r.ring)
+    if sqe != NULL:
+        io_uring_prep_cancel64(sqe, <uint64_t><size_t>io, 0)
+        io_uring_sqe_set_data64(sqe, CANCEL_TAG)
