@@ -78,6 +78,11 @@ class Orchestrator:
         }
         self._dropping: ThreadPoolExecutor | None = None
 
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Those of both paths, or of the one there is."""
+        return (self.direct,) if self.cache is None else (self.direct, self.cache)
+
     # -- sequences come and go ------------------------------------------------------------------
 
     def adopt(self, name: str, extents: Sequence[Extents]) -> UnitGroup:

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from spdk_kv.errors import (
@@ -222,12 +222,19 @@ class Sequence:
             if not k.shape[2]:
                 return 1
             before = cache.pending_nbytes
-            cache.append(k, v)
+            cache.append(k, v, self._store.links.of((k, v)))
             return 2 if cache.pending_nbytes > before else 1
 
     def append_async(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Future[None]:
         """As :meth:`append`, but returns a future; appends to one layer must not overtake."""
-        return self._store.run_in_background(lambda: self.append(layer, k, v))
+        linked = self._store.links.of((k, v))
+        here = nullcontext() if linked is None else linked.on_this_stream()
+
+        def append() -> None:
+            with here:
+                self.append(layer, k, v)
+
+        return self._store.run_in_background(append)
 
     def _limit_pending(self) -> None:
         pending = sum(cache.pending_nbytes for cache in self._layers)
@@ -254,22 +261,27 @@ class Sequence:
         ``tokens``: a slice with step 1; ``heads``: which KV heads, in that order. With granularity
         ``layer`` all heads are read and some dropped; with ``head`` only runs of them are. The
         tensors are views of what lies on the device, so their strides are not those of a fresh
-        tensor; the memory is theirs. Blocks, briefly if the layer was prefetched. Raises
-        ShapeMismatch, CorruptionError, DeviceError, and the error of a failed append.
+        tensor; the memory is theirs. ``device``: where to; a GPU that the store reaches over a
+        link is copied to while the drive still reads, and only torch's current stream waits for
+        the last copies. Blocks, briefly if the layer was prefetched. Raises ShapeMismatch, CorruptionError, DeviceError, and the error of a failed append.
         """
         cache = self._layer(layer)
         wanted = head_list(self.shape.kv_heads, heads)
-        if device is not None:
+        linked = None if device is None else self._store.links.device(device)
+        if device is not None and linked is None:
             self._store.staging.pin_for_gpu()
+        self._ahead.device = linked
         self._store.paths.reads(self._group, self._number(layer))
         with cache.lock, self._counting_corruption():
             first, last = token_range(cache.tokens, tokens)
             if wanted is None:
-                k, v = read_all(cache, self._layout, first, last)
+                k, v = read_all(cache, self._layout, first, last, linked)
             else:
-                k, v = read_heads(cache, self._layout, first, last, wanted)
+                k, v = read_heads(cache, self._layout, first, last, wanted, linked)
         self._ahead.was_read(self._number(layer) if tokens is None and wanted is None else None)
-        return (k, v) if device is None else (k.to(device), v.to(device))
+        # Elsewhere, if they were read ahead for another device.
+        place = "cpu" if device is None else device
+        return k.to(place), v.to(place)
 
     def read_async(
         self,
@@ -280,9 +292,14 @@ class Sequence:
         device: Any = None,
     ) -> Future[tuple[torch.Tensor, torch.Tensor]]:
         """As :meth:`read`, but returns a future."""
-        return self._store.run_in_background(
-            lambda: self.read(layer, tokens=tokens, heads=heads, device=device)
-        )
+        linked = None if device is None else self._store.links.device(device)
+        here = nullcontext() if linked is None else linked.on_this_stream()
+
+        def read() -> tuple[torch.Tensor, torch.Tensor]:
+            with here:
+                return self.read(layer, tokens=tokens, heads=heads, device=device)
+
+        return self._store.run_in_background(read)
 
     def prefetch(
         self, layers: Iterable[int], *, first_token: int = 0, spare_tokens: int = 1

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from spdk_kv.errors import SpdkKvError
+from spdk_kv.link_devices import LinkedDevice
 from spdk_kv.orchestrator import Orchestrator
 from spdk_kv.orchestrator_order import ScanOrder
 from spdk_kv.sequence_layer import LayerCache
@@ -17,6 +18,8 @@ class ReadAhead:
 
     def __init__(self, paths: Orchestrator, layers: Sequence[LayerCache], most_tokens: int) -> None:
         self.learns = True
+        # Where the last read went, if over a link: what is read ahead goes there.
+        self.device: LinkedDevice | None = None
         self._paths = paths
         self._layers = layers
         self._most_tokens = most_tokens
@@ -43,7 +46,9 @@ class ReadAhead:
 
         Does not raise: what is wrong with a layer, its own read will say.
         """
-        with suppress(SpdkKvError, MemoryError):
+        import torch
+
+        with suppress(SpdkKvError, MemoryError, torch.cuda.OutOfMemoryError):
             if self._asked:
                 self._begin_asked()
             elif self.learns and layer is not None:
@@ -71,5 +76,5 @@ class ReadAhead:
             spare = min(spare, self._most_tokens - cache.tokens)
             if not self._paths.admits(cache.ahead_nbytes(first, spare)):
                 return False
-            cache.prefetch(first, spare)
+            cache.prefetch(first, spare, self.device)
         return True

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from spdk_kv._native.transfer import Transfer
 from spdk_kv.engines import Engine
 from spdk_kv.index_records import SequenceRecord
+from spdk_kv.link_devices import Links
 from spdk_kv.orchestrator import Orchestrator
 from spdk_kv.staging import StagingPool
 
@@ -34,6 +35,7 @@ class Host(Protocol):
     engine: Engine
     paths: Orchestrator
     staging: StagingPool
+    links: Links
     verify: bool
 
     @property

@@ -16,12 +16,14 @@ from spdk_kv._native.transfer import PREFETCH, READ, WRITE, Transfer
 from spdk_kv.errors import ClosedError, CorruptionError, DeviceError, SpdkKvError
 from spdk_kv.index_records import UnitRecord
 from spdk_kv.layout import SequenceLayout
+from spdk_kv.link_devices import LinkedDevice
 from spdk_kv.orchestrator import Orchestrator
 from spdk_kv.orchestrator_units import TrackedUnit
-from spdk_kv.sequence_reading import CRC_NBYTES, Reading, reordered
+from spdk_kv.sequence_reading import CRC_NBYTES, Reading, Room, reordered
+from spdk_kv.sequence_rows import lay_out, whole_chunks
 from spdk_kv.staging import StagingPool
 from spdk_kv.tensors import tensor_from
-from spdk_kv.types import movable, torch_dtypes
+from spdk_kv.types import torch_dtypes
 from spdk_kv.units import align_down, align_up
 
 if TYPE_CHECKING:
@@ -113,19 +115,21 @@ class LayerCache:
 
     # -- appending ------------------------------------------------------------------------------
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, device: LinkedDevice | None = None
+    ) -> None:
         """Adds tokens, ``[batch, kv_heads, tokens, head_dim]`` each. Starts writes, waits for
-        none."""
+        none. ``device``: where both are, if that is reached over a link."""
         self._check_usable()
         self._end_tail_write()
         layout, used = self._layout, self._tail_nbytes
         count = k.shape[2]
         total = used + count * layout.row_nbytes
         if total < layout.chunk_nbytes:
-            self._copy_rows(self._tails, used, k, v)
+            lay_out(layout, self._tails, used, k, v)
             write = None
         else:
-            write = self._gather(used, total, k, v)
+            write = self._gather(used, total, k, v, device)
         self._failure = self._in_doubt
         if write is not None:
             write()
@@ -134,41 +138,29 @@ class LayerCache:
         self.tokens += count
         self._failure = None
 
-    def _copy_rows(self, into: torch.Tensor, at: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Lays tokens out as rows from byte ``at`` of every extent's line of ``into``."""
-        layout, count = self._layout, k.shape[2]
-        k, v = movable(k), movable(v)
-        lines = into[:, at : at + count * layout.row_nbytes].view(k.dtype)
-        rows = lines.view(len(self.offsets), count, *layout.row_shape)
-        if layout.granularity == "head":
-            heads = layout.extents_per_unit
-            rows[:heads].copy_(k.permute(1, 2, 0, 3))
-            rows[heads:].copy_(v.permute(1, 2, 0, 3))
-        else:
-            rows[0].copy_(k.permute(2, 0, 1, 3))
-            rows[1].copy_(v.permute(2, 0, 1, 3))
-
     def _gather(
-        self, used: int, total: int, k: torch.Tensor, v: torch.Tensor
+        self,
+        used: int,
+        total: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        device: LinkedDevice | None,
     ) -> Callable[[], None]:
         """The tail and the new tokens make whole chunks: returns what starts to write those and
         keeps the rest as tail. Nothing is changed before."""
-        chunk = self._layout.chunk_nbytes
-        full, line = align_down(total, chunk), align_up(total, chunk)
-        lease = self._staging.lease(len(self.offsets) * line)
-        lines = tensor_from(lease, "uint8", (len(self.offsets), line))
-        lines[:, :used] = self._tails[:, :used]
-        self._copy_rows(lines, used, k, v)
-        transfer = self._engine.transfer(WRITE, checksum=True, chunk_nbytes=chunk)
-        transfer.keep(lease)
+        full = align_down(total, self._layout.chunk_nbytes)
+        chunks = whole_chunks(
+            self._layout, self._staging, self._engine, self._tails[:, :used], k, v, device
+        )
         for number, offset in enumerate(self.offsets):
-            transfer.add(offset + self.stored, lease.address + number * line, full)
+            chunks.transfer.add(offset + self.stored, chunks.address(number), full)
+        transfer, rest = chunks.transfer, chunks.lines[:, full:total].cpu()
 
         def write() -> None:
             transfer.submit()
             self._writes.append(Write(transfer, self.stored, full * len(self.offsets)))
             self.pending_nbytes += full * len(self.offsets)
-            self._tails[:, : total - full] = lines[:, full:total]
+            self._tails[:, : total - full] = rest
             self._tail_written = 0
             self.stored += full
 
@@ -215,13 +207,21 @@ class LayerCache:
 
     # -- reading --------------------------------------------------------------------------------
 
-    def plan(self, first: int, last: int, extents: range, spare: int) -> Reading:
-        """Leases room for tokens ``[first, last)``, and ``spare`` more, of some extents."""
+    def plan(
+        self,
+        first: int,
+        last: int,
+        extents: range,
+        spare: int,
+        device: LinkedDevice | None = None,
+    ) -> Reading:
+        """Makes room for tokens ``[first, last)``, and ``spare`` more, of some extents: in staging
+        memory, or on ``device``."""
         row, chunk = self._layout.row_nbytes, self._layout.chunk_nbytes
         start, end = self._layout.token_range(first, last)
         stride = max(end, align_up((last + spare) * row, chunk)) - start
-        lease = self._staging.lease(max(1, len(extents) * stride))
-        return self._reading(extents, first, start, stride, lease)
+        room = Room(self._staging, len(extents) * stride, device)
+        return self._reading(extents, first, start, stride, room)
 
     def extend(self, reading: Reading, last: int, priority: int = 0) -> None:
         """Starts to read what is on the device of the bytes up to token ``last``, and is not yet
@@ -248,10 +248,10 @@ class LayerCache:
         halves = zip(self._units, (every[:lines], every[lines:]), strict=True)
         return [(unit if unit.cached else None, half) for unit, half in halves if half]
 
-    def _reading(self, extents: range, first: int, start: int, stride: int, lease: Any) -> Reading:
+    def _reading(self, extents: range, first: int, start: int, stride: int, room: Room) -> Reading:
         chunk = self._layout.chunk_nbytes
         return Reading(
-            extents, first, start, stride, start, chunk, lease, self.offsets, self._verify
+            extents, first, start, stride, start, chunk, room, self.offsets, self._verify
         )
 
     def _end(self, last: int) -> int:
@@ -265,21 +265,21 @@ class LayerCache:
     def finish(self, reading: Reading, last: int) -> torch.Tensor:
         """Waits for the reading, checks it, and returns ``[extents, tokens, *row_shape]``."""
         self._complete(reading)
+        room = reading.room
         shape = (len(reading.extents), last - reading.first, *self._layout.row_shape)
         if last == reading.first:
-            return tensor_from(None, self._layout.shape.dtype, shape)
+            return room.place(tensor_from(None, self._layout.shape.dtype, shape))
         row = self._layout.row_nbytes
         begin, end = reading.first * row - reading.start, last * row - reading.start
-        lines = tensor_from(reading.lease, "uint8", (len(reading.extents), reading.stride))
+        lines = room.lines(len(reading.extents), reading.stride)
         if last * row > self.stored:
             at = max(self.stored, reading.start)
             selected = self._tails[reading.extents.start : reading.extents.stop]
-            lines[:, at - reading.start : end] = selected[
-                :, at - self.stored : last * row - self.stored
-            ]
+            tail = selected[:, at - self.stored : last * row - self.stored]
+            lines[:, at - reading.start : end] = room.place(tail)
         rows = lines[:, begin:end]
         if self._rows is not None:
-            rows = reordered(rows, self._rows[reading.first : last])
+            rows = reordered(rows, self._rows[reading.first : last], room)
         return rows.view(self._dtype).view(shape)
 
     def _complete(self, reading: Reading) -> None:
@@ -288,7 +288,7 @@ class LayerCache:
         except CorruptionError as damage:
             raise CorruptionError(f"{self.name}: {damage}") from None
 
-    def prefetch(self, first: int, spare: int) -> None:
+    def prefetch(self, first: int, spare: int, device: LinkedDevice | None = None) -> None:
         """Starts to read all tokens from ``first`` on; :meth:`take_prefetched` hands them over.
 
         Takes the place of what was prefetched from elsewhere. Does not wait.
@@ -298,7 +298,8 @@ class LayerCache:
         self.prefetched = None
         if first < self.tokens and self._failure is None:
             self.settle(wait=False)
-            self.prefetched = self.plan(first, self.tokens, range(len(self.offsets)), spare)
+            every = range(len(self.offsets))
+            self.prefetched = self.plan(first, self.tokens, every, spare, device)
             self.extend(self.prefetched, self.tokens, PREFETCH)
 
     @property
@@ -308,7 +309,7 @@ class LayerCache:
 
     @prefetched.setter
     def prefetched(self, reading: Reading | None) -> None:
-        held = [found.lease.nbytes if found else 0 for found in (self._prefetched, reading)]
+        held = [found.room.nbytes if found else 0 for found in (self._prefetched, reading)]
         self._prefetched = reading
         self._paths.hold_ahead(held[1] - held[0])
 
@@ -355,11 +356,11 @@ class LayerCache:
         """The stored chunk from byte ``start`` of every extent. Not into the tails themselves:
         they have to stay as they are if it fails."""
         chunk, every = self._layout.chunk_nbytes, range(len(self.offsets))
-        lease = self._staging.lease(len(every) * chunk)
-        reading = self._reading(every, 0, start, chunk, lease)
+        room = Room(self._staging, len(every) * chunk, None)
+        reading = self._reading(every, 0, start, chunk, room)
         self._extend_to(reading, start + chunk)
         self._complete(reading)
-        return tensor_from(lease, "uint8", (len(every), chunk))
+        return room.lines(len(every), chunk)
 
     def reorder(self, rows: np.ndarray[Any, Any]) -> None:
         """Row b of every token so far becomes what row ``rows[b]`` was. No I/O."""

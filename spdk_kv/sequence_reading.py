@@ -12,8 +12,11 @@ import numpy as np
 from spdk_kv._native.transfer import READ, Transfer
 from spdk_kv.engines import Engine
 from spdk_kv.errors import CorruptionError, DeviceError, DeviceTimeout, SpdkKvError
+from spdk_kv.link_devices import DeviceMemory, LinkedDevice
 from spdk_kv.orchestrator import Orchestrator
 from spdk_kv.orchestrator_units import TrackedUnit
+from spdk_kv.staging import StagingPool
+from spdk_kv.tensors import tensor_from
 
 if TYPE_CHECKING:
     import torch
@@ -24,12 +27,46 @@ CRC_NBYTES = 4
 """Of a chunk's checksum, as the index keeps it."""
 
 
+class Room:
+    """Memory that a reading goes to: leased from ``staging``, or on a ``device`` (over its link).
+    """
+
+    def __init__(self, staging: StagingPool, nbytes: int, device: LinkedDevice | None) -> None:
+        self.device = device
+        self.nbytes = nbytes
+        self._memory: Any = device.allocate(nbytes) if device else staging.lease(max(1, nbytes))
+        self.address: int = self._memory.address
+
+    def transfer(self, engine: Engine, nbytes: int, **options: Any) -> Transfer:
+        """An empty read of ``nbytes`` in all into this memory, which it keeps."""
+        if self.device is None:
+            transfer = engine.transfer(READ, **options)
+            transfer.keep(self._memory)
+        else:
+            memory: DeviceMemory = self._memory
+            transfer = self.device.transfer(engine, READ, nbytes, memory.stream, **options)
+            transfer.keep(memory.tensor)
+        return transfer
+
+    def lines(self, count: int, stride: int) -> torch.Tensor:
+        """The memory as bytes, ``[count, stride]``, for torch's current stream."""
+        if self.device is None:
+            return tensor_from(self._memory, "uint8", (count, stride))
+        self._memory.join()
+        tensor: torch.Tensor = self._memory.tensor
+        return tensor[: count * stride].view(count, stride)
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor where this memory is."""
+        return tensor if self.device is None else self.device.bring(tensor)
+
+
 @dataclass
 class Part:
     """Bytes ``[start, end)`` of some of a reading's extents, on their way by one path.
 
     ``unit``: whose they are, if they come through the page cache. ``lines``: which lines of the
-    lease they go to.
+    room they go to.
     """
 
     transfer: Transfer
@@ -42,9 +79,9 @@ class Part:
 
 @dataclass
 class Reading:
-    """Tokens ``[first, ...)`` of some extents of a layer on their way into one lease.
+    """Tokens ``[first, ...)`` of some extents of a layer on their way into one room.
 
-    ``start``: byte of the extents at which the lease begins; ``stride``: bytes of the lease per
+    ``start``: byte of the extents at which the room begins; ``stride``: bytes of the room per
     extent; ``until``: byte up to which the parts asked for so far cover them; ``chunk_nbytes``:
     bytes that share a checksum.
     """
@@ -55,7 +92,7 @@ class Reading:
     stride: int
     until: int
     chunk_nbytes: int
-    lease: Any
+    room: Room
     offsets: Sequence[int]
     verify: bool
     parts: list[Part] = field(default_factory=list)
@@ -70,10 +107,14 @@ class Reading:
         priority: int,
     ) -> Part:
         """Starts to read bytes ``[start, end)`` of the extents of ``lines``."""
-        transfer = engine.transfer(READ, checksum=self.verify, chunk_nbytes=self.chunk_nbytes)
-        transfer.keep(self.lease)
+        transfer = self.room.transfer(
+            engine,
+            len(lines) * (end - start),
+            checksum=self.verify,
+            chunk_nbytes=self.chunk_nbytes,
+        )
         for line in lines:
-            address = self.lease.address + line * self.stride + start - self.start
+            address = self.room.address + line * self.stride + start - self.start
             transfer.add(self.offsets[self.extents[line]] + start, address, end - start)
         transfer.submit(None, priority)
         return Part(transfer, engine, unit, lines, start, end)
@@ -85,7 +126,7 @@ class Reading:
             try:
                 self._complete(part, crcs)
             except DeviceTimeout:
-                raise  # the device may still write into the lease
+                raise  # the device may still write into the room
             except (DeviceError, CorruptionError) as failure:
                 self._take_over(part, paths, crcs, failure)
             paths.was_read(part.unit, part.transfer.nbytes, part.transfer.cold_nbytes)
@@ -111,7 +152,10 @@ class Reading:
         """Reads by the other path; raises ``failure`` where that cannot either."""
         engine = paths.other(part.engine)
         # Without checksums nobody could tell whether the other path's bytes are the right ones.
-        if engine is None or part.transfer.in_flight or not self.verify:
+        if engine is None or not self.verify:
+            raise failure
+        # Over a link what is begun later lands later, and after a failure nothing is begun.
+        if part.transfer.in_flight and self.room.device is None:
             raise failure
         try:
             again = self.ask(engine, None, part.lines, part.start, part.end, 0)
@@ -122,13 +166,15 @@ class Reading:
         paths.took_over(part.transfer.nbytes)
 
 
-def reordered(rows: torch.Tensor, stored: np.ndarray[Any, np.dtype[np.int32]]) -> torch.Tensor:
-    """``rows`` (bytes, [extents, tokens * row]) with row b of the batch of token t taken from its
-    row ``stored[t, b]``. On bytes, for torch indexes not every dtype."""
+def reordered(
+    rows: torch.Tensor, stored: np.ndarray[Any, np.dtype[np.int32]], room: Room
+) -> torch.Tensor:
+    """``rows`` (bytes in ``room``, [extents, tokens * row]) with row b of the batch of token t
+    taken from its row ``stored[t, b]``. On bytes, for torch indexes not every dtype."""
     import torch
 
     tokens, batch = stored.shape
     index = np.arange(tokens)[:, None] * batch + stored
     flat = rows.reshape(rows.shape[0], tokens * batch, -1 if tokens else 1)
-    picked = torch.index_select(flat, 1, torch.from_numpy(index.reshape(-1)))
+    picked = torch.index_select(flat, 1, room.place(torch.from_numpy(index.reshape(-1))))
     return picked.reshape(rows.shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from spdk_kv.layout import SequenceLayout
+from spdk_kv.link_devices import LinkedDevice
 from spdk_kv.sequence_layer import LayerCache
 
 if TYPE_CHECKING:
@@ -15,12 +16,19 @@ if TYPE_CHECKING:
 
 
 def read_all(
-    cache: LayerCache, layout: SequenceLayout, first: int, last: int
+    cache: LayerCache,
+    layout: SequenceLayout,
+    first: int,
+    last: int,
+    device: LinkedDevice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens ``[first, last)`` of all heads. Waits for the device; wants the layer's lock held."""
+    """Tokens ``[first, last)`` of all heads. Waits for the device; wants the layer's lock held.
+
+    On ``device``, or where they were read ahead to.
+    """
     reading = cache.take_prefetched(first)
     if reading is None:
-        reading = cache.plan(first, last, range(len(cache.offsets)), 0)
+        reading = cache.plan(first, last, range(len(cache.offsets)), 0, device)
     cache.extend(reading, last)
     # What was still being written is read only now.
     cache.settle()
@@ -33,22 +41,27 @@ def read_all(
 
 
 def read_heads(
-    cache: LayerCache, layout: SequenceLayout, first: int, last: int, wanted: list[int]
+    cache: LayerCache,
+    layout: SequenceLayout,
+    first: int,
+    last: int,
+    wanted: list[int],
+    device: LinkedDevice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`read_all`, but of the heads ``wanted``, in that order. Where heads lie apart, only
     those are read."""
     import torch
 
     if layout.granularity == "layer" or not wanted:
-        index = torch.tensor(wanted, dtype=torch.long)
+        whole = read_all(cache, layout, first, last, device)
+        index = torch.tensor(wanted, dtype=torch.long, device=whole[0].device)
         k, v = (
-            tensor.view(torch.uint8).index_select(1, index).view(tensor.dtype)
-            for tensor in read_all(cache, layout, first, last)
+            tensor.view(torch.uint8).index_select(1, index).view(tensor.dtype) for tensor in whole
         )
         return k, v
     cache.settle()
     readings = [
-        cache.plan(first, last, range(start + head, start + head + 1), 0)
+        cache.plan(first, last, range(start + head, start + head + 1), 0, device)
         for start in (0, layout.shape.kv_heads)
         for head in wanted
     ]

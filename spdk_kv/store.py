@@ -18,6 +18,7 @@ from spdk_kv import store_background
 from spdk_kv.engines import EngineOptions
 from spdk_kv.engines.pagecache import PageCacheEngine
 from spdk_kv.errors import ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
+from spdk_kv.link_devices import Links
 from spdk_kv.sequence import Sequence
 from spdk_kv.staging import StagingPool
 from spdk_kv.store_blobs import BlobReader, BlobWriter
@@ -122,6 +123,7 @@ class KVStore:
             self.catalog = Catalog(self._parts, settings.eviction, settings.discard)
             self.staging = StagingPool(self.engine.allocate, settings.staging_nbytes)
             self.paths = open_paths(self.engine, self.staging, settings)
+            self.links = Links(self.paths.engines)
             self._sequences: dict[str, Sequence] = {}
             self._sequence_lock = threading.Lock()
             self._background = store_background.Background()
@@ -192,7 +194,8 @@ class KVStore:
         ``out``: a torch tensor or numpy array of that dtype and shape to read into, returned;
         after an error its contents are undefined. Without it: a new torch tensor on ``device``
         (default: CPU, page-aligned memory that the drive wrote to itself), or with ``as_numpy`` a
-        numpy array. Blocks. Raises KeyNotFound, ShapeMismatch (before any I/O), CorruptionError
+        numpy array. To a GPU that is reached over a link it is copied while the drive still
+        reads; torch's current stream waits for the last copies. Blocks. Raises KeyNotFound, ShapeMismatch (before any I/O), CorruptionError
         (the entry is then forgotten), DeviceError, DeviceTimeout, ClosedError.
         """
         self.check_open()
@@ -363,6 +366,7 @@ class KVStore:
             "sequences": len(self.sequences()),
             "staging": self.staging.stats(),
             "residency": self.paths.stats(),
+            "pipelines": self.links.stats(),
             "transfers": engine,
             "latency_ns": histogram,
         }
@@ -436,15 +440,10 @@ class KVStore:
                 "used after a fork: open it in the child"
             )
 
-    def flush_in_background(self) -> None:
-        """One round of the background flush: makes durable what is not; logs what fails."""
-        if self._closed or not (
-            self.catalog.dirty or any(sequence.dirty for sequence in list(self._sequences.values()))
-        ):
-            return
-        try:
-            self.flush()
-        except ClosedError:
-            pass
-        except SpdkKvError:
-            log.exception("background flush of %s; the next one tries again", self.location)
+    @property
+    def dirty(self) -> bool:
+        """Whether a flush would make anything durable; never after close."""
+        if self._closed:
+            return False
+        sequences = list(self._sequences.values())
+        return self.catalog.dirty or any(sequence.dirty for sequence in sequences)

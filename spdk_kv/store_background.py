@@ -65,7 +65,9 @@ class Flushable(Protocol):
 
     @property
     def location(self) -> str: ...
-    def flush_in_background(self) -> None: ...
+    @property
+    def dirty(self) -> bool: ...
+    def flush(self, timeout_s: float | None = None) -> None: ...
     def close(self) -> None: ...
 
 
@@ -98,8 +100,20 @@ def _flush_now_and_then(
         store = reference()
         if store is None:
             return
-        store.flush_in_background()
+        flush_if_dirty(store)
         del store
+
+
+def flush_if_dirty(store: Flushable) -> None:
+    """One round of the background flush: makes durable what is not; logs what fails."""
+    if not store.dirty:
+        return
+    try:
+        store.flush()
+    except ClosedError:
+        pass
+    except SpdkKvError:
+        log.exception("background flush of %s; the next one tries again", store.location)
 
 
 def _close_all() -> None:

@@ -30,7 +30,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that may spread over several files beside each other: store_index.py is part of store.
-SPREAD = ("store", "sequence", "index", "memory", "residency", "orchestrator")
+SPREAD = ("store", "sequence", "index", "memory", "residency", "orchestrator", "link")
 # The arrows that are meant: the store opens sequences, the demo shows an integration, the
 # orchestrator asks a policy with the numbers that memory reads, and an engine that the kernel does
 # not guard asks who uses the drive.

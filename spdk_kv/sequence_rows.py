@@ -1,0 +1,84 @@
+"""Appended tokens as they lie on the device: rows, whole chunks of them on their way to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spdk_kv._native.transfer import WRITE, Transfer
+from spdk_kv.engines import Engine
+from spdk_kv.layout import SequenceLayout
+from spdk_kv.link_devices import LinkedDevice
+from spdk_kv.staging import StagingPool
+from spdk_kv.tensors import tensor_from
+from spdk_kv.types import movable
+from spdk_kv.units import align_up
+
+if TYPE_CHECKING:
+    import torch
+
+
+def lay_out(
+    layout: SequenceLayout, into: torch.Tensor, at: int, k: torch.Tensor, v: torch.Tensor
+) -> None:
+    """Lays tokens out as rows from byte ``at`` of every extent's line of ``into``."""
+    count, extents = k.shape[2], into.shape[0]
+    k, v = movable(k), movable(v)
+    lines = into[:, at : at + count * layout.row_nbytes].view(k.dtype)
+    rows = lines.view(extents, count, *layout.row_shape)
+    if layout.granularity == "head":
+        heads = layout.extents_per_unit
+        rows[:heads].copy_(k.permute(1, 2, 0, 3))
+        rows[heads:].copy_(v.permute(1, 2, 0, 3))
+    else:
+        rows[0].copy_(k.permute(2, 0, 1, 3))
+        rows[1].copy_(v.permute(2, 0, 1, 3))
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Rows as bytes, ``[extents, line]``, and the empty write for them, which keeps ``memory``."""
+
+    lines: torch.Tensor
+    transfer: Transfer
+    memory: Any
+
+    def address(self, number: int) -> int:
+        """Where the line of an extent begins."""
+        return int(self.memory.address) + number * self.lines.shape[1]
+
+
+def whole_chunks(
+    layout: SequenceLayout,
+    staging: StagingPool,
+    engine: Engine,
+    tails: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    device: LinkedDevice | None,
+) -> Chunks:
+    """``tails`` ([extents, bytes]) and new tokens behind them, in lines of whole chunks.
+
+    On ``device``, where both are, if they are enough to be worth the tails' way there.
+    """
+    extents, used = tails.shape
+    chunk, new = layout.chunk_nbytes, k.shape[2] * layout.row_nbytes
+    line = align_up(used + new, chunk)
+    if device is None or new < chunk:
+        lease = staging.lease(extents * line)
+        lines = tensor_from(lease, "uint8", (extents, line))
+        lines[:, :used] = tails
+        lay_out(layout, lines, used, k, v)
+        transfer = engine.transfer(WRITE, checksum=True, chunk_nbytes=chunk)
+        transfer.keep(lease)
+        return Chunks(lines, transfer, lease)
+    memory = device.allocate(extents * line)
+    lines = memory.tensor.view(extents, line)
+    if used:
+        lines[:, :used] = device.bring(tails)
+    lay_out(layout, lines, used, k, v)
+    transfer = device.transfer(
+        engine, WRITE, extents * line, memory.stream, checksum=True, chunk_nbytes=chunk
+    )
+    transfer.keep(memory.tensor)
+    return Chunks(lines, transfer, memory)
