@@ -12,6 +12,7 @@ from spdk_kv._native.transfer import READ, Transfer
 from spdk_kv.engines.base import Engine, Link
 from spdk_kv.errors import EngineUnavailable
 from spdk_kv.link import Pipeline, link_for
+from spdk_kv.types import torch_dtypes
 
 if TYPE_CHECKING:
     import torch
@@ -57,11 +58,17 @@ class LinkedDevice:
         self.pipelines = {engine: Pipeline(engine, link) for engine in engines}
 
     def allocate(self, nbytes: int) -> DeviceMemory:
-        """New memory of ``nbytes``. Raises torch.OutOfMemoryError."""
+        """New memory of ``nbytes``. Raises torch.cuda.OutOfMemoryError."""
         import torch
 
         tensor = torch.empty(max(1, nbytes), dtype=torch.uint8, device=self.device)
         return DeviceMemory(tensor, self.stream())
+
+    def empty(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A new tensor. Raises torch.cuda.OutOfMemoryError."""
+        import torch
+
+        return torch.empty(shape, dtype=torch_dtypes()[dtype], device=self.device)
 
     def stream(self) -> Any:
         """torch's current stream there; None where there are none."""
@@ -95,10 +102,14 @@ class LinkedDevice:
     def bring(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a small CPU tensor on the device, made on the current stream; does not wait
         for that. ``tensor`` may change at once."""
-        if self.device.type != "cuda":
-            return tensor.clone()
-        # torch's pinned memory is not used again before the copies from it are over.
-        return tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
+        import torch
+
+        # torch does not use pinned memory again before the copies from it are over. Its own, even
+        # where `tensor` is pinned already: that may change.
+        pinned = torch.empty(
+            tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda"
+        )
+        return pinned.copy_(tensor).to(self.device, non_blocking=True)
 
     def stats(self) -> list[dict[str, Any]]:
         """Of each engine's pipeline: see :meth:`Pipeline.stats`."""

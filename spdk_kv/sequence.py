@@ -263,7 +263,8 @@ class Sequence:
         tensors are views of what lies on the device, so their strides are not those of a fresh
         tensor; the memory is theirs. ``device``: where to; a GPU that the store reaches over a
         link is copied to while the drive still reads, and only torch's current stream waits for
-        the last copies. Blocks, briefly if the layer was prefetched. Raises ShapeMismatch, CorruptionError, DeviceError, and the error of a failed append.
+        the last copies. Blocks, briefly if the layer was prefetched. Raises ShapeMismatch,
+        CorruptionError, DeviceError, and the error of a failed append.
         """
         cache = self._layer(layer)
         wanted = head_list(self.shape.kv_heads, heads)

@@ -46,9 +46,7 @@ class ReadAhead:
 
         Does not raise: what is wrong with a layer, its own read will say.
         """
-        import torch
-
-        with suppress(SpdkKvError, MemoryError, torch.cuda.OutOfMemoryError):
+        with suppress(SpdkKvError, MemoryError):
             if self._asked:
                 self._begin_asked()
             elif self.learns and layer is not None:
@@ -71,10 +69,15 @@ class ReadAhead:
 
     def _begin(self, layer: int, first: int, spare: int) -> bool:
         """Begins one, if there is room for what it will hold."""
+        import torch
+
         cache = self._layers[layer]
         with cache.lock:
             spare = min(spare, self._most_tokens - cache.tokens)
             if not self._paths.admits(cache.ahead_nbytes(first, spare)):
                 return False
-            cache.prefetch(first, spare, self.device)
+            try:
+                cache.prefetch(first, spare, self.device)
+            except torch.cuda.OutOfMemoryError:
+                return False
         return True

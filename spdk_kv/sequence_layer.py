@@ -115,9 +115,7 @@ class LayerCache:
 
     # -- appending ------------------------------------------------------------------------------
 
-    def append(
-        self, k: torch.Tensor, v: torch.Tensor, device: LinkedDevice | None = None
-    ) -> None:
+    def append(self, k: torch.Tensor, v: torch.Tensor, device: LinkedDevice | None = None) -> None:
         """Adds tokens, ``[batch, kv_heads, tokens, head_dim]`` each. Starts writes, waits for
         none. ``device``: where both are, if that is reached over a link."""
         self._check_usable()

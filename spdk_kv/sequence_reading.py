@@ -28,8 +28,7 @@ CRC_NBYTES = 4
 
 
 class Room:
-    """Memory that a reading goes to: leased from ``staging``, or on a ``device`` (over its link).
-    """
+    """Memory that a reading goes to: leased from ``staging``, or torch's on a linked ``device``."""
 
     def __init__(self, staging: StagingPool, nbytes: int, device: LinkedDevice | None) -> None:
         self.device = device

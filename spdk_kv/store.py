@@ -194,9 +194,9 @@ class KVStore:
         ``out``: a torch tensor or numpy array of that dtype and shape to read into, returned;
         after an error its contents are undefined. Without it: a new torch tensor on ``device``
         (default: CPU, page-aligned memory that the drive wrote to itself), or with ``as_numpy`` a
-        numpy array. To a GPU that is reached over a link it is copied while the drive still
-        reads; torch's current stream waits for the last copies. Blocks. Raises KeyNotFound, ShapeMismatch (before any I/O), CorruptionError
-        (the entry is then forgotten), DeviceError, DeviceTimeout, ClosedError.
+        numpy array. A linked GPU gets it while the drive still reads, and torch's current stream
+        waits for the rest. Blocks. Raises KeyNotFound, ShapeMismatch (before any I/O),
+        CorruptionError (the entry is then forgotten), DeviceError, DeviceTimeout, ClosedError.
         """
         self.check_open()
         if self._mmap and out is None and not as_numpy and device is None:

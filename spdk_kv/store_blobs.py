@@ -7,8 +7,16 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spdk_kv._native.transfer import READ, WRITE, Transfer
-from spdk_kv.errors import ClosedError, CorruptionError, ShapeMismatch, is_unreadable
+from spdk_kv.engines import Engine
+from spdk_kv.errors import (
+    ClosedError,
+    CorruptionError,
+    ShapeMismatch,
+    SpdkKvError,
+    is_unreadable,
+)
 from spdk_kv.index_records import BlobRecord
+from spdk_kv.link_devices import LinkedDevice
 from spdk_kv.store_catalog import shown
 from spdk_kv.tensors import Destination, array_from, byte_view, destination, tensor_from
 
@@ -27,11 +35,13 @@ class BlobWriter:
         self._store = store
         self._catalog = store.catalog
         self._keys = list(tensors)
-        self._views = [byte_view(tensor) for tensor in tensors.values()]
+        linked = store.links.of(tensors.values())
+        self._views = [byte_view(tensor, on_cpu=linked is None) for tensor in tensors.values()]
+        filled = [view for view in self._views if view.nbytes]
         # Always: a store opened with verify=False now may be opened with it next time.
         self._checksum = store.engine.keeps_bytes
-        self._transfer = store.engine.transfer(WRITE, checksum=self._checksum)
-        filled = [view for view in self._views if view.nbytes]
+        nbytes = sum(view.nbytes for view in filled)
+        self._transfer = _transfer(store.engine, WRITE, nbytes, linked, self._checksum)
         self._offsets = self._catalog.allocate([v.nbytes for v in filled]) if filled else []
         # None once they are published or given up: that happens once, whatever interrupts it.
         self._owned: list[int] | None = self._offsets
@@ -129,16 +139,34 @@ class BlobReader:
                     destination(out, record.dtype, record.shape)
                     for out, record in zip(outs, self._records, strict=True)
                 ]
-            self._leases: list[Any] = [None] * len(keys)
-            self._transfer = store.engine.transfer(READ, checksum=store.verify)
+            self._linked = self._reached(outs)
+            # Per key: a lease, or a tensor on the device that is reached over a link.
+            self._places: list[Any] = [None] * len(keys)
+            nbytes = sum(record.nbytes for record in self._records)
+            self._transfer = _transfer(store.engine, READ, nbytes, self._linked, store.verify)
             for position in range(len(keys)):
                 self._add(position)
         except BaseException:
             self._unpin()
             raise
 
+    def _reached(self, outs: tuple[Any, ...] | None) -> LinkedDevice | None:
+        """The device that everything goes to, if it is reached over a link."""
+        if outs is None:
+            wanted = self._device is not None and not self._as_numpy
+            return self._store.links.device(self._device) if wanted else None
+        plain = all(place is not None and place.plain for place in self._destinations)
+        return self._store.links.of(outs) if plain else None
+
     def _add(self, position: int) -> None:
         record, place = self._records[position], self._destinations[position]
+        if self._linked is not None:
+            tensor = place.out if place else self._linked.empty(record.dtype, record.shape)
+            self._places[position] = tensor
+            if record.nbytes:
+                self._transfer.keep(tensor)
+                self._transfer.add(record.offset, tensor.data_ptr(), record.nbytes)
+            return
         if not record.nbytes:
             return
         if place is not None and place.view is not None:
@@ -148,7 +176,7 @@ class BlobReader:
         if self._device is not None:
             self._store.staging.pin_for_gpu()
         lease = self._store.staging.lease(record.nbytes)
-        self._leases[position] = lease
+        self._places[position] = lease
         self._transfer.keep(lease)
         self._transfer.add(record.offset, lease.address, record.nbytes, lease.capacity)
 
@@ -165,10 +193,12 @@ class BlobReader:
         """Returns at once; the future's result is ``pick`` of the tensors."""
 
         def finish(transfer: Transfer) -> T:
-            if transfer.status:
-                failure = self._store.engine.error(transfer)
+            try:
+                # It is over; on a GPU the stream waits for the last copies from here on.
+                self._store.engine.wait(transfer)
+            except SpdkKvError as failure:
                 self._failed(failure)
-                raise failure
+                raise
             return pick(self._results())
 
         try:
@@ -223,15 +253,26 @@ class BlobReader:
 
     def _result(self, position: int) -> Any:
         record, place = self._records[position], self._destinations[position]
+        if self._linked is not None:
+            return self._places[position]
         if place is not None and place.direct:
             return place.out
-        lease = self._leases[position]
+        lease = self._places[position]
         if self._as_numpy:
             return array_from(lease, record.dtype, record.shape)
         tensor = tensor_from(lease, record.dtype, record.shape)
         if place is not None:
             return place.fill(tensor)
         return tensor if self._device is None else tensor.to(self._device)
+
+
+def _transfer(
+    engine: Engine, op: int, nbytes: int, linked: LinkedDevice | None, checksum: bool
+) -> Transfer:
+    """An empty transfer for ``nbytes`` in all, of host memory or of a linked device's."""
+    if linked is None:
+        return engine.transfer(op, checksum=checksum)
+    return linked.transfer(engine, op, nbytes, linked.stream(), checksum=checksum)
 
 
 def damage(location: str, keys: list[str]) -> CorruptionError:

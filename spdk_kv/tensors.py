@@ -20,7 +20,7 @@ _NUMPY_ALONE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ByteView:
-    """A tensor's bytes in CPU memory: valid while ``keep`` is alive."""
+    """A tensor's bytes where they are: valid while ``keep`` is alive."""
 
     address: int
     nbytes: int
@@ -29,10 +29,11 @@ class ByteView:
     keep: Any
 
 
-def byte_view(tensor: Any) -> ByteView:
-    """The bytes of a torch tensor or numpy array in C order.
+def byte_view(tensor: Any, *, on_cpu: bool = True) -> ByteView:
+    """The bytes of a torch tensor or numpy array in C order; in CPU memory, or (without
+    ``on_cpu``) on the tensor's own device.
 
-    Copies only what is not contiguous, not on the CPU, or a lazy conjugate. ShapeMismatch for
+    Copies only what is not contiguous, not there, or a lazy conjugate. ShapeMismatch for
     what has no plain bytes (sparse, quantised, objects, foreign byte order).
     """
     if isinstance(tensor, np.ndarray):
@@ -51,7 +52,9 @@ def byte_view(tensor: Any) -> ByteView:
             f"only dense tensors with plain elements are stored, not {tensor.type()}"
         )
     name = dtype_name(tensor.dtype)
-    plain = movable(tensor).contiguous().cpu()
+    plain = movable(tensor).contiguous()
+    if on_cpu:
+        plain = plain.cpu()
     return ByteView(
         plain.data_ptr(), plain.numel() * plain.element_size(), name, tuple(tensor.shape), plain
     )
@@ -93,10 +96,12 @@ class Destination:
     """Where a get puts its bytes when the caller gave ``out``.
 
     ``direct``: the device may write to ``view`` itself; otherwise ``out`` is filled by a copy.
+    ``plain``: its bytes are those to be written, in order, wherever they are.
     """
 
     out: Any
     view: ByteView | None
+    plain: bool
 
     @property
     def direct(self) -> bool:
@@ -120,7 +125,8 @@ def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
         if not out.flags.writeable:
             raise ShapeMismatch("out is read-only")
         _check_distinct(out.shape, out.strides)
-        return Destination(out, byte_view(out) if out.flags.c_contiguous else None)
+        plain = out.flags.c_contiguous
+        return Destination(out, byte_view(out) if plain else None, plain)
     import torch
 
     if not isinstance(out, torch.Tensor):
@@ -131,9 +137,9 @@ def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
     if out.requires_grad:
         raise ShapeMismatch("out requires grad; pass out.detach()")
     _check_distinct(out.shape, out.stride())
-    lazy = out.is_conj() or out.is_neg()
-    direct = out.device.type == "cpu" and out.is_contiguous() and not lazy
-    return Destination(out, byte_view(out) if direct else None)
+    plain = out.is_contiguous() and not (out.is_conj() or out.is_neg())
+    direct = plain and out.device.type == "cpu"
+    return Destination(out, byte_view(out) if direct else None, plain)
 
 
 def _check_distinct(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:

@@ -26,8 +26,10 @@ def shape_of(**changed: Any) -> spdk_kv.KVShape:
 class Reference:
     """K and V of every layer, ``[batch, kv_heads, tokens, head_dim]``, in memory."""
 
-    def __init__(self, shape: spdk_kv.KVShape, seed: int = 0) -> None:
+    def __init__(self, shape: spdk_kv.KVShape, seed: int = 0, device: str = "cpu") -> None:
         self.shape = shape
+        self.device = device
+        """Where what is appended comes from."""
         self.seed = seed
         self.layers = [self.tokens(0) for _ in range(shape.layers)]
 
@@ -41,7 +43,7 @@ class Reference:
     def append(self, sequence: spdk_kv.Sequence, count: int, layer: int | None = None) -> None:
         for number in range(self.shape.layers) if layer is None else [layer]:
             k, v = self.tokens(count)
-            sequence.append(number, k, v)
+            sequence.append(number, k.to(self.device), v.to(self.device))
             self.layers[number] = (
                 joined(self.layers[number][0], k),
                 joined(self.layers[number][1], v),

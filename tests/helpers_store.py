@@ -82,7 +82,7 @@ def bytes_of(tensor: Any) -> bytes:
     """The elements of a tensor or array in C order, as bytes."""
     if isinstance(tensor, np.ndarray):
         return tensor.tobytes()
-    plain = tensor.detach().resolve_conj().resolve_neg()
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
     if plain.element_size() == 1:
         plain = plain.view(torch.uint8)  # torch moves not every dtype of a byte
     plain = plain.contiguous().reshape(-1)
