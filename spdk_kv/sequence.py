@@ -309,7 +309,8 @@ class Sequence:
         what is read on demand. Returns at once.
 
         So many are begun as half of the store's ``staging`` memory has room for, at least one; the
-        others when reads have taken those over. From now on nothing is read ahead unasked. The
+        others when reads have taken those over. Where the last :meth:`read` went to a linked GPU
+        they go there, and take as much of its memory. From now on nothing is read ahead unasked. The
         next :meth:`read` of such a layer that begins at ``first_token`` takes them over,
         together with up to ``spare_tokens`` appended in between. The memory is held until then,
         or until a prefetch from another token (one from the end asks for nothing).

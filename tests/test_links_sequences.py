@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_links import DEVICES, EMULATED, Linked, linked_store
+from helpers_links import CUDA, DEVICES, EMULATED, Linked, linked_store
 from helpers_sequence import Reference, shape_of
 from helpers_store import assert_same, flip, folder_fixture
 
@@ -172,6 +172,31 @@ def test_a_damaged_chunk_is_never_returned(folder, device):
             with pytest.raises(CorruptionError, match="CRC32C"):
                 sequence.read(1, device=linked.device)
         assert linked.store.stats()["corruptions"] == 2
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_in_order_with_torchs_streams(folder, device, ahead):
+    """Without a synchronisation: what is queued before comes before, and after, after; also where
+    another stream takes what was read ahead."""
+    with linked_store(folder, device) as linked:
+        sequence, reference = begun(linked, "layer", [300])
+        reference.check(sequence, device=device)
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        for _ in range(20):
+            with torch.cuda.stream(streams[0]):
+                k, v = (tensor.to(device) for tensor in reference.tokens(200))
+                torch.cuda._sleep(2_000_000)
+                k, v = k.clone(), v.clone()  # may still be computed when it is appended
+                sequence.append(0, k, v)
+                if ahead:
+                    sequence.prefetch([0])
+            with torch.cuda.stream(streams[1]):
+                read = [tensor.clone() for tensor in sequence.read(0, device=device)]
+                torch.cuda._sleep(2_000_000)
+            assert_same(read[0][:, :, 300:], k)
+            assert_same(read[1][:, :, 300:], v)
+            sequence.truncate(300, layer=0)
 
 
 @pytest.mark.parametrize("at_once", [False, True])
