@@ -196,7 +196,8 @@ class Sequence:
         """Adds tokens to a layer: ``k`` and ``v`` are ``[batch, kv_heads, tokens, head_dim]``.
 
         Copies them and returns; the device writes in the background. Blocks for the copy from a
-        GPU, and while more than 256 MiB wait to be written. Raises ShapeMismatch and CapacityError
+        GPU (of what fills no chunk, where a link reaches it), and while more than 256 MiB wait to
+        be written. Raises ShapeMismatch and CapacityError
         (more than ``max_tokens``) before anything is changed, and the error of an earlier write.
         """
         cache = self._layer(layer)
@@ -310,8 +311,8 @@ class Sequence:
 
         So many are begun as half of the store's ``staging`` memory has room for, at least one; the
         others when reads have taken those over. Where the last :meth:`read` went to a linked GPU
-        they go there, and take as much of its memory. From now on nothing is read ahead unasked. The
-        next :meth:`read` of such a layer that begins at ``first_token`` takes them over,
+        they go there, and take as much of its memory. From now on nothing is read ahead unasked.
+        The next :meth:`read` of such a layer that begins at ``first_token`` takes them over,
         together with up to ``spare_tokens`` appended in between. The memory is held until then,
         or until a prefetch from another token (one from the end asks for nothing).
         """

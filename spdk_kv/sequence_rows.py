@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,12 +60,18 @@ def whole_chunks(
 ) -> Chunks:
     """``tails`` ([extents, bytes]) and new tokens behind them, in lines of whole chunks.
 
-    On ``device``, where both are, if they are enough to be worth the tails' way there.
+    On ``device``, where both are, if there is room, and they are worth the tails' way there.
     """
+    import torch
+
     extents, used = tails.shape
     chunk, new = layout.chunk_nbytes, k.shape[2] * layout.row_nbytes
     line = align_up(used + new, chunk)
-    if device is None or new < chunk:
+    memory = None
+    if device is not None and new >= chunk:
+        with suppress(torch.cuda.OutOfMemoryError):
+            memory = device.allocate(extents * line)
+    if device is None or memory is None:
         lease = staging.lease(extents * line)
         lines = tensor_from(lease, "uint8", (extents, line))
         lines[:, :used] = tails
@@ -72,7 +79,6 @@ def whole_chunks(
         transfer = engine.transfer(WRITE, checksum=True, chunk_nbytes=chunk)
         transfer.keep(lease)
         return Chunks(lines, transfer, lease)
-    memory = device.allocate(extents * line)
     lines = memory.tensor.view(extents, line)
     if used:
         lines[:, :used] = device.bring(tails)

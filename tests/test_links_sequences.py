@@ -145,6 +145,27 @@ def test_layers_are_read_ahead_unasked(linked):
     reference.check(sequence, device=linked.device)
 
 
+def test_a_full_device_holds_up_no_append_and_no_read_ahead(linked, monkeypatch):
+    sequence, reference = begun(linked, "layer", [300], layers=4)
+    for _ in range(2):
+        reference.check(sequence, device=linked.device)
+    device = linked.store.links.device(linked.device)
+
+    def full(nbytes: int) -> Any:
+        raise torch.cuda.OutOfMemoryError(f"no {nbytes} bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "allocate", full)
+        before = linked.carried()[1]
+        reference.append(sequence, 210)
+        assert linked.carried()[1] == before
+        sequence.prefetch([2, 0])
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            sequence.read(3, device=linked.device)
+        reference.check(sequence)
+    reference.check(sequence, device=linked.device)
+
+
 def test_sequences_survive_and_restore(folder, device):
     with linked_store(folder, device) as linked:
         _, reference = begun(linked, "layer", STEPS)
