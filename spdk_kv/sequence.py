@@ -197,8 +197,8 @@ class Sequence:
 
         Copies them and returns; the device writes in the background. Blocks for the copy from a
         GPU (of what fills no chunk, where a link reaches it), and while more than 256 MiB wait to
-        be written. Raises ShapeMismatch and CapacityError
-        (more than ``max_tokens``) before anything is changed, and the error of an earlier write.
+        be written. Raises ShapeMismatch and CapacityError (more than ``max_tokens``) before
+        anything is changed, and the error of an earlier write.
         """
         cache = self._layer(layer)
         check_tokens(self.shape, k, v)
