@@ -32,11 +32,16 @@ _CRC = struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Write:
-    """Chunks on their way to the device: from byte ``first`` of every extent of the layer."""
+    """Chunks on their way to the device: ``lines``, one per extent of the layer, from its byte
+    ``first`` on."""
 
     transfer: Transfer
     first: int
-    nbytes: int
+    lines: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.lines.nbytes
 
 
 class LayerCache:
@@ -166,7 +171,7 @@ class LayerCache:
 
         def write() -> None:
             transfer.submit()
-            self._writes.append(Write(transfer, self.stored, full * len(self.offsets)))
+            self._writes.append(Write(transfer, self.stored, lines[:, :full]))
             self.pending_nbytes += full * len(self.offsets)
             self._tails[:, : total - full] = lines[:, full:total]
             self._tail_written = 0
@@ -225,7 +230,7 @@ class LayerCache:
 
     def extend(self, reading: Reading, last: int, priority: int = 0) -> None:
         """Starts to read what is on the device of the bytes up to token ``last``, and is not yet
-        asked for. Bytes still being written are left for a later call."""
+        asked for. Bytes still being written are not read: :meth:`finish` has them."""
         self._extend_to(reading, self._end(last), priority)
 
     def _extend_to(self, reading: Reading, end: int, priority: int = 0) -> None:
@@ -271,6 +276,15 @@ class LayerCache:
         row = self._layout.row_nbytes
         begin, end = reading.first * row - reading.start, last * row - reading.start
         lines = tensor_from(reading.lease, "uint8", (len(reading.extents), reading.stride))
+        for write in self._writes:
+            at = max(write.first, reading.start)
+            until = min(write.first + write.lines.shape[1], end + reading.start)
+            if at < until:
+                # Sooner than from the device, which has yet to write it.
+                source = write.lines[reading.extents.start : reading.extents.stop]
+                lines[:, at - reading.start : until - reading.start] = source[
+                    :, at - write.first : until - write.first
+                ]
         if last * row > self.stored:
             at = max(self.stored, reading.start)
             selected = self._tails[reading.extents.start : reading.extents.stop]
