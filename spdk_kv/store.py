@@ -44,6 +44,7 @@ def open(
     segment: int | str = "1 MiB",
     staging: int | str = "512 MiB",
     hugepages: bool = True,
+    queue_pairs: int = 1,
     mmap: bool = False,
     discard: bool = False,
     flush_interval_s: float | None = 5.0,
@@ -63,7 +64,8 @@ def open(
     page cache itself instead of a copy (checked once; pages that the kernel drops and reads again
     are not, and a failing drive then shows as SIGBUS). ``discard``: tell the device when space
     comes free (TRIM). ``flush_interval_s``: how often what was put is made durable in the
-    background; None leaves that to :meth:`KVStore.flush` and close.
+    background; None leaves that to :meth:`KVStore.flush` and close. ``queue_pairs``: of
+    ``spdk://``, with ``depth`` commands each.
 
     Blocks on the device. Raises ValueError (location), StoreLocked, StoreMismatch,
     CorruptionError, CapacityError, EngineUnavailable, DeviceError.
@@ -76,7 +78,7 @@ def open(
         verify=verify,
         create=create,
         index_dir=index_dir,
-        options=EngineOptions(depth, parse_nbytes(segment), hugepages),
+        options=EngineOptions(depth, parse_nbytes(segment), hugepages, queue_pairs),
         staging_nbytes=parse_nbytes(staging),
         mmap=mmap,
         discard=discard,
