@@ -49,6 +49,7 @@ def open(
     hugepages: bool = True,
     residency: str = "adaptive",
     page_cache: int | str | None = None,
+    queue_pairs: int = 1,
     mmap: bool = False,
     discard: bool = False,
     flush_interval_s: float | None = 5.0,
@@ -64,15 +65,16 @@ def open(
     ``verify``: check checksums on every read. ``create``: False never begins a store; True is
     needed to begin one on a (blank) device. ``index_dir``: where the index of a store on a device
     lies. ``depth``, ``segment``: commands in flight, and bytes of the largest. ``staging``: idle
-    memory kept for the next transfers; half of it may be used to read ahead. ``residency``: which
-    layers of sequences are read through the page cache and which directly: ``adaptive`` follows
-    the memory that is free, ``paper`` binds each when it is made (DUAL-BLADE), ``direct`` and
-    ``pagecache`` are one path for all. ``page_cache``: bytes that the page cache may hold for that
-    (``"2 GiB"``); None reads it from the machine and its cgroups. ``mmap``: with the pagecache
-    engine, a get returns the page cache itself instead of a copy (checked once; pages that the
-    kernel drops and reads again are not, and a failing drive then shows as SIGBUS). ``discard``:
-    tell the device when space comes free (TRIM). ``flush_interval_s``: how often what was put is
-    made durable in the background; None leaves that to :meth:`KVStore.flush` and close.
+    memory kept for the next transfers; half of it may be used to read ahead. ``queue_pairs``: of
+    ``spdk://``, with ``depth`` commands each. ``residency``: which layers of sequences are read
+    through the page cache and which directly: ``adaptive`` follows the memory that is free,
+    ``paper`` binds each when it is made (DUAL-BLADE), ``direct`` and ``pagecache`` are one path
+    for all. ``page_cache``: bytes that the page cache may hold for that (``"2 GiB"``); None reads
+    it from the machine and its cgroups. ``mmap``: with the pagecache engine, a get returns the
+    page cache itself instead of a copy (checked once; pages that the kernel drops and reads again
+    are not, and a failing drive then shows as SIGBUS). ``discard``: tell the device when space
+    comes free (TRIM). ``flush_interval_s``: how often what was put is made durable in the
+    background; None leaves that to :meth:`KVStore.flush` and close.
 
     Blocks on the device. Raises ValueError (location), StoreLocked, StoreMismatch,
     CorruptionError, CapacityError, EngineUnavailable, DeviceError.
@@ -84,7 +86,7 @@ def open(
         verify=verify,
         create=create,
         index_dir=index_dir,
-        options=EngineOptions(depth, parse_nbytes(segment), hugepages),
+        options=EngineOptions(depth, parse_nbytes(segment), hugepages, queue_pairs),
         staging_nbytes=parse_nbytes(staging),
         residency=residency,
         page_cache_nbytes=None if page_cache is None else parse_nbytes(page_cache),
