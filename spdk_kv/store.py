@@ -323,6 +323,13 @@ class KVStore:
 
     # -- the whole ------------------------------------------------------------------------------
 
+    @property
+    def dirty(self) -> bool:
+        """Whether a flush would change anything. False after close."""
+        return not self._closed and (
+            self.catalog.dirty or any(sequence.dirty for sequence in list(self._sequences.values()))
+        )
+
     def flush(self, timeout_s: float | None = None) -> None:
         """Blocks until everything put and appended before survives a power cut."""
         self.check_open()
@@ -437,16 +444,3 @@ class KVStore:
                 f"the store at {self.location} was opened by process {self._pid} and cannot be "
                 "used after a fork: open it in the child"
             )
-
-    def flush_in_background(self) -> None:
-        """One round of the background flush: makes durable what is not; logs what fails."""
-        if self._closed or not (
-            self.catalog.dirty or any(sequence.dirty for sequence in list(self._sequences.values()))
-        ):
-            return
-        try:
-            self.flush()
-        except ClosedError:
-            pass
-        except SpdkKvError:
-            log.exception("background flush of %s; the next one tries again", self.location)

@@ -65,7 +65,9 @@ class Flushable(Protocol):
 
     @property
     def location(self) -> str: ...
-    def flush_in_background(self) -> None: ...
+    @property
+    def dirty(self) -> bool: ...
+    def flush(self, timeout_s: float | None = None) -> None: ...
     def close(self) -> None: ...
 
 
@@ -98,8 +100,19 @@ def _flush_now_and_then(
         store = reference()
         if store is None:
             return
-        store.flush_in_background()
+        _flush(store)
         del store
+
+
+def _flush(store: Flushable) -> None:
+    """Makes durable what is not; logs what fails."""
+    try:
+        if store.dirty:
+            store.flush()
+    except ClosedError:
+        pass
+    except SpdkKvError:
+        log.exception("background flush of %s; the next one tries again", store.location)
 
 
 def _close_all() -> None:

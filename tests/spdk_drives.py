@@ -100,14 +100,17 @@ def uri_of(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _books() -> Iterator[dict[str, Any]]:
-    """Read, and written back, by one process at a time."""
-    with Path(os.environ[_VARIABLE]).open("r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        books = json.load(file)
+    """Read, and put back whole, by one process at a time: any of them may be killed at any time."""
+    path = Path(os.environ[_VARIABLE])
+    with path.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text = path.read_text()
+        books = json.loads(text)
         yield books
-        file.seek(0)
-        file.truncate()
-        json.dump(books, file)
+        if json.dumps(books) != text:
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(books))
+            new.replace(path)
 
 
 def _free_number(books: dict[str, Any]) -> int:
