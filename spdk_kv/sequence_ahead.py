@@ -67,7 +67,7 @@ class ReadAhead:
     def _begin(self, layer: int, first: int, spare: int) -> bool:
         """Begins one, if there is room for what it will hold."""
         cache = self._layers[layer]
-        with cache.lock:
+        with cache.lock, self._paths.admission:
             spare = min(spare, self._most_tokens - cache.tokens)
             if not self._paths.admits(cache.ahead_nbytes(first, spare)):
                 return False

@@ -28,13 +28,14 @@ CRC_NBYTES = 4
 class Part:
     """Bytes ``[start, end)`` of some of a reading's extents, on their way by one path.
 
-    ``unit``: whose they are, if they come through the page cache. ``lines``: which lines of the
-    lease they go to.
+    ``unit``: whose they are, if they come through the page cache; ``looks``: its own, when they
+    were asked for. ``lines``: which lines of the lease they go to.
     """
 
     transfer: Transfer
     engine: Engine
     unit: TrackedUnit | None
+    looks: int
     lines: range
     start: int
     end: int
@@ -70,13 +71,14 @@ class Reading:
         priority: int,
     ) -> Part:
         """Starts to read bytes ``[start, end)`` of the extents of ``lines``."""
+        looks = unit.looks if unit else 0
         transfer = engine.transfer(READ, checksum=self.verify, chunk_nbytes=self.chunk_nbytes)
         transfer.keep(self.lease)
         for line in lines:
             address = self.lease.address + line * self.stride + start - self.start
             transfer.add(self.offsets[self.extents[line]] + start, address, end - start)
         transfer.submit(None, priority)
-        return Part(transfer, engine, unit, lines, start, end)
+        return Part(transfer, engine, unit, looks, lines, start, end)
 
     def complete(self, paths: Orchestrator, crcs: Sequence[bytearray]) -> None:
         """Waits until all is there. ``crcs``: per extent of the layer, the checksums of its chunks;
@@ -88,7 +90,8 @@ class Reading:
                 raise  # the device may still write into the lease
             except (DeviceError, CorruptionError) as failure:
                 self._take_over(part, paths, crcs, failure)
-            paths.was_read(part.unit, part.transfer.nbytes, part.transfer.cold_nbytes)
+            transfer = part.transfer
+            paths.was_read(part.unit, transfer.nbytes, transfer.cold_nbytes, part.looks)
 
     def _complete(self, part: Part, crcs: Sequence[bytearray]) -> None:
         part.engine.wait(part.transfer)

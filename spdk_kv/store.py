@@ -123,7 +123,7 @@ class KVStore:
             self.verify = settings.verify and self.engine.keeps_bytes
             self.catalog = Catalog(self._parts, settings.eviction, settings.discard)
             self.staging = StagingPool(self.engine.allocate, settings.staging_nbytes)
-            self.paths = open_paths(self.engine, self.staging, settings)
+            self.paths = open_paths(self._parts, self.staging, settings)
             self._sequences: dict[str, Sequence] = {}
             self._sequence_lock = threading.Lock()
             self._background = store_background.Background()
