@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -49,6 +50,21 @@ class SimulatedDrive:
     @property
     def uri(self) -> str:
         return f"spdk+vfiouser://{self.folder}/{NQN}/1"
+
+    def limit(self, mib_s: int) -> None:
+        """Lets the drive move at most that much per second, as a real one would; 0: no limit."""
+        request = {
+            "jsonrpc": "2.0",
+            "id": 1,
+            "method": "bdev_set_qos_limit",
+            "params": {"name": "Malloc0", "rw_mbytes_per_sec": mib_s},
+        }
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.folder / "rpc.sock"))
+            connection.sendall(json.dumps(request).encode())
+            answer = json.loads(connection.recv(65536))
+        if "error" in answer:
+            raise RuntimeError(f"bdev_set_qos_limit: {answer['error']}")
 
     def perf(self, op: str, nbytes: int, depth: int, seconds: float) -> Perf:
         """One run of perf; ``op``: read, write or randread."""
@@ -129,9 +145,9 @@ def _target(folder: Path, nbytes: int) -> dict[str, object]:
     }
 
 
-def _wait_for(socket: Path, target: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_for(path: Path, target: subprocess.Popen[bytes], log: Path) -> None:
     until = time.monotonic() + 20
-    while not socket.exists():
+    while not path.exists():
         if target.poll() is not None or time.monotonic() > until:
             raise RuntimeError(f"nvmf_tgt did not start: {log.read_text(errors='replace')[-1000:]}")
         time.sleep(0.05)

@@ -17,7 +17,8 @@
  */
 #define SKV_NVME_STATUS 0x10000
 
-#define SKV_BACKEND_CAPSULE "spdk_kv.backend"
+/* The number changes with the structures below: an engine built against others is refused. */
+#define SKV_BACKEND_CAPSULE "spdk_kv.backend.2"
 
 enum { SKV_READ = 0, SKV_WRITE = 1, SKV_FLUSH = 2, SKV_DISCARD = 3 };
 

@@ -1,7 +1,12 @@
 # A controller and its namespaces, and the thread that looks after its admin queue.
 
+cdef extern from "<stdlib.h>" nogil:
+    int atexit(void (*)() noexcept nogil)
+
 # Between two looks at the admin queue: keep-alives, asynchronous events, removal.
 DEF ADMIN_INTERVAL_NS = 50_000_000
+# How long the end of the process waits for drivers.
+DEF EXIT_NS = 1_000_000_000
 
 
 # SPDK's, generic command status (NVMe Base 2.0, figure 95): the queue ended under the command.
@@ -49,6 +54,66 @@ cdef void *_admin_main(void *argument) noexcept nogil:
     return NULL
 
 
+cdef void _stop(Admin *a) noexcept nogil:
+    """Ends the controller's thread."""
+    pthread_mutex_lock(&a.mutex)
+    a.stopping = True
+    pthread_cond_broadcast(&a.stop_asked)
+    pthread_mutex_unlock(&a.mutex)
+    pthread_join(a.thread, NULL)
+
+
+# The open controllers of this process.
+cdef Admin *_admins
+cdef pthread_mutex_t _admins_mutex
+pthread_mutex_init(&_admins_mutex, NULL)
+cdef bint _at_exit_is_set
+cdef int _exit_pid
+
+
+cdef void _admins_add(Admin *a) noexcept nogil:
+    global _admins, _at_exit_is_set, _exit_pid
+    pthread_mutex_lock(&_admins_mutex)
+    a.next = _admins
+    _admins = a
+    if not _at_exit_is_set:
+        _at_exit_is_set = True
+        _exit_pid = getpid()
+        atexit(_end_all)
+    pthread_mutex_unlock(&_admins_mutex)
+
+
+cdef void _admins_remove(Admin *a) noexcept nogil:
+    cdef Admin **at = &_admins
+    pthread_mutex_lock(&_admins_mutex)
+    while at[0] != NULL and at[0] != a:
+        at = &at[0].next
+    if at[0] != NULL:
+        at[0] = a.next
+    pthread_mutex_unlock(&_admins_mutex)
+
+
+cdef void _end_all() noexcept nogil:
+    """At the process's end, for controllers that nobody closed: their threads and the drivers of
+    their pairs stop, because SPDK's own clean-up takes away what they use."""
+    cdef Admin *a
+    cdef uint64_t until_ns = skv_now_ns() + EXIT_NS
+    if getpid() != _exit_pid:
+        return  # a forked child has none of the threads
+    pthread_mutex_lock(&_admins_mutex)
+    a = _admins
+    while a != NULL:
+        _stop(a)
+        pthread_mutex_lock(&a.mutex)
+        a.fate = -ENODEV
+        a.resetting = True  # for good
+        while not _all_parked(a) and skv_now_ns() < until_ns:
+            wait_until(&a.calm, &a.mutex, skv_now_ns() + PARKING_NS)
+        pthread_mutex_unlock(&a.mutex)
+        a = a.next
+    pthread_mutex_unlock(&_admins_mutex)
+
+
 cdef struct Completion:
     bint done
     int status     # 0, or SKV_NVME_STATUS and the code
@@ -75,6 +140,7 @@ cdef class Controller:
     """
     cdef Admin _a
     cdef bint _open
+    cdef int _pid
     cdef readonly str transport_id
 
     def __cinit__(self, str transport_id not None, *, double connect_timeout_s=10.0):
@@ -103,6 +169,8 @@ cdef class Controller:
         if start_thread(&a.thread, _admin_main, a):
             spdk_nvme_detach(a.ctrlr)
             raise MemoryError("no thread for the admin queue")
+        self._pid = getpid()
+        _admins_add(a)
         self._open = True
 
     cdef int _use(self) except -1:
@@ -249,13 +317,15 @@ cdef class Controller:
             return
         self._open = False
         with nogil:
-            pthread_mutex_lock(&self._a.mutex)
-            self._a.stopping = True
-            pthread_cond_broadcast(&self._a.stop_asked)
-            pthread_mutex_unlock(&self._a.mutex)
-            pthread_join(self._a.thread, NULL)
+            _admins_remove(&self._a)
+            _stop(&self._a)
             if self._a.ctrlr != NULL:
                 pthread_mutex_lock(&_socket)
                 spdk_nvme_detach(self._a.ctrlr)
                 pthread_mutex_unlock(&_socket)
         self._a.ctrlr = NULL
+
+    def __dealloc__(self):
+        # A forked child has a copy of the books only.
+        if self._pid == getpid():
+            self.close()

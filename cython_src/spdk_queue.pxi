@@ -180,6 +180,7 @@ cdef class QueuePair:
     """
     cdef Pair _p
     cdef Controller _controller
+    cdef int _pid    # 0: there is nothing to give back
     cdef readonly object backend
 
     def __cinit__(self, Controller controller not None, uint32_t nsid, uint32_t depth):
@@ -214,6 +215,7 @@ cdef class QueuePair:
             pthread_mutex_unlock(&a.use)
         if rc:
             raise OSError(-rc, f"{controller.transport_id} gives no I/O queue pair")
+        self._pid = getpid()
 
     @property
     def stranger(self):
@@ -275,6 +277,9 @@ cdef class QueuePair:
         """Gives the pair back; nothing may be in flight. Blocks without the GIL."""
         cdef Admin *a = self._p.admin
         cdef Pair **at
+        if self._pid != getpid():
+            return
+        self._pid = 0
         with nogil:
             pthread_mutex_lock(&a.use)
             pthread_mutex_lock(&a.mutex)
@@ -292,4 +297,5 @@ cdef class QueuePair:
             pthread_mutex_unlock(&a.use)
 
     def __dealloc__(self):
+        self.close()
         free(self._p.reachable)

@@ -53,6 +53,7 @@ cdef struct Admin:
     pthread_mutex_t mutex    # never held over anything that blocks
     pthread_cond_t stop_asked
     pthread_cond_t calm      # a driver parked or let go; or the controller's thread is through
+    Admin *next              # of the process's controllers; guarded by _admins_mutex
     bint stopping
     bint gone                # nothing is submitted any more
     bint out                 # it reaches no memory any more: what is in flight may be taken back

@@ -93,6 +93,17 @@ class StoreLock:
         _held.discard(self)
 
 
+def owner_of(path: str | os.PathLike[str]) -> int | None:
+    """The PID of the living process that has the lock file at ``path``, as the file says; None if
+    nobody. Takes no lock, so that nobody is refused because of it."""
+    try:
+        with io.FileIO(os.fspath(path)) as file:
+            pid = _read_pid(file)
+    except OSError:
+        return None
+    return pid if pid is not None and _is_alive(pid) else None
+
+
 class CommandsLock:
     """A lock on the data file, through the open file that the commands use (``fd``).
 

@@ -14,7 +14,7 @@ import logging
 import threading
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 from spdk_kv.engines import Engine
 from spdk_kv.engines.pagecache import BesidePageCacheEngine
@@ -29,6 +29,16 @@ log = logging.getLogger(__name__)
 # Of what the page cache is to hold: missed by so much, the next decision does not wait for the
 # turn's end, since the rest of the turn would go on evicting.
 _ALARM_SHARE = 0.05
+
+
+class Watcher(Protocol):
+    """Whoever wants to know that another decision holds."""
+
+    def changed(self) -> None:
+        """:meth:`Orchestrator.summary` has changed. Called with locks held: must not block."""
+
+    def close(self) -> None:
+        """It will not change any more."""
 
 
 class Orchestrator:
@@ -57,6 +67,8 @@ class Orchestrator:
         self.ahead_nbytes = ahead_nbytes
         self._staging = staging
         self._held_ahead_nbytes = 0
+        self.admission = threading.Lock()
+        """Held from :meth:`admits` to :meth:`hold_ahead`, so that no two take the same room."""
         self._memory = memory
         self._lock = threading.RLock()
         self._groups: dict[int, UnitGroup] = {}
@@ -77,6 +89,8 @@ class Orchestrator:
             "taken_over_nbytes": 0,
         }
         self._dropping: ThreadPoolExecutor | None = None
+        self._closed = False
+        self._watcher: Watcher | None = None
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -92,6 +106,7 @@ class Orchestrator:
             group = UnitGroup(self._numbers, name)
             group.add(extents)
             self._groups[group.number] = group
+            self._changed()
             return group
 
     def release(self, group: UnitGroup) -> None:
@@ -100,6 +115,7 @@ class Orchestrator:
             if self._groups.pop(group.number, None) is not None:
                 for unit in group.units:
                     self._demote(unit)
+                self._changed()
 
     # -- reads ----------------------------------------------------------------------------------
 
@@ -130,18 +146,21 @@ class Orchestrator:
             group.turned = True
             group.idle_steps = 0
 
-    def was_read(self, unit: TrackedUnit | None, nbytes: int, cold_nbytes: int) -> None:
-        """Counts a finished read: of ``unit`` through the page cache, or (None) a direct one."""
+    def was_read(self, unit: TrackedUnit | None, nbytes: int, cold_nbytes: int, looks: int) -> None:
+        """Counts a finished read: of ``unit`` through the page cache, or (None) a direct one.
+        ``looks``: the unit's, when the read began."""
         if unit is None:
             self._counters["direct_read_nbytes"] += nbytes
             return
         with self._lock:
-            missed = unit.warm(cold_nbytes) if unit.cached else 0
+            missed = unit.warm(cold_nbytes, looks) if unit.cached else 0
             self._counters["cached_read_nbytes"] += nbytes
             self._counters["filled_nbytes"] += cold_nbytes - missed
             self._counters["missed_nbytes"] += missed
             self._since["hit_nbytes"] += nbytes - cold_nbytes
             self._since["missed_nbytes"] += missed
+            if not unit.cached:
+                self._drop_aside(unit)  # what was read ahead came after the drop
             if missed and self._since["missed_nbytes"] > _ALARM_SHARE * self._limit_nbytes:
                 self.decide()
 
@@ -170,6 +189,8 @@ class Orchestrator:
     def decide(self) -> None:
         """Reads the budget, asks the policy, and moves units between the paths."""
         with self._lock:
+            if self._closed:
+                return
             self._staging.shed()
             budget = self._memory.read()
             seen = Observation(
@@ -187,6 +208,9 @@ class Orchestrator:
                 [_numbers(unit) for unit in tracked.values()], cached, seen
             )
             self._counters["decisions"] += 1
+            before = (cached, self._limit_nbytes, self._limited_by)
+            if before != (decision.cached, decision.limit_nbytes, budget.limited_by):
+                self._changed()
             self._budget_nbytes, self._limited_by = budget.nbytes, budget.limited_by
             self._limit_nbytes, self._reason = decision.limit_nbytes, decision.reason
             for key in cached - decision.cached:
@@ -222,15 +246,21 @@ class Orchestrator:
                     return None
                 # What has to come back is not missed a second time.
                 unit.warmed_nbytes = sum(known)
+                unit.looks += 1
                 total += unit.warmed_nbytes
         return total
 
     def _demote(self, unit: TrackedUnit) -> None:
-        if not unit.cached or self.cache is None:
+        if not unit.cached:
             return
         unit.cached, unit.warmed_nbytes = False, 0
         self._counters["demotions"] += 1
-        # Aside: dropping the pages of 64 MiB takes milliseconds, and a read is waiting.
+        self._drop_aside(unit)
+
+    def _drop_aside(self, unit: TrackedUnit) -> None:
+        """On a thread: dropping the pages of 64 MiB takes milliseconds, and a read is waiting."""
+        if self.cache is None or self._closed:
+            return
         if self._dropping is None:
             self._dropping = ThreadPoolExecutor(1, "spdk_kv-drop")
         self._dropping.submit(self._drop, self.cache, unit)
@@ -256,20 +286,37 @@ class Orchestrator:
         """Policy, budget, what was decided last and why, and bytes by path since the opening."""
         self._collect()
         with self._lock:
-            units = [unit for group in self._groups.values() for unit in group.units]
-            cached = [unit for unit in units if unit.cached]
-            return {
-                "policy": self.policy.name,
-                "paths": 1 if self.cache is None else 2,
-                "reason": self._reason,
-                "budget_nbytes": self._budget_nbytes,
-                "limited_by": self._limited_by,
-                "limit_nbytes": self._limit_nbytes,
-                "units": len(units),
-                "cached_units": len(cached),
-                "cached_nbytes": sum(unit.nbytes for unit in cached),
-                **self._counters,
-            }
+            return self._stats()
+
+    def _stats(self) -> dict[str, Any]:
+        units = [unit for group in self._groups.values() for unit in group.units]
+        cached = [unit for unit in units if unit.cached]
+        return {
+            "policy": self.policy.name,
+            "paths": 1 if self.cache is None else 2,
+            "reason": self._reason,
+            "budget_nbytes": self._budget_nbytes,
+            "limited_by": self._limited_by,
+            "limit_nbytes": self._limit_nbytes,
+            "units": len(units),
+            "cached_units": len(cached),
+            "cached_nbytes": sum(unit.nbytes for unit in cached),
+            **self._counters,
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """As :meth:`stats`, and of each sequence how many units of K and of V are on which path."""
+        with self._lock:
+            groups = [group.summary() for group in self._groups.values()]
+            return {"engine": self.direct.name, **self._stats(), "sequences": groups}
+
+    def watch(self, watcher: Watcher) -> None:
+        """From now on ``watcher`` is told of changes; :meth:`close` closes it."""
+        self._watcher = watcher
+
+    def _changed(self) -> None:
+        if self._watcher is not None and not self._closed:
+            self._watcher.changed()
 
     def why(self) -> list[dict[str, Any]]:
         """Of each unit: the sequence, layer, K or V, bytes, the path, and why it is on it."""
@@ -290,6 +337,10 @@ class Orchestrator:
     def close(self) -> None:
         """Ends the second path; the direct engine is its owner's to close."""
         log.debug("%s: %s", self.direct.where, _account(self._counters))
+        with self._lock:
+            self._closed = True
+        if self._watcher is not None:
+            self._watcher.close()
         if self._dropping is not None:
             self._dropping.shutdown()
         if self.cache is not None:

@@ -15,7 +15,8 @@ class TrackedUnit:
 
     ``cached``: reads go through the page cache. ``nbytes``: what is on the device now, kept up to
     date by the layer. ``warmed_nbytes``: what reads brought into the cache since the unit was
-    promoted; what is missed beyond the unit's size had been there, and was evicted.
+    promoted; what is missed beyond the unit's size had been there, and was evicted. ``looks``: how
+    often it was looked up what the kernel has of it.
     """
 
     group: UnitGroup
@@ -26,6 +27,7 @@ class TrackedUnit:
     nbytes: int = 0
     cached: bool = False
     warmed_nbytes: int = 0
+    looks: int = 0
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -40,9 +42,11 @@ class TrackedUnit:
     def label(self) -> str:
         return f"{self.group.name}, layer {self.layer}, {'V' if self.value else 'K'}"
 
-    def warm(self, cold_nbytes: int) -> int:
+    def warm(self, cold_nbytes: int, looks: int) -> int:
         """Takes note of a read that found so much not in the cache; returns what of it should
-        have been there."""
+        have been there. ``looks``: as it was when the read began."""
+        if looks != self.looks:
+            return 0  # the look has seen what the read brought in, or would bring
         filled = min(cold_nbytes, max(0, self.nbytes - self.warmed_nbytes))
         self.warmed_nbytes += filled
         return cold_nbytes - filled
@@ -70,3 +74,15 @@ class UnitGroup:
         begins = self.last_layer is None or layer <= self.last_layer
         self.last_layer = layer
         return begins
+
+    def summary(self) -> dict[str, str | int]:
+        """Units and bytes of K and of V in all, and of those on the page-cache path."""
+        told: dict[str, str | int] = {"name": self.name}
+        for value, part in enumerate("kv"):
+            units = [unit for unit in self.units if unit.value == value]
+            cached = [unit for unit in units if unit.cached]
+            told[f"{part}_units"] = len(units)
+            told[f"{part}_cached_units"] = len(cached)
+            told[f"{part}_nbytes"] = sum(unit.nbytes for unit in units)
+            told[f"{part}_cached_nbytes"] = sum(unit.nbytes for unit in cached)
+        return told

@@ -72,7 +72,7 @@ class ReadAhead:
         import torch
 
         cache = self._layers[layer]
-        with cache.lock:
+        with cache.lock, self._paths.admission:
             spare = min(spare, self._most_tokens - cache.tokens)
             if not self._paths.admits(cache.ahead_nbytes(first, spare)):
                 return False

@@ -6,7 +6,6 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from spdk_kv.link_devices import LinkedDevice
 from spdk_kv.orchestrator import Orchestrator
 from spdk_kv.orchestrator_units import TrackedUnit
 from spdk_kv.sequence_reading import CRC_NBYTES, Reading, Room, reordered
-from spdk_kv.sequence_rows import lay_out, whole_chunks
+from spdk_kv.sequence_rows import Write, lay_out, whole_chunks
 from spdk_kv.staging import StagingPool
 from spdk_kv.tensors import tensor_from
 from spdk_kv.types import torch_dtypes
@@ -30,15 +29,6 @@ if TYPE_CHECKING:
     import torch
 
 _CRC = struct.Struct("<I")
-
-
-@dataclass(frozen=True)
-class Write:
-    """Chunks on their way to the device: from byte ``first`` of every extent of the layer."""
-
-    transfer: Transfer
-    first: int
-    nbytes: int
 
 
 class LayerCache:
@@ -156,7 +146,7 @@ class LayerCache:
 
         def write() -> None:
             transfer.submit()
-            self._writes.append(Write(transfer, self.stored, full * len(self.offsets)))
+            self._writes.append(Write(chunks, self.stored, full))
             self.pending_nbytes += full * len(self.offsets)
             self._tails[:, : total - full] = rest
             self._tail_written = 0
@@ -223,7 +213,7 @@ class LayerCache:
 
     def extend(self, reading: Reading, last: int, priority: int = 0) -> None:
         """Starts to read what is on the device of the bytes up to token ``last``, and is not yet
-        asked for. Bytes still being written are left for a later call."""
+        asked for. Bytes still being written are not read: :meth:`finish` has them."""
         self._extend_to(reading, self._end(last), priority)
 
     def _extend_to(self, reading: Reading, end: int, priority: int = 0) -> None:
@@ -270,6 +260,13 @@ class LayerCache:
         row = self._layout.row_nbytes
         begin, end = reading.first * row - reading.start, last * row - reading.start
         lines = room.lines(len(reading.extents), reading.stride)
+        for write in self._writes:
+            at = max(write.first, reading.start)
+            until = min(write.first + write.line_nbytes, end + reading.start)
+            if at < until:
+                # Sooner than from the device, which has yet to write it.
+                source = room.place(write.part(reading.extents, at, until))
+                lines[:, at - reading.start : until - reading.start] = source
         if last * row > self.stored:
             at = max(self.stored, reading.start)
             selected = self._tails[reading.extents.start : reading.extents.stop]

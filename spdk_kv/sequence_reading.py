@@ -56,21 +56,24 @@ class Room:
         return tensor[: count * stride].view(count, stride)
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A CPU tensor where this memory is."""
-        return tensor if self.device is None else self.device.bring(tensor)
+        """A tensor on the CPU, or on a GPU, for a copy to this memory that nobody waits for."""
+        if self.device is None or tensor.is_cuda:
+            return tensor
+        return self.device.bring(tensor)
 
 
 @dataclass
 class Part:
     """Bytes ``[start, end)`` of some of a reading's extents, on their way by one path.
 
-    ``unit``: whose they are, if they come through the page cache. ``lines``: which lines of the
-    room they go to.
+    ``unit``: whose they are, if they come through the page cache; ``looks``: its own, when they
+    were asked for. ``lines``: which lines of the room they go to.
     """
 
     transfer: Transfer
     engine: Engine
     unit: TrackedUnit | None
+    looks: int
     lines: range
     start: int
     end: int
@@ -106,6 +109,7 @@ class Reading:
         priority: int,
     ) -> Part:
         """Starts to read bytes ``[start, end)`` of the extents of ``lines``."""
+        looks = unit.looks if unit else 0
         transfer = self.room.transfer(
             engine,
             len(lines) * (end - start),
@@ -116,7 +120,7 @@ class Reading:
             address = self.room.address + line * self.stride + start - self.start
             transfer.add(self.offsets[self.extents[line]] + start, address, end - start)
         transfer.submit(None, priority)
-        return Part(transfer, engine, unit, lines, start, end)
+        return Part(transfer, engine, unit, looks, lines, start, end)
 
     def complete(self, paths: Orchestrator, crcs: Sequence[bytearray]) -> None:
         """Waits until all is there. ``crcs``: per extent of the layer, the checksums of its chunks;
@@ -128,7 +132,8 @@ class Reading:
                 raise  # the device may still write into the room
             except (DeviceError, CorruptionError) as failure:
                 self._take_over(part, paths, crcs, failure)
-            paths.was_read(part.unit, part.transfer.nbytes, part.transfer.cold_nbytes)
+            transfer = part.transfer
+            paths.was_read(part.unit, transfer.nbytes, transfer.cold_nbytes, part.looks)
 
     def _complete(self, part: Part, crcs: Sequence[bytearray]) -> None:
         part.engine.wait(part.transfer)

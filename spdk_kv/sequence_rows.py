@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spdk_kv._native.transfer import WRITE, Transfer
 from spdk_kv.engines import Engine
 from spdk_kv.layout import SequenceLayout
-from spdk_kv.link_devices import LinkedDevice
+from spdk_kv.link_devices import DeviceMemory, LinkedDevice
 from spdk_kv.staging import StagingPool
 from spdk_kv.tensors import tensor_from
 from spdk_kv.types import movable
@@ -47,6 +47,31 @@ class Chunks:
     def address(self, number: int) -> int:
         """Where the line of an extent begins."""
         return int(self.memory.address) + number * self.lines.shape[1]
+
+
+@dataclass(frozen=True)
+class Write:
+    """Chunks on their way to the device: ``line_nbytes`` of every extent of the layer, from its
+    byte ``first`` on."""
+
+    chunks: Chunks
+    first: int
+    line_nbytes: int
+
+    @property
+    def transfer(self) -> Transfer:
+        return self.chunks.transfer
+
+    @property
+    def nbytes(self) -> int:
+        return self.chunks.lines.shape[0] * self.line_nbytes
+
+    def part(self, extents: range, start: int, end: int) -> torch.Tensor:
+        """Bytes ``[start, end)`` of ``extents``, for torch's current stream."""
+        if isinstance(self.chunks.memory, DeviceMemory):
+            self.chunks.memory.join()
+        lines = self.chunks.lines[extents.start : extents.stop]
+        return lines[:, start - self.first : end - self.first]
 
 
 def whole_chunks(

@@ -29,9 +29,7 @@ def read_all(
     reading = cache.take_prefetched(first)
     if reading is None:
         reading = cache.plan(first, last, range(len(cache.offsets)), 0, device)
-    cache.extend(reading, last)
-    # What was still being written is read only now.
-    cache.settle()
+    cache.settle(wait=False)
     cache.extend(reading, last)
     rows = cache.finish(reading, last)
     if layout.granularity == "head":

@@ -50,6 +50,7 @@ def open(
     hugepages: bool = True,
     residency: str = "adaptive",
     page_cache: int | str | None = None,
+    queue_pairs: int = 1,
     mmap: bool = False,
     discard: bool = False,
     flush_interval_s: float | None = 5.0,
@@ -65,15 +66,16 @@ def open(
     ``verify``: check checksums on every read. ``create``: False never begins a store; True is
     needed to begin one on a (blank) device. ``index_dir``: where the index of a store on a device
     lies. ``depth``, ``segment``: commands in flight, and bytes of the largest. ``staging``: idle
-    memory kept for the next transfers; half of it may be used to read ahead. ``residency``: which
-    layers of sequences are read through the page cache and which directly: ``adaptive`` follows
-    the memory that is free, ``paper`` binds each when it is made (DUAL-BLADE), ``direct`` and
-    ``pagecache`` are one path for all. ``page_cache``: bytes that the page cache may hold for that
-    (``"2 GiB"``); None reads it from the machine and its cgroups. ``mmap``: with the pagecache
-    engine, a get returns the page cache itself instead of a copy (checked once; pages that the
-    kernel drops and reads again are not, and a failing drive then shows as SIGBUS). ``discard``:
-    tell the device when space comes free (TRIM). ``flush_interval_s``: how often what was put is
-    made durable in the background; None leaves that to :meth:`KVStore.flush` and close.
+    memory kept for the next transfers; half of it may be used to read ahead. ``queue_pairs``: of
+    ``spdk://``, with ``depth`` commands each. ``residency``: which layers of sequences are read
+    through the page cache and which directly: ``adaptive`` follows the memory that is free,
+    ``paper`` binds each when it is made (DUAL-BLADE), ``direct`` and ``pagecache`` are one path
+    for all. ``page_cache``: bytes that the page cache may hold for that (``"2 GiB"``); None reads
+    it from the machine and its cgroups. ``mmap``: with the pagecache engine, a get returns the
+    page cache itself instead of a copy (checked once; pages that the kernel drops and reads again
+    are not, and a failing drive then shows as SIGBUS). ``discard``: tell the device when space
+    comes free (TRIM). ``flush_interval_s``: how often what was put is made durable in the
+    background; None leaves that to :meth:`KVStore.flush` and close.
 
     Blocks on the device. Raises ValueError (location), StoreLocked, StoreMismatch,
     CorruptionError, CapacityError, EngineUnavailable, DeviceError.
@@ -85,7 +87,7 @@ def open(
         verify=verify,
         create=create,
         index_dir=index_dir,
-        options=EngineOptions(depth, parse_nbytes(segment), hugepages),
+        options=EngineOptions(depth, parse_nbytes(segment), hugepages, queue_pairs),
         staging_nbytes=parse_nbytes(staging),
         residency=residency,
         page_cache_nbytes=None if page_cache is None else parse_nbytes(page_cache),
@@ -122,7 +124,7 @@ class KVStore:
             self.verify = settings.verify and self.engine.keeps_bytes
             self.catalog = Catalog(self._parts, settings.eviction, settings.discard)
             self.staging = StagingPool(self.engine.allocate, settings.staging_nbytes)
-            self.paths = open_paths(self.engine, self.staging, settings)
+            self.paths = open_paths(self._parts, self.staging, settings)
             self.links = Links(self.paths.engines)
             self._sequences: dict[str, Sequence] = {}
             self._sequence_lock = threading.Lock()
@@ -324,6 +326,13 @@ class KVStore:
 
     # -- the whole ------------------------------------------------------------------------------
 
+    @property
+    def dirty(self) -> bool:
+        """Whether a flush would change anything. False after close."""
+        return not self._closed and (
+            self.catalog.dirty or any(sequence.dirty for sequence in list(self._sequences.values()))
+        )
+
     def flush(self, timeout_s: float | None = None) -> None:
         """Blocks until everything put and appended before survives a power cut."""
         self.check_open()
@@ -439,11 +448,3 @@ class KVStore:
                 f"the store at {self.location} was opened by process {self._pid} and cannot be "
                 "used after a fork: open it in the child"
             )
-
-    @property
-    def dirty(self) -> bool:
-        """Whether a flush would make anything durable; never after close."""
-        if self._closed:
-            return False
-        sequences = list(self._sequences.values())
-        return self.catalog.dirty or any(sequence.dirty for sequence in sequences)

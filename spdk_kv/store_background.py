@@ -100,16 +100,15 @@ def _flush_now_and_then(
         store = reference()
         if store is None:
             return
-        flush_if_dirty(store)
+        _flush(store)
         del store
 
 
-def flush_if_dirty(store: Flushable) -> None:
-    """One round of the background flush: makes durable what is not; logs what fails."""
-    if not store.dirty:
-        return
+def _flush(store: Flushable) -> None:
+    """Makes durable what is not; logs what fails."""
     try:
-        store.flush()
+        if store.dirty:
+            store.flush()
     except ClosedError:
         pass
     except SpdkKvError:

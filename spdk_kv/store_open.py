@@ -117,7 +117,7 @@ def open_parts(
         opened = open_engine(place, engine=engine, capacity_nbytes=nbytes, options=options)
         return Opened(place, opened, Allocator(nbytes, BLOCK_NBYTES), None, None, uuid.uuid4().hex)
     if place.scheme in ("block", "ng") or place.is_nvme:
-        folder = _index_folder(place) if index_dir is None else os.fspath(index_dir)
+        folder = index_folder(place) if index_dir is None else os.fspath(index_dir)
         return _open_device(place, wanted, engine, options, folder, bool(create))
     if index_dir is not None:
         raise ValueError("index_dir is for stores on devices; a file:// store has its index inside")
@@ -193,7 +193,7 @@ def _open_device(
         return opened
 
 
-def _index_folder(place: Location) -> str:
+def index_folder(place: Location) -> str:
     """Where a device's index lies if nobody says otherwise."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     name = os.path.basename(place.path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from spdk_kv.engines import Engine
 from spdk_kv.engines.files import FileEngine
 from spdk_kv.engines.pagecache import BesidePageCacheEngine
@@ -10,18 +12,24 @@ from spdk_kv.memory import MemoryReader
 from spdk_kv.orchestrator import Orchestrator
 from spdk_kv.residency import make_policy
 from spdk_kv.staging import StagingPool
+from spdk_kv.store_open import Opened
 from spdk_kv.store_settings import StoreSettings
+from spdk_kv.store_why import WhyFile
 
 
-def open_paths(engine: Engine, staging: StagingPool, settings: StoreSettings) -> Orchestrator:
-    """Opens the second path beside ``engine``. ValueError for an unknown policy; where there can
-    be one path only the orchestrator says why."""
+def open_paths(parts: Opened, staging: StagingPool, settings: StoreSettings) -> Orchestrator:
+    """Opens the second path beside the engine of ``parts``. ValueError for an unknown policy; where
+    there can be one path only the orchestrator says why."""
+    engine = parts.engine
     policy = make_policy(settings.residency)
     memory = MemoryReader(settings.page_cache_nbytes)
     cache, single = _open_cache(engine, settings)
     # Half of what is kept for transfers, so that a read on demand still finds room there.
     ahead_nbytes = settings.staging_nbytes // 2
-    return Orchestrator(engine, cache, policy, memory, single, staging, ahead_nbytes)
+    paths = Orchestrator(engine, cache, policy, memory, single, staging, ahead_nbytes)
+    if parts.lock is not None:
+        paths.watch(WhyFile(os.path.dirname(parts.lock.path), paths.summary))
+    return paths
 
 
 def _open_cache(

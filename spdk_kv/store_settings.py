@@ -6,12 +6,13 @@ import os
 from dataclasses import dataclass
 
 from spdk_kv.engines import EngineOptions
+from spdk_kv.residency import make_policy
 from spdk_kv.store_catalog import Eviction
 
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """The arguments of :func:`spdk_kv.open`, sizes parsed."""
+    """The arguments of :func:`spdk_kv.open`, sizes parsed. ValueError for an unknown residency."""
 
     capacity: int | str | None
     engine: str | None
@@ -26,3 +27,6 @@ class StoreSettings:
     mmap: bool
     discard: bool
     flush_interval_s: float | None
+
+    def __post_init__(self) -> None:
+        make_policy(self.residency)  # before anything is begun at the location

@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import spdk_drives
 import torch
+from media import read, write
 
 import spdk_kv
+from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.store import KVStore
 
 FILE_ENGINES = ("uring", "threads", "pagecache")
@@ -42,9 +45,13 @@ def folder_fixture() -> Iterator[Path]:
 
 
 def open_store(where: Path | str, **options: Any) -> KVStore:
-    """A small store in a folder, or at a URI."""
+    """A small store in a folder, or at a URI. With a target in the environment (spdk_drives.py) a
+    folder gets the index, and a namespace of the target the data."""
+    wanted = SMALL | {"capacity": "16 MiB"} | options
+    if spdk_drives.in_use() and "://" not in str(where):
+        return spdk_kv.open(**spdk_drives.instead_of(Path(where), wanted))
     location = where if isinstance(where, str) else f"file://{where}"
-    return spdk_kv.open(location, **(SMALL | {"capacity": "16 MiB"} | options))
+    return spdk_kv.open(location, **wanted)
 
 
 def reopen(where: Path | str, **options: Any) -> KVStore:
@@ -119,7 +126,15 @@ def extent_of(store: KVStore, key: str) -> tuple[int, int]:
 
 
 def flip(path: Path | str, offset: int, mask: int = 1) -> None:
-    """Changes bits of one byte of a file, behind everybody's back."""
+    """Changes bits of one byte of a file, behind everybody's back; of a store's data file, where
+    those are drives, of that drive."""
+    if spdk_drives.in_use() and Path(path).name == "data":
+        engine = open_engine(parse_location(spdk_drives.uri_of(Path(path).parent)))
+        block = bytearray(read(engine, offset // 4096 * 4096, 4096))
+        block[offset % 4096] ^= mask
+        write(engine, offset // 4096 * 4096, bytes(block))
+        engine.close()
+        return
     with open(path, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import glob
+import mmap
 import os
 import shutil
 import signal
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from spdk_drives import NQN, SETTINGS, drives, rpc
 
 from spdk_kv.engines import spdk_env
 from spdk_kv.errors import EngineUnavailable
 
-NQN = "nqn.2026-11.io.spdk-kv:test"
 SERIAL = "SPDKKV01"
-SETTINGS = spdk_env.SpdkSettings(hugepages=False, memory_nbytes=512 << 20)
+# Of linux/mman.h.
+_MAP_HUGETLB, _MAP_HUGE_2MB = 0x40000, 21 << 26
 _HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 
 
@@ -52,6 +54,15 @@ def target_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]
         target.close()
 
 
+@pytest.fixture(scope="module")
+def drives_fixture(target: Target) -> Iterator[None]:
+    """For the tests of one module stores in folders have their data on namespaces of ``target``,
+    over vfio-user."""
+    target.listen()
+    with drives(target.folder, target.rpc_path, target.uri("vfiouser").removesuffix("/1")):
+        yield
+
+
 @contextlib.contextmanager
 def hugepages(nbytes: int) -> Iterator[None]:
     """At least ``nbytes`` of free 2 MiB pages while it lasts; the pool is then as it was."""
@@ -68,6 +79,22 @@ def hugepages(nbytes: int) -> Iterator[None]:
         _HUGEPAGES.write_text(str(max(0, int(_HUGEPAGES.read_text()) - added)))
 
 
+@contextlib.contextmanager
+def hugepages_taken() -> Iterator[None]:
+    """No 2 MiB page is free while it lasts, as on a machine where none were reserved."""
+    free, promised = (
+        int((_HUGEPAGES.parent / name).read_text()) for name in ("free_hugepages", "resv_hugepages")
+    )
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_HUGETLB | _MAP_HUGE_2MB
+    # Promised, and not touched: that is as good as taken.
+    held = mmap.mmap(-1, (free - promised) << 21, flags) if free > promised else None
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.close()
+
+
 class Target:
     """A running nvmf_tgt. One subsystem, its namespaces numbered from 1 in the order added."""
 
@@ -75,8 +102,7 @@ class Target:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._rpc_path = folder / "rpc.sock"
-        self._ids = 0
+        self.rpc_path = folder / "rpc.sock"
         self.port = _free_port()
         self.sockets = folder / "vfio-user"
         self.sockets.mkdir()
@@ -87,7 +113,7 @@ class Target:
         # The last core, so that the tests' own threads find one that does not spin.
         core = max(os.sched_getaffinity(0))
         command = ["nvmf_tgt", "--no-pci", "--no-huge", "-s", str(self.memory_mib)]
-        command += ["--disable-cpumask-locks", "-m", f"[{core}]", "-r", str(self._rpc_path)]
+        command += ["--disable-cpumask-locks", "-m", f"[{core}]", "-r", str(self.rpc_path)]
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log
         )
@@ -105,14 +131,14 @@ class Target:
 
     def restart(self) -> None:
         """A new target, without namespaces, in the place of one that was killed."""
-        for left in (self._rpc_path, self._rpc_path.with_suffix(".sock.lock")):
+        for left in (self.rpc_path, self.rpc_path.with_suffix(".sock.lock")):
             left.unlink(missing_ok=True)
         for left in self.sockets.iterdir():
             left.unlink()
         self.process = self._start()
 
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 self.rpc("spdk_get_version")
@@ -126,28 +152,7 @@ class Target:
 
     def rpc(self, method: str, **parameters: Any) -> Any:
         """One JSON-RPC call; RuntimeError where the target refuses it."""
-        self._ids += 1
-        request: dict[str, Any] = {"jsonrpc": "2.0", "id": self._ids, "method": method}
-        if parameters:
-            request["params"] = parameters
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(20)
-            connection.connect(str(self._rpc_path))
-            connection.sendall(json.dumps(request).encode())
-            answer = b""
-            while True:
-                received = connection.recv(65536)
-                if not received:
-                    raise ConnectionError("the target closed the connection")
-                answer += received
-                try:
-                    response = json.loads(answer)
-                except ValueError:
-                    continue
-                break
-        if "error" in response:
-            raise RuntimeError(f"{method}: {response['error']}")
-        return response.get("result")
+        return rpc(self.rpc_path, method, **parameters)
 
     def add_namespace(
         self, nbytes: int, block_nbytes: int, *, delay_s: float = 0.0, nsid: int | None = None
@@ -227,6 +232,19 @@ class Target:
         """As a drive that is pulled."""
         self.process.kill()
         self.process.wait()
+        self._clear()
+
+    def _clear(self) -> None:
+        """Removes what a killed target leaves behind."""
+        number = self.process.pid
+        for pattern in (
+            f"/dev/hugepages/spdk_pid{number}map_*",
+            f"/dev/shm/*_trace.pid{number}",
+            f"/var/tmp/spdk_pci_lock_*_{number}",
+        ):
+            for left in glob.glob(pattern):
+                Path(left).unlink(missing_ok=True)
+        shutil.rmtree(f"/var/run/dpdk/spdk_pid{number}", ignore_errors=True)
 
     def close(self) -> None:
         """Ends the target."""
@@ -236,6 +254,7 @@ class Target:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
                 self.kill()
+        self._clear()
         self.log.close()
 
 

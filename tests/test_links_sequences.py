@@ -57,6 +57,14 @@ def begun(linked: Linked, granularity: str, steps=(), **changed):
     return sequence, reference
 
 
+def written(linked: Linked, granularity: str, steps=(), **changed):
+    """As :func:`begun`, and nothing is on its way to the drive any more."""
+    sequence, reference = begun(linked, granularity, steps, **changed)
+    for layer in range(sequence.shape.layers):
+        sequence.settle(layer)
+    return sequence, reference
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_appends_of_any_size_read_back(linked, granularity):
     sequence, reference = begun(linked, granularity)
@@ -224,7 +232,7 @@ def test_in_order_with_torchs_streams(folder, device, ahead):
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_copy_that_fails_gives_a_typed_error_and_no_bytes(number, at_once):
     with linked_store("ram://", *EMULATED.values) as linked:
-        sequence, reference = begun(linked, "layer", [600])
+        sequence, reference = written(linked, "layer", [600])
         reference.check(sequence)
         linked.link.fail(number, at_once=at_once)
         with pytest.raises(DeviceError, match="to the GPU"):
@@ -240,11 +248,13 @@ def test_a_copy_that_fails_gives_a_typed_error_and_no_bytes(number, at_once):
 
 def test_a_copy_that_fails_on_an_append_fails_its_layer(folder):
     with linked_store(folder, *EMULATED.values) as linked:
-        sequence, reference = begun(linked, "layer", [300])
+        sequence, reference = written(linked, "layer", [300])
         reference.check(sequence)
         linked.link.fail(2)
         k, v = reference.tokens(200)
         sequence.append(1, k, v)
+        with pytest.raises(DeviceError, match="from the GPU"):
+            sequence.settle(1)
         for _ in range(2):
             with pytest.raises(DeviceError, match="from the GPU"):
                 sequence.read(1, device=linked.device)
@@ -254,7 +264,7 @@ def test_a_copy_that_fails_on_an_append_fails_its_layer(folder):
 
 def test_the_other_path_delivers_what_one_cannot(folder):
     with linked_store(folder, *EMULATED.values, **WAYS["both paths"]) as linked:
-        sequence, reference = begun(linked, "layer", [600])
+        sequence, reference = written(linked, "layer", [600])
         reference.check(sequence)
         for number in range(1, 8):
             linked.link.fail(number)
@@ -265,7 +275,7 @@ def test_the_other_path_delivers_what_one_cannot(folder):
 def test_what_was_read_ahead_is_dropped_in_flight(folder):
     """Memory of the device stays until the last copy into it is over."""
     with linked_store(folder, *EMULATED.values, residency="direct") as linked:
-        sequence, reference = begun(linked, "layer", [600])
+        sequence, reference = written(linked, "layer", [600])
         reference.check(sequence, device=linked.device)
         linked.link.pause()
         try:

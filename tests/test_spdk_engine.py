@@ -31,7 +31,7 @@ from test_engine_contract import (  # noqa: F401
 from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.engines import EngineOptions, open_engine, parse_location
 from spdk_kv.engines.spdk import SpdkEngine
-from spdk_kv.errors import DeviceGone, EngineUnavailable
+from spdk_kv.errors import ClosedError, DeviceGone, EngineUnavailable
 
 MIB = 1 << 20
 TRANSPORTS = ("vfiouser", "tcp")
@@ -45,6 +45,15 @@ def namespaces(target: Target) -> None:
     for number in range(NAMESPACES):
         target.add_namespace(8 * MIB, 4096 if number % 2 else 512)
     target.listen()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def connections(target: Target, namespaces: None) -> Iterator[None]:
+    """Both controllers stay connected, so that each test's engine is opened quickly."""
+    kept = [opened(target, transport, NAMESPACES) for transport in TRANSPORTS]
+    yield
+    for engine in kept:
+        engine.close()
 
 
 def opened(target: Target, transport: str, nsid: int, options: EngineOptions = SMALL) -> SpdkEngine:
@@ -201,3 +210,47 @@ def test_what_is_not_there_is_refused(target):
         open_engine(parse_location("spdk://0000:ff:1f.7/1"))
     with pytest.raises(ValueError, match="served by"):
         open_engine(parse_location(target.uri("tcp")), engine="uring")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_transfers_are_dealt_out_to_several_queue_pairs(target, transport):
+    options = EngineOptions(depth=4, segment_nbytes=64 << 10, queue_pairs=3)
+    engine = opened(target, transport, 2, options)
+    data = np.random.default_rng(5).bytes(4 * MIB)
+    futures, sides = [], []
+    for number in range(64):
+        side = memory(64 << 10)
+        side[:] = np.frombuffer(data[number * len(side) :][: len(side)], np.uint8)
+        transfer = engine.transfer(WRITE)
+        transfer.keep(side)
+        transfer.add(number * len(side), address_of(side), len(side))
+        futures.append(engine.start(transfer, lambda done: done.status))
+        sides.append(side)
+    assert [future.result(30) for future in futures] == [0] * 64
+    engine.flush()
+    assert read(engine, 0, len(data)) == data
+    assert [lane.stats()["transfers"] > 1 for lane in engine._lanes] == [True, True]
+    stats = engine.stats()
+    assert stats["written_nbytes"] == len(data)
+    assert sum(stats["histogram"].values()) == stats["ios"]
+    # What SPDK holds is reached over each of them.
+    lease = engine.allocate(64 << 10)
+    before = stats["bounced_nbytes"]
+    for _ in range(6):
+        transfer = engine.transfer(READ)
+        transfer.keep(lease)
+        transfer.add(0, lease.address, 64 << 10)
+        engine.run(transfer)
+    assert engine.stats()["bounced_nbytes"] == before
+    engine._controller.reset()
+    assert read(engine, 0, len(data)) == data
+    engine.close()
+    with pytest.raises(ClosedError):
+        engine.transfer(READ)
+
+
+def test_several_queue_pairs_are_for_nvme_only(tmp_path):
+    with pytest.raises(ValueError, match="engine spdk"):
+        open_engine(parse_location("ram://"), options=EngineOptions(queue_pairs=2))
+    with pytest.raises(ValueError, match="1 to 64"):
+        EngineOptions(queue_pairs=0)

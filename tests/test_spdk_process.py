@@ -202,13 +202,18 @@ def test_a_process_opens_no_socket_for_telemetry(uri):
 
 
 def test_without_hugepages_it_goes_on_or_says_what_to_do(uri):
+    # So that there are some to take.
+    with hugepages(160 * MIB):
+        _without_hugepages(uri)
+
+
+def _without_hugepages(uri):
     script(
         """
-        from pathlib import Path
+        from spdk_target import hugepages_taken
         from spdk_kv.errors import EngineUnavailable
-        # As on a machine that has none reserved.
-        spdk_env._free_hugepage_nbytes = lambda: 0
-        engine = opened(uri, SpdkSettings(memory_nbytes=64 << 20))
+        with hugepages_taken():
+            engine = opened(uri, SpdkSettings(memory_nbytes=64 << 20))
         write(engine, 0, b"x" * 100_000)
         assert read(engine, 0, 100_000) == b"x" * 100_000
         try:
@@ -218,6 +223,20 @@ def test_without_hugepages_it_goes_on_or_says_what_to_do(uri):
         else:
             raise SystemExit("settings changed after the fact")
         engine.close()
+        """,
+        uri,
+    )
+    script(
+        """
+        from spdk_target import hugepages_taken
+        from spdk_kv.errors import EngineUnavailable
+        with hugepages_taken():
+            try:
+                opened(uri, SpdkSettings(hugepages=True))
+            except EngineUnavailable as refused:
+                assert "hugepages" in str(refused) and "doctor" in str(refused), refused
+            else:
+                raise SystemExit("hugepages were wanted, and there were none")
         """,
         uri,
     )

@@ -35,10 +35,20 @@ def missing() -> str | None:
 
 
 def draw(rows: Sequence[Row], out: Path) -> list[str]:
-    """Draws ``decode.png``, ``prefill.png`` and ``utilisation.png``; returns their names, none
-    where matplotlib is missing."""
+    """Draws ``decode.png``, ``prefill.png``, ``utilisation.png``, and ``change.png`` of what was
+    measured; returns their names, none where matplotlib is missing."""
     if missing():
         return []
+    budgets = [row for row in rows if row["kind"] == "budget"]
+    changes = [row for row in rows if row["kind"] == "change"]
+    drawn = _draw_budgets(budgets, out) if budgets else []
+    if changes:
+        _draw_change(changes, out / "change.png")
+        drawn.append("change.png")
+    return drawn
+
+
+def _draw_budgets(rows: Sequence[Row], out: Path) -> list[str]:
     pictures = (
         ("decode.png", "decode_s", "Decode: seconds per token", "s per token", True),
         ("prefill.png", "prefill_s", "Prefill: seconds", "s", False),
@@ -77,6 +87,41 @@ def _picture(
         )  # fmt: skip
     axes.axvline(1.0, color="0.85", lw=1, zorder=0)
     axes.set(xlabel="page-cache budget / KV cache (rho)", ylabel=unit, title=title)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color="0.92")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _draw_change(rows: Sequence[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 3.6), dpi=150)
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == variant]
+        axes.plot(
+            [row["step"] for row in mine], [row["decode_s_p50"] for row in mine], "o-", ms=3,
+            color=_COLOURS.get(variant), label=_LABELS.get(variant, variant),
+        )  # fmt: skip
+    bound = {row["step"]: row for row in rows}
+    axes.step(
+        list(bound), [row["bound_s"] for row in bound.values()], "k--", lw=1.2, where="mid",
+        label="bound (drive, then memory)",
+    )  # fmt: skip
+    budget = None
+    for step, row in bound.items():
+        if row["rho"] != budget:
+            budget = row["rho"]
+            axes.axvline(step - 0.5, color="0.85", lw=1, zorder=0)
+            axes.text(step, 1.0, f"rho {budget:g}", transform=axes.get_xaxis_transform(),
+                      fontsize=8, va="bottom")  # fmt: skip
+    axes.set(xlabel="decode step", ylabel="s per token")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="0.92")
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ablation
+import change
 import plots
-from rows import VARIANTS, Row, Sample, load_of, make_rows
+from rows import VARIANTS, Row, Sample, load_of, make_rows, yardsticks_of
 
-from spdk_kv.units import format_nbytes
+from spdk_kv.units import MIB, format_nbytes
 
 # What the paper reports, and what is asked of this reproduction.
 DECODE_LOWER, DECODE_LOWER_BEST, PREFILL_LOWER, UTILISATION = 0.424, 0.60, 0.331, 2.2
@@ -32,7 +34,7 @@ def read_samples(path: Path) -> list[Sample]:
 def markdown(samples: Sequence[Sample], rows: Sequence[Row], pictures: Sequence[str]) -> str:
     """The whole report. ``pictures``: names of plot files beside it."""
     about = next(sample for sample in samples if sample["kind"] == "about")
-    load = load_of(samples)
+    load, sticks = load_of(samples), yardsticks_of(samples)
     lines = [f"# {about['title']}", ""]
     lines += [f"- {line}" for line in about["machine"]]
     lines += [
@@ -40,19 +42,24 @@ def markdown(samples: Sequence[Sample], rows: Sequence[Row], pictures: Sequence[
         f"{load.prompt}, generate {load.generate}, fp16: {load.units} units of "
         f"{format_nbytes(load.unit_nbytes)}, W = {format_nbytes(load.nbytes)} after the prompt",
         f"- compute {about['compute_s'] * 1e3:g} ms per layer; link: {about['link_text']}",
-        f"- fio: {rows[0]['fio_read_gib_s']:.2f} GiB/s read, {rows[0]['fio_write_gib_s']:.2f} "
-        f"write; memory copy {rows[0]['memory_copy_gib_s']:.1f} GiB/s",
-        f"- runs per case: {max(row['runs'] for row in rows)}; every figure is a median "
-        "(quartiles)",
+        f"- fio: {sticks.read_gib_s:.2f} GiB/s read, {sticks.write_gib_s:.2f} write; memory copy "
+        f"{sticks.copy_gib_s:.1f} GiB/s",
+        f"- runs per case: {max(row.get('runs', 0) for row in rows)}; every figure is a median "
+        "(quartiles); per token: over all tokens after the first two, unless another is named",
         "",
     ]
     for picture in pictures:
         lines += [f"![{Path(picture).stem}]({picture})", ""]
-    for title, cell in _TABLES:
-        lines += ["", f"## {title}", "", *_table(rows, cell)]
-    if any(row["variant"] == "dual" for row in rows):
-        lines += ["", "## What was to be reached", "", *_verdicts(rows)]
-    if errors := sorted({(row["variant"], error) for row in rows for error in row["errors"]}):
+    budgets = [row for row in rows if row["kind"] == "budget"]
+    for title, cell in _TABLES if budgets else ():
+        lines += ["", f"## {title}", "", *_table(budgets, cell)]
+    if any(row["variant"] == "dual" for row in budgets):
+        lines += ["", "## What was asked, and what was reached", "", *_verdicts(budgets)]
+    if lines_of := change.tables(rows):
+        lines += ["", "## A budget that falls to a half, and rises to the double", "", *lines_of]
+    if lines_of := ablation.tables(rows):
+        lines += ["", "## Part by part", "", *lines_of]
+    if errors := sorted({(row["variant"], error) for row in budgets for error in row["errors"]}):
         lines += ["", "## Runs that failed", "", *(f"- {name}: {why}" for name, why in errors)]
     return "\n".join(lines) + "\n"
 
@@ -69,6 +76,8 @@ def _share(row: Row, name: str) -> str:
 _TABLES: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("Decode, seconds per token", lambda row: _spread(row, "decode_s")),
     ("Decode against the bound", lambda row: f"{row['of_bound']:.2f}"),
+    ("Decode, the first token's seconds", lambda row: f"{row['decode_first_s']:.3f}"),
+    ("Decode, the mean of all tokens, the first too", lambda row: f"{row['decode_mean_s']:.3f}"),
     ("Prefill, seconds", lambda row: _spread(row, "prefill_s")),
     ("Utilisation: read from the drive while decoding, of fio", lambda r: _share(r, "utilisation")),
     ("Hit rate: asked for and not read from the drive", lambda row: _share(row, "hit_rate")),
@@ -77,10 +86,15 @@ _TABLES: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
+def _mib(nbytes: float | None) -> str:
+    return "" if nbytes is None else f"{nbytes / MIB:,.0f}"
+
+
 def _table(rows: Sequence[Row], cell: Callable[[Row], str]) -> list[str]:
     """Budgets downwards, variants across."""
     names = _names(rows)
-    lines = [f"| rho | bound | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    titles = [*names, "X of dual (MiB)"]
+    lines = [f"| rho | bound | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for rho in sorted({row["rho"] for row in rows}):
         here = {row["variant"]: row for row in rows if row["rho"] == rho}
         bound = next((row["bound_s"] for row in here.values() if row["bound_s"]), None)
@@ -88,6 +102,7 @@ def _table(rows: Sequence[Row], cell: Callable[[Row], str]) -> list[str]:
             "failed" if row is None or row["decode_s_p50"] is None else cell(row)
             for row in map(here.get, names)
         ]
+        cells.append(_mib(here.get("dual", {}).get("x_nbytes")))
         lines.append(
             f"| {rho:g} | {'' if bound is None else f'{bound:.3f}'} | {' | '.join(cells)} |"
         )
@@ -147,7 +162,9 @@ def _verdict(rho: float | None, what: str, reached: float, asked: float, *, most
 
 def write(samples: Sequence[Sample], out: Path, json_file: Path | None) -> tuple[list[Row], str]:
     """Writes README.md, rows.json and the plots into ``out``; returns the rows and the text."""
-    rows = make_rows(samples)
+    rows = [*make_rows(samples), *change.make_rows(samples), *ablation.make_rows(samples)]
+    if not rows:
+        raise ValueError("no run is among the samples")
     out.mkdir(parents=True, exist_ok=True)
     pictures = plots.draw(rows, out)
     text = markdown(samples, rows, pictures)

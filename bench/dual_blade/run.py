@@ -3,10 +3,14 @@
     python bench/dual_blade/run.py                 on a simulated drive (needs root)
     python bench/dual_blade/run.py --dir DIR       on the drive under DIR (needs root)
 
+Three parts: every variant over the budgets (--budgets), a budget that changes in mid-run
+(--change), and what each part of it gives (--ablation); all of them, unless some are named.
+--quick is a look in three minutes at the first with a smaller load.
+
 Each run is a process of its own in a memory cgroup of its own, whose limit is the variant's own
-memory (measured by a run without a limit) and rho times the KV cache. --quick is a look in three
-minutes at a smaller load. The samples are kept line by line (--samples); a further call with the
-same file adds to them, and report.py draws the report from them again.
+memory (measured by a run without a limit) and rho times the KV cache. The samples are kept line by
+line (--samples); a further call with the same file adds to them, and report.py draws the report
+from them again.
 """
 
 from __future__ import annotations
@@ -25,12 +29,14 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import ablation  # noqa: E402
+import change  # noqa: E402
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
 import yardsticks  # noqa: E402
-from plan import RHOS, Plan, interleaved  # noqa: E402
+from plan import RHOS, Plan, interleaved, turn  # noqa: E402
 from rows import VARIANTS, limit_nbytes  # noqa: E402
 
 from spdk_kv.cli.decode_case import Case, Outcome, run_apart  # noqa: E402
@@ -41,6 +47,7 @@ from spdk_kv.units import GIB, MIB, format_nbytes  # noqa: E402
 # The simulated drive's: the kernel's default for most NVMe drives. A loop device's own depends on
 # the kernel's version (2560 KiB was seen).
 READ_AHEAD_KIB = 128
+_REMOVE_TIMEOUT_S = 10.0
 
 
 class Samples:
@@ -58,68 +65,106 @@ class Samples:
         self._file.flush()
 
     def next_run(self) -> int:
-        return 1 + max((one["run"] for one in self.all if one["kind"] == "case"), default=-1)
+        return 1 + max((one.get("run", -1) for one in self.all), default=-1)
+
+
+class Rig:
+    """A drive, what is to be measured on it, and where the samples go. ``link_bytes_s``: the
+    emulated link's."""
+
+    def __init__(self, plan: Plan, folder: Path, samples: Samples, file: Path) -> None:
+        self.plan = plan
+        self.samples = samples
+        self._folder = folder
+        self._file = file
+        probes = [one for one in samples.all if one["kind"] == "probe"]
+        self._own = {one["variant"]: one["other_nbytes"] for one in probes}
+        samples.add("copy", gib_s=yardsticks.memory_copy_gib_s())
+        best = self.fio()
+        self._link_bytes_s = None if plan.link is None else plan.link * best * GIB
+
+    def fio(self) -> float:
+        """The drive's best read, GiB/s."""
+        seen = yardsticks.drive(self._file, self.plan.fio_s)
+        self.samples.add("fio", **seen)
+        _say(f"fio: {seen['read_gib_s']:.2f} GiB/s read, {seen['write_gib_s']:.2f} write")
+        return seen["read_gib_s"]
+
+    def limit(self, variant: str, rho: float) -> int:
+        """The memory limit: rho of the KV cache beside the variant's own memory, which is
+        measured once for all runs whose samples are kept together."""
+        if variant not in self._own:
+            outcome = self.case(variant, self.plan.load, None, seconds=0.0)
+            if outcome.error:
+                raise RuntimeError(f"{variant} without a limit: {outcome.error}")
+            self._own[variant] = outcome.other_nbytes
+            self.samples.add("probe", variant=variant, other_nbytes=outcome.other_nbytes)
+            own = format_nbytes(outcome.other_nbytes)
+            _say(f"{variant}: own memory {own}; {_summary(outcome)}")
+        return limit_nbytes(self._own[variant], rho, self.plan.load)
+
+    def case(self, variant: str, load: Load, limit: int | None, **more: Any) -> Outcome:
+        """One run. ``more``: other fields of a Case."""
+        with memory_group() as group:
+            group.forbid_swap()
+            case = Case(
+                variant=variant,
+                folder=str(self._folder),
+                load=asdict(load),
+                group=str(group.path),
+                group_version=group.version,
+                limit_nbytes=limit,
+                compute_s=self.plan.compute_s,
+                link_bytes_s=self._link_bytes_s,
+                drop_caches=True,
+                **more,
+            )
+            return run_apart(case, HERE / "child.py")
 
 
 def measure(plan: Plan, folder: Path, samples: Samples) -> None:
     """All runs of the plan on the drive under ``folder``."""
     first = samples.next_run()
     with yardsticks.fio_file(folder, plan.fio_nbytes) as file:
-        samples.add("copy", gib_s=yardsticks.memory_copy_gib_s())
-        fio_gib_s = _fio(plan, file, samples)
-        link = None if plan.link is None else plan.link * fio_gib_s * GIB
-        own = {name: _own_memory(plan, name, folder, link, samples) for name in plan.variants}
+        rig = Rig(plan, folder, samples, file)
         for number in range(first, first + plan.runs):
-            for rho, variant in interleaved(plan, number):
-                limit = limit_nbytes(own[variant], rho, plan.load)
-                outcome = _case(plan, variant, folder, link, limit)
-                samples.add("case", run=number, rho=rho, outcome=asdict(outcome))
-                _say(f"run {number}, rho {rho:g}, {variant}: {_summary(outcome)}")
-            _fio(plan, file, samples)
+            for part in plan.parts:
+                _PARTS[part](rig, number)
+            rig.fio()
 
 
-def _fio(plan: Plan, file: Path, samples: Samples) -> float:
-    seen = yardsticks.drive(file, plan.fio_s)
-    samples.add("fio", **seen)
-    _say(f"fio: {seen['read_gib_s']:.2f} GiB/s read, {seen['write_gib_s']:.2f} write")
-    return seen["read_gib_s"]
+def _budgets(rig: Rig, number: int) -> None:
+    for rho, variant in interleaved(rig.plan, number):
+        outcome = rig.case(variant, rig.plan.load, rig.limit(variant, rho))
+        rig.samples.add("case", run=number, rho=rho, outcome=asdict(outcome))
+        _say(f"run {number}, rho {rho:g}, {variant}: {_summary(outcome)}")
 
 
-def _own_memory(
-    plan: Plan, variant: str, folder: Path, link: float | None, samples: Samples
-) -> int:
-    """Anonymous, pinned and kernel memory of a variant while nothing limits it."""
-    outcome = _case(plan, variant, folder, link, None, seconds=0.0)
-    if outcome.error:
-        raise RuntimeError(f"{variant} without a limit: {outcome.error}")
-    samples.add("probe", variant=variant, other_nbytes=outcome.other_nbytes)
-    _say(f"{variant}: own memory {format_nbytes(outcome.other_nbytes)}; {_summary(outcome)}")
-    return outcome.other_nbytes
+def _change(rig: Rig, number: int) -> None:
+    load, rhos = change.load_for(rig.plan.load), change.budgets()
+    for variant in turn([name for name in change.VARIANTS if name in rig.plan.variants], number):
+        limits = {str(step): rig.limit(variant, rho) for step, rho in change.changes()}
+        limit = rig.limit(variant, rhos[0])
+        outcome = rig.case(variant, load, limit, changes=limits)
+        rig.samples.add("change", run=number, rhos=rhos, outcome=asdict(outcome))
+        _say(f"run {number}, changing budget, {variant}: {_summary(outcome)}")
 
 
-def _case(
-    plan: Plan,
-    variant: str,
-    folder: Path,
-    link: float | None,
-    limit: int | None,
-    seconds: float | None = None,
-) -> Outcome:
-    with memory_group() as group:
-        group.forbid_swap()
-        case = Case(
-            variant=variant,
-            folder=str(folder),
-            load=asdict(plan.load),
-            group=str(group.path),
-            group_version=group.version,
-            limit_nbytes=limit,
-            compute_s=plan.compute_s,
-            link_bytes_s=link,
-            drop_caches=True,
-            seconds=seconds,
+def _ablation(rig: Rig, number: int) -> None:
+    limit = rig.limit("dual", ablation.RHO)
+    for setting in turn(ablation.SETTINGS, number):
+        outcome = rig.case(
+            setting.variant,
+            rig.plan.load,
+            limit,
+            ahead=setting.ahead,
+            options=setting.options(rig.plan.load),
         )
-        return run_apart(case, HERE / "child.py")
+        rig.samples.add("ablation", **ablation.fields(setting, outcome, number))
+        _say(f"run {number}, {setting.label}: {_summary(outcome)}")
+
+
+_PARTS = {"budgets": _budgets, "change": _change, "ablation": _ablation}
 
 
 def _summary(outcome: Outcome) -> str:
@@ -136,10 +181,26 @@ def place(words: argparse.Namespace, plan: Plan) -> Iterator[Path]:
         yield words.dir
         return
     needed = plan.load.capacity_nbytes + plan.load.capacity_nbytes // 8 + plan.fio_nbytes + GIB
-    with fast_drive.fast_drive(needed) as mount:
+    mount = fast_drive.make(needed)
+    try:
         _touch(mount)
         _read_ahead(mount, READ_AHEAD_KIB)
         yield mount
+    finally:
+        _remove(mount)
+
+
+def _remove(mount: Path) -> None:
+    """An interrupted fio ends when its last request does; until then its file is open."""
+    until = time.monotonic() + _REMOVE_TIMEOUT_S
+    while True:
+        try:
+            fast_drive.remove(mount)
+            return
+        except RuntimeError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.1)
 
 
 def _touch(mount: Path) -> None:
@@ -165,12 +226,21 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(word) for word in text.replace(",", " ").split())
 
 
+_PART_WORDS = {
+    "budgets": "every variant at every budget",
+    "change": "a budget that changes in mid-run",
+    "ablation": "the parts one by one, and a sweep of X",
+}
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dir", type=Path, help="a folder on the drive; default: a simulated one")
     parser.add_argument("--quick", action="store_true", help="a look: 3 budgets, 1 GiB, one run")
+    for part, what in _PART_WORDS.items():
+        parser.add_argument(f"--{part}", action="store_true", help=what)
     parser.add_argument("--runs", type=int, help="runs of every case (5; quick: 1)")
     parser.add_argument("--rho", type=_numbers, help="budgets as shares of the KV cache")
     parser.add_argument("--variants", type=lambda text: tuple(text.replace(",", " ").split()))
@@ -205,6 +275,8 @@ def _plan(words: argparse.Namespace) -> Plan:
     return Plan(
         load=load,
         variants=words.variants or VARIANTS,
+        parts=tuple(part for part in _PARTS if getattr(words, part))
+        or (("budgets",) if quick else tuple(_PARTS)),
         rhos=words.rho or ((0.33, 0.66, 1.2) if quick else RHOS),
         runs=words.runs or (1 if quick else 5),
         compute_s=words.compute_ms / 1e3,
@@ -257,4 +329,7 @@ def _begin(samples: Samples, plan: Plan, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was measured so far is among the samples")

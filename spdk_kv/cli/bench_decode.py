@@ -182,14 +182,14 @@ def _group(wanted: bool) -> Iterator[MemoryGroup | None]:
 
 
 def _row(budget: int, outcome: Outcome, load: Load) -> dict[str, Any]:
-    asked = outcome.asked_nbytes / len(outcome.steps_s)
     return {
         "budget_nbytes": budget,
         "rho": budget / load.nbytes,
         "variant": outcome.variant,
         "decode_s_p50": outcome.step_s,
+        "decode_first_s": outcome.steps_s[0],
         "prefill_s": outcome.prefill_s,
-        "read_gib_s": asked / GIB / outcome.step_s,
+        "read_gib_s": outcome.step_nbytes / GIB / outcome.step_s,
         "hit_rate": outcome.hit_rate,
         "cpu_s_per_token": outcome.cpu_s / len(outcome.steps_s),
         "steps": len(outcome.steps_s),
@@ -226,6 +226,7 @@ _COLUMNS: tuple[tuple[str, _Cell], ...] = (
     ("budget", lambda row: f"{format_nbytes(row['budget_nbytes'])} ({row['rho']:.0%})"),
     ("path", lambda row: row["variant"]),
     ("ms per token", lambda row: f"{row['decode_s_p50'] * 1e3:,.0f}"),
+    ("first", lambda row: f"{row['decode_first_s'] * 1e3:,.0f}"),
     ("GiB/s", lambda row: f"{row['read_gib_s']:.2f}"),
     ("from memory", lambda row: "" if row["hit_rate"] is None else f"{row['hit_rate']:.0%}"),
     ("prefill s", lambda row: f"{row['prefill_s']:.2f}"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,9 @@ STORE_VARIANTS: dict[str, dict[str, Any]] = {
     "dual": {"residency": "adaptive"},
 }
 
+# Decode steps in which a path finds its place: units are promoted, and buffers are made.
+_FIRST_STEPS = 2
+
 _WARM_UP = {"layers": 3, "hidden": 256, "batch": 2, "prompt": 64, "generate": 3}
 
 Maker = Callable[["Case", Noise, Device, Path], KVPath]
@@ -45,9 +49,10 @@ Maker = Callable[["Case", Noise, Device, Path], KVPath]
 class Case:
     """``folder``: on the drive to be measured. ``group``: path of a memory cgroup to go into
     (empty: none), ``group_version`` of it, ``limit_nbytes`` its limit (None: none).
-    ``options``: more for :func:`spdk_kv.open`. ``drop_caches``: the machine's page cache is
-    emptied first (needs root). ``seconds``: no further step is begun after so many, once there
-    were two. ``changes``: step -> the limit from that step on."""
+    ``options``: more for :func:`spdk_kv.open`; ``ahead``: layers read ahead of the one in use.
+    ``drop_caches``: the machine's page cache is emptied first (needs root). ``seconds``: no further
+    step is begun after so many, once there were three. ``changes``: step -> the limit from that
+    step on."""
 
     variant: str
     folder: str
@@ -58,6 +63,7 @@ class Case:
     compute_s: float = 0.0
     link_bytes_s: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    ahead: int = 2
     drop_caches: bool = False
     seconds: float | None = None
     changes: dict[str, int] = field(default_factory=dict)
@@ -68,10 +74,11 @@ class Case:
 class Outcome:
     """Seconds, bytes, and counts of the decode steps alone unless the name says prefill.
 
-    ``asked_nbytes``: what the steps wanted to read; ``device_nbytes``: what came from the block
-    device (None where it has no counters); ``other_nbytes``: the most anonymous, pinned and kernel
-    memory seen after a step (0 without a group). ``cpu_s``: all threads of the process, not the
-    kernel's own. ``error``: why there is nothing else.
+    ``steps_nbytes``: what each step wanted to read; ``steps_device_nbytes``: what came from the
+    block device meanwhile (empty where it has no counters); ``steps_limit_nbytes``: what the store
+    let the page cache hold after each (empty for other paths). ``other_nbytes``: the most
+    anonymous, pinned and kernel memory seen after a step (0 without a group). ``cpu_s``: all
+    threads of the process, not the kernel's own. ``error``: why there is nothing else.
     """
 
     variant: str
@@ -79,8 +86,8 @@ class Outcome:
     prefill_s: float = 0.0
     steps_s: list[float] = field(default_factory=list)
     steps_nbytes: list[int] = field(default_factory=list)
-    asked_nbytes: int = 0
-    device_nbytes: int | None = None
+    steps_device_nbytes: list[int] = field(default_factory=list)
+    steps_limit_nbytes: list[int] = field(default_factory=list)
     prefill_written_nbytes: int | None = None
     other_nbytes: int = 0
     cache_nbytes: int = 0
@@ -91,34 +98,66 @@ class Outcome:
     error: str = ""
 
     @property
+    def later(self) -> slice:
+        """The steps after the first two, of which the other properties are; all where there are no
+        others."""
+        return slice(_FIRST_STEPS if len(self.steps_s) > _FIRST_STEPS else 0, None)
+
+    @property
     def step_s(self) -> float:
         """The median step."""
-        return statistics.median(self.steps_s)
+        return statistics.median(self.steps_s[self.later])
+
+    @property
+    def step_nbytes(self) -> float:
+        """What a step wanted to read, on average."""
+        return statistics.fmean(self.steps_nbytes[self.later])
+
+    @property
+    def device_bytes_s(self) -> float | None:
+        """What the block device gave per second."""
+        if not self.steps_device_nbytes:
+            return None
+        return sum(self.steps_device_nbytes[self.later]) / sum(self.steps_s[self.later])
 
     @property
     def hit_rate(self) -> float | None:
         """Share of the bytes asked for that the device did not have to give."""
-        if self.device_nbytes is None or not self.asked_nbytes:
+        if not self.steps_device_nbytes:
             return None
-        return max(0.0, 1.0 - self.device_nbytes / self.asked_nbytes)
+        asked = sum(self.steps_nbytes[self.later])
+        return max(0.0, 1.0 - sum(self.steps_device_nbytes[self.later]) / asked)
 
 
 def run_apart(case: Case, module: str | Path = "spdk_kv.cli.decode_case") -> Outcome:
     """Runs ``case`` in a new process (``module``: this one, or a script that calls :func:`main`).
-    Blocks. What goes wrong in there comes back as ``error``."""
+    Blocks. What goes wrong in there comes back as ``error``; nothing is left in the folder,
+    interrupted or not."""
     program = ["-m", module] if isinstance(module, str) else [str(module)]
-    done = subprocess.run(
-        [sys.executable, *program, json.dumps(asdict(case))],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 0:
-        return outcome_from(json.loads(done.stdout.splitlines()[-1]))
-    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    if done.returncode == -9:
+    try:
+        with tempfile.TemporaryDirectory(prefix="decode-", dir=case.folder) as folder:
+            words = [*program, json.dumps(asdict(replace(case, folder=folder)))]
+            status, output, complaints = _run_process([sys.executable, *words])
+    except OSError as failed:
+        return Outcome(case.variant, case.limit_nbytes, error=f"{type(failed).__name__}: {failed}")
+    if status == 0:
+        return outcome_from(json.loads(output.splitlines()[-1]))
+    last = (complaints.strip().splitlines() or [f"exit status {status}"])[-1]
+    if status == -signal.SIGKILL:
         last = "killed: its memory did not fit into the limit"
     return Outcome(case.variant, case.limit_nbytes, error=last)
+
+
+def _run_process(words: list[str]) -> tuple[int, str, str]:
+    """Exit status and both outputs; the process has ended when this returns or raises."""
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        output, complaints = process.communicate()
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    return process.returncode, output, complaints
 
 
 def outcome_from(found: Mapping[str, Any]) -> Outcome:
@@ -129,6 +168,8 @@ def outcome_from(found: Mapping[str, Any]) -> Outcome:
 
 def main(makers: Mapping[str, Maker]) -> None:
     """The process that :func:`run_apart` starts. ``makers``: more variants than the store's."""
+    # Ctrl-C is for the process that waits for this one, ends it, and clears up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     case = Case(**json.loads(sys.argv[1]))
     try:
         outcome = _run(case, makers)
@@ -174,7 +215,8 @@ def _path(case: Case, makers: Mapping[str, Maker]) -> Iterator[tuple[Replay, KVP
 
 def _make_store(case: Case, noise: Noise, device: Device, folder: Path) -> KVPath:
     options = {**STORE_VARIANTS[case.variant], **case.options}
-    return StorePath(Load(**case.load), noise, device, f"file://{folder / 'store'}", options)
+    location = f"file://{folder / 'store'}"
+    return StorePath(Load(**case.load), noise, device, location, options, case.ahead)
 
 
 def _measure(
@@ -185,23 +227,29 @@ def _measure(
     cpu = time.process_time()
     prefill_s = replay.prefill()
     prefill_cpu_s = time.process_time() - cpu
-    start = counters.read()
+    start = seen = counters.read()
     faults = group.use().major_faults if group else 0
     cpu_s, other, cache = 0.0, 0, 0
     moments: list[Moment] = []
+    from_device: list[int] = []
+    limits: list[int] = []
     while len(moments) < load.steps:
         if group and (limit := case.changes.get(str(len(moments)))) is not None:
             group.limit(limit)
         cpu = time.process_time()
         moments.append(replay.step())
         cpu_s += time.process_time() - cpu
+        if seen and (now := counters.read()):
+            from_device.append(now[0] - seen[0])
+            seen = now
+        if residency := path.explain().get("residency"):
+            limits.append(residency["limit_nbytes"])
         if group:
             use = group.use()
             other, cache = max(other, use.other_nbytes), use.cache_nbytes
         spent = sum(moment.seconds for moment in moments)
-        if case.seconds is not None and spent > case.seconds and len(moments) > 2:
+        if case.seconds is not None and spent > case.seconds and len(moments) > _FIRST_STEPS:
             break
-    end = counters.read()
     after = group.use().major_faults if group else 0
     explained = path.explain()
     replay.check()
@@ -211,8 +259,8 @@ def _measure(
         prefill_s=prefill_s,
         steps_s=[moment.seconds for moment in moments],
         steps_nbytes=[moment.read_nbytes for moment in moments],
-        asked_nbytes=sum(moment.read_nbytes for moment in moments),
-        device_nbytes=None if start is None or end is None else end[0] - start[0],
+        steps_device_nbytes=from_device,
+        steps_limit_nbytes=limits,
         prefill_written_nbytes=None if before is None or start is None else start[1] - before[1],
         other_nbytes=other,
         cache_nbytes=cache,

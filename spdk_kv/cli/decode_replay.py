@@ -123,8 +123,8 @@ class Replay:
 class StorePath:
     """spdk_kv itself: a temporary sequence, read ahead in the order of the layers.
 
-    ``ahead``: layers asked for before they are needed. ``options``: those of
-    :func:`spdk_kv.open` that choose the path.
+    ``ahead``: layers asked for before they are needed (0: nothing is read ahead). ``options``:
+    those of :func:`spdk_kv.open` that choose the path.
     """
 
     def __init__(
@@ -154,6 +154,7 @@ class StorePath:
         room = shape.nbytes + shape.layers * (1 << 20)
         self._store = open_store(location, capacity=room, **options)
         self._sequence = self._store.sequence("replay", shape, temporary=True)
+        self._sequence.read_ahead = False
 
     def prefill(self) -> None:
         for layer in range(self._load.layers):
@@ -166,8 +167,9 @@ class StorePath:
         layers, ahead = self._load.layers, self._ahead
         arrived = 0.0
         for layer in range(layers):
-            # Around the end too: the next token begins with the first layers again.
-            self._sequence.prefetch([(layer + n) % layers for n in range(1, ahead + 1)])
+            if ahead:
+                # Around the end too: the next token begins with the first layers again.
+                self._sequence.prefetch([(layer + n) % layers for n in range(1, ahead + 1)])
             k, v = self._sequence.read(layer)
             computed = arrived
             arrived = self._device.copy(2 * k.nbytes)

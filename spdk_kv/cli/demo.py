@@ -15,6 +15,7 @@ import click
 from spdk_kv.cli import CommandFailed
 from spdk_kv.cli.demo_model import (
     DemoModel,
+    kv_nbytes,
     load_model,
     prompt_tokens,
     random_model,
@@ -23,7 +24,7 @@ from spdk_kv.cli.demo_model import (
 )
 from spdk_kv.cli.demo_report import Report, print_report
 from spdk_kv.cli.output import json_option, print_json, progress
-from spdk_kv.units import MIB
+from spdk_kv.units import MIB, format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
     from spdk_kv.store import KVStore
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _COUNT = click.IntRange(min=1)
+_LEAST_LIMIT_NBYTES = 64 * MIB
 
 
 @click.command()
@@ -44,6 +46,11 @@ _COUNT = click.IntRange(min=1)
 @click.option("--location", help="Store to use, e.g. file:///DIR.  [default: a temporary folder]")
 @click.option("--prompt-tokens", type=_COUNT, default=2048, show_default=True)
 @click.option("--new-tokens", type=_COUNT, default=32, show_default=True)
+@click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    help="Show who decodes with so much memory beside the model, e.g. 128MiB, and how fast.",
+)
 @json_option
 def demo(
     text: Path | None,
@@ -51,6 +58,7 @@ def demo(
     location: str | None,
     prompt_tokens: int,
     new_tokens: int,
+    memory_limit: str | None,
     as_json: bool,
 ) -> None:
     """Let a model decode with its KV cache on the drive.
@@ -58,7 +66,15 @@ def demo(
     It continues a text twice, with the cache in memory and on the drive, and compares. Exit
     status 1 if the tokens differ. Nothing is left behind; a store at --location stays, without
     the demo's data.
+
+    With --memory-limit the batch is so large that its K/V takes one and a half times that, and the
+    text is continued in processes of their own in a memory cgroup: with the cache on the drive, in
+    mapped files, and in memory. Exit status 1 if the first does not end with the tokens that there
+    are without a limit.
     """
+    if memory_limit is not None:
+        _limited(text, folder, location, prompt_tokens, new_tokens, memory_limit, as_json)
+        return
     content = read_text(text)
     with progress(1, "loading"):
         require_transformers()
@@ -69,6 +85,55 @@ def demo(
     else:
         print_report(report)
     if not report.tokens_equal:
+        click.get_current_context().exit(1)
+
+
+def _limited(
+    text: Path | None,
+    folder: Path | None,
+    location: str | None,
+    prompt_count: int,
+    new_tokens: int,
+    limit: str,
+    as_json: bool,
+) -> None:
+    from spdk_kv.cli.demo_limit import print_limited, require_groups, run_all
+    from spdk_kv.cli.demo_limited import Task
+
+    try:
+        limit_nbytes = parse_nbytes(limit)
+    except ValueError as wrong:
+        raise click.BadParameter(str(wrong), param_hint="'--memory-limit'") from wrong
+    if limit_nbytes < _LEAST_LIMIT_NBYTES:
+        raise click.BadParameter(
+            f"{format_nbytes(limit_nbytes)} are fewer than one forward pass takes; at least "
+            f"{format_nbytes(_LEAST_LIMIT_NBYTES)}",
+            param_hint="'--memory-limit'",
+        )
+    read_text(text)
+    require_groups()
+    require_transformers()
+    place = _temporary_folder()
+    try:
+        report = run_all(
+            Task(
+                variant="",
+                folder=place,
+                location=location or "",
+                text=None if text is None else str(text),
+                model=None if folder is None else str(folder),
+                prompt_tokens=prompt_count,
+                new_tokens=new_tokens,
+                limit_nbytes=limit_nbytes,
+            )
+        )
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    if as_json:
+        print_json(report)
+    else:
+        print_limited(report)
+    if not report["tokens_equal"]:
         click.get_current_context().exit(1)
 
 
@@ -84,12 +149,12 @@ def _compare(
     _check_length(chosen, most)
     prompt = prompt_tokens(chosen.tokenizer, text, prompt_count)
     model, config = chosen.model, chosen.model.config
-    with _store(location, _kv_nbytes(chosen, most)) as store:
+    with _store(location, kv_nbytes(chosen, most)) as store:
         # Once for nothing: the first pass also sets up torch's threads and kernels.
         run(model, prompt[:, :512], 2, DynamicCache(config=config), lambda count: None)
         with progress(new_tokens, "in memory") as advance:
             memory = run(model, prompt, new_tokens, DynamicCache(config=config), advance)
-        before = store.stats()["transfers"]
+        before = store.stats()
         with (
             OffloadedKVCache(store, config, max_tokens=most) as cache,
             progress(new_tokens, "on the drive") as advance,
@@ -97,8 +162,13 @@ def _compare(
             offloaded = run(model, prompt, new_tokens, cache, advance)
             sequence = cache.sequence
             assert sequence is not None
-            shape, kv_nbytes, stats = sequence.shape, sequence.nbytes, cache.stats()
-        after = store.stats()["transfers"]
+            shape, nbytes, stats = sequence.shape, sequence.nbytes, cache.stats()
+        after = store.stats()
+
+        def grown(part: str, name: str) -> int:
+            return int(after[part][name] - before[part][name])
+
+        cached_read_nbytes = grown("residency", "cached_read_nbytes")
         return Report(
             chosen=chosen,
             parameters=sum(weight.numel() for weight in model.parameters()),
@@ -106,12 +176,13 @@ def _compare(
             prompt_tokens=prompt_count,
             memory=memory,
             offloaded=offloaded,
-            kv_nbytes=kv_nbytes,
+            kv_nbytes=nbytes,
             resident_layers=stats["resident_layers_peak"],
             prefetch_hits=stats["prefetch_hits"],
             read_wait_s=stats["read_wait_s"],
-            written_nbytes=after["written_nbytes"] - before["written_nbytes"],
-            read_nbytes=after["read_nbytes"] - before["read_nbytes"],
+            written_nbytes=grown("transfers", "written_nbytes"),
+            read_nbytes=grown("transfers", "read_nbytes") + cached_read_nbytes,
+            cached_read_nbytes=cached_read_nbytes,
             engine=store.engine.name,
             location=store.location,
             temporary=location is None,
@@ -126,16 +197,6 @@ def _check_length(chosen: DemoModel, tokens: int) -> None:
             f"with the new tokens that makes {tokens}, but {chosen.label} reads {most} at most",
             param_hint="'--prompt-tokens'",
         )
-
-
-def _kv_nbytes(chosen: DemoModel, tokens: int) -> int:
-    """At most what the K/V of ``tokens`` takes, for the size of a temporary store."""
-    config = chosen.model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    token_nbytes = int(kv_heads * head_dim * chosen.model.dtype.itemsize)
-    return 2 * int(config.num_hidden_layers) * token_nbytes * tokens
 
 
 @contextmanager

@@ -130,3 +130,13 @@ def prompt_tokens(tokenizer: Tokenizer, text: str, count: int) -> torch.Tensor:
             param_hint="'--prompt-tokens'",
         )
     return torch.tensor([tokens[:count]])
+
+
+def kv_nbytes(chosen: DemoModel, tokens: int) -> int:
+    """At most what the K/V of ``tokens`` of one row takes."""
+    config = chosen.model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    token_nbytes = int(kv_heads * head_dim * chosen.model.dtype.itemsize)
+    return 2 * int(config.num_hidden_layers) * token_nbytes * tokens

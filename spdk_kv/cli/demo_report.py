@@ -21,7 +21,8 @@ _TEXT_CHARACTERS = 60
 @dataclass(frozen=True)
 class Report:
     """Both runs and what went to and came from the drive. ``written_nbytes`` and ``read_nbytes``
-    are the engine's; ``kv_nbytes`` is the K/V of all tokens in all layers."""
+    are the store's, ``cached_read_nbytes`` what of the latter came through the page cache;
+    ``kv_nbytes`` is the K/V of all tokens in all layers."""
 
     chosen: DemoModel
     parameters: int
@@ -35,6 +36,7 @@ class Report:
     read_wait_s: float
     written_nbytes: int
     read_nbytes: int
+    cached_read_nbytes: int
     engine: str
     location: str
     temporary: bool
@@ -54,7 +56,7 @@ class Report:
 
     @property
     def read_gib_s(self) -> float:
-        """Bytes read over the time of decoding: what the drive really had to keep up."""
+        """Bytes read over the time of decoding: what drive and page cache had to keep up."""
         seconds = self.offloaded.decode_s
         return self.read_nbytes / GIB / seconds if seconds > 0 else 0.0
 
@@ -77,6 +79,7 @@ class Report:
             "resident_kv_nbytes": self.resident_kv_nbytes,
             "written_nbytes": self.written_nbytes,
             "read_nbytes": self.read_nbytes,
+            "cached_read_nbytes": self.cached_read_nbytes,
             "read_gib_s": self.read_gib_s,
             "read_wait_s": self.read_wait_s,
             "prefetch_hits": self.prefetch_hits,
@@ -120,7 +123,8 @@ def print_report(report: Report) -> None:
     line(
         _wrapped(
             f"  {format_nbytes(report.written_nbytes)} of K/V were written to the drive, and "
-            f"{format_nbytes(report.read_nbytes)} read back at {report.read_gib_s:.2f} GiB/s: for "
+            f"{format_nbytes(report.read_nbytes)} read back at {report.read_gib_s:.2f} GiB/s "
+            f"({format_nbytes(report.cached_read_nbytes)} of it through the page cache): for "
             "every new token each layer reads all of its K/V, one layer while the one before it "
             f"computes. Decoding waited {report.read_wait_s:.2f} s for the drive in all."
         )

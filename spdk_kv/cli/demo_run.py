@@ -16,20 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """``tokens``: the new ones. ``prompt_s``: until the first of them; ``decode_s``: for all the
-    others. ``peak_rss_nbytes``: the process's most resident memory during the run."""
+    """``tokens``: the new ones, row after row. ``prompt_s``: until the first of them;
+    ``decode_s``: for all the others. ``peak_rss_nbytes``: the process's most resident memory during
+    the run."""
 
     tokens: list[int]
     prompt_s: float
     decode_s: float
     peak_rss_nbytes: int
+    rows: int = 1
 
     @property
     def tokens_per_s(self) -> float:
         """Decoding speed, the prompt not counted (unless there is only its one token)."""
-        if len(self.tokens) < 2:
+        if len(self.tokens) <= self.rows:
             return len(self.tokens) / self.prompt_s
-        return (len(self.tokens) - 1) / self.decode_s
+        return (len(self.tokens) - self.rows) / self.decode_s
 
 
 class _Stopwatch:
@@ -50,9 +52,15 @@ class _Stopwatch:
 
 
 def run(
-    model: Any, prompt: torch.Tensor, new_tokens: int, cache: Any, advance: Callable[[int], None]
+    model: Any,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    cache: Any,
+    advance: Callable[[int], None],
+    chunk_tokens: int | None = None,
 ) -> Run:
-    """Continues ``prompt``, greedily, with ``cache``. ``advance(1)`` is called for every token."""
+    """Continues ``prompt``, ``[rows, tokens]``, greedily, with ``cache``. ``advance(1)`` is called
+    for every token. ``chunk_tokens``: of the prompt, computed at once; None: all."""
     import torch
 
     _forget_peak_rss()
@@ -65,10 +73,11 @@ def run(
         do_sample=False,
         num_beams=1,
         streamer=watch,
+        prefill_chunk_size=chunk_tokens,
     )
     begin, first, last = watch.times[0], watch.times[1], watch.times[-1]
-    tokens = told[0, prompt.shape[1] :].tolist()
-    return Run(tokens, first - begin, last - first, _peak_rss_nbytes())
+    tokens = told[:, prompt.shape[1] :].flatten().tolist()
+    return Run(tokens, first - begin, last - first, _peak_rss_nbytes(), len(prompt))
 
 
 def _forget_peak_rss() -> None:

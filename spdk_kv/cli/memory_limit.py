@@ -76,6 +76,12 @@ class MemoryGroup:
         faults = stat.get("pgmajfault", stat.get("total_pgmajfault", 0))
         return MemoryUse(cache, max(0, (used or 0) - cache), faults)
 
+    def peak_nbytes(self) -> int | None:
+        """The most that the group ever held, page cache included; None where the kernel does not
+        say (v2 before 5.19)."""
+        name = "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes"
+        return read_count(self.path / name)
+
     def stat(self) -> dict[str, int]:
         """The fields of ``memory.stat``; what is no count is left out."""
         fields = {}

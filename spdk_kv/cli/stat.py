@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,21 +23,32 @@ if TYPE_CHECKING:
     type=click.Path(file_okay=False),
     help="Where the index of a store on a device lies, if not in its usual place.",
 )
+@click.option("--why", is_flag=True, help="Which path layers are read by, and what decided it.")
 @json_option
-def stat(location: str, index_dir: str | None, as_json: bool) -> None:
+def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None:
     """Show what the store at URI holds.
 
     Opens it for a moment and never begins one. A store that another process has open is left
-    alone: that is an error naming its PID, exit status 1.
+    alone: that is an error naming its PID, exit status 1. With --why the store is not opened: who
+    has it open tells what it decided, and is not disturbed.
     """
-    from spdk_kv.store import open as open_store  # loads torch: not for `--help`
-
     try:
         place = parse_location(location)
     except ValueError as wrong:
         raise click.UsageError(str(wrong)) from wrong
     if place.scheme in ("ram", "null"):
         raise click.UsageError(f"{place} holds nothing once its process is over")
+    if why:
+        from spdk_kv.cli.stat_why import explain, lines_of
+
+        told = explain(place, index_dir)
+        if as_json:
+            print_json(told)
+        else:
+            _print_rows(lines_of(told))
+        return
+    from spdk_kv.store import open as open_store  # loads torch: not for `--help`
+
     try:
         store = open_store(location, create=False, index_dir=index_dir, flush_interval_s=None)
     except ValueError as wrong:
@@ -103,15 +115,20 @@ def _print(report: dict[str, Any]) -> None:
         if device := superblock.get("device_id"):
             text += f", device {device}"
         rows.append(("superblock", text))
+    _print_rows(rows)
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
     if not on_terminal():
         for name, text in rows:
             click.echo(f"{name:<11} {text}")
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, text in rows:
-        table.add_row(name, text)
+        table.add_row(name, Text(text))
     console().print(table)

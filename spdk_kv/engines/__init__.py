@@ -74,6 +74,8 @@ def open_engine(
     ValueError, DeviceError.
     """
     options = options or EngineOptions()
+    if options.queue_pairs > 1 and not location.is_nvme:
+        raise ValueError(f"queue_pairs is for the engine spdk; {location} has one queue")
     if location.scheme in ("ram", "null"):
         if engine not in (None, location.scheme):
             raise ValueError(f"{location} is served by the engine {location.scheme} alone")

@@ -58,15 +58,20 @@ class EngineOptions:
 
     ``depth``: segments kept in flight. ``segment_nbytes``: the largest command, a multiple of
     4096. ``hugepages``: use reserved hugepages for device memory where there are some.
+    ``queue_pairs``: queues of ``depth`` each that transfers are dealt out to, with a thread and
+    bounce memory of its own each; more than one is for the engine `spdk` alone.
     """
 
     depth: int = 16
     segment_nbytes: int = 1 << 20
     hugepages: bool = True
+    queue_pairs: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.depth <= 4096:
             raise ValueError(f"depth is 1 to 4096, not {self.depth}")
+        if not 1 <= self.queue_pairs <= 64:
+            raise ValueError(f"queue_pairs is 1 to 64, not {self.queue_pairs}")
         if not 4096 <= self.segment_nbytes <= 1 << 30 or self.segment_nbytes % 4096:
             raise ValueError(
                 f"segment_nbytes is a multiple of 4096 up to 1 GiB, not {self.segment_nbytes}"

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
+import itertools
 import logging
 import threading
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from spdk_kv._native.transfer import DISCARD, Transfer
@@ -64,21 +69,23 @@ def _release(name: str) -> None:
 
 
 class _Reachable:
-    """SPDK's memory, known to the queue pair until it is freed."""
+    """SPDK's memory, known to the queue pairs until it is freed."""
 
-    def __init__(self, region: Any, pair: Any) -> None:
+    def __init__(self, region: Any, pairs: list[Any]) -> None:
         self._region = region
-        self._pair = pair
+        self._pairs = pairs
         self.address: int = region.address
         self.nbytes: int = region.nbytes
-        pair.add_memory(self.address, self.nbytes)
+        for pair in pairs:
+            pair.add_memory(self.address, self.nbytes)
 
     def __del__(self) -> None:
-        self._pair.remove_memory(self.address)
+        for pair in self._pairs:
+            pair.remove_memory(self.address)
 
 
 class SpdkEngine(Engine):
-    """One namespace through one queue pair. Polls while something is in flight.
+    """One namespace through one queue pair, or several. Polls while something is in flight.
 
     Attributes beside the contract's: ``controller`` (serial, model, firmware ...) and
     ``namespace`` (block size, identity ...), as dicts.
@@ -91,21 +98,33 @@ class SpdkEngine(Engine):
         super().__init__(str(location), options)
         self._transport_id = transport_id(location)
         spdk = spdk_env.bindings()
+        self._dma_region = spdk.DmaRegion
         self._controller = _acquire(self._transport_id, location)
+        # Further queue pairs are engines of their own that transfers are dealt out to.
+        self._lanes: list[SpdkEngine] = []
+        self._pairs: list[Any] = []
+        self._turns = itertools.count()
         try:
             self.controller: dict[str, Any] = self._controller.describe()
             self.namespace = self._geometry(location.nsid)
             self._pair = spdk.QueuePair(self._controller, location.nsid, options.depth)
+            self._pairs.append(self._pair)
+            self.block_nbytes = self.namespace["block_nbytes"]
+            # PRP entries point to whole dwords (NVMe Base 2.0, section 4.1.1).
+            self.align_nbytes = 4
+            self._start(self._pair.backend, self._pair)
+            for _ in range(1, options.queue_pairs):
+                lane = SpdkEngine(location, replace(options, queue_pairs=1))
+                self._lanes.append(lane)
+                self._pairs.append(lane._pair)
         except BaseException as failed:
-            _release(self._transport_id)
+            if self._queue is not None:
+                self.close()
+            else:
+                self._release()
             if isinstance(failed, OSError):
                 raise DeviceGone(f"{failed}; see `spdk-kv doctor`") from failed
             raise
-        self._dma_region = spdk.DmaRegion
-        self.block_nbytes = self.namespace["block_nbytes"]
-        # PRP entries point to whole dwords (NVMe Base 2.0, section 4.1.1).
-        self.align_nbytes = 4
-        self._start(self._pair.backend, self._pair)
 
     def _geometry(self, nsid: int) -> dict[str, Any]:
         try:
@@ -122,16 +141,66 @@ class SpdkEngine(Engine):
 
     def allocate(self, nbytes: int) -> Any:
         try:
-            return _Reachable(self._dma_region(nbytes), self._pair)
+            return _Reachable(self._dma_region(nbytes), self._pairs)
         except MemoryError as none_left:
             if self._queue is None:
-                raise EngineUnavailable(
-                    f"engine spdk: {none_left}, and it cannot do without: reserve more hugepages "
-                    "(`spdk-kv doctor`), or lower `depth` or `segment`"
-                ) from none_left
+                return self._allocate_at_opening(nbytes)
             # Slower, since what lies here is copied; but whoever holds many tensors still gets one.
             log.info("%s: ordinary memory instead", none_left)
             return super().allocate(nbytes)
+
+    def _allocate_at_opening(self, nbytes: int) -> Any:
+        # Closed engines and caught errors may keep memory in reference cycles.
+        gc.collect()
+        try:
+            return _Reachable(self._dma_region(nbytes), self._pairs)
+        except MemoryError as none_left:
+            raise EngineUnavailable(
+                f"engine spdk: {none_left}, and it cannot do without: reserve more hugepages "
+                "(`spdk-kv doctor`), or lower `depth` or `segment`"
+            ) from none_left
+
+    def transfer(self, op: int, **how: Any) -> Transfer:
+        """On the queue with the fewest transfers; in turn where they are alike."""
+        if not self._lanes:
+            return super().transfer(op, **how)
+        lanes = [self, *self._lanes]
+        first = next(self._turns) % len(lanes)
+        lane = min(lanes[first:] + lanes[:first], key=lambda lane: lane.queue.active)
+        return Engine.transfer(lane, op, **how)
+
+    def start(self, transfer: Transfer, *arguments: Any, **how: Any) -> Future[Any]:
+        for lane in self._lanes:
+            if transfer.queue is lane._queue:
+                return lane.start(transfer, *arguments, **how)
+        return super().start(transfer, *arguments, **how)
+
+    @property
+    def depth(self) -> int:
+        """Segments kept in flight by each queue pair; may be set."""
+        return int(self.queue.depth)
+
+    @depth.setter
+    def depth(self, depth: int) -> None:
+        for engine in (self, *self._lanes):
+            engine.queue.depth = depth
+
+    def stats(self) -> dict[str, Any]:
+        """As every engine's, added up over the queue pairs."""
+        counters = super().stats()
+        for lane in self._lanes:
+            for name, count in lane.stats().items():
+                if name == "histogram":
+                    count = dict(Counter(counters[name]) + Counter(count))
+                else:
+                    count += counters[name]
+                counters[name] = count
+        return counters
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        for lane in self._lanes:
+            lane.close(timeout_s)
+        super().close(timeout_s)
 
     @property
     def capacity_nbytes(self) -> int:
@@ -177,5 +246,6 @@ class SpdkEngine(Engine):
 
     def _release(self) -> None:
         self._slots = None
-        self._pair.close()
+        if self._pairs:
+            self._pair.close()
         _release(self._transport_id)

@@ -25,6 +25,7 @@ _LEVELS = {
     "3": logging.DEBUG,
     "4": logging.DEBUG,
 }
+_LEAST_HUGEPAGE_NBYTES = 128 << 20
 _INSTALL = (
     "install SPDK's shared libraries (README.md says how it is found), then reinstall spdk_kv"
 )
@@ -107,9 +108,14 @@ def _set_up(settings: SpdkSettings) -> ModuleType:
             "engine spdk: the bindings were linked without SPDK's transports (their constructors "
             "were dropped); reinstall spdk_kv against SPDK's shared libraries"
         )
-    hugepages = settings.hugepages
+    hugepages, free_nbytes = settings.hugepages, _free_hugepage_nbytes()
     if hugepages is None:
-        hugepages = _free_hugepage_nbytes() >= 128 << 20
+        hugepages = free_nbytes >= _LEAST_HUGEPAGE_NBYTES
+    elif hugepages and not free_nbytes:
+        raise EngineUnavailable(
+            "engine spdk: hugepages are asked for and none is free; at least "
+            f"{_LEAST_HUGEPAGE_NBYTES >> 20} MiB are wanted: `spdk-kv doctor` has the command"
+        )
     core = settings.core if settings.core is not None else max(os.sched_getaffinity(0))
     reader, writer = os.pipe()
     threading.Thread(target=_relay, args=(reader,), name="spdk_kv-log", daemon=True).start()
