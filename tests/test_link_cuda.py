@@ -272,13 +272,20 @@ def test_a_refused_copy_is_an_error_with_cuda_s_name(engine, link, driver, op) -
     assert np.array_equal(into, data)
 
 
+_outlives_everything: list[np.ndarray] = []
+
+
 @pytest.mark.parametrize("op", [READ, WRITE])
 def test_a_context_that_died_fails_transfers_and_ends_them(engine, link, driver, op) -> None:
     engine.use_link(link)
     for fault in (driver.so.standin_query, driver.so.standin_record):
+        # With a GPU's context its copies die too. The stand-in's go on, and nobody is told when
+        # they are over: so the memory stays.
+        memory = np.zeros(MIB, np.uint8)
+        _outlives_everything.append(memory)
         fault(LAUNCH_FAILED)
         with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED"):
-            engine.run(over(engine, link, op, 0, np.zeros(MIB, np.uint8)), timeout_s=30)
+            engine.run(over(engine, link, op, 0, memory), timeout_s=30)
         fault(0)
     engine.run(over(engine, link, op, 0, np.zeros(MIB, np.uint8)), timeout_s=30)
 
