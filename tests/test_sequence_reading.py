@@ -121,12 +121,13 @@ def test_some_heads(store, granularity, heads):
 
 
 def test_heads_that_lie_apart_are_read_alone(folder):
-    with open_store(folder, capacity="64 MiB") as store:
+    with open_store(folder, capacity="64 MiB", residency="direct") as store:
         sequence, reference = begun(store, "head", [600])
         store.flush()
         before = store.stats()["transfers"]["read_nbytes"]
         reference.check_layer(sequence, 0, heads=[1])
         one = store.stats()["transfers"]["read_nbytes"] - before
+        assert one > 0
         reference.check_layer(sequence, 0)
         assert store.stats()["transfers"]["read_nbytes"] - before - one == 3 * one
 
@@ -170,7 +171,7 @@ def test_changes_between_prefetch_and_read(store, granularity):
 
 
 def test_a_prefetch_is_read_once_and_not_again(folder):
-    with open_store(folder, capacity="64 MiB") as store:
+    with open_store(folder, capacity="64 MiB", residency="direct") as store:
         sequence, reference = begun(store, "layer", [600])
         store.flush()
         sequence.prefetch([0])
@@ -178,7 +179,7 @@ def test_a_prefetch_is_read_once_and_not_again(folder):
         before = store.stats()["transfers"]["read_nbytes"]
         sequence.prefetch([1])
         reference.check_layer(sequence, 1)
-        assert store.stats()["transfers"]["read_nbytes"] - before <= 2 * 600 * 240 + 2 * 16384
+        assert 0 < store.stats()["transfers"]["read_nbytes"] - before <= 2 * 600 * 240 + 2 * 16384
 
 
 def test_tensors_that_were_read_do_not_change(ram):
