@@ -132,7 +132,7 @@ class Orchestrator:
         files of procfs."""
         if self.cache is None:
             return
-        # Of either path: one that is out of use for now must not keep what was dropped on it.
+        # Of either path: the one that just now reads nothing must not keep what was dropped on it.
         self._collect()
         with self._lock:
             if not group.begins_turn(layer):
