@@ -149,10 +149,10 @@ class Orchestrator:
     def was_read(self, unit: TrackedUnit | None, nbytes: int, cold_nbytes: int, looks: int) -> None:
         """Counts a finished read: of ``unit`` through the page cache, or (None) a direct one.
         ``looks``: the unit's, when the read began."""
-        if unit is None:
-            self._counters["direct_read_nbytes"] += nbytes
-            return
         with self._lock:
+            if unit is None:
+                self._counters["direct_read_nbytes"] += nbytes
+                return
             missed = unit.warm(cold_nbytes, looks) if unit.cached else 0
             self._counters["cached_read_nbytes"] += nbytes
             self._counters["filled_nbytes"] += cold_nbytes - missed
@@ -164,9 +164,13 @@ class Orchestrator:
             if missed and self._since["missed_nbytes"] > _ALARM_SHARE * self._limit_nbytes:
                 self.decide()
 
-    def took_over(self, nbytes: int) -> None:
-        """Counts bytes that one path could not deliver and the other one did."""
-        self._counters["taken_over_nbytes"] += nbytes
+    def took_over(self, unit: TrackedUnit | None, nbytes: int) -> None:
+        """Counts bytes that one path could not deliver and the other one did. If it was the page
+        cache (of ``unit``) that could not, what it holds is dropped, or every read would pay."""
+        with self._lock:
+            self._counters["taken_over_nbytes"] += nbytes
+            if unit is not None:
+                self._demote(unit)
 
     # -- reading ahead --------------------------------------------------------------------------
 

@@ -167,7 +167,7 @@ class Reading:
         except SpdkKvError:
             raise failure from None
         log.warning("%s; the engine %s delivered it", failure, engine.name)
-        paths.took_over(part.transfer.nbytes)
+        paths.took_over(part.unit, part.transfer.nbytes)
 
 
 def reordered(

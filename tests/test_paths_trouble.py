@@ -158,7 +158,10 @@ def test_damaged_pages_are_found_and_a_good_medium_replaces_them(drive: Drive) -
     drive.damage()
     set_budget(drive.store, PLENTY)
     turns(drive.sequence, drive.reference)
-    assert paths(drive.store) == ["C"] * UNITS
+    assert drive.took_over_nbytes() == UNITS * UNIT_NBYTES
+    assert paths(drive.store) == ["D"] * UNITS  # the pages are dropped
+    turns(drive.sequence, drive.reference)
+    assert paths(drive.store) == ["C"] * UNITS  # and read again
     assert drive.took_over_nbytes() == UNITS * UNIT_NBYTES
 
 
