@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 # Appended bytes on their way to the device, over all layers; beyond it an append waits.
-_MOST_PENDING_NBYTES = 256 << 20
+_MOST_PENDING_NBYTES = 128 << 20
 
 
 class Sequence:
@@ -196,9 +196,10 @@ class Sequence:
         """Adds tokens to a layer: ``k`` and ``v`` are ``[batch, kv_heads, tokens, head_dim]``.
 
         Copies them and returns; the device writes in the background. Blocks for the copy from a
-        GPU (of what fills no chunk, where a link reaches it), and while more than 256 MiB wait to
-        be written. Raises ShapeMismatch and CapacityError (more than ``max_tokens``) before
-        anything is changed, and the error of an earlier write.
+        GPU (of what fills no chunk, where a link reaches it), and while more than 64 MiB of the
+        layer, or 128 MiB in all, wait to be written. Raises ShapeMismatch and CapacityError (more
+        than ``max_tokens``) before anything is changed, and the error of a write, after which the
+        layer is lost.
         """
         cache = self._layer(layer)
         check_tokens(self.shape, k, v)
@@ -222,9 +223,8 @@ class Sequence:
             cache.settle(wait=False)
             if not k.shape[2]:
                 return 1
-            before = cache.pending_nbytes
             cache.append(k, v, self._store.links.of((k, v)))
-            return 2 if cache.pending_nbytes > before else 1
+            return 2 if cache.pending_nbytes else 1
 
     def append_async(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Future[None]:
         """As :meth:`append`, but returns a future; appends to one layer must not overtake."""

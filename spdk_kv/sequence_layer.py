@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 _CRC = struct.Struct("<I")
 
+# Laid out and written at once: what a prompt's K and V are cut into.
+_SLICE_NBYTES = 16 << 20
+# On its way to the device within one append; beyond it that waits for the oldest.
+_MOST_PENDING_NBYTES = 64 << 20
+
 
 class LayerCache:
     """K and V of one layer: ``2 * extents_per_unit`` extents that grow together.
@@ -106,25 +111,58 @@ class LayerCache:
     # -- appending ------------------------------------------------------------------------------
 
     def append(self, k: torch.Tensor, v: torch.Tensor, device: LinkedDevice | None = None) -> None:
-        """Adds tokens, ``[batch, kv_heads, tokens, head_dim]`` each. Starts writes, waits for
-        none. ``device``: where both are, if that is reached over a link."""
+        """Adds tokens, ``[batch, kv_heads, tokens, head_dim]`` each. Starts writes; waits only
+        while more than 64 MiB of this layer wait to be written. ``device``: where both are, if that
+        is reached over a link.
+
+        Many tokens are laid out in slices, so that a long prompt takes little memory, the same
+        again and again, and the device writes while the next slice is laid out.
+        """
         self._check_usable()
         self._end_tail_write()
+        count, first = k.shape[2], 0
+        step = count if device is not None else self._slice_tokens
+        while True:
+            last = min(first + step, count)
+            change = self._prepare(k[:, :, first:last], v[:, :, first:last], device)
+            # From here on until all of them are there, whatever is raised leaves only a part.
+            self._failure = self._in_doubt
+            change()
+            first = last
+            if first == count:
+                break
+            self._limit_pending()
+        self._failure = None
+
+    @property
+    def _slice_tokens(self) -> int:
+        return max(1, _SLICE_NBYTES // (self._layout.row_nbytes * len(self.offsets)))
+
+    def _limit_pending(self) -> None:
+        while self.pending_nbytes > _MOST_PENDING_NBYTES:
+            self._settle_oldest()
+
+    def _prepare(
+        self, k: torch.Tensor, v: torch.Tensor, device: LinkedDevice | None
+    ) -> Callable[[], None]:
+        """Returns what adds the tokens. Changes nothing but the tails beyond their used bytes."""
         layout, used = self._layout, self._tail_nbytes
         count = k.shape[2]
         total = used + count * layout.row_nbytes
+        write: Callable[[], None] | None = None
         if total < layout.chunk_nbytes:
             lay_out(layout, self._tails, used, k, v)
-            write = None
         else:
             write = self._gather(used, total, k, v, device)
-        self._failure = self._in_doubt
-        if write is not None:
-            write()
-        if self._rows is not None:
-            self._rows[self.tokens : self.tokens + count] = np.arange(layout.shape.batch)
-        self.tokens += count
-        self._failure = None
+
+        def change() -> None:
+            if write is not None:
+                write()
+            if self._rows is not None:
+                self._rows[self.tokens : self.tokens + count] = np.arange(layout.shape.batch)
+            self.tokens += count
+
+        return change
 
     def _gather(
         self,
@@ -161,17 +199,20 @@ class LayerCache:
         """
         self._check_usable()
         while self._writes and (wait or self._writes[0].transfer.done):
-            transfer = self._writes[0].transfer
-            try:
-                self._engine.wait(transfer)
-            except SpdkKvError as failure:
-                self._failure = failure
-                raise
-            self._failure = self._in_doubt
-            for number, crcs in enumerate(self._crcs):
-                crcs += transfer.chunk_crcs(number)
-            self.pending_nbytes -= self._writes.popleft().nbytes
-            self._failure = None
+            self._settle_oldest()
+
+    def _settle_oldest(self) -> None:
+        transfer = self._writes[0].transfer
+        try:
+            self._engine.wait(transfer)
+        except SpdkKvError as failure:
+            self._failure = failure
+            raise
+        before, self._failure = self._failure, self._in_doubt
+        for number, crcs in enumerate(self._crcs):
+            crcs += transfer.chunk_crcs(number)
+        self.pending_nbytes -= self._writes.popleft().nbytes
+        self._failure = before
 
     def _end_tail_write(self) -> None:
         """One that was interrupted may still be in flight: what follows it must not meet it."""
