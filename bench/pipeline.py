@@ -6,13 +6,16 @@
 Either or both; --quick for a look, --json FILE keeps every single figure. The link is a GPU's where
 torch finds one, and emulated otherwise: several times as fast as the drive's best in the same
 process, or slower (--ratios). --still: emulated copies take their time and move nothing, since a
-GPU's copies cost the processor no time. Every round measures the drive alone first (the yardstick:
-its best of three chunk sizes, without a pause), then each way in turn; ratios are taken within the
-round.
+GPU's copies cost the processor no time. A round is made of short slices, in each of which all have
+their turn: the drive alone in each of four chunk sizes, at the same depth and without a pause, and
+each way. So what changes from one second to the next (a simulated drive's speed does, by half)
+changes them alike. The yardstick is the size that was the drive's best over the round; ratios are
+taken within the round.
 
 Ways: serial reads a tensor whole, then copies it in one; fixed overlaps chunks of one size;
-adaptive picks size and depth itself, after a warm-up. Tensors go one at a time, so each fills the
-queue and drains it again, or two at once.
+adaptive picks size and depth itself, after a warm-up. Tensors go one at a time, so that drive and
+link overlap within a tensor only, and each fills the queue and drains it again; or two at once
+("across"), so that the end of one overlaps with the beginning of the next.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +48,31 @@ OPS = {"read": READ, "write": WRITE}
 SEGMENT = MIB
 DEPTH = 16
 TARGET = 0.95
-YARDSTICKS = (256 * KIB, 512 * KIB, MIB)
+CHUNKS = (128 * KIB, 256 * KIB, 512 * KIB, MIB)
+# Seconds of one slice, about.
+SLICE_S = 0.1
 # Seconds of every way before its first round: the adaptive one learns in them.
 WARM_UP_S = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Figure:
-    gib_s: float
-    cpu_s_per_gib: float
+    nbytes: int = 0
+    elapsed_s: float = 0.0
+    cpu_s: float = 0.0
+
+    @property
+    def gib_s(self) -> float:
+        return self.nbytes / GIB / max(self.elapsed_s, 1e-9)
+
+    @property
+    def cpu_s_per_gib(self) -> float:
+        return self.cpu_s / max(self.nbytes / GIB, 1e-9)
+
+    def add(self, other: Figure) -> None:
+        self.nbytes += other.nbytes
+        self.elapsed_s += other.elapsed_s
+        self.cpu_s += other.cpu_s
 
 
 class Bench:
@@ -76,10 +95,10 @@ class Bench:
         self.host = filled_memory(engine, self.nbytes)
         self.registered = link.register(self.host)
         self.pipelines = {
-            "fixed, 128 KiB": Pipeline(engine, link, "fixed", chunk_nbytes=128 * KIB),
-            "fixed, 1 MiB": Pipeline(engine, link, "fixed", chunk_nbytes=SEGMENT),
-            "adaptive": Pipeline(engine, link),
+            f"fixed, {format_nbytes(chunk)}": Pipeline(engine, link, "fixed", chunk_nbytes=chunk)
+            for chunk in CHUNKS
         }
+        self.pipelines["adaptive"] = Pipeline(engine, link)
 
     def ways(self) -> dict[str, Callable[[float], Figure]]:
         made: dict[str, Callable[[float], Figure]] = {"serial": self.serial}
@@ -87,7 +106,9 @@ class Bench:
             made[name] = lambda seconds, one=pipeline: self.overlapped(one, 1, seconds)
         adaptive = self.pipelines["adaptive"]
         made["adaptive, checksum"] = lambda s: self.overlapped(adaptive, 1, s, checksum=True)
-        made["adaptive, two at once"] = lambda s: self.overlapped(adaptive, 2, s)
+        for name in ("fixed, 1 MiB", "adaptive"):
+            one = self.pipelines[name]
+            made[f"{name}, across"] = lambda s, one=one: self.overlapped(one, 2, s)
         return made
 
     def overlapped(
@@ -162,14 +183,13 @@ def _timed(work: Callable[[], int], seconds: float) -> Figure:
     while (elapsed := time.perf_counter() - began) < seconds or not nbytes:
         nbytes += work()
     elapsed = time.perf_counter() - began
-    return Figure(nbytes / GIB / elapsed, (time.process_time() - cpu) / (nbytes / GIB))
+    return Figure(nbytes, elapsed, time.process_time() - cpu)
 
 
-def drive_best(engine: Engine, op: str, size: int, seconds: float) -> Figure:
-    """The drive alone, without a pause: the best of a few chunk sizes."""
-    seen = [measure(engine, Load(op, chunk, size), seconds) for chunk in YARDSTICKS]
-    best = max(seen, key=lambda one: one.gib_s)
-    return Figure(best.gib_s, best.cpu_s_per_gib)
+def drive_alone(engine: Engine, op: str, chunk: int, size: int, seconds: float) -> Figure:
+    """The drive without a pause, in commands of ``chunk`` bytes."""
+    seen = measure(engine, Load(op, chunk, size), seconds)
+    return Figure(seen.nbytes, seen.elapsed_s, seen.cpu_s_per_gib * seen.nbytes / GIB)
 
 
 def measure_drive(folder: Path, words: argparse.Namespace) -> dict[str, Any]:
@@ -185,7 +205,9 @@ def measure_drive(folder: Path, words: argparse.Namespace) -> dict[str, Any]:
         engine.ensure(words.size)
         fill(engine, words.size)
         for op in words.ops:
-            best = max(drive_best(engine, op, words.size, words.seconds).gib_s for _ in range(3))
+            best = max(
+                drive_alone(engine, op, chunk, words.size, words.seconds).gib_s for chunk in CHUNKS
+            )
             for name, link, link_gib_s in links(best, op, words):
                 label = f"{op}, {name}"
                 found[label] = measure_link(Bench(engine, op, link, link_gib_s, words), words)
@@ -211,21 +233,43 @@ def measure_link(bench: Bench, words: argparse.Namespace) -> dict[str, Any]:
     ways = bench.ways()
     for way in ways.values():
         way(WARM_UP_S if not words.quick else 0.3)
-    rounds: list[dict[str, Any]] = []
-    for number in range(words.rounds):
-        order = list(ways) if number % 2 == 0 else list(reversed(ways))
-        drive = drive_best(bench.engine, bench.op, words.size, words.seconds)
-        bound = min(drive.gib_s, bench.link_gib_s)
-        one: dict[str, Any] = {"drive": asdict(drive), "bound_gib_s": bound}
-        for name in order:
-            figure = ways[name](words.seconds)
-            one[name] = {**asdict(figure), "reached": figure.gib_s / bound}
-        rounds.append(one)
+    rounds = [one_round(bench, ways, words) for _ in range(words.rounds)]
     return {
         "link_gib_s": bench.link_gib_s,
         "ways": list(ways),
         "rounds": rounds,
         "adaptive": bench.pipelines["adaptive"].stats(),
+    }
+
+
+def one_round(
+    bench: Bench, ways: dict[str, Callable[[float], Figure]], words: argparse.Namespace
+) -> dict[str, Any]:
+    """Of every way, and of the drive alone (``drive``), what it did over all slices."""
+    slices = max(1, round(words.seconds / SLICE_S))
+    alone = {
+        chunk: lambda s, chunk=chunk: drive_alone(bench.engine, bench.op, chunk, words.size, s)
+        for chunk in CHUNKS
+    }
+    everything: dict[Any, Callable[[float], Figure]] = {**alone, **ways}
+    seen = {name: Figure() for name in everything}
+    for number in range(slices):
+        order = list(everything) if number % 2 == 0 else list(reversed(everything))
+        for name in order:
+            seen[name].add(everything[name](words.seconds / slices))
+    chunk = max(alone, key=lambda chunk: seen[chunk].gib_s)
+    bound = min(seen[chunk].gib_s, bench.link_gib_s)
+    return {
+        "drive": {"gib_s": seen[chunk].gib_s, "chunk_nbytes": chunk},
+        "bound_gib_s": bound,
+        **{
+            name: {
+                "gib_s": seen[name].gib_s,
+                "cpu_s_per_gib": seen[name].cpu_s_per_gib,
+                "reached": seen[name].gib_s / bound,
+            }
+            for name in ways
+        },
     }
 
 
@@ -258,9 +302,8 @@ def table(label: str, found: dict[str, Any]) -> list[str]:
         if op in chosen:
             lines += [
                 "",
-                f"Adaptive chose {format_nbytes(chosen[op]['chunk_nbytes'])} x "
-                f"{chosen[op]['depth']} ({chosen[op]['reason']}); overlap "
-                f"{chosen['overlap']:.2f} of the shorter time, all ways together.",
+                f"Adaptive chose {chosen[op]['reason']}; overlap {chosen['overlap']:.2f} of the "
+                "shorter time, all ways together.",
             ]
     return lines
 
@@ -284,7 +327,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--still", action="store_true", help="emulated copies move nothing")
     parser.add_argument("--size", type=parse_nbytes, default=GIB, help="bytes of the data file")
     parser.add_argument("--tensor", type=parse_nbytes, default=64 * MIB, help="bytes of a tensor")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of one run")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="length of a way's part of a round"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="short runs, two rounds: a look only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there")
