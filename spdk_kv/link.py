@@ -40,10 +40,10 @@ class Plan:
 class Pipeline:
     """Transfers between an engine and a GPU, cut so that the drive and the link overlap.
 
-    ``mode``: ``adaptive`` picks chunk size and depth from what transfers took, for each size of
-    them, and apart for those that begin while others are under way (they overlap with those, too);
-    ``fixed`` takes ``chunk_nbytes`` and ``depth`` (None: the engine's segments, all of
-    its slots). Thread-safe. Raises ValueError, EngineUnavailable.
+    ``mode``: ``adaptive`` picks chunk size and depth from what transfers took, apart for each size
+    of them, with checksums or without, and for those that begin while others are under way (they
+    overlap with those, too); ``fixed`` takes ``chunk_nbytes`` and ``depth`` (None: the engine's
+    segments, all of its slots). Thread-safe. Raises ValueError, EngineUnavailable.
     """
 
     def __init__(
@@ -66,10 +66,11 @@ class Pipeline:
         self._slots = engine.queue.slots
         self._fixed = Plan(chunk_nbytes or engine.segment_nbytes, depth or self._slots, "as given")
         self._lock = threading.Lock()
-        self._planners: dict[tuple[int, int, int, bool], Planner] = {}
+        self._planners: dict[tuple[int, int, int, bool, bool], Planner] = {}
         self._numbered: dict[tuple[Planner, Cut], int] = {}
         self._planned: dict[int, tuple[Planner, Cut]] = {}
-        self._heard = [(queue, queue.outcomes(0)[0]) for queue in engine.queues]
+        # Of each queue's outcomes, how many were listened to. Not the queues: they hold memory.
+        self._heard = [queue.outcomes(0)[0] for queue in engine.queues]
         self._before = engine.stats()
         self._last: dict[int, Plan | tuple[Planner, Cut]] = {}
         self._begun = {False: 0, True: 0}
@@ -79,7 +80,7 @@ class Pipeline:
 
         ``chunk_nbytes``: of its checksums; it must divide the engine's segments.
         """
-        plan = self.plan(op, nbytes, chunk_nbytes)
+        plan = self.plan(op, nbytes, chunk_nbytes, options.get("checksum", False))
         return self.engine.transfer(
             op,
             link=self.link,
@@ -90,22 +91,22 @@ class Pipeline:
             **options,
         )
 
-    def plan(self, op: int, nbytes: int, multiple_nbytes: int = 0) -> Plan:
+    def plan(self, op: int, nbytes: int, multiple_nbytes: int = 0, checksum: bool = False) -> Plan:
         """The plan for the next transfer of ``nbytes`` (READ or WRITE), to be begun now."""
-        queued = self.engine.queue.active > 0
+        queued = any(queue.active for queue in self.engine.queues)
         if self.mode == "fixed":
             with self._lock:
                 self._last[op] = self._fixed
                 self._begun[queued] += 1
             return self._fixed
-        key = (op, nbytes.bit_length(), multiple_nbytes, queued)
+        key = (op, nbytes.bit_length(), multiple_nbytes, checksum, queued)
         with self._lock:
             self._begun[queued] += 1
             self._listen()
             planner = self._planners.get(key)
             if planner is None:
                 multiple = multiple_nbytes or self.engine.block_nbytes
-                limits = Limits(self.engine.segment_nbytes, multiple, self._slots)
+                limits = Limits(self.engine.segment_nbytes, multiple, self._slots, queued)
                 planner = self._planners[key] = Planner(nbytes, limits)
             cut = planner.next()
             number = self._numbered.get((planner, cut))
@@ -117,9 +118,8 @@ class Pipeline:
 
     def _listen(self) -> None:
         """Tells the planners what became of their transfers."""
-        for at, (queue, heard) in enumerate(self._heard):
-            count, outcomes = queue.outcomes(heard)
-            self._heard[at] = (queue, count)
+        for at, queue in enumerate(self.engine.queues):
+            self._heard[at], outcomes = queue.outcomes(self._heard[at])
             for number, nbytes, took_ns in outcomes:
                 if planned := self._planned.get(number):
                     planner, cut = planned

@@ -1,21 +1,20 @@
 """How transfers over a link are cut, learnt from what each took: pure decisions, no I/O, no clock.
 
 A model of drive and link would have to know how a drive answers, what processor time a command
-costs, and who else is about. So the way that is in use is compared with its neighbours (chunks of
-half and of twice the size, half and twice as many at once) by what the transfers themselves took.
+costs, and who else is about. So the way that is in use is compared with others, by what the
+transfers themselves took.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from spdk_kv.units import GIB, KIB, format_nbytes
 
 _SMALLEST_CHUNK = 64 * KIB
-# Transfers that a neighbour is tried with each time, right after as many in the usual way: what
+# Transfers that another way is tried with each time, right after as many in the usual way: what
 # changes from one minute to the next (other work, the drive's own) changes both.
 _TRY = 3
 # It has to be faster by this much, or by this part of what times spread by (their median absolute
@@ -25,8 +24,8 @@ _OF_SPREAD = 0.7
 _WINS = 2
 # No need to see a second transfer of one that is slower by this much.
 _HOPELESS = 1.25
-# Transfers until one that lost is tried again: at first, and at most. With four neighbours, one
-# transfer in some hundred is a try.
+# Transfers until one that lost is tried again: at first, and at most. In the long run one
+# transfer in a hundred is a try.
 _WAIT_FIRST, _WAIT_MOST = 64, 2048
 # Transfers that what is usual is known from, and how much of it is compared with the latest.
 _REMEMBERED, _LATEST = 24, 5
@@ -39,11 +38,13 @@ _LOST_AFTER = 64
 @dataclass(frozen=True)
 class Limits:
     """``segment_nbytes``: the largest chunk. ``multiple_nbytes``: every chunk is a multiple of it.
-    ``slots``: chunks that have room at once."""
+    ``slots``: chunks that have room at once. ``whole_depth``: all of them are used; two transfers
+    under way would else share the drive, and what one took says nothing about its plan."""
 
     segment_nbytes: int
     multiple_nbytes: int
     slots: int
+    whole_depth: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,15 @@ def first_cut(nbytes: int, limits: Limits) -> Cut:
     return Cut(max((chunk for chunk in found if chunk <= most), default=found[-1]), limits.slots)
 
 
-def neighbours(cut: Cut, limits: Limits) -> list[Cut]:
-    """What differs from ``cut`` by one doubling."""
-    sizes = chunks(limits)
-    near = [Cut(size, cut.depth) for size in (cut.chunk_nbytes // 2, 2 * cut.chunk_nbytes)
-            if size in sizes]  # fmt: skip
-    near += [Cut(cut.chunk_nbytes, depth) for depth in (cut.depth // 2, 2 * cut.depth)
-             if 2 <= depth <= limits.slots]  # fmt: skip
-    return near
+def others(cut: Cut, limits: Limits) -> list[Cut]:
+    """What to compare ``cut`` with, the likeliest first: every other chunk size, since a drive may
+    do well with small and with large ones and badly in between, and half and twice the depth."""
+    sizes = [size for size in chunks(limits) if size != cut.chunk_nbytes]
+    sizes.sort(key=lambda size: max(size, cut.chunk_nbytes) / min(size, cut.chunk_nbytes))
+    depths = [depth for depth in (cut.depth // 2, 2 * cut.depth) if 2 <= depth <= limits.slots]
+    return [Cut(size, cut.depth) for size in sizes] + [
+        Cut(cut.chunk_nbytes, depth) for depth in depths if not limits.whole_depth
+    ]
 
 
 class Planner:
@@ -99,12 +101,12 @@ class Planner:
     def __init__(self, nbytes: int, limits: Limits) -> None:
         self.limits = limits
         self.best = first_cut(nbytes, limits)
-        # Seconds per byte of the transfers that were cut like that, and by the neighbours: how
-        # long they took, in those times, when they were tried last.
+        # Seconds per byte of the transfers that were cut like that; and how many times as long
+        # others took when they were tried last.
         self._usual: deque[float] = deque(maxlen=_REMEMBERED)
         self.tried: dict[Cut, float] = {}
         self._count = 0
-        self._due: dict[Cut, int] = {}  # the count when a neighbour's turn is, and
+        self._due: dict[Cut, int] = {}  # the count when another's turn is, and
         self._wait: dict[Cut, int] = {}  # how long it waits if it loses
         self._trial: Cut | None = None
         self._begun = 0  # transfers of the trial that were planned,
@@ -114,7 +116,7 @@ class Planner:
         self._before = 0.0  # what was usual just before the trial
         self._again_at = 0
         self._surprise = 0  # the count of the last change that made all be tried again
-        self._look_around([])
+        self._look_around()
 
     def next(self) -> Cut:
         """How the next transfer is cut."""
@@ -164,7 +166,7 @@ class Planner:
         return median(list(self._usual)[-_LATEST:])
 
     def _turn(self) -> Cut | None:
-        """The neighbour that is due first, if one is."""
+        """The other way that is due first, if one is."""
         if len(self._usual) < _TRY or not self._due:
             return None
         cut = min(self._due, key=lambda one: self._due[one])
@@ -200,12 +202,17 @@ class Planner:
         self._trial, self._wins = None, 0
         self._usual = deque(self._seen, maxlen=_REMEMBERED)
         self.tried = {}
-        # Where that came from there may be more.
-        self._look_around([left])
+        # What lost lately waits on; what it won against waits as if it had lost once.
+        due, wait = self._due, self._wait
+        self._look_around()
+        for one in self._due:
+            if one in due and wait[one] > _WAIT_FIRST:
+                self._due[one], self._wait[one] = due[one], wait[one]
+        self._due[left] = self._count + _WAIT_FIRST
 
-    def _look_around(self, left: Sequence[Cut]) -> None:
-        near = neighbours(self.best, self.limits)
-        self._due = {cut: self._count + (_WAIT_FIRST if cut in left else 0) for cut in near}
+    def _look_around(self) -> None:
+        near = others(self.best, self.limits)
+        self._due = dict.fromkeys(near, self._count)
         self._wait = dict.fromkeys(near, _WAIT_FIRST)
 
     def _notice_change(self) -> None:
@@ -216,4 +223,4 @@ class Planner:
             self._surprise = self._count
             self._usual = deque(list(self._usual)[-_LATEST:], maxlen=_REMEMBERED)
             if self._trial is None:
-                self._look_around([])
+                self._look_around()

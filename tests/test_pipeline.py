@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -73,6 +73,19 @@ def test_at_first_chunks_overlap_and_are_not_small_for_a_drive() -> None:
 def test_it_finds_what_is_best(chunk, depth, noise) -> None:
     drive = Drive(Planner(TENSOR, LIMITS), noise)
     assert drive.run(800, prefers(chunk, depth)) == Cut(chunk, depth)
+
+
+def test_a_size_in_between_that_is_no_better_hides_nothing() -> None:
+    drive = Drive(Planner(TENSOR, LIMITS), 0.1)
+    speeds = {64 * KIB: 3, 128 * KIB: 5, 256 * KIB: 5.6, 512 * KIB: 4.3, MIB: 4.4}
+    best = drive.run(400, lambda cut: 1 / (speeds[cut.chunk_nbytes] * GIB))
+    assert best.chunk_nbytes == 256 * KIB
+
+
+def test_behind_other_transfers_the_whole_depth_is_used() -> None:
+    drive = Drive(Planner(TENSOR, replace(LIMITS, whole_depth=True)))
+    assert drive.run(400, prefers(256 * KIB, 4)) == Cut(256 * KIB, 32)
+    assert {cut.depth for cut in drive.used} == {32}
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
