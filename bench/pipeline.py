@@ -278,6 +278,7 @@ def one_round(
     bound = min(seen[chunk].gib_s, bench.link_gib_s)
     return {
         "drive": {"gib_s": seen[chunk].gib_s, "chunk_nbytes": chunk},
+        "alone_gib_s": {chunk: seen[chunk].gib_s for chunk in CHUNKS},
         "bound_gib_s": bound,
         **{
             name: {
@@ -294,10 +295,15 @@ def one_round(
 def table(label: str, found: dict[str, Any]) -> list[str]:
     rounds = found["rounds"]
     drive = _spread([one["drive"]["gib_s"] for one in rounds], 2)
+    alone = {
+        chunk // KIB: statistics.median(one["alone_gib_s"][chunk] for one in rounds)
+        for chunk in CHUNKS
+    }
+    by_size = ", ".join(f"{gib_s:.2f} in {kib} KiB" for kib, gib_s in alone.items())
     lines = [
         f"### {label}",
         "",
-        f"Drive alone: {drive} GiB/s; link: {found['link_gib_s']:.2f} GiB/s.",
+        f"Drive alone: {drive} GiB/s ({by_size}); link: {found['link_gib_s']:.2f} GiB/s.",
         "",
         "| way | GiB/s, median (min to max) | of the slower of the two | drive busy "
         "| CPU-s per GiB | |",
