@@ -229,11 +229,14 @@ def test_transfers_queued_behind_others_are_planned_apart(tmp_path) -> None:
     with medium("ram", tmp_path, options) as found:
         engine, link = found.engine, EmulatedLink(5e9)
         pipeline, other = Pipeline(engine, link), Pipeline(engine, link)
+        other.plan(READ, 4 * MIB)
         views = [np.zeros(4 * MIB, np.uint8) for _ in range(2)]
-        for _ in range(20):
+        depths: tuple[set[int], set[int]] = (set(), set())
+        for _ in range(60):
             made = []
-            for view in views:
+            for view, planned in zip(views, depths, strict=True):
                 transfer = pipeline.transfer(READ, len(view))
+                planned.add(pipeline.stats()["read"]["depth"])
                 transfer.keep(view)
                 transfer.add(0, address_of(view), len(view))
                 transfer.submit()
@@ -242,8 +245,9 @@ def test_transfers_queued_behind_others_are_planned_apart(tmp_path) -> None:
                 engine.wait(transfer)
         assert 0.4 <= pipeline.stats()["queued"] <= 0.6
         assert pipeline.stats()["read"]["reached_gib_s"] > 0
+        assert len(depths[0]) > 1, "one that is alone tries other depths"
+        assert depths[1] == {engine.queue.slots}
         # Another pipeline on the same engine learns nothing from those.
-        other.plan(READ, 4 * MIB)
         assert "nothing is measured" in other.stats()["read"]["reason"]
 
 
