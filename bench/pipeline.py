@@ -6,13 +6,17 @@
 Either or both; --quick for a look, --json FILE keeps every single figure. The link is a GPU's where
 torch finds one, and emulated otherwise: several times as fast as the drive's best in the same
 process, or slower (--ratios). --still: emulated copies take their time and move nothing, since a
-GPU's copies cost the processor no time. Every round measures the drive alone first (the yardstick:
-its best of three chunk sizes, without a pause), then each way in turn; ratios are taken within the
-round.
+GPU's copies cost the processor no time. A round is made of short slices, in each of which all have
+their turn: the drive alone in each of four chunk sizes, at the same depth and without a pause, and
+each way. So what changes from one second to the next (a simulated drive's speed does, by half)
+changes them alike. The yardstick is the size that was the drive's best over the round; ratios are
+taken within the round. "Drive busy" is the part of the time with a command in flight: where it is
+near 1, a pipeline that stays behind lost nothing at the ends of tensors; the drive was slower.
 
 Ways: serial reads a tensor whole, then copies it in one; fixed overlaps chunks of one size;
-adaptive picks size and depth itself, after a warm-up. Tensors go one at a time, so each fills the
-queue and drains it again, or two at once.
+adaptive picks size and depth itself, after a warm-up. Tensors go one at a time, so that drive and
+link overlap within a tensor only, and each fills the queue and drains it again; or two at once
+("across"), so that the end of one overlaps with the beginning of the next.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +49,33 @@ OPS = {"read": READ, "write": WRITE}
 SEGMENT = MIB
 DEPTH = 16
 TARGET = 0.95
-YARDSTICKS = (256 * KIB, 512 * KIB, MIB)
-# Seconds of every way before its first round: the adaptive one learns in them.
-WARM_UP_S = 1.0
+CHUNKS = (128 * KIB, 256 * KIB, 512 * KIB, MIB)
+# Seconds of one slice, about.
+SLICE_S = 0.1
+# Seconds of every adaptive way before its first round: it learns in them.
+WARM_UP_S = 1.5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Figure:
-    gib_s: float
-    cpu_s_per_gib: float
+    nbytes: int = 0
+    elapsed_s: float = 0.0
+    cpu_s: float = 0.0
+    busy_s: float = 0.0  # with something in flight on the drive
+
+    @property
+    def gib_s(self) -> float:
+        return self.nbytes / GIB / max(self.elapsed_s, 1e-9)
+
+    @property
+    def cpu_s_per_gib(self) -> float:
+        return self.cpu_s / max(self.nbytes / GIB, 1e-9)
+
+    def add(self, other: Figure) -> None:
+        self.nbytes += other.nbytes
+        self.elapsed_s += other.elapsed_s
+        self.cpu_s += other.cpu_s
+        self.busy_s += other.busy_s
 
 
 class Bench:
@@ -76,10 +98,10 @@ class Bench:
         self.host = filled_memory(engine, self.nbytes)
         self.registered = link.register(self.host)
         self.pipelines = {
-            "fixed, 128 KiB": Pipeline(engine, link, "fixed", chunk_nbytes=128 * KIB),
-            "fixed, 1 MiB": Pipeline(engine, link, "fixed", chunk_nbytes=SEGMENT),
-            "adaptive": Pipeline(engine, link),
+            f"fixed, {chunk // KIB} KiB": Pipeline(engine, link, "fixed", chunk_nbytes=chunk)
+            for chunk in CHUNKS
         }
+        self.pipelines["adaptive"] = Pipeline(engine, link)
 
     def ways(self) -> dict[str, Callable[[float], Figure]]:
         made: dict[str, Callable[[float], Figure]] = {"serial": self.serial}
@@ -87,7 +109,9 @@ class Bench:
             made[name] = lambda seconds, one=pipeline: self.overlapped(one, 1, seconds)
         adaptive = self.pipelines["adaptive"]
         made["adaptive, checksum"] = lambda s: self.overlapped(adaptive, 1, s, checksum=True)
-        made["adaptive, two at once"] = lambda s: self.overlapped(adaptive, 2, s)
+        for name in ("fixed, 1024 KiB", "adaptive"):
+            one = self.pipelines[name]
+            made[f"{name}, across"] = lambda s, one=one: self.overlapped(one, 2, s)
         return made
 
     def overlapped(
@@ -104,17 +128,23 @@ class Bench:
                 )
                 transfer.add(self._next(), self.addresses[turn % 2], self.nbytes)
                 turn += 1
+                if at_once == 1:
+                    # As a lone get does it: whoever waits drives the queue.
+                    self.engine.run(transfer)
+                    return self.nbytes
                 transfer.submit()
                 queued.append(transfer)
             self.engine.wait(queued.popleft())
             return self.nbytes
 
-        try:
-            return _timed(work, seconds)
-        finally:
-            for transfer in queued:
-                transfer.cancel()
-                transfer.wait()
+        def finish() -> int:
+            # Most of it is done already: it counts, with what it takes to its end.
+            nbytes = len(queued) * self.nbytes
+            while queued:
+                self.engine.wait(queued.popleft())
+            return nbytes
+
+        return _timed(self.engine, work, seconds, finish)
 
     def serial(self, seconds: float) -> Figure:
         def work() -> int:
@@ -127,7 +157,7 @@ class Bench:
                 self._copy()
             return self.nbytes
 
-        return _timed(work, seconds)
+        return _timed(self.engine, work, seconds)
 
     def _copy(self) -> None:
         """The whole tensor, at once."""
@@ -155,21 +185,28 @@ def _ordinary(nbytes: int) -> Region:
     return region
 
 
-def _timed(work: Callable[[], int], seconds: float) -> Figure:
+def _timed(
+    engine: Engine,
+    work: Callable[[], int],
+    seconds: float,
+    finish: Callable[[], int] = lambda: 0,
+) -> Figure:
     nbytes = 0
+    busy_ns = engine.stats()["busy_ns"]
     cpu = time.process_time()
     began = time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds or not nbytes:
         nbytes += work()
+    nbytes += finish()
     elapsed = time.perf_counter() - began
-    return Figure(nbytes / GIB / elapsed, (time.process_time() - cpu) / (nbytes / GIB))
+    busy_s = (engine.stats()["busy_ns"] - busy_ns) / 1e9
+    return Figure(nbytes, elapsed, time.process_time() - cpu, busy_s)
 
 
-def drive_best(engine: Engine, op: str, size: int, seconds: float) -> Figure:
-    """The drive alone, without a pause: the best of a few chunk sizes."""
-    seen = [measure(engine, Load(op, chunk, size), seconds) for chunk in YARDSTICKS]
-    best = max(seen, key=lambda one: one.gib_s)
-    return Figure(best.gib_s, best.cpu_s_per_gib)
+def drive_alone(engine: Engine, op: str, chunk: int, size: int, seconds: float) -> Figure:
+    """The drive without a pause, in commands of ``chunk`` bytes."""
+    seen = measure(engine, Load(op, chunk, size), seconds)
+    return Figure(seen.nbytes, seen.elapsed_s, seen.cpu_s_per_gib * seen.nbytes / GIB)
 
 
 def measure_drive(folder: Path, words: argparse.Namespace) -> dict[str, Any]:
@@ -185,7 +222,9 @@ def measure_drive(folder: Path, words: argparse.Namespace) -> dict[str, Any]:
         engine.ensure(words.size)
         fill(engine, words.size)
         for op in words.ops:
-            best = max(drive_best(engine, op, words.size, words.seconds).gib_s for _ in range(3))
+            best = max(
+                drive_alone(engine, op, chunk, words.size, words.seconds).gib_s for chunk in CHUNKS
+            )
             for name, link, link_gib_s in links(best, op, words):
                 label = f"{op}, {name}"
                 found[label] = measure_link(Bench(engine, op, link, link_gib_s, words), words)
@@ -209,18 +248,9 @@ def links(best: float, op: str, words: argparse.Namespace) -> list[tuple[str, An
 
 def measure_link(bench: Bench, words: argparse.Namespace) -> dict[str, Any]:
     ways = bench.ways()
-    for way in ways.values():
-        way(WARM_UP_S if not words.quick else 0.3)
-    rounds: list[dict[str, Any]] = []
-    for number in range(words.rounds):
-        order = list(ways) if number % 2 == 0 else list(reversed(ways))
-        drive = drive_best(bench.engine, bench.op, words.size, words.seconds)
-        bound = min(drive.gib_s, bench.link_gib_s)
-        one: dict[str, Any] = {"drive": asdict(drive), "bound_gib_s": bound}
-        for name in order:
-            figure = ways[name](words.seconds)
-            one[name] = {**asdict(figure), "reached": figure.gib_s / bound}
-        rounds.append(one)
+    for name, way in ways.items():
+        way(WARM_UP_S if name.startswith("adaptive") and not words.quick else 0.2)
+    rounds = [one_round(bench, ways, words) for _ in range(words.rounds)]
     return {
         "link_gib_s": bench.link_gib_s,
         "ways": list(ways),
@@ -229,16 +259,55 @@ def measure_link(bench: Bench, words: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def one_round(
+    bench: Bench, ways: dict[str, Callable[[float], Figure]], words: argparse.Namespace
+) -> dict[str, Any]:
+    """Of every way, and of the drive alone (``drive``), what it did over all slices."""
+    slices = max(1, round(words.seconds / SLICE_S))
+    alone = {
+        chunk: lambda s, chunk=chunk: drive_alone(bench.engine, bench.op, chunk, words.size, s)
+        for chunk in CHUNKS
+    }
+    everything: dict[Any, Callable[[float], Figure]] = {**alone, **ways}
+    seen = {name: Figure() for name in everything}
+    for number in range(slices):
+        order = list(everything) if number % 2 == 0 else list(reversed(everything))
+        for name in order:
+            seen[name].add(everything[name](words.seconds / slices))
+    chunk = max(alone, key=lambda chunk: seen[chunk].gib_s)
+    bound = min(seen[chunk].gib_s, bench.link_gib_s)
+    return {
+        "drive": {"gib_s": seen[chunk].gib_s, "chunk_nbytes": chunk},
+        "alone_gib_s": {chunk: seen[chunk].gib_s for chunk in CHUNKS},
+        "bound_gib_s": bound,
+        **{
+            name: {
+                "gib_s": seen[name].gib_s,
+                "cpu_s_per_gib": seen[name].cpu_s_per_gib,
+                "drive_busy": min(1.0, seen[name].busy_s / seen[name].elapsed_s),
+                "reached": seen[name].gib_s / bound,
+            }
+            for name in ways
+        },
+    }
+
+
 def table(label: str, found: dict[str, Any]) -> list[str]:
     rounds = found["rounds"]
     drive = _spread([one["drive"]["gib_s"] for one in rounds], 2)
+    alone = {
+        chunk // KIB: statistics.median(one["alone_gib_s"][chunk] for one in rounds)
+        for chunk in CHUNKS
+    }
+    by_size = ", ".join(f"{gib_s:.2f} in {kib} KiB" for kib, gib_s in alone.items())
     lines = [
         f"### {label}",
         "",
-        f"Drive alone: {drive} GiB/s; link: {found['link_gib_s']:.2f} GiB/s.",
+        f"Drive alone: {drive} GiB/s ({by_size}); link: {found['link_gib_s']:.2f} GiB/s.",
         "",
-        "| way | GiB/s, median (min to max) | of the slower of the two | CPU-s per GiB | |",
-        "|---|---|---|---|---|",
+        "| way | GiB/s, median (min to max) | of the slower of the two | drive busy "
+        "| CPU-s per GiB | |",
+        "|---|---|---|---|---|---|",
     ]
     for way in found["ways"]:
         reached = [one[way]["reached"] for one in rounds]
@@ -249,6 +318,7 @@ def table(label: str, found: dict[str, Any]) -> list[str]:
             way,
             _spread([one[way]["gib_s"] for one in rounds], 2),
             _spread(reached, 3),
+            f"{statistics.median(one[way]['drive_busy'] for one in rounds):.2f}",
             f"{statistics.median(one[way]['cpu_s_per_gib'] for one in rounds):.3f}",
             verdict,
         )
@@ -258,9 +328,8 @@ def table(label: str, found: dict[str, Any]) -> list[str]:
         if op in chosen:
             lines += [
                 "",
-                f"Adaptive chose {format_nbytes(chosen[op]['chunk_nbytes'])} x "
-                f"{chosen[op]['depth']} ({chosen[op]['reason']}); overlap "
-                f"{chosen['overlap']:.2f} of the shorter time, all ways together.",
+                f"Adaptive chose {chosen[op]['reason']}; overlap {chosen['overlap']:.2f} of the "
+                "shorter time, all ways together.",
             ]
     return lines
 
@@ -284,7 +353,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--still", action="store_true", help="emulated copies move nothing")
     parser.add_argument("--size", type=parse_nbytes, default=GIB, help="bytes of the data file")
     parser.add_argument("--tensor", type=parse_nbytes, default=64 * MIB, help="bytes of a tensor")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of one run")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="length of a way's part of a round"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="short runs, two rounds: a look only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there")

@@ -15,6 +15,8 @@ cdef class Transfer:
     (whole blocks, at most the queue's); 0: the queue's. ``window``: at most so many of them
     outstanding at once; 0: no limit but the queue's.
 
+    ``plan``: a number by which :meth:`Queue.outcomes` tells of it, if it goes over a link; 0: not.
+
     ``link``: the pieces' addresses are device memory, and each segment goes through a slot and
     over that link; what its ``register`` made of the slots must outlive the queue. ``stream`` (a
     handle) orders the copies after what was queued on it when the transfer is submitted.
@@ -35,7 +37,7 @@ cdef class Transfer:
 
     def __cinit__(self, Queue queue not None, int op, *, bint checksum=False,
                   uint32_t chunk_nbytes=0, uint32_t segment_nbytes=0, uint32_t window=0,
-                  link=None, stream=None, bint hand_over=False):
+                  uint32_t plan=0, link=None, stream=None, bint hand_over=False):
         cdef Queue_ *q = queue._q
         cdef skv_link *functions = NULL
         if op < SKV_READ or op > SKV_DISCARD:
@@ -67,6 +69,7 @@ cdef class Transfer:
         self._t.chunk_nbytes = chunk_nbytes
         self._t.segment_nbytes = segment_nbytes
         self._t.window = window
+        self._t.plan = plan
         self._t.link = functions
         self._t.hand_over = hand_over
         self.link = link
@@ -231,6 +234,8 @@ cdef class Transfer:
         self._cut()
         self._mark()
         _free_orphans(q)
+        self._t.nbytes = self.nbytes
+        self._t.begun_ns = skv_now_ns()
         self._submitted = True
         self._t.priority = PREFETCH if priority else DEMAND
         if notify:

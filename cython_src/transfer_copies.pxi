@@ -200,21 +200,13 @@ cdef void _nap(Queue_ *q, uint64_t now, int64_t wait) noexcept nogil:
     q.polling = 0
 
 
-cdef inline int _doubling(uint32_t value) noexcept nogil:
-    cdef int doubling = 0
-    while value > 1:
-        value >>= 1
-        doubling += 1
-    return doubling
-
-
-cdef void _count_rate(Queue_ *q, Transfer_ *t, uint32_t nbytes, uint64_t now) noexcept nogil:
-    # Commands that completed together share their depth, and the first of them has their time.
-    cdef uint64_t since = max(q.completed_ns, q.busy_since_ns)
-    cdef int depth = _doubling(q.depth_before)
-    cdef Rate *rate = &q.rates[t.op][_doubling(t.segment_nbytes)][min(depth, DEPTHS - 1)]
-    rate.nbytes += nbytes
-    if now > since:
-        rate.busy_ns += now - since
-        rate.bursts += 1
-    q.completed_ns = now
+cdef void _note_outcome(Queue_ *q, Transfer_ *t) noexcept nogil:
+    """A transfer over a link is over. With the mutex held."""
+    cdef uint64_t now = skv_now_ns()
+    cdef Outcome *outcome = &q.outcomes[q.outcomes_count % OUTCOMES]
+    if t.plan and not t.status:
+        outcome.plan = t.plan
+        outcome.nbytes = t.nbytes
+        outcome.took_ns = now - max(t.begun_ns, q.ended_ns)
+        q.outcomes_count += 1
+    q.ended_ns = now

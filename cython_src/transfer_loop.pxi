@@ -168,10 +168,8 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
         n = q.backend.poll(q.backend.self, done, BATCH, wait)
         if n > 0:
             now = skv_now_ns()
-            q.depth_before = q.in_flight
             for i in range(n):
                 _completed(q, <Segment *>done[i], now)
-            q.completed_ns = now
         elif n == -EINTR and target != NULL and until_ns:
             return False
         if q.follow_up != NULL:
@@ -181,10 +179,8 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
                 n = q.backend.poll(q.backend.self, done, BATCH, 0)
                 if n > 0:
                     now = skv_now_ns()
-                    q.depth_before = q.in_flight
                     for i in range(n):
                         _completed(q, <Segment *>done[i], now)
-                    q.completed_ns = now
             if q.follow_up != NULL:
                 _do_follow_up(q)
 

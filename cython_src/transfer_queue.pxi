@@ -184,21 +184,29 @@ cdef class Queue:
             },
         }
 
-    def rates(self, int op):
-        """What the drive did in transfers over links, for READ or WRITE: ``(segment_nbytes, depth,
-        nbytes, busy_ns, bursts)`` by the transfer's segment size and the depth at the time, both
-        rounded down to powers of two; ``bursts``: how often some came, at once or alone."""
-        cdef int size, depth
-        cdef Rate *rate
-        cdef list found = []
-        if op != SKV_READ and op != SKV_WRITE:
-            raise ValueError(f"only reads and writes have rates, not operation {op}")
-        for size in range(SIZES):
-            for depth in range(DEPTHS):
-                rate = &self._q.rates[op][size][depth]
-                if rate.nbytes:
-                    found.append((1 << size, 1 << depth, rate.nbytes, rate.busy_ns, rate.bursts))
-        return found
+    def outcomes(self, uint64_t since):
+        """What became of transfers over links that had a ``plan`` and succeeded: ``(count, list)``
+        of ``(plan, nbytes, took_ns)`` in the order they ended. ``since``: the count that the last
+        call returned, or 0. The oldest are dropped if there are many.
+
+        ``took_ns``: from when it was submitted, or from the end of the one before it over a link,
+        whichever was later: one by one, what it took; queued, what it added.
+        """
+        cdef Queue_ *q = self._q
+        cdef Outcome kept[OUTCOMES]
+        cdef uint64_t i, count, first
+        # Nothing of Python's while the mutex is held: freeing a transfer takes it, too.
+        pthread_mutex_lock(&q.mutex)
+        count = q.outcomes_count
+        first = max(since, count - min(count, <uint64_t>OUTCOMES))
+        for i in range(first, count):
+            kept[i % OUTCOMES] = q.outcomes[i % OUTCOMES]
+        pthread_mutex_unlock(&q.mutex)
+        found = []
+        for i in range(first, count):
+            outcome = kept[i % OUTCOMES]
+            found.append((outcome.plan, outcome.nbytes, outcome.took_ns))
+        return count, found
 
     def close(self, double timeout_s=30.0):
         """Waits until nothing is in flight, then ends the thread. Returns whether it came to that.

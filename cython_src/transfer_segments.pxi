@@ -58,6 +58,8 @@ cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
     if t.status:
         q.counters.errors += 1
     pthread_mutex_lock(&q.mutex)
+    if t.link != NULL:
+        _note_outcome(q, t)
     q.active -= 1
     t.done = 1
     if t.handle != NULL:
@@ -296,8 +298,6 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
     cdef int32_t result = s.io.result
     cdef uint32_t needed = s.device_nbytes
     cdef uint64_t took = now - s.io.submitted_ns
-    if t.link != NULL and result > 0:
-        _count_rate(q, t, <uint32_t>result, now)
     q.in_flight -= 1
     s.in_flight = 0
     if q.in_flight == 0:

@@ -13,9 +13,8 @@ DEF LOOK_NS = 50_000
 DEF LOOK_MOST_NS = 1_000_000
 # A sleep shorter than this would last longer than asked for.
 DEF NAP_NS = 20_000
-# Doublings that rates are kept apart by.
-DEF SIZES = 32
-DEF DEPTHS = 14
+# Outcomes of transfers over links that are kept until somebody asks.
+DEF OUTCOMES = 256
 # Transfers looked at for one that can go on while others wait for a slot.
 DEF PASSED_BY = 64
 
@@ -75,6 +74,9 @@ cdef struct Transfer_:
     uint32_t segment_nbytes
     uint32_t window        # segments outstanding at once; 0: as many as there is room for
     skv_link *link         # NULL: the callers' memory is the host's
+    uint32_t plan          # whose outcome it is; 0: nobody asks
+    uint64_t nbytes        # the caller's, of all pieces
+    uint64_t begun_ns      # when it was submitted
     Copy *copies           # one per segment
     uint32_t to_copy       # copies not begun
     uint32_t to_hand_over  # segments whose copy was not begun, or that were not summed
@@ -121,12 +123,12 @@ cdef struct Counters:
     uint64_t histogram[SKV_BUCKETS]
 
 
-# What the drive did for transfers over links, by the doublings of their segment's size and of the
-# depth at the time: bytes, the nanoseconds that they took, and in how many lots they came.
-cdef struct Rate:
+# What became of a transfer over a link: how long it took from when it was submitted, or from the
+# end of the one before it, whichever was later.
+cdef struct Outcome:
+    uint32_t plan
     uint64_t nbytes
-    uint64_t busy_ns
-    uint64_t bursts
+    uint64_t took_ns
 
 
 cdef struct Queue_:
@@ -150,6 +152,8 @@ cdef struct Queue_:
     Transfer_ *reap            # done, for the reaper
     Transfer_ *orphans         # done, to be freed by whoever holds the GIL next
     uint64_t active            # transfers submitted and not done
+    uint64_t outcomes_count    # since the queue was opened; the last ones are kept
+    Outcome outcomes[OUTCOMES]
     unsigned char **more_slots # for the driver to take
     uint32_t more_slots_count
     uint32_t slots_count       # with those
@@ -174,8 +178,7 @@ cdef struct Queue_:
     uint64_t link_free_ns[2]   # when to expect the last copy's end, by direction
     uint64_t copy_since_ns
     uint64_t overlap_since_ns
-    uint64_t completed_ns      # last completion
-    uint32_t depth_before      # in flight before the completions that came with it
+    uint64_t ended_ns          # end of the last transfer over a link
     uint64_t busy_since_ns
     uint8_t deadlines          # some transfer in hand has one
     # Fixed:
@@ -183,4 +186,3 @@ cdef struct Queue_:
     uint32_t align_nbytes
     uint32_t segment_nbytes
     Counters counters
-    Rate rates[2][SIZES][DEPTHS]  # of reads, of writes

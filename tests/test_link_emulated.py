@@ -297,11 +297,34 @@ def test_every_engine_serves_a_link_and_futures_come(kind, tmp_path) -> None:
         ]
         assert [future.result(60) for future in futures] == [0] * 6
         assert engine.stats()["copies"] > 0
-        for op in (READ, WRITE):
-            rates = engine.queue.rates(op)
-            assert {rate[0] for rate in rates} == {32 << 10}
-            assert sum(rate[2] for rate in rates) >= 3 * MIB
-            assert max(rate[1] for rate in rates) <= SMALL.depth
+
+
+def test_outcomes_tell_what_a_transfer_took_or_added(ram) -> None:
+    engine, link = ram.engine, EmulatedLink(1e9)
+    view = np.zeros(4 * MIB, np.uint8)
+    for plan in (0, 7):
+        engine.run(over(engine, link, READ, 0, view, plan=plan))
+    count, seen = engine.queue.outcomes(0)
+    assert count == 1
+    assert [outcome[:2] for outcome in seen] == [(7, 4 * MIB)]
+    assert seen[0][2] >= 0.9 * 4 * MIB, "faster than its link"
+    link.fail()
+    with pytest.raises(DeviceError):
+        engine.run(over(engine, link, READ, 0, view, plan=8))
+    made = [over(engine, link, READ, 0, view, plan=plan) for plan in (9, 10)]
+    began = time.monotonic_ns()
+    for transfer in made:
+        transfer.submit()
+    for transfer in made:
+        engine.wait(transfer)
+    elapsed = time.monotonic_ns() - began
+    count, seen = engine.queue.outcomes(count)
+    assert [outcome[0] for outcome in seen] == [9, 10], "one that failed says nothing"
+    assert sum(outcome[2] for outcome in seen) <= elapsed
+    assert engine.queue.outcomes(count) == (count, [])
+    for _ in range(300):
+        engine.run(over(engine, link, READ, 0, view[:4096], plan=11))
+    assert len(engine.queue.outcomes(0)[1]) == 256
 
 
 def test_dropped_transfers_land_and_their_memory_goes_after_that(ram) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections import Counter
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -14,113 +16,162 @@ from media import address_of, medium
 from spdk_kv._native.emulated_link import EmulatedLink
 from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.engines import EngineOptions
-from spdk_kv.link import Limits, Pipeline, Rate, choose, link_for
+from spdk_kv.link import Pipeline, link_for
+from spdk_kv.link_planner import Cut, Limits, Planner, first_cut
 from spdk_kv.units import GIB, KIB, MIB
 
 LIMITS = Limits(segment_nbytes=MIB, multiple_nbytes=4 * KIB, slots=32)
-CHUNKS = [64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, MIB]
+TENSOR = 64 * MIB
 
 
-def seen(chunk: int, gib_s: float, depth: int = 8, at_once: float = 1) -> Rate:
-    nbytes = gib_s * GIB / 2
-    return Rate(chunk, depth, nbytes, 0.5e9, nbytes / chunk / at_once)
+class Drive:
+    """Transfers of one size take what ``s_per_byte(cut)`` says, more or less ``noise`` of it, and
+    now and then five times as long."""
+
+    def __init__(self, planner: Planner, noise: float = 0.0, nbytes: int = TENSOR) -> None:
+        self.planner, self.noise, self.nbytes = planner, noise, nbytes
+        self.random = np.random.default_rng(5)
+        self.used: Counter[Cut] = Counter()
+        self.took_s = 0.0
+
+    def run(self, transfers: int, s_per_byte) -> Cut:
+        """The cut that most of the last ones had."""
+        last: Counter[Cut] = Counter()
+        for turn in range(transfers):
+            cut = self.planner.next()
+            took_s = self.nbytes * s_per_byte(cut)
+            took_s *= 1 + self.noise * self.random.normal() / 2
+            if self.noise and self.random.random() < 0.03:
+                took_s *= 5
+            self.planner.saw(cut, self.nbytes, max(took_s, 1e-9))
+            self.took_s += took_s
+            self.used[cut] += 1
+            last[cut] += 2 * turn >= transfers - 1
+        return last.most_common(1)[0][0]
 
 
-def test_before_anything_is_measured_chunks_overlap() -> None:
-    assert choose(64 * MIB, [], 0, 0, LIMITS).chunk_nbytes == MIB
-    assert choose(2 * MIB, [], 0, 0, LIMITS).chunk_nbytes == 256 * KIB
-    assert choose(64 * MIB, [], 0, 0, LIMITS).depth == 32
-    # A handful of commands says nothing yet.
-    few = [Rate(MIB, 8, 3 * MIB, 1e6, 3)]
-    assert choose(64 * MIB, few, 0, 0, LIMITS) == choose(64 * MIB, [], 0, 0, LIMITS)
+def prefers(chunk: int, depth: int, gib_s: float = 4.0, loss: float = 0.15):
+    """A drive that does ``gib_s`` with that cut, and loses a part with every doubling away."""
+
+    def s_per_byte(cut: Cut) -> float:
+        away = abs(math.log2(cut.chunk_nbytes / chunk)) + abs(math.log2(cut.depth / depth))
+        return (1 + loss * away) / (gib_s * GIB)
+
+    return s_per_byte
 
 
-def test_the_fastest_chunk_for_the_drive_wins_for_large_transfers() -> None:
-    for fastest in CHUNKS:
-        rates = [seen(chunk, 5 if chunk == fastest else 3) for chunk in CHUNKS]
-        plan = choose(256 * MIB, rates, 2e-6, 1 / (20 * GIB), LIMITS)
-        assert plan.chunk_nbytes == fastest
-        assert "5.00 GiB/s" in plan.reason
+def test_at_first_chunks_overlap_and_are_not_small_for_a_drive() -> None:
+    assert first_cut(TENSOR, LIMITS) == Cut(MIB, 32)
+    assert first_cut(4 * MIB, LIMITS) == Cut(512 * KIB, 32)
+    assert first_cut(300 * KIB, LIMITS) == Cut(256 * KIB, 32)
+    assert first_cut(1, Limits(MIB, 512 * KIB, 3)) == Cut(512 * KIB, 3)
 
 
-def test_small_transfers_take_smaller_chunks_where_the_drive_is_as_fast() -> None:
-    rates = [seen(chunk, 4) for chunk in CHUNKS]
-    large = choose(256 * MIB, rates, 1e-6, 1 / (8 * GIB), LIMITS)
-    small = choose(2 * MIB, rates, 1e-6, 1 / (8 * GIB), LIMITS)
-    assert large.chunk_nbytes == MIB
-    assert small.chunk_nbytes < MIB
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [64 * KIB, 256 * KIB, MIB])
+@pytest.mark.parametrize("depth", [4, 32])
+def test_it_finds_what_is_best(chunk, depth, noise) -> None:
+    drive = Drive(Planner(TENSOR, LIMITS), noise)
+    assert drive.run(800, prefers(chunk, depth)) == Cut(chunk, depth)
 
 
-def test_a_link_that_takes_long_for_every_copy_wants_large_chunks() -> None:
-    rates = [seen(chunk, 4) for chunk in CHUNKS]
-    plan = choose(4 * MIB, rates, 200e-6, 1 / (20 * GIB), LIMITS)
-    assert plan.chunk_nbytes == MIB
+def test_a_size_in_between_that_is_no_better_hides_nothing() -> None:
+    drive = Drive(Planner(TENSOR, LIMITS), 0.1)
+    speeds = {64 * KIB: 3, 128 * KIB: 5, 256 * KIB: 5.6, 512 * KIB: 4.3, MIB: 4.4}
+    best = drive.run(400, lambda cut: 1 / (speeds[cut.chunk_nbytes] * GIB))
+    assert best.chunk_nbytes == 256 * KIB
 
 
-def test_a_drive_that_answers_in_bursts_wants_small_chunks() -> None:
-    # What it ends with goes over the link after it, all of it.
-    steady = [seen(chunk, 3) for chunk in CHUNKS]
-    bursts = [seen(chunk, 3, at_once=16) for chunk in CHUNKS]
-    assert choose(64 * MIB, steady, 2e-6, 1 / (7 * GIB), LIMITS).chunk_nbytes == MIB
-    assert choose(64 * MIB, bursts, 2e-6, 1 / (7 * GIB), LIMITS).chunk_nbytes <= 256 * KIB
+def test_behind_other_transfers_the_whole_depth_is_used() -> None:
+    drive = Drive(Planner(TENSOR, replace(LIMITS, whole_depth=True)))
+    assert drive.run(400, prefers(256 * KIB, 4)) == Cut(256 * KIB, 32)
+    assert {cut.depth for cut in drive.used} == {32}
 
 
-def test_what_was_not_tried_is_hoped_for_and_then_known() -> None:
-    rates = [seen(MIB, 3)]
-    plan = choose(64 * MIB, rates, 1e-6, 1 / (20 * GIB), LIMITS)
-    assert plan.chunk_nbytes == 512 * KIB
-    assert "to be tried" in plan.reason
-    worse = [*rates, *(seen(chunk, 2.5) for chunk in CHUNKS[:-1])]
-    assert choose(64 * MIB, worse, 1e-6, 1 / (20 * GIB), LIMITS).chunk_nbytes == MIB
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_trying_costs_next_to_nothing_where_nothing_is_better(noise) -> None:
+    drive = Drive(Planner(TENSOR, LIMITS), noise)
+    best = Cut(MIB, 32)
+    transfers = 3000
+    assert drive.run(transfers, prefers(*astuple(best))) == best
+    perfect = Drive(Planner(TENSOR, LIMITS), noise)
+    for _ in range(transfers):
+        perfect.took_s += TENSOR / (4 * GIB)
+    if not noise:
+        assert drive.took_s <= 1.005 * perfect.took_s
+    assert drive.used.total() - drive.used[best] <= 0.04 * transfers
 
 
-def test_the_depth_is_the_least_that_gives_the_speed() -> None:
-    rates = [seen(chunk, speed, depth) for chunk in CHUNKS
-             for depth, speed in ((2, 3), (4, 3.95), (16, 4))]  # fmt: skip
-    plan = choose(256 * MIB, rates, 0, 1 / (20 * GIB), LIMITS)
-    assert plan.depth == 2 * 4 + 4  # up to twice of what was seen as 4, and 4 beside the drive
-    assert choose(256 * MIB, rates, 0, 1 / (20 * GIB), Limits(MIB, 4096, 6)).depth == 6
+def test_noise_does_not_make_it_jump() -> None:
+    """All ways are alike, and times spread by a fifth: it stays where it is, or nearly so."""
+    planner = Planner(TENSOR, LIMITS)
+    drive, moves, last = Drive(planner, 0.2), 0, planner.best
+    for _ in range(2000):
+        drive.run(1, lambda cut: 1 / (4 * GIB))
+        moves += planner.best != last
+        last = planner.best
+    assert moves <= 4
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_drive_that_slows_tenfold_is_followed_and_so_is_its_recovery(noise) -> None:
+    drive = Drive(Planner(TENSOR, LIMITS), noise)
+    fast, slow = prefers(MIB, 32), prefers(128 * KIB, 8, 0.4)
+    assert drive.run(300, fast) == Cut(MIB, 32)
+    assert drive.run(300, slow) == Cut(128 * KIB, 8)
+    assert drive.planner.bytes_per_s == pytest.approx(0.4 * GIB, rel=0.1)
+    assert drive.run(300, fast) == Cut(MIB, 32)
+
+
+def test_a_drive_that_slows_tenfold_at_once_makes_no_plan_worse() -> None:
+    """What was seen of other cuts while it was fast does not count against the one in use."""
+    drive = Drive(Planner(TENSOR, LIMITS))
+    drive.run(300, prefers(MIB, 32))
+    for _ in range(100):
+        drive.run(1, prefers(MIB, 32, 0.4))
+        assert drive.planner.best == Cut(MIB, 32)
+
+
+def test_outcomes_that_never_come_do_not_stop_it() -> None:
+    planner = Planner(TENSOR, LIMITS)
+    best, lost = planner.best, 0
+    for _ in range(1500):
+        cut = planner.next()
+        if cut == best:
+            planner.saw(cut, TENSOR, 0.02)
+        else:
+            lost += 1
+    assert 0 < lost < 150
+    assert Drive(planner).run(2000, prefers(256 * KIB, 32)) == Cut(256 * KIB, 32)
 
 
 @given(
     nbytes=st.integers(1, 1 << 36),
-    rates=st.lists(
-        st.builds(
-            Rate,
-            st.sampled_from([1 << power for power in range(9, 28)]),
-            st.sampled_from([1 << power for power in range(12)]),
-            *[st.floats(0, 1e15)] * 3,
-        ),
-        max_size=20,
-    ),
-    latency_s=st.floats(0, 1),
-    s_per_byte=st.floats(0, 1e-3),
     segment=st.sampled_from([4096, 12288, 48 * KIB, MIB, 3 * MIB, 1 << 30]),
     multiple=st.sampled_from([1, 512, 4096]),
     slots=st.integers(1, 100),
+    took=st.lists(st.tuples(st.floats(0, 1e6), st.booleans()), max_size=300),
 )
-def test_every_plan_keeps_to_the_limits(
-    nbytes, rates, latency_s, s_per_byte, segment, multiple, slots
+def test_every_plan_keeps_to_the_limits_and_depends_on_nothing_else(
+    nbytes, segment, multiple, slots, took
 ) -> None:
     limits = Limits(segment, multiple, slots)
-    plan = choose(nbytes, rates, latency_s, s_per_byte, limits)
-    assert plan == choose(nbytes, rates, latency_s, s_per_byte, limits)
-    assert 0 < plan.chunk_nbytes <= segment
-    assert plan.chunk_nbytes % multiple == 0
-    assert 1 <= plan.depth <= slots
-
-
-def test_what_came_while_the_queue_drained_says_nothing_about_its_depth() -> None:
-    rates = [seen(chunk, 4, 16) for chunk in CHUNKS]
-    drained = [replace(seen(chunk, 5, 1), nbytes=0.1 * GIB, busy_ns=0.02e9) for chunk in CHUNKS]
-    plan = choose(256 * MIB, rates + drained, 0, 1 / (20 * GIB), LIMITS)
-    assert plan.depth == 32
-    assert "4.00 GiB/s" in plan.reason
+    planner, same = Planner(nbytes, limits), Planner(nbytes, limits)
+    for took_s, comes in took:
+        cut = planner.next()
+        assert cut == same.next()
+        assert 0 < cut.chunk_nbytes <= segment
+        assert cut.chunk_nbytes % multiple == 0
+        assert 1 <= cut.depth <= slots
+        if comes:
+            planner.saw(cut, nbytes, took_s)
+            same.saw(cut, nbytes, took_s)
+    assert planner.why() == same.why()
 
 
 def test_limits_that_cannot_be_kept_are_refused() -> None:
     with pytest.raises(ValueError, match="no multiple"):
-        choose(MIB, [], 0, 0, Limits(48 * KIB, 32 * KIB, 8))
+        Planner(MIB, Limits(48 * KIB, 32 * KIB, 8))
 
 
 @pytest.mark.parametrize("kind", ["ram", "uring-file", "pagecache-file"])
@@ -147,6 +198,8 @@ def test_a_pipeline_moves_exact_bytes_while_it_learns(kind, tmp_path) -> None:
         stats = pipeline.stats()
         assert stats["mode"] == "adaptive"
         assert 0 <= stats["overlap"] <= 1.01
+        assert stats["queued"] == 0
+        assert stats["read"]["reached_gib_s"] > 0
         assert stats["drive_gib_s"] > 0
         assert stats["link_gib_s"] > 0
         assert "GiB/s" in stats["read"]["reason"]
@@ -169,6 +222,33 @@ def test_a_fixed_pipeline_does_as_told(tmp_path) -> None:
         for wrong in ({"mode": "serial"}, {"chunk_nbytes": MIB}):
             with pytest.raises(ValueError, match="mode"):
                 Pipeline(found.engine, link, **wrong)
+
+
+def test_transfers_queued_behind_others_are_planned_apart(tmp_path) -> None:
+    options = EngineOptions(depth=8, segment_nbytes=MIB, hugepages=False)
+    with medium("ram", tmp_path, options) as found:
+        engine, link = found.engine, EmulatedLink(5e9)
+        pipeline, other = Pipeline(engine, link), Pipeline(engine, link)
+        other.plan(READ, 4 * MIB)
+        views = [np.zeros(4 * MIB, np.uint8) for _ in range(2)]
+        depths: tuple[set[int], set[int]] = (set(), set())
+        for _ in range(60):
+            made = []
+            for view, planned in zip(views, depths, strict=True):
+                transfer = pipeline.transfer(READ, len(view))
+                planned.add(pipeline.stats()["read"]["depth"])
+                transfer.keep(view)
+                transfer.add(0, address_of(view), len(view))
+                transfer.submit()
+                made.append(transfer)
+            for transfer in made:
+                engine.wait(transfer)
+        assert 0.4 <= pipeline.stats()["queued"] <= 0.6
+        assert pipeline.stats()["read"]["reached_gib_s"] > 0
+        assert len(depths[0]) > 1, "one that is alone tries other depths"
+        assert depths[1] == {engine.queue.slots}
+        # Another pipeline on the same engine learns nothing from those.
+        assert "nothing is measured" in other.stats()["read"]["reason"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see test_link_gpu.py")

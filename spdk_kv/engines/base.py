@@ -164,6 +164,11 @@ class Engine:
             )
         return self._queue
 
+    @property
+    def queues(self) -> list[Queue]:
+        """All queues that transfers are dealt out to. ClosedError, as :attr:`queue`."""
+        return [self.queue]
+
     def close(self, timeout_s: float = 30.0) -> None:
         """Waits for what is in flight and gives the device back. May be called twice.
 
@@ -209,6 +214,7 @@ class Engine:
         chunk_nbytes: int = 0,
         segment_nbytes: int = 0,
         window: int = 0,
+        plan: int = 0,
         link: Link | None = None,
         stream: int | None = None,
         hand_over: bool = False,
@@ -229,6 +235,7 @@ class Engine:
             chunk_nbytes=chunk_nbytes,
             segment_nbytes=segment_nbytes,
             window=window,
+            plan=plan,
             link=link,
             stream=stream,
             hand_over=hand_over,

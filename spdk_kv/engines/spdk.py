@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from spdk_kv._native.transfer import DISCARD, Transfer
+from spdk_kv._native.transfer import DISCARD, Queue, Transfer
 from spdk_kv.engines import spdk_env
 from spdk_kv.engines.base import Engine, EngineOptions, op_name
 from spdk_kv.engines.location import Location
@@ -174,6 +174,10 @@ class SpdkEngine(Engine):
             if transfer.queue is lane._queue:
                 return lane.start(transfer, *arguments, **how)
         return super().start(transfer, *arguments, **how)
+
+    @property
+    def queues(self) -> list[Queue]:
+        return [self.queue, *(lane.queue for lane in self._lanes)]
 
     @property
     def depth(self) -> int:
