@@ -18,7 +18,7 @@
 #define SKV_NVME_STATUS 0x10000
 
 /* The number changes with the structures below: an engine built against others is refused. */
-#define SKV_BACKEND_CAPSULE "spdk_kv.backend.2"
+#define SKV_BACKEND_CAPSULE "spdk_kv.backend.3"
 
 enum { SKV_READ = 0, SKV_WRITE = 1, SKV_FLUSH = 2, SKV_DISCARD = 3 };
 
@@ -32,6 +32,13 @@ typedef struct skv_io {
     uint32_t cold_nbytes; /* of a read through a cache: bytes that were not in it */
     struct skv_io *next; /* for lists of the engine's own */
     uint64_t submitted_ns;
+    /* An engine whose own threads copy the bytes of a read may sum them while they are in its
+     * cache: CRC32C of each chunk_nbytes (0: of all) of the first sum_nbytes bytes to crcs, unless
+     * that is NULL. It then sets summed; a command that moved less than sum_nbytes is not summed. */
+    uint32_t *crcs;
+    uint32_t chunk_nbytes;
+    uint32_t sum_nbytes;
+    uint8_t summed;
     void *owner;         /* for the engine: what its callbacks need to find */
 } skv_io;
 

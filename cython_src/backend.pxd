@@ -1,4 +1,4 @@
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "backend.h" nogil:
     const char *SKV_BACKEND_CAPSULE
@@ -19,6 +19,10 @@ cdef extern from "backend.h" nogil:
         uint32_t cold_nbytes
         skv_io *next
         uint64_t submitted_ns
+        uint32_t *crcs
+        uint32_t chunk_nbytes
+        uint32_t sum_nbytes
+        uint8_t summed
         void *owner
 
     ctypedef struct skv_backend:

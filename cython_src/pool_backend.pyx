@@ -15,6 +15,7 @@ from backend cimport (
     SKV_BACKEND_CAPSULE, SKV_DISCARD, SKV_FLUSH, SKV_READ, SKV_WRITE, skv_backend, skv_io,
     skv_now_ns,
 )
+from crc32c cimport skv_crc32c
 from pthreads cimport (
     init_cond, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
     pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
@@ -23,7 +24,6 @@ from pthreads cimport (
 )
 
 cdef extern from "<unistd.h>" nogil:
-    ssize_t pread(int fd, void *buffer, size_t nbytes, long offset)
     ssize_t pwrite(int fd, const void *buffer, size_t nbytes, long offset)
     int fdatasync(int fd)
     int getpid()
@@ -44,6 +44,10 @@ cdef extern from "<fcntl.h>" nogil:
     int fallocate(int fd, int mode, long offset, long nbytes)
 
 
+# Copied out of the page cache and summed at once: it and its source stay in a core's second cache.
+DEF SLICE_NBYTES = 131072
+
+
 cdef struct ThreadPool:
     skv_backend backend
     int fd
@@ -57,44 +61,77 @@ cdef struct ThreadPool:
     bint woken
     bint waiting
     bint stopping
-    bint tells_cold
+    bint buffered
     pthread_t *threads
     int count
 
 
-cdef uint32_t _read_cached(int fd, skv_io *io) noexcept nogil:
-    """Reads what the page cache holds from the start of the range on; returns how much that is."""
+cdef inline ssize_t _read_at(int fd, skv_io *io, uint32_t first, uint32_t nbytes,
+                             int flags) noexcept nogil:
     cdef iovec part
-    cdef ssize_t rc
-    part.iov_base = io.addr
-    part.iov_len = io.nbytes
-    rc = preadv2(fd, &part, 1, <long>io.offset, RWF_NOWAIT)
-    # Not supported or interrupted: it then counts as cold, and is read all the same.
-    return <uint32_t>rc if rc > 0 else 0
+    part.iov_base = <char *>io.addr + first
+    part.iov_len = nbytes
+    return preadv2(fd, &part, 1, <long>(io.offset + first), flags)
 
 
-cdef int _read_telling(int fd, skv_io *io) noexcept nogil:
-    """Reads through the page cache, and tells how much of it had to come from the device."""
-    cdef uint32_t warm = _read_cached(fd, io)
+cdef void _sum(skv_io *io, uint32_t first, uint32_t last) noexcept nogil:
+    """Sums the bytes [first, last) of a read; `first` begins a chunk, and the calls come in
+    order."""
+    cdef const unsigned char *at = <const unsigned char *>io.addr
+    cdef uint32_t take
+    if io.chunk_nbytes == 0:
+        io.crcs[0] = skv_crc32c(io.crcs[0] if first else 0, at + first, last - first)
+        return
+    while first < last:
+        take = min(io.chunk_nbytes, last - first)
+        io.crcs[first // io.chunk_nbytes] = skv_crc32c(0, at + first, take)
+        first += take
+
+
+cdef uint32_t _read_cached(ThreadPool *p, skv_io *io, uint32_t *summed) noexcept nogil:
+    """Reads what the page cache holds from the start of the range on, and sums it while it is in
+    this core's cache, up to `summed`; returns how much was read."""
+    cdef uint32_t at = 0, take
+    cdef uint32_t slice_nbytes = io.nbytes if io.crcs == NULL else max(
+        SLICE_NBYTES, io.chunk_nbytes)
     cdef ssize_t rc
-    if warm == io.nbytes:
-        return <int>warm
-    while True:
-        rc = pread(fd, <char *>io.addr + warm, io.nbytes - warm, <long>(io.offset + warm))
+    while at < io.nbytes:
+        take = min(slice_nbytes, io.nbytes - at)
+        rc = _read_at(p.fd, io, at, take, RWF_NOWAIT)
+        if rc < <ssize_t>take:
+            # Not supported or interrupted: it then counts as cold, and is read all the same.
+            return at + <uint32_t>max(rc, 0)
+        if io.crcs != NULL:
+            _sum(io, at, at + take)
+            summed[0] = at + take
+        at += take
+    return at
+
+
+cdef int _read(ThreadPool *p, skv_io *io) noexcept nogil:
+    """The command's result: bytes read, or -errno."""
+    cdef uint32_t summed = 0
+    cdef uint32_t warm = _read_cached(p, io, &summed) if p.buffered else 0
+    cdef ssize_t rc = 0
+    while warm < io.nbytes:
+        rc = _read_at(p.fd, io, warm, io.nbytes - warm, 0)
         if rc >= 0:
-            io.cold_nbytes = <uint32_t>rc
-            return <int>(warm + rc)
+            break
         if errno != EINTR:
             return -errno
+    if p.buffered:
+        io.cold_nbytes = <uint32_t>rc
+    if io.crcs != NULL and warm + rc >= io.sum_nbytes:
+        _sum(io, summed, io.sum_nbytes)
+        io.summed = 1
+    return <int>(warm + rc)
 
 
 cdef int _execute(int fd, skv_io *io) noexcept nogil:
-    """The command's result: bytes moved, or -errno."""
+    """The result of any other command: bytes moved, or -errno."""
     cdef ssize_t rc
     while True:
-        if io.op == SKV_READ:
-            rc = pread(fd, io.addr, io.nbytes, <long>io.offset)
-        elif io.op == SKV_WRITE:
+        if io.op == SKV_WRITE:
             rc = pwrite(fd, io.addr, io.nbytes, <long>io.offset)
         elif io.op == SKV_FLUSH:
             rc = fdatasync(fd)
@@ -120,8 +157,8 @@ cdef void *_thread_main(void *argument) noexcept nogil:
             continue
         p.todo = io.next
         pthread_mutex_unlock(&p.mutex)
-        if p.tells_cold and io.op == SKV_READ:
-            io.result = _read_telling(p.fd, io)
+        if io.op == SKV_READ:
+            io.result = _read(p, io)
         else:
             io.result = _execute(p.fd, io)
         pthread_mutex_lock(&p.mutex)
@@ -211,7 +248,8 @@ cdef void _cancel(void *self, skv_io *io) noexcept nogil:
 cdef class PoolBackend:
     """``threads`` native threads over the descriptor ``fd``, which stays the caller's.
 
-    ``tells_cold``: count what reads do not find in the page cache (``Transfer.cold_nbytes``).
+    ``buffered``: it goes through the page cache, and what reads do not find there is counted
+    (``Transfer.cold_nbytes``). Reads are summed by the thread that made them.
     ``backend`` is the capsule for a queue. Close it after the queue; a thread that hangs in a
     system call would make that wait.
     """
@@ -219,9 +257,9 @@ cdef class PoolBackend:
     cdef readonly object backend
     cdef int _pid
 
-    def __cinit__(self, int fd, int threads, *, bint tells_cold=False):
+    def __cinit__(self, int fd, int threads, *, bint buffered=False):
         self._p.fd = fd
-        self._p.tells_cold = tells_cold
+        self._p.buffered = buffered
         self._pid = getpid()
         if not 1 <= threads <= 1024:
             raise ValueError(f"threads is 1 to 1024, not {threads}")

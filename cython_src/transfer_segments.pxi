@@ -232,6 +232,12 @@ cdef void _prepare(Queue_ *q, Segment *s) noexcept nogil:
     s.io.nbytes = s.device_nbytes
     s.io.op = s.transfer.op
     s.io.next = NULL
+    s.io.crcs = NULL
+    s.io.summed = 0
+    if s.transfer.op == SKV_READ and s.transfer.checksum and s.slot == NULL:
+        s.io.crcs = s.chunk_crcs if s.chunk_crcs != NULL else &s.crc
+        s.io.chunk_nbytes = s.transfer.chunk_nbytes
+        s.io.sum_nbytes = s.nbytes
     s.transfer.outstanding += 1
 
 
@@ -332,6 +338,7 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
                 s.io.addr = <unsigned char *>s.io.addr + result
                 s.io.offset += <uint32_t>result
                 s.io.nbytes -= <uint32_t>result
+                s.io.crcs = NULL  # only the whole can be summed
                 _retry(q, s)
                 return
             else:
@@ -339,7 +346,8 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
     s.io_done = 1
     if t.link != NULL and t.op == SKV_READ:
         _landed(q, s)
-    elif not s.failed and t.op == SKV_READ and (t.checksum or s.slot != NULL):
+    elif (not s.failed and t.op == SKV_READ
+            and (s.slot != NULL or t.checksum and not s.io.summed)):
         _follow_up_push(q, s)
     elif not s.queued:
         _finish_segment(q, s)

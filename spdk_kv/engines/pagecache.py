@@ -18,14 +18,12 @@ class PageCacheEngine(FileEngine):
     name = "pagecache"
     direct = False
 
-    tells_cold = False
-
     def _open_backend(self) -> PoolBackend:
         # The loop reads ahead itself, by its depth. The kernel's read-ahead follows one stream per
         # descriptor, is lost where several threads read in turn, and fetches what nobody wants.
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
         threads = min(self.options.depth, _MOST_THREADS)
-        return PoolBackend(self.fd, threads, tells_cold=self.tells_cold)
+        return PoolBackend(self.fd, threads, buffered=True)
 
     def map(self, offset: int, nbytes: int) -> mmap.mmap:
         """The page cache itself as memory, with no copy: ``nbytes`` from ``offset``, a multiple
@@ -54,7 +52,6 @@ class BesidePageCacheEngine(PageCacheEngine):
     """
 
     exclusive = False
-    tells_cold = True
 
     def drop(self, offset: int, nbytes: int) -> None:
         """Takes a range out of the page cache; what is dirty there is written first.
