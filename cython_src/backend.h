@@ -65,6 +65,16 @@ static inline uint64_t skv_now_ns(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+/* Between two looks at what another thread writes: leaves this core to its other hyperthread. */
+static inline void skv_relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 /* Latency histogram: 16 buckets to each doubling, so a bucket is at most 6.25 % wide. */
 #define SKV_BUCKETS 640
 

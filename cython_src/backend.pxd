@@ -34,5 +34,6 @@ cdef extern from "backend.h" nogil:
         int (*reaches)(void *self, const void *addr, uint64_t nbytes) noexcept nogil
 
     uint64_t skv_now_ns()
+    void skv_relax()
     int skv_bucket(uint64_t ns)
     uint64_t skv_bucket_ns(int bucket)

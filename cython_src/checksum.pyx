@@ -34,5 +34,5 @@ def crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b):
 
 
 def implementation():
-    """The implementation that this processor gets: vpclmul, sse4.2, armv8 or table."""
+    """The implementation that this processor gets: vpclmul, fused, sse4.2, armv8 or table."""
     return skv_crc32c_name().decode()

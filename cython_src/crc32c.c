@@ -18,14 +18,17 @@
 #endif
 
 #define POLY 0x82f63b78u
-/* Three streams of this length run side by side: the crc32 instruction takes three cycles but
- * starts one every cycle. Long enough that joining the streams costs nothing. */
-#define STREAM_NBYTES 8192u
+/* Three streams run side by side: the crc32 instruction takes three cycles but starts one every
+ * cycle. Long ones, which cost nothing to join; what is left over, and short ranges, in short ones,
+ * of which six make all but 16 bytes of a page. */
+#define LONG_NBYTES 8192u
+#define SHORT_NBYTES 680u
 
 typedef uint32_t (*crc_fn)(uint32_t state, const uint8_t *p, size_t n);
 
 static uint32_t table[8][256];     /* slicing by 8 */
-static uint32_t shift[4][256];     /* times x^(8*STREAM_NBYTES) mod P */
+typedef uint32_t shift_table[4][256]; /* times x^(8*length of a stream) mod P */
+static shift_table shift_long, shift_short;
 static uint32_t power_of_two[64];  /* x^(2^k) mod P */
 static crc_fn best;
 static const char *best_name;
@@ -52,7 +55,15 @@ static uint32_t x_to_the(uint64_t n)
     return result;
 }
 
-static inline uint32_t shifted(uint32_t crc)
+static void shift_by(shift_table shift, size_t nbytes)
+{
+    uint32_t factor = x_to_the(8ull * nbytes);
+    for (int k = 0; k < 4; k++)
+        for (uint32_t i = 0; i < 256; i++)
+            shift[k][i] = multiply(i << (8 * k), factor);
+}
+
+static inline uint32_t shifted(shift_table shift, uint32_t crc)
 {
     return shift[0][crc & 255] ^ shift[1][(crc >> 8) & 255] ^ shift[2][(crc >> 16) & 255] ^
            shift[3][crc >> 24];
@@ -97,19 +108,24 @@ static inline uint64_t load64(const uint8_t *p)
     return v;
 }
 
+SSE42 static inline uint32_t three_streams(uint32_t c, const uint8_t *p, size_t length,
+                                           shift_table shift)
+{
+    uint32_t c1 = 0, c2 = 0;
+    for (size_t i = 0; i < length; i += 8) {
+        c = CRC64(c, p + i);
+        c1 = CRC64(c1, p + length + i);
+        c2 = CRC64(c2, p + 2 * length + i);
+    }
+    return shifted(shift, shifted(shift, c) ^ c1) ^ c2;
+}
+
 SSE42 static uint32_t crc_instruction(uint32_t c, const uint8_t *p, size_t n)
 {
-    while (n >= 3 * STREAM_NBYTES) {
-        uint32_t c1 = 0, c2 = 0;
-        for (size_t i = 0; i < STREAM_NBYTES; i += 8) {
-            c = CRC64(c, p + i);
-            c1 = CRC64(c1, p + STREAM_NBYTES + i);
-            c2 = CRC64(c2, p + 2 * STREAM_NBYTES + i);
-        }
-        c = shifted(shifted(c) ^ c1) ^ c2;
-        p += 3 * STREAM_NBYTES;
-        n -= 3 * STREAM_NBYTES;
-    }
+    for (; n >= 3 * LONG_NBYTES; n -= 3 * LONG_NBYTES, p += 3 * LONG_NBYTES)
+        c = three_streams(c, p, LONG_NBYTES, shift_long);
+    for (; n >= 3 * SHORT_NBYTES; n -= 3 * SHORT_NBYTES, p += 3 * SHORT_NBYTES)
+        c = three_streams(c, p, SHORT_NBYTES, shift_short);
     for (; n >= 8; n -= 8, p += 8)
         c = CRC64(c, p);
     while (n--)
@@ -127,7 +143,7 @@ SSE42 static uint32_t crc_instruction(uint32_t c, const uint8_t *p, size_t n)
  * L by x^(64+D), H by x^D. The product of two reflected 64-bit values comes out one bit short
  * of the register's convention, hence the -1 in the exponents.
  */
-static uint64_t fold_2048[2], fold_512[2], fold_128[2];
+static uint64_t fold_2048[2], fold_1024[2], fold_512[2], fold_256[2], fold_128[2];
 
 static void fold_constants(uint64_t k[2], unsigned bits)
 {
@@ -135,6 +151,8 @@ static void fold_constants(uint64_t k[2], unsigned bits)
     k[1] = (uint64_t)x_to_the(bits - 1) << 32;
 }
 
+/* Common to those below: what needs AVX-512 must not end up in what has to do without. */
+#define FOLD128 __attribute__((target("sse4.2,pclmul")))
 #define VPCLMUL __attribute__((target("sse4.2,pclmul,avx512f,avx512vl,vpclmulqdq")))
 
 VPCLMUL static inline __m512i fold512(__m512i acc, __m512i next, __m512i k)
@@ -143,7 +161,7 @@ VPCLMUL static inline __m512i fold512(__m512i acc, __m512i next, __m512i k)
                                      _mm512_clmulepi64_epi128(acc, k, 0x11), next, 0x96);
 }
 
-VPCLMUL static inline __m128i fold128(__m128i acc, __m128i next, __m128i k)
+FOLD128 static inline __m128i fold128(__m128i acc, __m128i next, __m128i k)
 {
     return _mm_xor_si128(
         _mm_xor_si128(_mm_clmulepi64_si128(acc, k, 0x00), _mm_clmulepi64_si128(acc, k, 0x11)),
@@ -176,12 +194,95 @@ VPCLMUL static uint32_t crc_vpclmul(uint32_t c, const uint8_t *p, size_t n)
     return crc_instruction((uint32_t)crc, p, n);
 }
 
+/*
+ * Without registers of 64 bytes: the carry-less multiplier does as much per cycle as the crc32
+ * instruction, and has a unit of its own. So one part of a block is folded while the instruction
+ * runs over three streams behind it: per turn 128 bytes, and 40 of each stream.
+ */
+#define LONG_TURNS 64u
+#define SHORT_TURNS 8u
+#define TURN_NBYTES (128u + 3 * 40u)
+static shift_table shift_long_turns, shift_short_turns;
+
+#define FUSED __attribute__((target("sse4.2,pclmul,avx2,vpclmulqdq")))
+
+FUSED static inline __m256i fold256(__m256i acc, __m256i next, __m256i k)
+{
+    return _mm256_xor_si256(_mm256_xor_si256(_mm256_clmulepi64_epi128(acc, k, 0x00),
+                                             _mm256_clmulepi64_epi128(acc, k, 0x11)),
+                            next);
+}
+
+FUSED static inline __m256i load256(const uint8_t *p)
+{
+    return _mm256_loadu_si256((const __m256i *)p);
+}
+
+FUSED static inline __m256i both_lanes(const uint64_t k[2])
+{
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)k));
+}
+
+FUSED static inline uint32_t fused_block(uint32_t c, const uint8_t *p, size_t turns,
+                                         shift_table shift)
+{
+    const uint8_t *q = p + 128 * turns;
+    const size_t length = 40 * turns;
+    __m256i k = both_lanes(fold_1024);
+    __m256i a = load256(p), b = load256(p + 32), d = load256(p + 64), e = load256(p + 96);
+    a = _mm256_xor_si256(a, _mm256_zextsi128_si256(_mm_cvtsi32_si128((int)c)));
+    uint32_t c0 = 0, c1 = 0, c2 = 0;
+    for (;;) {
+        for (size_t i = 0; i < 40; i += 8) {
+            c0 = CRC64(c0, q + i);
+            c1 = CRC64(c1, q + length + i);
+            c2 = CRC64(c2, q + 2 * length + i);
+        }
+        if (!--turns)
+            break;
+        q += 40;
+        p += 128;
+        a = fold256(a, load256(p), k);
+        b = fold256(b, load256(p + 32), k);
+        d = fold256(d, load256(p + 64), k);
+        e = fold256(e, load256(p + 96), k);
+    }
+    k = both_lanes(fold_256);
+    e = fold256(fold256(fold256(a, b, k), d, k), e, k);
+    __m128i r = fold128(_mm256_castsi256_si128(e), _mm256_extracti128_si256(e, 1),
+                        _mm_loadu_si128((const __m128i *)fold_128));
+    uint64_t folded = _mm_crc32_u64(0, (uint64_t)_mm_cvtsi128_si64(r));
+    folded = _mm_crc32_u64(folded, (uint64_t)_mm_extract_epi64(r, 1));
+    c0 ^= shifted(shift, (uint32_t)folded);
+    c1 ^= shifted(shift, c0);
+    return c2 ^ shifted(shift, c1);
+}
+
+FUSED static uint32_t crc_fused(uint32_t c, const uint8_t *p, size_t n)
+{
+    for (; n >= LONG_TURNS * TURN_NBYTES; n -= LONG_TURNS * TURN_NBYTES) {
+        c = fused_block(c, p, LONG_TURNS, shift_long_turns);
+        p += LONG_TURNS * TURN_NBYTES;
+    }
+    for (; n >= SHORT_TURNS * TURN_NBYTES; n -= SHORT_TURNS * TURN_NBYTES) {
+        c = fused_block(c, p, SHORT_TURNS, shift_short_turns);
+        p += SHORT_TURNS * TURN_NBYTES;
+    }
+    return crc_instruction(c, p, n);
+}
+
 static int has_sse42(void) { return __builtin_cpu_supports("sse4.2"); }
 
 static int has_vpclmul(void)
 {
     return has_sse42() && __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("vpclmulqdq");
+}
+
+static int has_fused(void)
+{
+    return has_sse42() && __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("avx2") &&
+           __builtin_cpu_supports("vpclmulqdq");
 }
 
 #endif
@@ -193,6 +294,8 @@ static crc_fn find(const char *name)
 #if defined(__x86_64__)
     if (!strcmp(name, "vpclmul") && has_vpclmul())
         return crc_vpclmul;
+    if (!strcmp(name, "fused") && has_fused())
+        return crc_fused;
     if (!strcmp(name, "sse4.2") && has_sse42())
         return crc_instruction;
 #elif defined(SSE42)
@@ -204,7 +307,7 @@ static crc_fn find(const char *name)
 
 static void set_up(void)
 {
-    static const char *const by_speed[] = {"vpclmul", "sse4.2", "armv8", "table"};
+    static const char *const by_speed[] = {"vpclmul", "fused", "sse4.2", "armv8", "table"};
     for (uint32_t i = 0; i < 256; i++) {
         uint32_t c = i;
         for (int k = 0; k < 8; k++)
@@ -217,14 +320,16 @@ static void set_up(void)
     power_of_two[0] = 1u << 30;
     for (int k = 1; k < 64; k++)
         power_of_two[k] = multiply(power_of_two[k - 1], power_of_two[k - 1]);
-    uint32_t by_stream = x_to_the(8ull * STREAM_NBYTES);
-    for (int k = 0; k < 4; k++)
-        for (uint32_t i = 0; i < 256; i++)
-            shift[k][i] = multiply(i << (8 * k), by_stream);
+    shift_by(shift_long, LONG_NBYTES);
+    shift_by(shift_short, SHORT_NBYTES);
 #if defined(__x86_64__)
     fold_constants(fold_2048, 2048);
+    fold_constants(fold_1024, 1024);
     fold_constants(fold_512, 512);
+    fold_constants(fold_256, 256);
     fold_constants(fold_128, 128);
+    shift_by(shift_long_turns, 40 * LONG_TURNS);
+    shift_by(shift_short_turns, 40 * SHORT_TURNS);
 #endif
     for (size_t i = 0; !best; i++) {
         best_name = by_speed[i];

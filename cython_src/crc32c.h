@@ -11,7 +11,7 @@ uint32_t skv_crc32c(uint32_t crc, const void *data, size_t nbytes);
 /* CRC of A||B from the CRCs of A and of B, and B's length. */
 uint32_t skv_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b);
 
-/* Which implementation this processor gets: "vpclmul", "sse4.2", "armv8" or "table". */
+/* Which implementation this processor gets: "vpclmul", "fused", "sse4.2", "armv8" or "table". */
 const char *skv_crc32c_name(void);
 
 /* Computes with the implementation of that name. Returns 0, or -1 where it cannot run here. */

@@ -15,7 +15,7 @@ from libc.string cimport memcpy, memset
 
 from backend cimport (
     SKV_BACKEND_CAPSULE, SKV_DISCARD, SKV_FLUSH, SKV_NVME_STATUS, SKV_READ, SKV_WRITE, skv_backend,
-    skv_io, skv_now_ns,
+    skv_io, skv_now_ns, skv_relax,
 )
 from pthreads cimport (
     init_cond, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_t, pthread_join,

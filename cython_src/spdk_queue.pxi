@@ -33,8 +33,8 @@ cdef void _on_io(void *argument, const spdk_nvme_cpl *cpl) noexcept nogil:
 
 
 cdef int _command(Pair *p, skv_io *io) noexcept nogil:
-    cdef uint64_t lba = io.offset // p.block_nbytes
-    cdef uint32_t count = io.nbytes // p.block_nbytes
+    cdef uint64_t lba = io.offset >> p.block_shift
+    cdef uint32_t count = io.nbytes >> p.block_shift
     cdef spdk_nvme_dsm_range area
     io.owner = p
     if io.op == SKV_READ:
@@ -110,6 +110,8 @@ cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept no
             _poll_pair(p, until_ns)
         if p.held or p.done != NULL or wait_ns == 0 or p.woken:
             break
+        # The target of a vfio-user drive may run on this core's other thread.
+        skv_relax()
         polls += 1
         if polls % POLLS == 0 or until_ns == 0 or p.in_flight == 0:
             now = skv_now_ns()
@@ -124,7 +126,9 @@ cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept no
                 # The abort did not help: only a reset makes the device let go of the memory.
                 p.reset_at_ns = 0
                 _ask(p.admin, -EAGAIN)
-    p.woken = False
+    # Only where it was seen: storing it blindly could take back what a later one has set, unseen.
+    if p.woken:
+        p.woken = False
     if p.held:
         return 0
     while p.done != NULL and n < most:

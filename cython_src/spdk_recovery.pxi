@@ -56,6 +56,10 @@ cdef int _connect_pair(Pair *p) noexcept nogil:
     memcpy(identity + 32, &eui64, 8)
     if not p.known:
         p.block_nbytes = spdk_nvme_ns_get_sector_size(ns)
+        # LBADS is an exponent (NVM Command Set 1.0, figure 98).
+        p.block_shift = 0
+        while 1 << p.block_shift < p.block_nbytes:
+            p.block_shift += 1
         p.blocks = spdk_nvme_ns_get_num_sectors(ns)
         memcpy(p.identity, identity, sizeof(identity))
         p.known = True

@@ -18,6 +18,7 @@ cdef struct Pair:
     spdk_nvme_qpair *pair    # NULL: there is no connection just now
     uint32_t nsid
     uint32_t block_nbytes
+    uint32_t block_shift
     uint64_t blocks
     unsigned char identity[40]   # NGUID, UUID and EUI64: what has to come back after a reset
     bint known               # the four above are set

@@ -44,6 +44,31 @@ from spdk_kv.errors import ClosedError, DeviceError
 cdef extern from *:
     ctypedef unsigned char volatile_uint8 "volatile unsigned char"
 
+cdef extern from *:
+    """
+    /* What another thread wrote before it set the flag is seen by whoever sees the flag. */
+    static inline int skv_is_set(const unsigned char *flag)
+    {
+        return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+    }
+    static inline void skv_set(unsigned char *flag)
+    {
+        __atomic_store_n(flag, 1, __ATOMIC_RELEASE);
+    }
+    /* Asks for memory that will be read, or written, soon. It may be anybody's. */
+    static inline void skv_prefetch(const unsigned char *at, uint32_t nbytes, int to_write)
+    {
+        for (uint32_t i = 0; i < nbytes; i += 64)
+            if (to_write)
+                __builtin_prefetch(at + i, 1);
+            else
+                __builtin_prefetch(at + i, 0);
+    }
+    """
+    bint skv_is_set(const unsigned char *flag) nogil
+    void skv_set(unsigned char *flag) nogil
+    void skv_prefetch(const unsigned char *at, uint32_t nbytes, int to_write) nogil
+
 cdef extern from "<errno.h>" nogil:
     int ECANCELED
     int ENODATA
@@ -57,8 +82,26 @@ cdef extern from "<sys/prctl.h>" nogil:
     int PR_GET_TIMERSLACK
     int PR_SET_TIMERSLACK
 
-cdef extern from "<unistd.h>" nogil:
-    int _getpid "getpid"()
+cdef extern from *:
+    """
+    #include <pthread.h>
+    #include <unistd.h>
+
+    /* A small transfer looks four times, and the system call is a twentieth of it each time. */
+    static int skv_pid;
+    static void skv_note_pid(void) { skv_pid = (int)getpid(); }
+    static int skv_follow_forks(void)
+    {
+        skv_note_pid();
+        return pthread_atfork(NULL, NULL, skv_note_pid);
+    }
+    static inline int skv_getpid(void) { return skv_pid; }
+    """
+    int _getpid "skv_getpid"() nogil
+    int skv_follow_forks()
+
+if skv_follow_forks():
+    raise MemoryError("forks cannot be followed")
 
 READ = SKV_READ
 WRITE = SKV_WRITE

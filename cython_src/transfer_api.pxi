@@ -89,8 +89,12 @@ cdef class Transfer:
         they reach to the end of the last block no copy is needed for it. Writes begin at a whole
         block and fill their last one with zeros. Raises ValueError.
         """
+        self._add(offset, address, nbytes, capacity)
+
+    cdef int _add(self, uint64_t offset, size_t address, uint64_t nbytes,
+                  uint64_t capacity) except -1:
         cdef Queue_ *q = self._t.queue
-        cdef uint32_t misplaced = offset % q.block_nbytes
+        cdef uint32_t misplaced = offset & (q.block_nbytes - 1)
         cdef Piece *p
         if self._submitted:
             raise ValueError("the transfer was already submitted")
@@ -108,6 +112,7 @@ cdef class Transfer:
         p.nbytes = nbytes
         p.capacity = max(nbytes, capacity)
         self._count += 1
+        return 0
 
     def add_many(self, const uint64_t[::1] offsets not None, const uint64_t[::1] addresses not None,
                  const uint64_t[::1] nbytes not None):
@@ -116,7 +121,7 @@ cdef class Transfer:
         if offsets.shape[0] != addresses.shape[0] or offsets.shape[0] != nbytes.shape[0]:
             raise ValueError("offsets, addresses and nbytes differ in length")
         for i in range(offsets.shape[0]):
-            self.add(offsets[i], addresses[i], nbytes[i], 0)
+            self._add(offsets[i], addresses[i], nbytes[i], 0)
 
     cdef _grow(self):
         cdef uint32_t room = max(8, 2 * self._room)
@@ -126,12 +131,25 @@ cdef class Transfer:
         self._pieces = <Piece *>grown
         self._room = room
 
+    cdef bint _reaches_all(self):
+        """Whether the device reaches everything from the first piece to the last, by address."""
+        cdef skv_backend *backend = self._t.queue.backend
+        cdef size_t first = <size_t>self._pieces[0].address, last = first, address
+        cdef uint32_t i
+        for i in range(self._count):
+            address = <size_t>self._pieces[i].address
+            first = min(first, address)
+            last = max(last, address + self._pieces[i].capacity)
+        return backend.reaches(backend.self, <void *>first, last - first)
+
     cdef _cut(self):
         """Cuts the pieces into segments."""
         cdef Queue_ *q = self._t.queue
         cdef uint64_t most = self._t.segment_nbytes, count = 0, chunks = 0, at, skip, take
+        # Powers of two: masks, because a division takes as long as much of the rest.
+        cdef uint64_t within = q.block_nbytes - 1, unaligned = q.align_nbytes - 1
         cdef uint32_t i
-        cdef bint foreign
+        cdef bint foreign, asks
         cdef Piece *p
         cdef Segment *s
         if self._t.op >= SKV_FLUSH:
@@ -142,7 +160,9 @@ cdef class Transfer:
             if self._t.op == SKV_FLUSH:
                 p.segments = 1
             else:
-                p.segments = <uint32_t>((p.nbytes + p.offset % q.block_nbytes + most - 1) // most)
+                skip = p.offset & within
+                p.segments = (p.nbytes != 0 if skip + p.nbytes <= most
+                              else <uint32_t>((skip + p.nbytes + most - 1) // most))
             count += p.segments
             if self._t.chunk_nbytes:
                 p.first_chunk = <uint32_t>chunks
@@ -162,25 +182,27 @@ cdef class Transfer:
         if (self._t.segments == NULL or self._t.crcs == NULL
                 or (self._t.link != NULL and self._t.copies == NULL)):
             raise MemoryError()
+        asks = q.backend.reaches != NULL and self._t.op <= SKV_WRITE and self._t.link == NULL
+        # Many pieces mostly lie in one buffer: one question for all of them.
+        if asks and self._count > 1:
+            asks = not self._reaches_all()
         for i in range(self._count):
             p = &self._pieces[i]
             at = 0
             foreign = self._t.link != NULL or (
-                q.backend.reaches != NULL and self._t.op <= SKV_WRITE
-                and not q.backend.reaches(q.backend.self, p.address, p.capacity))
+                asks and not q.backend.reaches(q.backend.self, p.address, p.capacity))
             s = &self._t.segments[p.first_segment]
             while at < p.nbytes or (self._t.op == SKV_FLUSH and at == 0):
-                skip = (p.offset + at) % q.block_nbytes
+                skip = (p.offset + at) & within
                 take = min(p.nbytes - at, most - skip)
                 s.transfer = self._t
                 s.user = p.address + at
                 s.offset = p.offset + at - skip
                 s.skip = <uint32_t>skip
                 s.nbytes = <uint32_t>take
-                s.device_nbytes = <uint32_t>(
-                    (skip + take + q.block_nbytes - 1) // q.block_nbytes * q.block_nbytes)
+                s.device_nbytes = <uint32_t>((skip + take + within) & ~within)
                 if self._t.op <= SKV_WRITE:
-                    s.bounce = (foreign or <size_t>s.user % q.align_nbytes != 0 or skip != 0
+                    s.bounce = (foreign or (<size_t>s.user & unaligned) != 0 or skip != 0
                                 or at + s.device_nbytes > p.capacity)
                 if self._t.chunk_nbytes:
                     s.chunk_crcs = &self._t.crcs[
@@ -248,8 +270,9 @@ cdef class Transfer:
                 _notify(q, self._t)
             pthread_mutex_unlock(&q.mutex)
             return
-        with nogil:
-            taken = _enqueue(q, self._t, wake_thread)
+        # With the GIL: nobody waits while they hold the mutex, and to hand the GIL on and to get it
+        # back takes longer than this does.
+        taken = _enqueue(q, self._t, wake_thread)
         if not taken:
             self._submitted = False
             if notify:
@@ -337,7 +360,7 @@ cdef class Transfer:
         else:
             self._t.priority = DEMAND
         q.changed = 1
-        _wake(q)
+        _tell(q)
         pthread_mutex_unlock(&q.mutex)
 
     cdef _drain(self):

@@ -101,8 +101,36 @@ cdef void _take_slots(Queue_ *q) noexcept nogil:
 
 
 cdef inline bint _is_over(Transfer_ *t) noexcept nogil:
-    """Whoever waits for it need not any more. With the mutex held."""
+    """Whoever waits for it need not any more. With the mutex held, or by the driver, who alone
+    writes these."""
     return t.done or t.expired or t.issued
+
+
+cdef inline bint _is_reached(Queue_ *q, Transfer_ *target) noexcept nogil:
+    """What the driver drives for; `NULL`: that nothing is active, as far as it knows."""
+    return _is_over(target) if target != NULL else q.active == 0
+
+
+cdef inline uint64_t _clock(Queue_ *q) noexcept nogil:
+    """The time, to within a few commands."""
+    if q.clock_uses == 0:
+        q.clock_ns = skv_now_ns()
+        q.clock_uses = CLOCK_USES
+    q.clock_uses -= 1
+    return q.clock_ns
+
+
+cdef inline int _take_completions(Queue_ *q, int64_t wait) noexcept nogil:
+    """Waits for some at most `wait`; returns their number, or what else the engine says."""
+    cdef skv_io *done[BATCH]
+    cdef uint64_t now
+    cdef int i, n = q.backend.poll(q.backend.self, done, BATCH, wait)
+    q.clock_uses = 0
+    if n > 0:
+        now = _clock(q)
+        for i in range(n):
+            _completed(q, <Segment *>done[i], now)
+    return n
 
 
 cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil:
@@ -110,26 +138,24 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
 
     Returns whether it ended for the first reason.
     """
-    cdef skv_io *done[BATCH]
     cdef int64_t wait
     cdef uint64_t now, wake_at
-    cdef int n, i
-    cdef bint look, over
+    cdef int n
+    cdef bint look
+    q.clock_uses = 0
     while True:
-        pthread_mutex_lock(&q.mutex)
-        q.polling = 0
-        if q.incoming != NULL:
-            _take_incoming(q)
-        if q.more_slots != NULL:
-            _take_slots(q)
-        look = q.changed
-        q.changed = 0
-        if target != NULL:
-            over = _is_over(target)
-        else:
-            over = q.active == 0
-        pthread_mutex_unlock(&q.mutex)
-        if over:
+        look = False
+        if skv_is_set(&q.news):
+            pthread_mutex_lock(&q.mutex)
+            q.news = 0
+            if q.incoming != NULL:
+                _take_incoming(q)
+            if q.more_slots != NULL:
+                _take_slots(q)
+            look = q.changed
+            q.changed = 0
+            pthread_mutex_unlock(&q.mutex)
+        if _is_reached(q, target):
             return True
         if look:
             _look_at_changes(q)
@@ -142,7 +168,7 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
             now = _look_at_deadlines(q)
             if now and (wake_at == 0 or now < wake_at):
                 wake_at = now
-        now = skv_now_ns()
+        now = _clock(q)
         # Also with work at hand: a thread of Python's has signals to look at.
         if until_ns and now >= until_ns:
             return False
@@ -153,34 +179,31 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
                 wait = <int64_t>(wake_at - now) if wake_at > now else 0
             if q.copies:
                 wait = min(wait, _until_copied(q, now))
-            pthread_mutex_lock(&q.mutex)
-            if q.incoming != NULL or q.changed or q.active == 0:
-                wait = 0
-            elif target != NULL and _is_over(target):
+            if _is_reached(q, target):
                 wait = 0
             elif q.copies and not q.in_flight:
                 # Nothing would come out of the engine, and one without a device would not wait.
-                _nap(q, now, wait)
+                pthread_mutex_lock(&q.mutex)
+                if not q.news:
+                    _nap(q, now, wait)
+                pthread_mutex_unlock(&q.mutex)
                 wait = 0
-            else:
-                q.polling = 1
-            pthread_mutex_unlock(&q.mutex)
-        n = q.backend.poll(q.backend.self, done, BATCH, wait)
-        if n > 0:
-            now = skv_now_ns()
-            for i in range(n):
-                _completed(q, <Segment *>done[i], now)
-        elif n == -EINTR and target != NULL and until_ns:
+            elif q.polling != 1:
+                # It stays so until somebody wakes the engine, so that most turns need no mutex.
+                pthread_mutex_lock(&q.mutex)
+                if q.news:
+                    wait = 0
+                else:
+                    q.polling = 1
+                pthread_mutex_unlock(&q.mutex)
+        n = _take_completions(q, wait)
+        if n == -EINTR and target != NULL and until_ns:
             return False
         if q.follow_up != NULL:
             if n > 0:
                 # Keep the device busy first.
                 _refill(q)
-                n = q.backend.poll(q.backend.self, done, BATCH, 0)
-                if n > 0:
-                    now = skv_now_ns()
-                    for i in range(n):
-                        _completed(q, <Segment *>done[i], now)
+                _take_completions(q, 0)
             if q.follow_up != NULL:
                 _do_follow_up(q)
 
@@ -205,6 +228,7 @@ cdef void *_thread_main(void *argument) noexcept nogil:
             _drive(q, NULL, 0)
             pthread_mutex_lock(&q.mutex)
             q.driven = 0
+            q.polling = 0
             continue
         # Not while a waiter still drives: it may be about to poll an engine that close() frees.
         if q.stopping and not q.active and not q.driven:
@@ -220,9 +244,17 @@ cdef inline void _wake(Queue_ *q) noexcept nogil:
     """With the mutex held: without it the engine could be closed by now, and its descriptor
     another file's."""
     if q.polling == 1:
+        # Once: the engine remembers it, and the driver will look before it waits again.
+        q.polling = 0
         q.backend.wake(q.backend.self)
     elif q.polling:
         pthread_cond_signal(&q.nap)
+
+
+cdef inline void _tell(Queue_ *q) noexcept nogil:
+    """There is something for the driver to take, or to look at. With the mutex held."""
+    skv_set(&q.news)
+    _wake(q)
 
 
 cdef bint _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
@@ -240,7 +272,7 @@ cdef bint _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
     q.active += 1
     if not q.driven and wake_thread:
         pthread_cond_signal(&q.work)
-    _wake(q)
+    _tell(q)
     pthread_mutex_unlock(&q.mutex)
     return True
 

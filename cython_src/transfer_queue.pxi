@@ -53,6 +53,9 @@ cdef class Queue:
         self.closed = True
         if segment_nbytes % block_nbytes or not depth or not segment_nbytes:
             raise ValueError("segments are a whole number of blocks, and depth is at least 1")
+        if block_nbytes & (block_nbytes - 1) or align_nbytes & (align_nbytes - 1):
+            raise ValueError(
+                f"blocks of {block_nbytes} bytes, aligned to {align_nbytes}: powers of two only")
         if not slots and (align_nbytes > 1 or block_nbytes > 1):
             raise ValueError("a device that wants alignment needs bounce slots")
         q = <Queue_ *>calloc(1, sizeof(Queue_))
@@ -125,6 +128,7 @@ cdef class Queue:
         pthread_mutex_lock(&q.mutex)
         q.more_slots = more
         q.more_slots_count = q.slots_count = i
+        skv_set(&q.news)
         pthread_mutex_unlock(&q.mutex)
 
     def reap(self):
@@ -234,7 +238,7 @@ cdef class Queue:
             if not q.stopped:
                 q.giving_up = 1
                 q.changed = 1
-                _wake(q)
+                _tell(q)
                 # Soon, unless the driver itself hangs in the kernel.
                 until_ns = skv_now_ns() + 20 * SLICE_NS
                 while not q.stopped and not q.gave_up:

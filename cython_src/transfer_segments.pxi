@@ -150,8 +150,9 @@ cdef inline void _move(unsigned char *to, const unsigned char *source, uint32_t 
 cdef void _copy(Segment *s) noexcept nogil:
     """Between the caller's memory and the slot, and the checksum with it.
 
-    In blocks that stay in the cache, so that summing what was just copied costs little. What is
-    summed is the caller's side: the copy is covered too.
+    In blocks that stay in the first cache, so that summing what was just copied costs little; the
+    caller's next block is fetched meanwhile. What is summed is the caller's side: the copy is
+    covered too.
     """
     cdef uint32_t block = COPY_BLOCK_NBYTES, chunk = s.transfer.chunk_nbytes
     cdef uint32_t at = 0, end
@@ -165,6 +166,7 @@ cdef void _copy(Segment *s) noexcept nogil:
         else:
             _move(s.user + at, s.slot + s.skip + at, end - at)
         if s.transfer.checksum:
+            skv_prefetch(s.user + end, min(block, s.nbytes - end), s.transfer.op == SKV_READ)
             _checksum(s, at, end)
         at = end
 
@@ -174,6 +176,7 @@ cdef void _do_follow_up(Queue_ *q) noexcept nogil:
     cdef Segment *s = q.follow_up
     q.follow_up = s.next_follow_up
     s.queued = 0
+    q.clock_uses = 0
     # Of a transfer that failed or expired nobody reads the sums, and its caller's memory should
     # not change any more than the device changes it.
     if not s.failed and not s.transfer.status:
@@ -190,7 +193,7 @@ cdef void _do_follow_up(Queue_ *q) noexcept nogil:
 cdef void _submit_segment(Queue_ *q, Segment *s) noexcept nogil:
     """Hands one segment to the engine, or puts it on the retry list when the engine is full."""
     cdef int rc
-    s.io.submitted_ns = skv_now_ns()
+    s.io.submitted_ns = _clock(q)
     s.io.cold_nbytes = 0
     rc = q.backend.submit(q.backend.self, &s.io)
     if rc == -EAGAIN:
@@ -222,6 +225,7 @@ cdef void _prepare(Queue_ *q, Segment *s) noexcept nogil:
             q.counters.bounced += s.nbytes
             if s.transfer.op == SKV_WRITE:
                 _copy(s)
+                q.clock_uses = 0
     if s.transfer.op == SKV_WRITE:
         # Whatever the last block held in memory is somebody else's business.
         padding = s.device_nbytes - s.nbytes

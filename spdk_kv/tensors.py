@@ -136,10 +136,16 @@ def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
         raise ShapeMismatch(f"out is a dense tensor, not {out.type()}")
     if out.requires_grad:
         raise ShapeMismatch("out requires grad; pass out.detach()")
-    _check_distinct(out.shape, out.stride())
-    plain = out.is_contiguous() and not (out.is_conj() or out.is_neg())
-    direct = plain and out.device.type == "cpu"
-    return Destination(out, byte_view(out) if direct else None, plain)
+    contiguous = out.is_contiguous()
+    if not contiguous:
+        _check_distinct(out.shape, out.stride())
+    plain = contiguous and not (out.is_conj() or out.is_neg())
+    if not plain or out.device.type != "cpu":
+        return Destination(out, None, plain)
+    # What byte_view would find after six operations of torch's. The alias keeps the memory where
+    # the caller gives `out` other memory meanwhile.
+    nbytes = out.numel() * out.element_size()
+    return Destination(out, ByteView(out.data_ptr(), nbytes, dtype, shape, out.detach()), plain)
 
 
 def _check_distinct(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:

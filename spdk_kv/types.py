@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from spdk_kv.errors import ShapeMismatch
@@ -37,7 +37,8 @@ def torch_dtypes() -> Mapping[str, torch.dtype]:
     return found
 
 
-def dtype_name(dtype: object) -> str:
+@lru_cache(maxsize=256)
+def dtype_name(dtype: Hashable) -> str:
     """The name under which ``dtype`` (torch, numpy or text) is recorded.
 
     numpy dtypes that torch does not know (``float128``, strings ...) raise ShapeMismatch.

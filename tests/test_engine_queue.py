@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
+import os
 import threading
 import time
 import weakref
@@ -13,8 +15,9 @@ import numpy as np
 import pytest
 from media import EVERY, KEEPING, SMALL, Medium, address_of, medium, memory
 
+from spdk_kv._native.mem_backends import MemoryBackend
 from spdk_kv._native.memory import Pool
-from spdk_kv._native.transfer import PREFETCH, READ, WRITE
+from spdk_kv._native.transfer import PREFETCH, READ, WRITE, Queue
 from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.errors import ClosedError, DeviceError
 
@@ -311,3 +314,49 @@ def test_a_closed_device_can_be_opened_again_at_once(kind, tmp_path):
             location = parse_location(f"block://{path}")
             found.engine = open_engine(location, path, engine=found.engine.name, options=SMALL)
         found.engine.close()
+
+
+def test_a_piece_of_nothing_reads_nothing_wherever_it_begins(keeping):
+    into = memory(BLOCK)
+    for offset in (0, 5, BLOCK - 1):
+        transfer = reading(keeping.engine, into=into)
+        transfer.add(offset, address_of(into), 0)
+        keeping.engine.run(transfer, 10)
+
+
+def test_blocks_and_alignment_are_powers_of_two():
+    backend = MemoryBackend(0)
+    for block_nbytes, align_nbytes in ((3 * 512, 1), (512, 12)):
+        with pytest.raises(ValueError, match="powers of two"):
+            Queue(
+                backend.backend,
+                backend,
+                depth=1,
+                segment_nbytes=3 * 4096,
+                block_nbytes=block_nbytes,
+                align_nbytes=align_nbytes,
+                slots=[4096],
+                pid=os.getpid(),
+            )
+
+
+def test_many_pieces_of_which_the_device_reaches_but_some(keeping):
+    """One answer for all of them would be wrong here."""
+    engine = keeping.engine
+    own = [engine.allocate(4 * BLOCK) for _ in range(3)]
+    foreign = memory(4 * BLOCK, 1)
+    data = np.random.default_rng(3).integers(0, 256, 16 * BLOCK, np.uint8)
+    places = [own[1].address, address_of(foreign), own[0].address, own[2].address]
+    sizes = np.full(4, 4 * BLOCK, np.uint64)
+    offsets = np.arange(4, dtype=np.uint64) * np.uint64(4 * BLOCK)
+    write = engine.transfer(WRITE)
+    write.keep(data)
+    write.add(0, address_of(data), len(data))
+    engine.run(write)
+    read = engine.transfer(READ)
+    read.keep((own, foreign))
+    read.add_many(offsets, np.array(places, np.uint64), sizes)
+    engine.run(read)
+    for index, place in enumerate(places):
+        seen = ctypes.string_at(place, 4 * BLOCK)
+        assert seen == data[index * 4 * BLOCK : (index + 1) * 4 * BLOCK].tobytes(), index
