@@ -19,13 +19,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 PORT = "spdk_kv.lab"
 
 
 def find_port() -> str:
     """The port's device: without udev there are no links by name."""
-    for _ in range(100):
+    for _ in range(600):
         for name in Path("/sys/class/virtio-ports").glob("*/name"):
             if name.read_text().strip() == PORT:
                 return f"/dev/{name.parent.name}"
@@ -78,7 +79,7 @@ class Agent:
             identity = {"user": known.pw_uid, "group": known.pw_gid}
             identity["extra_groups"] = message["groups"]
         env = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
-        env |= {"HOME": home, "TERM": "dumb", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+        env |= {"HOME": home, "TERM": "dumb", "LANG": "C.UTF-8"}
         try:
             running = subprocess.Popen(
                 message["argv"],
@@ -94,22 +95,35 @@ class Agent:
             self.say(id=number, err=base64.b64encode(f"{refused}\n".encode()).decode(), status=127)
             return
         self._running[number] = running
+        ended = threading.Event()
         copying = [
-            threading.Thread(target=self._copy, args=(number, name, pipe.fileno()), daemon=True)
+            threading.Thread(target=self._copy, args=(number, name, pipe, ended), daemon=True)
             for name, pipe in (("out", running.stdout), ("err", running.stderr))
         ]
         for thread in copying:
             thread.start()
         status = running.wait()
+        ended.set()
         for thread in copying:
-            # What it left running in the background may hold the pipes for ever.
-            thread.join(2.0)
+            thread.join()
         del self._running[number]
         self.say(id=number, status=status)
 
-    def _copy(self, number: int, name: str, pipe: int) -> None:
-        while piece := os.read(pipe, 1 << 15):
-            self.say(id=number, **{name: base64.b64encode(piece).decode()})
+    def _copy(self, number: int, name: str, pipe: IO[bytes], ended: threading.Event) -> None:
+        """Until its end; or, as what a command left in the background may hold the pipe for ever,
+        until the command has ended and all that it wrote was read."""
+        waiter = select.poll()
+        waiter.register(pipe, select.POLLIN)
+        with pipe:
+            while True:
+                last = ended.is_set()
+                if waiter.poll(0 if last else 100):
+                    piece = os.read(pipe.fileno(), 1 << 15)
+                    if not piece:
+                        return
+                    self.say(id=number, **{name: base64.b64encode(piece).decode()})
+                elif last:
+                    return
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ DEVICES = Path("/sys/bus/pci/devices")
 CONTROLLERS = Path("/sys/class/nvme")
 
 
-def wait_for(what: Callable[[], object], timeout_s: float = 30.0) -> object:
+def wait_for(what: Callable[[], object], timeout_s: float = 300.0) -> object:
     """The first true answer of ``what``. TimeoutError."""
     until = time.monotonic() + timeout_s
     while not (found := what()):

@@ -10,6 +10,9 @@ from typing import Any
 from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.engines import Engine, EngineOptions, open_engine, parse_location
 
+# A busy host may let the machine wait as long.
+PATIENCE_S = 300.0
+
 
 def open_drive(address: str, **options: Any) -> Engine:
     """The engine on namespace 1 of the drive at a PCI address."""
@@ -27,10 +30,10 @@ def write(engine: Engine, offset: int, data: bytes) -> None:
     transfer = engine.transfer(WRITE)
     transfer.keep(memory)
     transfer.add(offset, ctypes.addressof(memory), len(data))
-    engine.run(transfer, 60.0)
+    engine.run(transfer, PATIENCE_S)
 
 
-def read(engine: Engine, offset: int, nbytes: int, timeout_s: float = 60.0) -> bytes:
+def read(engine: Engine, offset: int, nbytes: int, timeout_s: float = PATIENCE_S) -> bytes:
     """Into ordinary memory, through the engine's slots."""
     memory = ctypes.create_string_buffer(nbytes)
     transfer = engine.transfer(READ)
@@ -46,7 +49,7 @@ def read_direct(engine: Engine, offset: int, nbytes: int) -> bytes:
     transfer = engine.transfer(READ)
     transfer.keep(memory)
     transfer.add(offset, memory.address, nbytes)
-    engine.run(transfer, 60.0)
+    engine.run(transfer, PATIENCE_S)
     return ctypes.string_at(memory.address, nbytes)
 
 

@@ -6,7 +6,7 @@ from guest_drive import CONTROLLERS, address_of, driver_of, group_of, wait_for
 
 drives = {}
 for controller in CONTROLLERS.glob("nvme*"):
-    serial = (controller / "serial").read_text().strip()
+    serial = wait_for(lambda at=controller: (at / "serial").read_text().strip())
     address = address_of(serial)
     # Not guest_drive's node_of: a format that the kernel cannot use has a disk of no size.
     (disk,) = wait_for(lambda at=controller: list(at.glob("nvme*n1")))

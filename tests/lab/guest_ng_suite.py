@@ -56,6 +56,7 @@ from spdk_kv.errors import (  # noqa: E402
 )
 
 MIB = 1 << 20
+SMALL_NBYTES = 40 * MIB  # of both: SMALL of conftest.py
 BLOCK = 4096
 DRIVES = {"LAB-N0": 512, "LAB-N1": 4096}
 SHAPE = spdk_kv.KVShape(2, 2, 40, torch.float16, 400, batch=1)
@@ -118,7 +119,7 @@ def blank(request: pytest.FixtureRequest) -> str:
 def test_a_drive_says_what_it_is():
     engine = opened("LAB-N1", EngineOptions())
     found = engine.namespace
-    assert (found.serial, found.nsid, engine.capacity_nbytes) == ("LAB-N1", 1, 256 * MIB)
+    assert (found.serial, found.nsid, engine.capacity_nbytes) == ("LAB-N1", 1, SMALL_NBYTES)
     assert engine.identity.startswith("LAB-N1 ")
     assert engine.identity.endswith(" ns1")
     assert found.volatile_write_cache
@@ -175,8 +176,8 @@ def test_a_lost_block_is_an_error_with_its_name():
 def test_past_the_end_is_an_error():
     engine = opened("LAB-N0")
     with pytest.raises(DeviceError, match="LBA Out of Range"):
-        read(engine, 256 * MIB, BLOCK)
-    assert len(read(engine, 256 * MIB - BLOCK, BLOCK)) == BLOCK
+        read(engine, SMALL_NBYTES, BLOCK)
+    assert len(read(engine, SMALL_NBYTES - BLOCK, BLOCK)) == BLOCK
     engine.close()
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE_S, ROOT
 
 LAB = [sys.executable, str(ROOT / "vagrant" / "lab.py")]
 
@@ -50,7 +50,7 @@ def test_the_machine_ends_with_lab_py_however_that_ends(number, tmp_path):
     env = os.environ | {"SPDK_KV_LAB_ACCEL": "tcg", "TMPDIR": str(tmp_path)}
     lab = subprocess.Popen([*LAB, "run", "--", "sleep", "600"], env=env, stderr=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + 30.0
+        until = time.monotonic() + PATIENCE_S
         # The control socket is there once QEMU runs.
         while not list(tmp_path.glob("*/qmp")):
             assert time.monotonic() < until
@@ -58,11 +58,11 @@ def test_the_machine_ends_with_lab_py_however_that_ends(number, tmp_path):
             time.sleep(0.1)
         (qemu,) = children(lab.pid)
         lab.send_signal(number)
-        lab.wait(20.0)
+        lab.wait(PATIENCE_S)
     finally:
         lab.kill()
         lab.wait()
-    for _ in range(50):
+    for _ in range(600):
         if not alive(qemu):
             break
         time.sleep(0.1)

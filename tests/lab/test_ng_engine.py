@@ -6,7 +6,7 @@ import re
 import sys
 
 from binding import node
-from conftest import HERE, ROOT
+from conftest import HERE, PATIENCE_S, ROOT
 from test_ownership import as_user
 from test_removal import check
 
@@ -17,10 +17,10 @@ LEAST_PASSED = 30
 def test_the_engine_contract_and_stores(lab):
     """guest_ng_suite.py, all of it in one process: Python's start is what takes long in there."""
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
-    command += ["-c", str(ROOT / "pyproject.toml"), "--timeout", "120"]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--timeout", str(PATIENCE_S)]
     command.append(str(HERE / "guest_ng_suite.py"))
     running = lab.machine.link.start(command, env=lab.env, cwd="/tmp")
-    status = lab.machine.link.wait(running, 300.0)
+    status = lab.machine.link.wait(running, 3 * PATIENCE_S)
     said = running.text()
     assert not running.timed_out, said
     assert status == 0, said
@@ -33,10 +33,10 @@ def test_a_drive_taken_from_its_driver_under_load_is_gone(lab):
     # Not by its slot: Linux 6.1 was seen to stumble over the end of whoever has a generic node
     # open when its card is out.
     reading = lab.start("reading", "LAB-NGGO", "ng")
-    lab.machine.link.wait_text(reading, "reading", 60.0)
+    lab.await_text(reading, "reading")
     address = reading.text("out").split()[1]
     lab.shell(f"echo {address} >/sys/bus/pci/devices/{address}/driver/unbind")
-    check(lab.answer(reading, 60.0))
+    check(lab.answer(reading))
     lab.shell(f"echo {address} >/sys/bus/pci/drivers/nvme/bind")
     told = lab.script("ng_attempt", node(lab, "LAB-NGGO"))
     assert told["kind"] == "opened", told

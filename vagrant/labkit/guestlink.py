@@ -89,7 +89,7 @@ class GuestLink:
         if not self._wait(command, timeout_s):
             command.timed_out = True
             self.signal(command, 9)
-            if not self._wait(command, 10.0):
+            if not self._wait(command, 120.0):
                 raise GuestLost(f"{command.argv[0]} cannot be killed: the guest hangs")
         assert command.status is not None
         return command.status

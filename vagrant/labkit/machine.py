@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -26,6 +27,7 @@ from labkit.qmp import Qmp
 
 HERE = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1
+_PIECE_NBYTES = 1 << 16
 _libc = ctypes.CDLL(None)
 
 
@@ -71,7 +73,7 @@ class Machine:
     """
 
     def __init__(
-        self, hardware: Hardware, *, accelerator: str | None = None, boot_timeout_s: float = 180.0
+        self, hardware: Hardware, *, accelerator: str | None = None, boot_timeout_s: float = 600.0
     ) -> None:
         self.hardware = hardware
         self.accelerator = accelerator or os.environ.get("SPDK_KV_LAB_ACCEL") or None
@@ -116,7 +118,8 @@ class Machine:
         try:
             self._link.wait_ready(self.boot_timeout_s, self._alive)
         except (GuestLost, TimeoutError) as failed:
-            raise type(failed)(f"{failed}; its console said\n{self.console()[-2000:]}") from None
+            said = f"{self._qemu_said()}\n{self.console()[-2000:]}"
+            raise type(failed)(f"{failed}; QEMU and its console said: {said}") from None
 
     def shell(self) -> int:
         """Boots with the console on this terminal, for a person. Returns QEMU's exit status."""
@@ -162,14 +165,16 @@ class Machine:
     def _socket(self, name: str) -> Path:
         """Waits until QEMU has made its socket."""
         path = self.folder / name
-        for _ in range(100):
+        for _ in range(1200):
             if path.exists():
                 return path
             if not self._alive():
                 break
             time.sleep(0.1)
-        said = (self.folder / "qemu.log").read_text(errors="replace")
-        raise LabUnavailable(f"QEMU did not start: {said.strip()}")
+        raise LabUnavailable(f"QEMU did not start: {self._qemu_said()}")
+
+    def _qemu_said(self) -> str:
+        return (self.folder / "qemu.log").read_text(errors="replace").strip()
 
     # -- inside it ------------------------------------------------------------------------------
 
@@ -213,11 +218,33 @@ class Machine:
         self.qmp.wait_event("DEVICE_DELETED", timeout_s, device=name)
 
     def image_hash(self, name: str) -> str:
-        """The SHA-256 of a drive's whole image, as the drive would hand it out now."""
+        """A SHA-256 of all that a drive would hand out now: of its size, and of what is not zero,
+        and where; for most of an image is a hole."""
         image = self.drive(name).image
         assert image is not None
-        with image.open("rb") as content:
-            digest = hashlib.sha256()
-            while piece := content.read(1 << 20):
-                digest.update(piece)
+        with image.open("rb", buffering=0) as content:
+            nbytes = content.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(str(nbytes).encode())
+            at = 0
+            while (at := _next_data(content.fileno(), at)) < nbytes:
+                # Whole pieces, whatever the file system counts as data.
+                at -= at % _PIECE_NBYTES
+                piece = os.pread(content.fileno(), _PIECE_NBYTES, at)
+                if piece.count(0) != len(piece):
+                    digest.update(at.to_bytes(8, "little") + piece)
+                at += _PIECE_NBYTES
             return digest.hexdigest()
+
+    def image_hashes(self) -> dict[str, str]:
+        """:meth:`image_hash` of every drive."""
+        return {drive.name: self.image_hash(drive.name) for drive in self.hardware.drives}
+
+
+def _next_data(fd: int, at: int) -> int:
+    """Where the file's next data begins, from ``at`` on; past its end where there is none."""
+    try:
+        return os.lseek(fd, at, os.SEEK_DATA)
+    except OSError as none:
+        if none.errno != errno.ENXIO:
+            raise
+        return sys.maxsize

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+# A busy host lets QEMU wait long, too.
+_ANSWER_S = 120.0
+
 
 class QmpError(Exception):
     """QEMU refused a command."""
@@ -21,7 +24,7 @@ class Qmp:
         self._socket.connect(str(path))
         self._lines = self._socket.makefile("r", encoding="utf-8")
         self._events: list[dict[str, Any]] = []
-        self._receive(10.0)  # the greeting
+        self._receive(_ANSWER_S)  # the greeting
         self.execute("qmp_capabilities")
 
     def _receive(self, timeout_s: float) -> dict[str, Any]:
@@ -38,7 +41,7 @@ class Qmp:
         request = json.dumps({"execute": command, "arguments": named})
         self._socket.sendall(request.encode() + b"\n")
         while True:
-            message = self._receive(10.0)
+            message = self._receive(_ANSWER_S)
             if "error" in message:
                 raise QmpError(f"{command}: {message['error'].get('desc')}")
             if "return" in message:
