@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from conftest import ROOT, Lab
+from conftest import PATIENCE_S, ROOT, Lab
 
 SCRIPT = ROOT / "scripts" / "setup_vfio.py"
 
@@ -15,17 +15,19 @@ SCRIPT = ROOT / "scripts" / "setup_vfio.py"
 class Situation:
     """What the drive $D is brought into by ``make``, and out of by ``undo``; shell, as root.
 
-    ``codes``: what must be among the reasons. ``tool``: the program that ``make`` needs.
+    ``codes``: what must be among the reasons. ``after``: what must be, once it was undone.
+    ``tool``: the program that ``make`` needs.
     """
 
     make: str
     undo: str
     codes: frozenset[str]
+    after: frozenset[str] = frozenset()
     tool: str = "sh"
 
 
-def situation(make: str, undo: str, *codes: str, tool: str = "sh") -> Situation:
-    return Situation(make, undo, frozenset(codes), tool)
+def situation(make: str, undo: str, *codes: str, after: str = "", tool: str = "sh") -> Situation:
+    return Situation(make, undo, frozenset(codes), frozenset(after.split()), tool)
 
 
 MKFS = "mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 $D"
@@ -39,6 +41,14 @@ SITUATIONS = {
         "pkill -P $(cat /run/holder); kill $(cat /run/holder); sleep 1",
         "mounted",
     ),
+    "mounted where no process sees it any more": situation(
+        f"{MKFS}; mount $D /mnt; mkdir /mnt/upper /mnt/work /run/over; mount -t overlay "
+        "-o lowerdir=/etc,upperdir=/mnt/upper,workdir=/mnt/work over /run/over; umount -l /mnt",
+        "umount /run/over; rmdir /run/over", "open-exclusive",
+    ),
+    "mounted as /boot": situation(
+        f"{MKFS}; mount -o ro $D /boot", "umount /boot", "mounted", "system"
+    ),
     "the root of a process": situation(
         f"{MKFS}; mkdir -p /run/newroot; unshare -m --propagation private sh -c "
         "'mount $D /run/newroot; mkdir -p /run/newroot/old; "
@@ -46,10 +56,17 @@ SITUATIONS = {
         " pivot_root . old; exec /busybox sleep 600' </dev/null >/dev/null 2>&1 & "
         "echo $! >/run/holder; sleep 3",
         "kill $(cat /run/holder); sleep 1",
-        "mounted",
+        "mounted", "system",
     ),
     "swap": situation("mkswap -q $D; swapon $D", "swapoff $D", "swap"),
     "a filesystem that is not mounted": situation(MKFS, ":", "signature"),
+    "partitioned by fdisk": situation(
+        "printf 'n\\np\\n1\\n\\n\\nw\\n' | busybox fdisk $D >/dev/null", ":", "signature",
+        tool="busybox",
+    ),
+    "with an EFI partition": situation(
+        "printf 'label: gpt\\n,,U\\n' | sfdisk -q $D", ":", "signature", "system", tool="sfdisk"
+    ),
     "partitioned": situation("printf 'label: gpt\\n,\\n' | sfdisk -q $D", ":", "signature",
                              tool="sfdisk"),
     "a partition of it is mounted": situation(
@@ -68,7 +85,7 @@ SITUATIONS = {
     "a volume of LVM": situation(
         "pvcreate -q $D; vgcreate -q labvg $D; lvcreate -q -an -Zn -Wn -l 4 -n v labvg; "
         "vgchange -q -ay labvg; dmsetup ls",
-        "vgchange -q -an labvg", "holder", tool="lvcreate",
+        "vgchange -q -an labvg", "holder", after="signature", tool="lvcreate",
     ),
     "mapped by dm": situation(
         "echo 0 2048 linear $D 0 | dmsetup create labdm", "dmsetup remove labdm", "holder",
@@ -76,7 +93,7 @@ SITUATIONS = {
     ),
     "in md": situation(
         "mdadm --create /dev/md9 --run --force --level=1 --raid-devices=1 --metadata=1.2 $D",
-        "mdadm --stop /dev/md9", "holder", tool="mdadm",
+        "mdadm --stop /dev/md9", "holder", after="signature", tool="mdadm",
     ),
     "behind a loop device": situation(
         "modprobe loop; losetup -r $(losetup -f) $D", "losetup -D", "loop"
@@ -87,6 +104,10 @@ SITUATIONS = {
     "open by a process": situation(
         "sleep 600 <$D >/dev/null 2>&1 & echo $! >/run/holder", "kill $(cat /run/holder)", "open"
     ),
+    "its generic node is open": situation(
+        "sleep 600 </dev/ng${D#/dev/nvme} >/dev/null 2>&1 & echo $! >/run/holder",
+        "kill $(cat /run/holder)", "open",
+    ),
     "in fstab": situation("echo $D /data ext4 noauto 0 0 >>/etc/fstab", "sed -i '\\#^/dev/nvme#d' "
                           "/etc/fstab", "configured"),
 }  # fmt: skip
@@ -94,7 +115,9 @@ SITUATIONS = {
 
 def setup(lab: Lab, *arguments: object) -> tuple[int, dict[str, Any]]:
     """Runs the script inside, with the system's Python: its exit status and what it said."""
-    done = lab.machine.run("/usr/bin/env", "python3", SCRIPT, *arguments, "--json", timeout_s=120.0)
+    done = lab.machine.run(
+        "/usr/bin/env", "python3", SCRIPT, *arguments, "--json", timeout_s=PATIENCE_S
+    )
     assert done.status in (0, 2, 3), done.text()
     return done.status, json.loads(done.text("out"))
 
@@ -105,6 +128,15 @@ def codes(answer: dict[str, Any]) -> set[str]:
 
 
 def node(lab: Lab, serial: str) -> str:
-    """The drive's block device inside."""
-    find = f"grep -l '^{serial} *$' /sys/class/nvme/nvme*/serial"
-    return "/dev/" + lab.shell(f"basename $(dirname $({find}))").text().strip() + "n1"
+    """The drive's block device inside; waits until the kernel has made it."""
+    find = f"grep -ls '^{serial} *$' /sys/class/nvme/nvme*/serial"
+    shown = lab.shell(
+        f"for i in $(seq 600); do D=$({find}) && D=/dev/$(basename ${{D%/serial}})n1 && "
+        "test -b $D && exec echo $D; sleep 0.5; done; exit 1"
+    )
+    return shown.text().strip()
+
+
+def driver(lab: Lab, address: str) -> str:
+    """The driver that has the function at this address."""
+    return lab.shell(f"basename $(readlink /sys/bus/pci/devices/{address}/driver)").text().strip()

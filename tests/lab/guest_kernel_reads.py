@@ -1,4 +1,7 @@
-"""Whether the kernel reads what guest_io_of_bound.py wrote. argv: the drive's serial."""
+"""Whether the kernel reads what an engine wrote at the start of a drive.
+
+argv: the drive's serial, the seed of the pattern.
+"""
 
 import os
 import sys
@@ -8,4 +11,4 @@ from guest_engine import pattern, tell
 
 MIB = 1 << 20
 with open(node_of(sys.argv[1]), "rb", buffering=0) as disk:
-    tell(same=os.pread(disk.fileno(), MIB, 3 * MIB) == pattern(7, 4 * MIB)[3 * MIB :])
+    tell(same=os.pread(disk.fileno(), MIB, MIB) == pattern(int(sys.argv[2]), 2 * MIB)[MIB:])
