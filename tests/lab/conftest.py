@@ -129,7 +129,6 @@ def lab() -> Iterator[Lab]:
             Drive(name, f"LAB-{name.upper()}", nbytes=SMALL)
             for name in ("pull", "cut", "kill", "user", "lock", "nggo", "bind", "two0")
         ),
-        Drive("walk", "LAB-WALK", nbytes=64 * MIB),
         Drive("two1", "LAB-TWO1", nbytes=SMALL, shares_group_with="two0"),
     ]  # fmt: skip
     yield from boot(Hardware(drives))
