@@ -38,7 +38,7 @@ class FileEngine(Engine):
 
     def __init__(self, path: str, options: EngineOptions) -> None:
         super().__init__(path, options)
-        self.fd = _open(path, self.direct, self.name, self.exclusive)
+        self.fd = self._open_file(path)
         try:
             if self.direct:
                 self.block_nbytes, self.align_nbytes = _direct_alignment(self.fd)
@@ -49,6 +49,10 @@ class FileEngine(Engine):
             # The next engine tried may want the device, which is open exclusively.
             os.close(self.fd)
             raise
+
+    def _open_file(self, path: str) -> int:
+        """A descriptor of what ``path`` names; a typed error where there is none to be had."""
+        return _open(path, self.direct, self.name, self.exclusive)
 
     def _open_backend(self) -> Any:
         """The native side over ``fd``; EngineUnavailable where it cannot run here."""
