@@ -2,7 +2,9 @@
 
 On a drive that the kernel keeps, both engines reach the same extents and the kernel keeps them
 coherent, so a unit's path is no more than the choice of who reads it: promotion is reading through
-the page cache, demotion is dropping it from there. Whatever was decided, the bytes are the same.
+the page cache, demotion is dropping it from there. On a drive that SPDK owns the page cache is that
+of a file elsewhere, and promotion is copying there what was read (orchestrator_copy.py). Whatever
+was decided, the bytes are the same.
 
 Writes go directly, whatever path the reads take: a prefill through the page cache would push hot
 units out of it, and wait for reclaim. Only a store told to use the page cache alone writes there.
@@ -12,17 +14,23 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from spdk_kv.engines import Engine
 from spdk_kv.engines.pagecache import BesidePageCacheEngine
+from spdk_kv.engines.pagecache_apart import ApartPageCacheEngine
+from spdk_kv.errors import SpdkKvError
 from spdk_kv.memory import MemoryReader, cached_nbytes
+from spdk_kv.orchestrator_copy import Copy
 from spdk_kv.orchestrator_units import Extents, TrackedUnit, UnitGroup
 from spdk_kv.residency import Observation, Policy, Unit
 from spdk_kv.staging import StagingPool
 from spdk_kv.units import format_nbytes
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +52,9 @@ class Watcher(Protocol):
 class Orchestrator:
     """The engines of a store, and which of them reads which unit. Thread-safe.
 
-    ``direct``: the store's engine. ``cache``: the page cache of the same file, or None where there
-    is one path only; ``single`` then says why. ``ahead_nbytes``: memory of ``staging`` that may be
-    used to read ahead.
+    ``direct``: the store's engine. ``cache``: the page cache of the same file, or of one apart for
+    copies, or None where there is one path only; ``single`` then says why. ``ahead_nbytes``: memory
+    of ``staging`` that may be used to read ahead.
     """
 
     def __init__(
@@ -63,7 +71,9 @@ class Orchestrator:
         self.cache = cache
         self.policy = policy
         self.single = single
-        self.writer: Engine = cache if cache and policy.name == "pagecache" else direct
+        self.writer: Engine = direct
+        if cache is not None and not isinstance(cache, ApartPageCacheEngine):
+            self.writer = cache if policy.name == "pagecache" else direct
         self.ahead_nbytes = ahead_nbytes
         self._staging = staging
         self._held_ahead_nbytes = 0
@@ -71,6 +81,10 @@ class Orchestrator:
         """Held from :meth:`admits` to :meth:`hold_ahead`, so that no two take the same room."""
         self._memory = memory
         self._lock = threading.RLock()
+        self.copy: Copy | None = None
+        """What the page cache has of the units, where that is not of the drive's own bytes."""
+        if isinstance(cache, ApartPageCacheEngine):
+            self.copy = Copy(cache, self._lock, ahead_nbytes // 2)
         self._groups: dict[int, UnitGroup] = {}
         self._numbers = 0
         self._limit_nbytes = 0
@@ -105,6 +119,9 @@ class Orchestrator:
             self._numbers += 1
             group = UnitGroup(self._numbers, name)
             group.add(extents)
+            if self.copy is not None:
+                for unit in group.units:
+                    unit.filled = 0
             self._groups[group.number] = group
             self._changed()
             return group
@@ -119,13 +136,41 @@ class Orchestrator:
 
     # -- reads ----------------------------------------------------------------------------------
 
-    def reader(self, unit: TrackedUnit) -> Engine:
-        """The engine that reads ``unit`` now."""
-        return self.cache if unit.cached and self.cache is not None else self.direct
+    def route(
+        self, unit: TrackedUnit, start: int, end: int, ask: Callable[[Engine, int, int], None]
+    ) -> None:
+        """Has bytes ``[start, end)`` of the extents of ``unit`` read by the engines that do so now:
+        ``ask(engine, start, end)`` begins a part."""
+        with self._lock:  # the unit must not leave its path in between
+            turn = start
+            if unit.cached and self.cache is not None:
+                turn = min(max(start, unit.filled), end)
+            if start < turn and self.cache is not None:
+                ask(self.cache, start, turn)
+            if turn < end:
+                ask(self.direct, turn, end)
 
-    def other(self, engine: Engine) -> Engine | None:
-        """The engine of the other path."""
-        return self.cache if engine is self.direct else self.direct
+    def other(self, engine: Engine, unit: TrackedUnit | None, end: int) -> Engine | None:
+        """The engine of the other path, if it has the first ``end`` bytes of the extents, too;
+        ``unit``: whose those are, if it is on the page-cache path."""
+        if engine is not self.direct:
+            return self.direct
+        if self.copy is not None and (unit is None or unit.filled < end):
+            return None
+        return self.cache
+
+    def resized(self, unit: TrackedUnit, nbytes: int) -> None:
+        """The device has the first ``nbytes`` of every extent of ``unit`` now."""
+        with self._lock:
+            unit.resize(nbytes)
+
+    def was_delivered(
+        self, unit: TrackedUnit, start: int, lines: Callable[[], torch.Tensor], chunk_nbytes: int
+    ) -> None:
+        """The device delivered the bytes of a unit on the page-cache path from ``start`` on; see
+        :meth:`Copy.fill`."""
+        if self.copy is not None and unit.cached:
+            self.copy.fill(unit, start, lines(), chunk_nbytes)
 
     def reads(self, group: UnitGroup, layer: int) -> None:
         """A layer is about to be read on demand; may decide anew. Does no I/O but for a few small
@@ -159,18 +204,20 @@ class Orchestrator:
             self._counters["missed_nbytes"] += missed
             self._since["hit_nbytes"] += nbytes - cold_nbytes
             self._since["missed_nbytes"] += missed
-            if not unit.cached:
+            if not unit.cached and self.copy is None:
                 self._drop_aside(unit)  # what was read ahead came after the drop
             if missed and self._since["missed_nbytes"] > _ALARM_SHARE * self._limit_nbytes:
                 self.decide()
 
-    def took_over(self, unit: TrackedUnit | None, nbytes: int) -> None:
+    def took_over(self, unit: TrackedUnit | None, nbytes: int, failure: SpdkKvError) -> None:
         """Counts bytes that one path could not deliver and the other one did. If it was the page
         cache (of ``unit``) that could not, what it holds is dropped, or every read would pay."""
         with self._lock:
             self._counters["taken_over_nbytes"] += nbytes
             if unit is not None:
                 self._demote(unit)
+                if self.copy is not None:
+                    self.copy.failed(failure)
 
     # -- reading ahead --------------------------------------------------------------------------
 
@@ -196,6 +243,8 @@ class Orchestrator:
             if self._closed:
                 return
             self._staging.shed()
+            if self.copy is not None:
+                self.copy.turn()
             budget = self._memory.read()
             seen = Observation(
                 budget_nbytes=budget.nbytes,
@@ -241,10 +290,8 @@ class Orchestrator:
             for unit in group.units:
                 if not unit.cached:
                     continue
-                found = [
-                    cached_nbytes(self.cache.fd, offset, unit.nbytes // len(unit.extents))
-                    for offset, _ in unit.extents
-                ]
+                each = unit.served_nbytes // len(unit.extents)
+                found = [cached_nbytes(self.cache.fd, offset, each) for offset, _ in unit.extents]
                 known = [nbytes for nbytes in found if nbytes is not None]
                 if len(known) < len(found):
                     return None
@@ -267,7 +314,10 @@ class Orchestrator:
             return
         if self._dropping is None:
             self._dropping = ThreadPoolExecutor(1, "spdk_kv-drop")
-        self._dropping.submit(self._drop, self.cache, unit)
+        if self.copy is not None:
+            self._dropping.submit(self.copy.punch, self.copy.forget(unit))
+        else:
+            self._dropping.submit(self._drop, self.cache, unit)
 
     @staticmethod
     def _drop(cache: BesidePageCacheEngine, unit: TrackedUnit) -> None:
@@ -298,6 +348,7 @@ class Orchestrator:
         return {
             "policy": self.policy.name,
             "paths": 1 if self.cache is None else 2,
+            **(self.copy.stats(cached) if self.copy else {"page_cache_dir": None}),
             "reason": self._reason,
             "budget_nbytes": self._budget_nbytes,
             "limited_by": self._limited_by,
@@ -331,8 +382,9 @@ class Orchestrator:
                     "layer": unit.layer,
                     "part": "v" if unit.value else "k",
                     "nbytes": unit.nbytes,
-                    "path": "page cache" if unit.cached else self.direct.name,
-                    "why": self.single or self.policy.why(_numbers(unit)),
+                    "path": "page cache" if unit.cached and unit.filled else self.direct.name,
+                    "why": (self.single or self.policy.why(_numbers(unit)))
+                    + (self.copy.lacks(unit) if self.copy else ""),
                 }
                 for group in self._groups.values()
                 for unit in group.units
@@ -343,6 +395,8 @@ class Orchestrator:
         log.debug("%s: %s", self.direct.where, _account(self._counters))
         with self._lock:
             self._closed = True
+            if self.copy is not None:
+                self.copy.close()
         if self._watcher is not None:
             self._watcher.close()
         if self._dropping is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,14 +10,40 @@ Extents = tuple[tuple[int, int], ...]
 """(offset, nbytes) of each extent."""
 
 
+EVERYTHING = 1 << 62
+"""More bytes than any extent has."""
+
+
+@dataclass(eq=False)
+class Fill:
+    """Bytes ``[start, end)`` of each of a unit's ``count`` extents on their way into a copy.
+
+    ``life``: the unit's when it began. ``cut``: what lies from there on was truncated since.
+    ``over`` is set when nothing is written any more.
+    """
+
+    count: int
+    start: int
+    end: int
+    life: int
+    cut: int = EVERYTHING
+    over: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * (self.end - self.start)
+
+
 @dataclass(eq=False)
 class TrackedUnit:
     """One layer's K or V of one sequence.
 
-    ``cached``: reads go through the page cache. ``nbytes``: what is on the device now, kept up to
-    date by the layer. ``warmed_nbytes``: what reads brought into the cache since the unit was
-    promoted; what is missed beyond the unit's size had been there, and was evicted. ``looks``: how
-    often it was looked up what the kernel has of it.
+    ``cached``: reads go through the page cache, as far as every extent is ``filled``: to the end
+    where that is the page cache of the same bytes, and as far as it was copied where it is another
+    medium's. ``life`` then tells how often that was forgotten; ``fill`` is what is being copied.
+    ``nbytes``: what is on the device now. ``warmed_nbytes``: what reads brought into the cache
+    since the unit was promoted; what is missed beyond what is served from there had been there, and
+    was evicted. ``looks``: how often it was looked up what the kernel has of it.
     """
 
     group: UnitGroup
@@ -28,6 +55,9 @@ class TrackedUnit:
     cached: bool = False
     warmed_nbytes: int = 0
     looks: int = 0
+    filled: int = EVERYTHING
+    life: int = 0
+    fill: Fill | None = None
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -39,6 +69,19 @@ class TrackedUnit:
         return sum(nbytes for _, nbytes in self.extents)
 
     @property
+    def served_nbytes(self) -> int:
+        """Of ``nbytes`` those that reads through the page cache deliver."""
+        return min(self.nbytes, self.filled * len(self.extents))
+
+    def resize(self, nbytes: int) -> None:
+        """The device has the first ``nbytes`` of every extent now."""
+        self.nbytes = nbytes * len(self.extents)
+        if nbytes < self.filled < EVERYTHING:
+            self.filled = nbytes
+        if self.fill is not None:
+            self.fill.cut = min(self.fill.cut, nbytes)
+
+    @property
     def label(self) -> str:
         return f"{self.group.name}, layer {self.layer}, {'V' if self.value else 'K'}"
 
@@ -47,7 +90,7 @@ class TrackedUnit:
         have been there. ``looks``: as it was when the read began."""
         if looks != self.looks:
             return 0  # the look has seen what the read brought in, or would bring
-        filled = min(cold_nbytes, max(0, self.nbytes - self.warmed_nbytes))
+        filled = min(cold_nbytes, max(0, self.served_nbytes - self.warmed_nbytes))
         self.warmed_nbytes += filled
         return cold_nbytes - filled
 

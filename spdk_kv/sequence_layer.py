@@ -6,6 +6,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,7 +99,7 @@ class LayerCache:
     def stored(self, nbytes: int) -> None:
         self._stored = nbytes
         for unit in self._units:
-            unit.nbytes = nbytes * len(unit.extents)
+            self._paths.resized(unit, nbytes)
 
     @property
     def _tail_nbytes(self) -> int:
@@ -262,8 +263,11 @@ class LayerCache:
         if end <= reading.until:
             return
         for unit, lines in self._by_path(reading.extents):
-            engine = self._paths.direct if unit is None else self._paths.reader(unit)
-            reading.parts.append(reading.ask(engine, unit, lines, reading.until, end, priority))
+            ask = partial(reading.begin, unit, lines, priority)
+            if unit is None:
+                ask(self._paths.direct, reading.until, end)
+            else:
+                self._paths.route(unit, reading.until, end, ask)
         reading.until = end
 
     def _by_path(self, extents: range) -> list[tuple[TrackedUnit | None, range]]:

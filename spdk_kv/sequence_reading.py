@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,14 +67,15 @@ class Room:
 class Part:
     """Bytes ``[start, end)`` of some of a reading's extents, on their way by one path.
 
-    ``unit``: whose they are, if they come through the page cache; ``looks``: its own, when they
-    were asked for. ``lines``: which lines of the room they go to.
+    ``unit``: whose they are, if it is on the page-cache path; ``looks`` and ``life``: its own, when
+    they were asked for. ``lines``: which lines of the room they go to.
     """
 
     transfer: Transfer
     engine: Engine
     unit: TrackedUnit | None
     looks: int
+    life: int
     lines: range
     start: int
     end: int
@@ -109,7 +111,7 @@ class Reading:
         priority: int,
     ) -> Part:
         """Starts to read bytes ``[start, end)`` of the extents of ``lines``."""
-        looks = unit.looks if unit else 0
+        looks, life = (unit.looks, unit.life) if unit else (0, 0)
         transfer = self.room.transfer(
             engine,
             len(lines) * (end - start),
@@ -120,20 +122,56 @@ class Reading:
             address = self.room.address + line * self.stride + start - self.start
             transfer.add(self.offsets[self.extents[line]] + start, address, end - start)
         transfer.submit(None, priority)
-        return Part(transfer, engine, unit, looks, lines, start, end)
+        return Part(transfer, engine, unit, looks, life, lines, start, end)
+
+    def begin(
+        self,
+        unit: TrackedUnit | None,
+        lines: range,
+        priority: int,
+        engine: Engine,
+        start: int,
+        end: int,
+    ) -> None:
+        """As :meth:`ask`; :meth:`complete` waits for it."""
+        self.parts.append(self.ask(engine, unit, lines, start, end, priority))
 
     def complete(self, paths: Orchestrator, crcs: Sequence[bytearray]) -> None:
         """Waits until all is there. ``crcs``: per extent of the layer, the checksums of its chunks;
         CorruptionError where one differs. What one path cannot deliver the other one may."""
         for part in self.parts:
-            try:
-                self._complete(part, crcs)
-            except DeviceTimeout:
-                raise  # the device may still write into the room
-            except (DeviceError, CorruptionError) as failure:
-                self._take_over(part, paths, crcs, failure)
-            transfer = part.transfer
-            paths.was_read(part.unit, transfer.nbytes, transfer.cold_nbytes, part.looks)
+            self._receive(part, paths, crcs)
+
+    def _receive(self, part: Part, paths: Orchestrator, crcs: Sequence[bytearray]) -> None:
+        through_cache = part.engine is not paths.direct
+        failure: SpdkKvError | None = None
+        try:
+            self._complete(part, crcs)
+        except DeviceTimeout:
+            raise  # the device may still write into the room
+        except (DeviceError, CorruptionError) as failed:
+            failure = failed
+        unit = part.unit
+        if through_cache and unit is not None and unit.life != part.life:
+            # Forgotten meanwhile: whatever was found there may not be the unit's any more.
+            if failure is not None and part.transfer.in_flight:
+                raise failure
+            part = self.ask(paths.direct, None, part.lines, part.start, part.end, 0)
+            self._complete(part, crcs)
+            through_cache, unit = False, None
+        elif failure is not None:
+            self._take_over(part, paths, crcs, failure)
+        elif unit is not None and not through_cache:
+            lines = partial(self._lines, part)
+            paths.was_delivered(unit, part.start, lines, self.chunk_nbytes)
+        transfer = part.transfer
+        cached = unit if through_cache else None
+        paths.was_read(cached, transfer.nbytes, transfer.cold_nbytes, part.looks)
+
+    def _lines(self, part: Part) -> torch.Tensor:
+        """The bytes of a part that is there, ``[extents, bytes]``."""
+        lines = self.room.lines(len(self.extents), self.stride)[part.lines.start : part.lines.stop]
+        return lines[:, part.start - self.start : part.end - self.start]
 
     def _complete(self, part: Part, crcs: Sequence[bytearray]) -> None:
         part.engine.wait(part.transfer)
@@ -154,7 +192,7 @@ class Reading:
         self, part: Part, paths: Orchestrator, crcs: Sequence[bytearray], failure: SpdkKvError
     ) -> None:
         """Reads by the other path; raises ``failure`` where that cannot either."""
-        engine = paths.other(part.engine)
+        engine = paths.other(part.engine, part.unit, part.end)
         # Without checksums nobody could tell whether the other path's bytes are the right ones.
         if engine is None or not self.verify:
             raise failure
@@ -167,7 +205,8 @@ class Reading:
         except SpdkKvError:
             raise failure from None
         log.warning("%s; the engine %s delivered it", failure, engine.name)
-        paths.took_over(part.unit, part.transfer.nbytes)
+        lost = part.unit if engine is paths.direct else None
+        paths.took_over(lost, part.transfer.nbytes, failure)
 
 
 def reordered(

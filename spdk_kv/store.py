@@ -25,7 +25,7 @@ from spdk_kv.store_blobs import BlobReader, BlobWriter
 from spdk_kv.store_catalog import Catalog, Eviction
 from spdk_kv.store_mapped import detach, map_blob
 from spdk_kv.store_open import open_parts
-from spdk_kv.store_paths import open_paths
+from spdk_kv.store_paths import check_settings, open_paths
 from spdk_kv.store_settings import StoreSettings
 from spdk_kv.types import Granularity, KVShape
 from spdk_kv.units import parse_nbytes
@@ -50,6 +50,7 @@ def open(
     hugepages: bool = True,
     residency: str = "adaptive",
     page_cache: int | str | None = None,
+    page_cache_dir: str | os.PathLike[str] | None = None,
     queue_pairs: int = 1,
     mmap: bool = False,
     discard: bool = False,
@@ -71,11 +72,13 @@ def open(
     through the page cache and which directly: ``adaptive`` follows the memory that is free,
     ``paper`` binds each when it is made (DUAL-BLADE), ``direct`` and ``pagecache`` are one path
     for all. ``page_cache``: bytes that the page cache may hold for that (``"2 GiB"``); None reads
-    it from the machine and its cgroups. ``mmap``: with the pagecache engine, a get returns the
-    page cache itself instead of a copy (checked once; pages that the kernel drops and reads again
-    are not, and a failing drive then shows as SIGBUS). ``discard``: tell the device when space
-    comes free (TRIM). ``flush_interval_s``: how often what was put is made durable in the
-    background; None leaves that to :meth:`KVStore.flush` and close.
+    it from the machine and its cgroups. ``page_cache_dir``: of ``spdk://`` and ``ng://``, whose
+    bytes the page cache does not reach: a folder on another drive, where an unnamed file takes
+    copies of what is to be read through the page cache. ``mmap``: with the pagecache engine, a get
+    returns the page cache itself instead of a copy (checked once; pages that the kernel drops and
+    reads again are not, and a failing drive then shows as SIGBUS). ``discard``: tell the device
+    when space comes free (TRIM). ``flush_interval_s``: how often what was put is made durable in
+    the background; None leaves that to :meth:`KVStore.flush` and close.
 
     Blocks on the device. Raises ValueError (location), StoreLocked, StoreMismatch,
     CorruptionError, CapacityError, EngineUnavailable, DeviceError.
@@ -91,6 +94,7 @@ def open(
         staging_nbytes=parse_nbytes(staging),
         residency=residency,
         page_cache_nbytes=None if page_cache is None else parse_nbytes(page_cache),
+        page_cache_dir=None if page_cache_dir is None else os.path.abspath(page_cache_dir),
         mmap=mmap,
         discard=discard,
         flush_interval_s=flush_interval_s,
@@ -108,14 +112,8 @@ class KVStore:
     def __init__(self, location: str | os.PathLike[str], settings: StoreSettings) -> None:
         self._closed = True
         self._pid = os.getpid()
-        self._parts = open_parts(
-            location,
-            capacity=settings.capacity,
-            engine=settings.engine,
-            options=settings.options,
-            index_dir=settings.index_dir,
-            create=settings.create,
-        )
+        check_settings(location, settings)
+        self._parts = open_parts(location, settings)
         try:
             self.engine = self._parts.engine
             if settings.mmap and not isinstance(self.engine, PageCacheEngine):

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import READ, WRITE
@@ -44,6 +45,9 @@ from spdk_kv.superblock import (
     pack,
 )
 from spdk_kv.units import GIB, align_down, align_up, format_nbytes, parse_nbytes
+
+if TYPE_CHECKING:
+    from spdk_kv.store_settings import StoreSettings
 
 log = logging.getLogger(__name__)
 
@@ -98,16 +102,10 @@ class Opened:
                 raise
 
 
-def open_parts(
-    location: str | os.PathLike[str],
-    *,
-    capacity: int | str | None,
-    engine: str | None,
-    options: EngineOptions,
-    index_dir: str | os.PathLike[str] | None,
-    create: bool | None,
-) -> Opened:
+def open_parts(location: str | os.PathLike[str], settings: StoreSettings) -> Opened:
     """Opens (or begins) the store at ``location``; see :func:`spdk_kv.open`."""
+    capacity, engine, options = settings.capacity, settings.engine, settings.options
+    index_dir, create = settings.index_dir, settings.create
     place = parse_location(location)
     wanted = None if capacity is None else align_down(parse_nbytes(capacity), BLOCK_NBYTES)
     if wanted is not None and wanted < BLOCK_NBYTES:

@@ -24,6 +24,7 @@ class StoreSettings:
     staging_nbytes: int
     residency: str
     page_cache_nbytes: int | None
+    page_cache_dir: str | None
     mmap: bool
     discard: bool
     flush_interval_s: float | None
