@@ -77,6 +77,7 @@ def lines_of(told: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("budget", f"{format_nbytes(decision['budget_nbytes'])} ({decision['limited_by']})"),
         ("X", f"{format_nbytes(decision['limit_nbytes'])} for layers in the page cache"),
         *_sequence_rows(decision["sequences"]),
+        *_copy_rows(decision),
         ("reads", _reads(decision)),
         (
             "moves",
@@ -101,10 +102,28 @@ def _sequence_rows(sequences: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return rows
 
 
-def _reads(decision: Mapping[str, Any]) -> str:
+def _copy_rows(decision: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of a store whose page cache has copies of what is on its drive."""
+    folder = decision.get("page_cache_dir")
+    if not folder:
+        return []
     text = (
-        f"{format_nbytes(decision['cached_read_nbytes'])} through the page cache (of it "
-        f"{format_nbytes(decision['filled_nbytes'])} filled it, "
+        f"page cache of a file in {folder}: {format_nbytes(decision['copied_nbytes'])} of "
+        f"{format_nbytes(decision['cached_nbytes'])} are there, "
+        f"{format_nbytes(decision['written_nbytes'])} were copied in all"
+    )
+    rows = [("copies", text)]
+    if decision["trouble"]:
+        rows.append(("", f"nothing is copied for now: {decision['trouble']}"))
+    return rows
+
+
+def _reads(decision: Mapping[str, Any]) -> str:
+    filled = ""
+    if not decision.get("page_cache_dir"):
+        filled = f"{format_nbytes(decision['filled_nbytes'])} filled it, "
+    text = (
+        f"{format_nbytes(decision['cached_read_nbytes'])} through the page cache (of it {filled}"
         f"{format_nbytes(decision['missed_nbytes'])} had been evicted), "
         f"{format_nbytes(decision['direct_read_nbytes'])} directly"
     )
