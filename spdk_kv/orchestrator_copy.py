@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from spdk_kv._native.transfer import PREFETCH, WRITE, Transfer
 from spdk_kv.engines.pagecache_apart import ApartPageCacheEngine
-from spdk_kv.errors import ClosedError, SpdkKvError
+from spdk_kv.errors import ClosedError, DeviceTimeout, SpdkKvError
 from spdk_kv.orchestrator_units import Extents, Fill, TrackedUnit
 from spdk_kv.staging import StagingPool
 from spdk_kv.tensors import tensor_from
@@ -185,6 +185,9 @@ class Copy:
                 return  # it goes with the file
             try:
                 self.engine.drop(offset, nbytes)
+            except DeviceTimeout as late:
+                log.warning("%s; nothing more is copied there", late)
+                return  # it would take with it what is filled meanwhile
             except (OSError, SpdkKvError) as refused:
                 log.debug("%s: a range stays in the copy: %s", self.engine.where, refused)
         with self.lock:

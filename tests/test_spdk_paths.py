@@ -80,6 +80,7 @@ def on_namespace(target: Target, transport: str) -> Iterator[Apart]:
             yield Apart(target.uri(transport, nsid), copies, copies / "index")
     finally:
         target.remove_namespace(nsid)
+        target.namespaces = nsid - 1  # a subsystem has room for 32 only
 
 
 @pytest.fixture(params=["vfiouser"])

@@ -18,6 +18,7 @@ from spdk_kv.units import format_nbytes
 # f_type of filesystems that keep files in memory (linux/magic.h).
 _IN_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
 _STATFS_NBYTES = 256
+_PATIENCE_S = 30.0
 # What opening an unnamed file (O_TMPFILE) ends with where the filesystem or kernel has none.
 _NO_UNNAMED = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
 
@@ -50,11 +51,11 @@ class ApartPageCacheEngine(BesidePageCacheEngine):
     def drop(self, offset: int, nbytes: int) -> None:
         """Forgets a range: punches a hole, so that neither memory nor the disk below keeps it.
 
-        Blocks for that. DeviceError.
+        Blocks for that. DeviceError; DeviceTimeout if it may still happen later.
         """
         transfer = self.transfer(DISCARD)
         transfer.add(offset, 0, nbytes)
-        status = transfer.run()
+        status = transfer.run(_PATIENCE_S)
         if status == errno.EOPNOTSUPP:
             super().drop(offset, nbytes)
         elif status:
