@@ -191,6 +191,12 @@ def test_bad_arguments(environment: dict[str, str], model_folder: Path, tmp_path
         (["--model", str(model_folder)], 2, "reads 400 at most"),
         (["--new-tokens", "0"], 2, "not in the range"),
         (["--location", "nonsense://x", *SMALL], 2, "ram://"),
+        (["--page-cache-dir", str(tmp_path)], 2, "is for a store at --location"),
+        (
+            ["--location", f"file://{tmp_path}/kv", "--page-cache-dir", str(tmp_path), *SMALL],
+            2,
+            "needs no page_cache_dir",
+        ),
     ]
     for words, status, complaint in cases:
         result = demo_here(environment, *words)

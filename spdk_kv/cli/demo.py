@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -35,6 +35,13 @@ _COUNT = click.IntRange(min=1)
 _LEAST_LIMIT_NBYTES = 64 * MIB
 
 
+class _Place(NamedTuple):
+    """The store to use: None for a temporary one. ``page_cache_dir`` as of :func:`spdk_kv.open`."""
+
+    location: str | None
+    page_cache_dir: Path | None
+
+
 @click.command()
 @click.option("--text", type=_FILE, help="UTF-8 text to continue.  [default: a short story]")
 @click.option(
@@ -44,6 +51,11 @@ _LEAST_LIMIT_NBYTES = 64 * MIB
     help="Folder of a transformers model.  [default: a small one with random weights]",
 )
 @click.option("--location", help="Store to use, e.g. file:///DIR.  [default: a temporary folder]")
+@click.option(
+    "--page-cache-dir",
+    type=_FOLDER,
+    help="Folder on another drive for the page cache of a store at spdk:// or ng://.",
+)
 @click.option("--prompt-tokens", type=_COUNT, default=2048, show_default=True)
 @click.option("--new-tokens", type=_COUNT, default=32, show_default=True)
 @click.option(
@@ -56,6 +68,7 @@ def demo(
     text: Path | None,
     folder: Path | None,
     location: str | None,
+    page_cache_dir: Path | None,
     prompt_tokens: int,
     new_tokens: int,
     memory_limit: str | None,
@@ -72,14 +85,17 @@ def demo(
     mapped files, and in memory. Exit status 1 if the first does not end with the tokens that there
     are without a limit.
     """
+    if page_cache_dir is not None and location is None:
+        raise click.UsageError("--page-cache-dir is for a store at --location")
+    place = _Place(location, page_cache_dir)
     if memory_limit is not None:
-        _limited(text, folder, location, prompt_tokens, new_tokens, memory_limit, as_json)
+        _limited(text, folder, place, prompt_tokens, new_tokens, memory_limit, as_json)
         return
     content = read_text(text)
     with progress(1, "loading"):
         require_transformers()
         chosen = random_model(prompt_tokens + new_tokens) if folder is None else load_model(folder)
-    report = _compare(chosen, content, location, prompt_tokens, new_tokens)
+    report = _compare(chosen, content, place, prompt_tokens, new_tokens)
     if as_json:
         print_json(report.fields())
     else:
@@ -91,7 +107,7 @@ def demo(
 def _limited(
     text: Path | None,
     folder: Path | None,
-    location: str | None,
+    store: _Place,
     prompt_count: int,
     new_tokens: int,
     limit: str,
@@ -119,7 +135,8 @@ def _limited(
             Task(
                 variant="",
                 folder=place,
-                location=location or "",
+                location=store.location or "",
+                page_cache_dir=str(store.page_cache_dir or ""),
                 text=None if text is None else str(text),
                 model=None if folder is None else str(folder),
                 prompt_tokens=prompt_count,
@@ -138,7 +155,7 @@ def _limited(
 
 
 def _compare(
-    chosen: DemoModel, text: str, location: str | None, prompt_count: int, new_tokens: int
+    chosen: DemoModel, text: str, place: _Place, prompt_count: int, new_tokens: int
 ) -> Report:
     from transformers import DynamicCache
 
@@ -149,7 +166,7 @@ def _compare(
     _check_length(chosen, most)
     prompt = prompt_tokens(chosen.tokenizer, text, prompt_count)
     model, config = chosen.model, chosen.model.config
-    with _store(location, kv_nbytes(chosen, most)) as store:
+    with _store(place, kv_nbytes(chosen, most)) as store:
         # Once for nothing: the first pass also sets up torch's threads and kernels.
         run(model, prompt[:, :512], 2, DynamicCache(config=config), lambda count: None)
         with progress(new_tokens, "in memory") as advance:
@@ -185,7 +202,7 @@ def _compare(
             cached_read_nbytes=cached_read_nbytes,
             engine=store.engine.name,
             location=store.location,
-            temporary=location is None,
+            temporary=place.location is None,
         )
 
 
@@ -200,13 +217,13 @@ def _check_length(chosen: DemoModel, tokens: int) -> None:
 
 
 @contextmanager
-def _store(location: str | None, kv_nbytes: int) -> Iterator[KVStore]:
-    """The store at ``location``, or a new one in a folder that is removed again."""
+def _store(place: _Place, kv_nbytes: int) -> Iterator[KVStore]:
+    """The store at ``place``, or a new one in a folder that is removed again."""
     from spdk_kv.store import open as open_store
 
-    if location is not None:
+    if place.location is not None:
         try:
-            store = open_store(location)
+            store = open_store(place.location, page_cache_dir=place.page_cache_dir)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="'--location'") from error
         with store:

@@ -53,6 +53,7 @@ class Task:
     group: str = ""
     group_version: int = 2
     rows: int = 0
+    page_cache_dir: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,8 @@ def _offloaded(task: Task, chosen: DemoModel, prompt: torch.Tensor, nbytes: int)
     if task.location == f"file://{task.folder}":
         # Some room more: extents are whole chunks, and the store needs its own.
         options["capacity"] = nbytes + nbytes // 8 + 64 * MIB
+    if task.page_cache_dir:
+        options["page_cache_dir"] = task.page_cache_dir
     most = task.prompt_tokens + task.new_tokens
     with (
         open_store(task.location, **options) as store,
