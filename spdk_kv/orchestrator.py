@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 # Of what the page cache is to hold: missed by so much, the next decision does not wait for the
 # turn's end, since the rest of the turn would go on evicting.
 _ALARM_SHARE = 0.05
+# On its way into a copy at once: the memory is beside that of staging. What finds no room is copied
+# at a later turn.
+_MOST_COPYING_NBYTES = 32 << 20
 
 
 class Watcher(Protocol):
@@ -84,7 +87,7 @@ class Orchestrator:
         self.copy: Copy | None = None
         """What the page cache has of the units, where that is not of the drive's own bytes."""
         if isinstance(cache, ApartPageCacheEngine):
-            self.copy = Copy(cache, self._lock, ahead_nbytes // 2)
+            self.copy = Copy(cache, self._lock, min(ahead_nbytes // 2, _MOST_COPYING_NBYTES))
         self._groups: dict[int, UnitGroup] = {}
         self._numbers = 0
         self._limit_nbytes = 0
