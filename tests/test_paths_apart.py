@@ -9,6 +9,7 @@ from typing import Any
 import blockdev
 import pytest
 import torch
+from helpers_links import DEVICES, link_up
 from helpers_paths import (
     MIB,
     PLENTY,
@@ -321,3 +322,25 @@ def test_a_part_asked_of_the_drive_is_delivered_by_a_copy_made_since(folder: Pat
         assert store.stats()["residency"]["taken_over_nbytes"] == 2 * UNIT_NBYTES
         os.truncate(apart.image, 64 * MIB)
         sequence.delete()
+
+
+# -- over a link ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+def test_what_goes_to_a_device_over_a_link_is_copied_too(
+    apart: Apart, device: str, granularity: str
+) -> None:
+    with apart.open(5 * UNIT_NBYTES) as store:
+        link_up(store, device)
+        sequence = store.sequence("s", SHAPE, granularity=granularity)
+        reference = Reference(SHAPE, device=device)
+        for count in (1, 700, 1300):
+            reference.append(sequence, count)
+            for _ in range(6):
+                for layer in range(SHAPE.layers):
+                    reference.check_layer(sequence, layer, device=device)
+                waited(store)
+        assert min(nbytes for nbytes in copied(store) if nbytes) > UNIT_NBYTES // 2
+        assert store.stats()["residency"]["taken_over_nbytes"] == 0
