@@ -19,7 +19,8 @@ from spdk_kv.layout import SequenceLayout
 from spdk_kv.link_devices import LinkedDevice
 from spdk_kv.orchestrator import Orchestrator
 from spdk_kv.orchestrator_units import TrackedUnit
-from spdk_kv.sequence_reading import CRC_NBYTES, Reading, Room, reordered
+from spdk_kv.sequence_order import RowOrder
+from spdk_kv.sequence_reading import CRC_NBYTES, Reading, Room, by_path
 from spdk_kv.sequence_rows import Write, lay_out, whole_chunks
 from spdk_kv.staging import StagingPool
 from spdk_kv.tensors import tensor_from
@@ -87,8 +88,7 @@ class LayerCache:
             f"{name}: a change was interrupted half way; delete the sequence and compute it again"
         )
         self._prefetched: Reading | None = None
-        # rows[t, b]: the stored row that is row b of token t now; None: each its own.
-        self._rows: np.ndarray[Any, np.dtype[np.int32]] | None = None
+        self._order = RowOrder(layout.shape)
 
     @property
     def stored(self) -> int:
@@ -159,8 +159,7 @@ class LayerCache:
         def change() -> None:
             if write is not None:
                 write()
-            if self._rows is not None:
-                self._rows[self.tokens : self.tokens + count] = np.arange(layout.shape.batch)
+            self._order.appended(self.tokens, count)
             self.tokens += count
 
         return change
@@ -256,13 +255,13 @@ class LayerCache:
     def extend(self, reading: Reading, last: int, priority: int = 0) -> None:
         """Starts to read what is on the device of the bytes up to token ``last``, and is not yet
         asked for. Bytes still being written are not read: :meth:`finish` has them."""
-        self._extend_to(reading, self._end(last), priority)
+        self._extend_to(reading, self._layout.token_range(0, last)[1], priority)
 
     def _extend_to(self, reading: Reading, end: int, priority: int = 0) -> None:
         end = min(self._writes[0].first if self._writes else self.stored, end)
         if end <= reading.until:
             return
-        for unit, lines in self._by_path(reading.extents):
+        for unit, lines in by_path(self._units, reading.extents):
             ask = partial(reading.begin, unit, lines, priority)
             if unit is None:
                 ask(self._paths.direct, reading.until, end)
@@ -270,29 +269,15 @@ class LayerCache:
                 self._paths.route(unit, reading.until, end, ask)
         reading.until = end
 
-    def _by_path(self, extents: range) -> list[tuple[TrackedUnit | None, range]]:
-        """The lines of a reading of ``extents``: those of each unit that goes through the page
-        cache, and (None) those that go directly."""
-        every = range(len(extents))
-        if not any(unit.cached for unit in self._units):
-            return [(None, every)]
-        border = len(self._units[0].extents)
-        lines = sum(number < border for number in extents)
-        halves = zip(self._units, (every[:lines], every[lines:]), strict=True)
-        return [(unit if unit.cached else None, half) for unit, half in halves if half]
-
     def _reading(self, extents: range, first: int, start: int, stride: int, room: Room) -> Reading:
         chunk = self._layout.chunk_nbytes
         return Reading(
             extents, first, start, stride, start, chunk, room, self.offsets, self._verify
         )
 
-    def _end(self, last: int) -> int:
-        return align_up(last * self._layout.row_nbytes, self._layout.chunk_nbytes)
-
     def fits(self, reading: Reading, last: int) -> bool:
         """Whether the lease has room up to token ``last``."""
-        end = max(self._end(last), reading.start)
+        end = max(self._layout.token_range(0, last)[1], reading.start)
         return end - reading.start <= reading.stride
 
     def finish(self, reading: Reading, last: int) -> torch.Tensor:
@@ -317,9 +302,7 @@ class LayerCache:
             selected = self._tails[reading.extents.start : reading.extents.stop]
             tail = selected[:, at - self.stored : last * row - self.stored]
             lines[:, at - reading.start : end] = room.place(tail)
-        rows = lines[:, begin:end]
-        if self._rows is not None:
-            rows = reordered(rows, self._rows[reading.first : last], room)
+        rows = self._order.applied(lines[:, begin:end], reading.first, last, room)
         return rows.view(self._dtype).view(shape)
 
     def _complete(self, reading: Reading) -> None:
@@ -357,10 +340,8 @@ class LayerCache:
         """Memory that a prefetch of all tokens from ``first`` on takes."""
         if self._prefetched is not None and self._prefetched.first == first:
             return 0
-        return len(self.offsets) * (self._end(self.tokens + spare) - self._start(first))
-
-    def _start(self, first: int) -> int:
-        return self._layout.token_range(first, first)[0]
+        start, end = self._layout.token_range(first, self.tokens + spare)
+        return len(self.offsets) * (end - start)
 
     def take_prefetched(self, first: int) -> Reading | None:
         """What was prefetched, if it begins at ``first`` and still has room for all tokens."""
@@ -405,10 +386,7 @@ class LayerCache:
     def reorder(self, rows: np.ndarray[Any, Any]) -> None:
         """Row b of every token so far becomes what row ``rows[b]`` was. No I/O."""
         self._check_usable()
-        if self._rows is None:
-            shape = self._layout.shape
-            self._rows = np.tile(np.arange(shape.batch, dtype=np.int32), (shape.max_tokens, 1))
-        self._rows[: self.tokens] = self._rows[: self.tokens, rows]
+        self._order.change(self.tokens, rows)
 
     # -- lasting --------------------------------------------------------------------------------
 
@@ -441,9 +419,7 @@ class LayerCache:
 
     def row_map(self) -> bytes:
         """The reordering, as little-endian int32 [tokens, batch]; empty if there was none."""
-        if self._rows is None:
-            return b""
-        return self._rows[: self.tokens].astype("<i4").tobytes()
+        return self._order.as_bytes(self.tokens)
 
     def restore(self, units: Sequence[UnitRecord], row_map: bytes) -> None:
         """Takes up recorded state; waits for the device, to bring the tail back into memory."""
@@ -468,8 +444,4 @@ class LayerCache:
                         f"{self.name}: the last chunk of the extent at {unit.offset} is not what "
                         "was appended (CRC32C differs)"
                     )
-        if row_map:
-            shape = self._layout.shape
-            rows = np.empty((shape.max_tokens, shape.batch), np.int32)
-            rows[: self.tokens] = np.frombuffer(row_map, "<i4").reshape(self.tokens, shape.batch)
-            self._rows = rows
+        self._order.restore(self.tokens, row_map)

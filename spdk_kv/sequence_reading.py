@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from spdk_kv._native.transfer import READ, Transfer
 from spdk_kv.engines import Engine
 from spdk_kv.errors import CorruptionError, DeviceError, DeviceTimeout, SpdkKvError
@@ -209,15 +207,13 @@ class Reading:
         paths.took_over(lost, part.transfer.nbytes, failure)
 
 
-def reordered(
-    rows: torch.Tensor, stored: np.ndarray[Any, np.dtype[np.int32]], room: Room
-) -> torch.Tensor:
-    """``rows`` (bytes in ``room``, [extents, tokens * row]) with row b of the batch of token t
-    taken from its row ``stored[t, b]``. On bytes, for torch indexes not every dtype."""
-    import torch
-
-    tokens, batch = stored.shape
-    index = np.arange(tokens)[:, None] * batch + stored
-    flat = rows.reshape(rows.shape[0], tokens * batch, -1 if tokens else 1)
-    picked = torch.index_select(flat, 1, room.place(torch.from_numpy(index.reshape(-1))))
-    return picked.reshape(rows.shape)
+def by_path(units: Sequence[TrackedUnit], extents: range) -> list[tuple[TrackedUnit | None, range]]:
+    """The lines of a reading of ``extents`` of a layer, whose ``units`` are K and V: those of each
+    unit that goes through the page cache, and (None) those that go directly."""
+    every = range(len(extents))
+    if not any(unit.cached for unit in units):
+        return [(None, every)]
+    border = len(units[0].extents)
+    lines = sum(number < border for number in extents)
+    halves = zip(units, (every[:lines], every[lines:]), strict=True)
+    return [(unit if unit.cached else None, half) for unit, half in halves if half]
