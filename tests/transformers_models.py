@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache
 
-from spdk_kv.integrations.transformers import OffloadedKVCache
+from spdk_kv.integrations.transformers import CACHE_ARGUMENT, OffloadedKVCache
 from spdk_kv.store import KVStore
 
 VOCABULARY = 96
@@ -88,7 +88,7 @@ def generate(model: Any, cache: Any, inputs: dict[str, torch.Tensor], **options:
     return model.generate(
         **inputs,
         **options,
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         return_dict_in_generate=True,
         output_logits=True,
     )

@@ -63,12 +63,14 @@ def run(
     for every token. ``chunk_tokens``: of the prompt, computed at once; None: all."""
     import torch
 
+    from spdk_kv.integrations.transformers import CACHE_ARGUMENT
+
     _forget_peak_rss()
     watch = _Stopwatch(advance)
     told = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,

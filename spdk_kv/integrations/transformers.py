@@ -1,4 +1,4 @@
-"""A cache for ``model.generate(past_key_values=...)`` of transformers, kept on a store."""
+"""A cache for ``model.generate`` of transformers, kept on a store."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from spdk_kv.errors import ShapeMismatch, SpdkKvError
 from spdk_kv.integrations.layer_stream import LayerStream, StreamOptions
@@ -21,12 +22,16 @@ from spdk_kv.sequence import Sequence
 from spdk_kv.store import KVStore
 from spdk_kv.types import Granularity
 
+CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
+"""What ``generate`` of the installed transformers calls the cache; newer releases warn of the old
+name."""
+
 
 class OffloadedKVCache(Cache):  # type: ignore[misc]
     """The KV cache of one ``generate`` at a time, on the drive instead of in memory.
 
-    ``model.generate(..., past_key_values=OffloadedKVCache(store, model.config))`` gives the tokens
-    that DynamicCache gives. Every new token's K/V goes to a sequence of ``store``; while a layer
+    ``model.generate(..., past_key_values=OffloadedKVCache(store, model.config))`` (``cache=`` in
+    newer releases, see :data:`CACHE_ARGUMENT`) gives the tokens that DynamicCache gives. Every new token's K/V goes to a sequence of ``store``; while a layer
     computes, the next one's K/V is read. Greedy, sampling, beam search, assisted decoding, padded
     batches, chunked prefill, and full, sliding-window and chunked attention, in any mixture.
 
