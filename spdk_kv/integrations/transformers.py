@@ -30,10 +30,11 @@ name."""
 class OffloadedKVCache(Cache):  # type: ignore[misc]
     """The KV cache of one ``generate`` at a time, on the drive instead of in memory.
 
-    ``model.generate(..., past_key_values=OffloadedKVCache(store, model.config))`` (``cache=`` in
-    newer releases, see :data:`CACHE_ARGUMENT`) gives the tokens that DynamicCache gives. Every new token's K/V goes to a sequence of ``store``; while a layer
-    computes, the next one's K/V is read. Greedy, sampling, beam search, assisted decoding, padded
-    batches, chunked prefill, and full, sliding-window and chunked attention, in any mixture.
+    ``model.generate(..., past_key_values=OffloadedKVCache(store, model.config))`` gives the tokens
+    that DynamicCache gives; newer releases say ``cache=`` (:data:`CACHE_ARGUMENT`). Every new
+    token's K/V goes to a sequence of ``store``; while a layer computes, the next one's K/V is
+    read. Greedy, sampling, beam search, assisted decoding, padded batches, chunked prefill, and
+    full, sliding-window and chunked attention, in any mixture.
 
     ``config``: the model's. ``max_tokens``: capacity per row of the batch, reserved on the store
     at the first use and fixed from then on; by default the model's ``max_position_embeddings``,
