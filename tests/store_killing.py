@@ -178,7 +178,7 @@ def main() -> int:
     for cycle in range(cycles + 1):
         last = cycle == cycles
         engine = FILE_ENGINES[cycle % len(FILE_ENGINES)]
-        opened = int(shared.counts[0])
+        before = shared.counts[:2].copy()
         pid = os.fork()
         if not pid:
             status = 1
@@ -192,10 +192,12 @@ def main() -> int:
                 sys.stderr.flush()
                 os._exit(status)
         if not last:
-            # Most of them amid puts; some while the store is opened, or made.
+            # Some amid puts, however slow the machine; some while the store is looked through,
+            # opened, or made.
             if rng.random() < 0.75:
+                stage = rng.choice((0, 1))
                 deadline = time.monotonic() + 30
-                while shared.counts[0] == opened and time.monotonic() < deadline:
+                while shared.counts[stage] == before[stage] and time.monotonic() < deadline:
                     time.sleep(0.001)
                     if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                         break
