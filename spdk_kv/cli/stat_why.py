@@ -114,7 +114,7 @@ def _copy_rows(decision: Mapping[str, Any]) -> list[tuple[str, str]]:
     )
     rows = [("copies", text)]
     if decision["trouble"]:
-        rows.append(("", f"nothing is copied for now: {decision['trouble']}"))
+        rows.append(("", f"nothing is copied at present: {decision['trouble']}"))
     return rows
 
 
