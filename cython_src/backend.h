@@ -18,7 +18,7 @@
 #define SKV_NVME_STATUS 0x10000
 
 /* The number changes with the structures below: an engine built against others is refused. */
-#define SKV_BACKEND_CAPSULE "spdk_kv.backend.3"
+#define SKV_BACKEND_CAPSULE "spdk_kv.backend.4"
 
 enum { SKV_READ = 0, SKV_WRITE = 1, SKV_FLUSH = 2, SKV_DISCARD = 3 };
 
@@ -39,6 +39,10 @@ typedef struct skv_io {
     uint32_t chunk_nbytes;
     uint32_t sum_nbytes;
     uint8_t summed;
+    /* What the caller asked for in one piece, this command's bytes among them: an engine may
+     * bring more of it into a cache at once. */
+    uint64_t piece_offset;
+    uint64_t piece_nbytes;
     void *owner;         /* for the engine: what its callbacks need to find */
 } skv_io;
 

@@ -23,6 +23,8 @@ cdef extern from "backend.h" nogil:
         uint32_t chunk_nbytes
         uint32_t sum_nbytes
         uint8_t summed
+        uint64_t piece_offset
+        uint64_t piece_nbytes
         void *owner
 
     ctypedef struct skv_backend:

@@ -9,7 +9,8 @@ cimport cython
 from cpython.pycapsule cimport PyCapsule_New
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memset
 
 from backend cimport (
     SKV_BACKEND_CAPSULE, SKV_DISCARD, SKV_FLUSH, SKV_READ, SKV_WRITE, skv_backend, skv_io,
@@ -17,7 +18,7 @@ from backend cimport (
 )
 from crc32c cimport skv_crc32c
 from pthreads cimport (
-    init_cond, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    init_cond, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_t,
     pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread,
     wait_until,
@@ -54,6 +55,7 @@ cdef struct ThreadPool:
     pthread_mutex_t mutex
     pthread_cond_t work
     pthread_cond_t finished
+    pthread_cond_t released
     skv_io *todo
     skv_io *todo_tail
     skv_io *done
@@ -62,8 +64,13 @@ cdef struct ThreadPool:
     bint waiting
     bint stopping
     bint buffered
+    int mapped_fd
     pthread_t *threads
+    uint64_t *claims  # of each thread: the block that it brings into the page cache, or NO_BLOCK
     int count
+
+
+include "pool_fill.pxi"
 
 
 cdef inline ssize_t _read_at(int fd, skv_io *io, uint32_t first, uint32_t nbytes,
@@ -110,9 +117,11 @@ cdef uint32_t _read_cached(ThreadPool *p, skv_io *io, uint32_t *summed) noexcept
 
 cdef int _read(ThreadPool *p, skv_io *io) noexcept nogil:
     """The command's result: bytes read, or -errno."""
-    cdef uint32_t summed = 0
-    cdef uint32_t warm = _read_cached(p, io, &summed) if p.buffered else 0
+    cdef uint32_t summed = 0, warm = 0
     cdef ssize_t rc = 0
+    cdef int64_t cold = _fill(p, io) if p.buffered else 0
+    if p.buffered:
+        warm = _read_cached(p, io, &summed)
     while warm < io.nbytes:
         rc = _read_at(p.fd, io, warm, io.nbytes - warm, 0)
         if rc >= 0:
@@ -120,7 +129,7 @@ cdef int _read(ThreadPool *p, skv_io *io) noexcept nogil:
         if errno != EINTR:
             return -errno
     if p.buffered:
-        io.cold_nbytes = <uint32_t>rc
+        io.cold_nbytes = <uint32_t>(rc if cold < 0 else cold)
     if io.crcs != NULL and warm + rc >= io.sum_nbytes:
         _sum(io, summed, io.sum_nbytes)
         io.summed = 1
@@ -249,7 +258,10 @@ cdef class PoolBackend:
     """``threads`` native threads over the descriptor ``fd``, which stays the caller's.
 
     ``buffered``: it goes through the page cache, and what reads do not find there is counted
-    (``Transfer.cold_nbytes``). Reads are summed by the thread that made them.
+    (``Transfer.cold_nbytes``). ``mapped_fd``: another descriptor of the same file (-1: none), of
+    which blocks of 2 MiB are mapped to bring in, in one folio each, what reads find nothing of,
+    where a piece has such: the kernel copies more per second from large folios than from single
+    pages. Reads are summed by the thread that made them.
     ``backend`` is the capsule for a queue. Close it after the queue; a thread that hangs in a
     system call would make that wait.
     """
@@ -257,18 +269,24 @@ cdef class PoolBackend:
     cdef readonly object backend
     cdef int _pid
 
-    def __cinit__(self, int fd, int threads, *, bint buffered=False):
+    def __cinit__(self, int fd, int threads, *, bint buffered=False, int mapped_fd=-1):
         self._p.fd = fd
         self._p.buffered = buffered
+        self._p.mapped_fd = mapped_fd
         self._pid = getpid()
         if not 1 <= threads <= 1024:
             raise ValueError(f"threads is 1 to 1024, not {threads}")
         pthread_mutex_init(&self._p.mutex, NULL)
         init_cond(&self._p.work)
         init_cond(&self._p.finished)
+        init_cond(&self._p.released)
+        self._p.claims = <uint64_t *>malloc(threads * sizeof(uint64_t))
         self._p.threads = <pthread_t *>calloc(threads, sizeof(pthread_t))
-        if self._p.threads == NULL:
+        if self._p.threads == NULL or self._p.claims == NULL:
+            free(self._p.threads)
+            self._p.threads = NULL
             raise MemoryError()
+        memset(self._p.claims, 0xff, threads * sizeof(uint64_t))
         while self._p.count < threads:
             if start_thread(&self._p.threads[self._p.count], _thread_main, &self._p):
                 break
@@ -305,3 +323,4 @@ cdef class PoolBackend:
     def __dealloc__(self):
         if self._pid == getpid():
             self.close()
+        free(self._p.claims)

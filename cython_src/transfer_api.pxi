@@ -200,6 +200,8 @@ cdef class Transfer:
                 s.offset = p.offset + at - skip
                 s.skip = <uint32_t>skip
                 s.nbytes = <uint32_t>take
+                s.io.piece_offset = p.offset
+                s.io.piece_nbytes = p.nbytes
                 s.device_nbytes = <uint32_t>((skip + take + within) & ~within)
                 if self._t.op <= SKV_WRITE:
                     s.bounce = (foreign or (<size_t>s.user & unaligned) != 0 or skip != 0
