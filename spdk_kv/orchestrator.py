@@ -7,7 +7,9 @@ of a file elsewhere, and promotion is copying there what was read (orchestrator_
 was decided, the bytes are the same.
 
 Writes go directly, whatever path the reads take: a prefill through the page cache would push hot
-units out of it, and wait for reclaim. Only a store told to use the page cache alone writes there.
+units out of it, and wait for reclaim. Only a store told to use the page cache alone writes there,
+and a decode step's few bytes, where they belong to units that are read from there: written
+directly, the next step would have to read them back from the drive.
 """
 
 from __future__ import annotations
@@ -37,6 +39,9 @@ log = logging.getLogger(__name__)
 # Of what the page cache is to hold: missed by so much, the next decision does not wait for the
 # turn's end, since the rest of the turn would go on evicting.
 _ALARM_SHARE = 0.05
+# Of every extent, what one append writes through the page cache at most: more than a decode step
+# has, and too little to push anything out.
+_MOST_CACHED_WRITE_NBYTES = 256 << 10
 # On its way into a copy at once: the memory is beside that of staging. What finds no room is copied
 # at a later turn.
 _MOST_COPYING_NBYTES = 32 << 20
@@ -136,6 +141,22 @@ class Orchestrator:
                 for unit in group.units:
                     self._demote(unit)
                 self._changed()
+
+    # -- writes ---------------------------------------------------------------------------------
+
+    def writer_of(self, units: Sequence[TrackedUnit], nbytes: int) -> Engine:
+        """The engine that is to write ``nbytes`` to every extent of ``units``, behind what is
+        stored of them."""
+        few = self.copy is None and nbytes <= _MOST_CACHED_WRITE_NBYTES
+        cached = self.cache if few and all(unit.cached for unit in units) else None
+        return cached or self.writer
+
+    def was_written(self, units: Sequence[TrackedUnit], engine: Engine) -> None:
+        """``engine`` wrote; of units that left its path meanwhile nothing is to stay there."""
+        with self._lock:
+            for unit in units if engine is not self.writer else ():
+                if not unit.cached:
+                    self._drop_aside(unit)
 
     # -- reads ----------------------------------------------------------------------------------
 

@@ -175,9 +175,9 @@ class LayerCache:
         """The tail and the new tokens make whole chunks: returns what starts to write those and
         keeps the rest as tail. Nothing is changed before."""
         full = align_down(total, self._layout.chunk_nbytes)
-        chunks = whole_chunks(
-            self._layout, self._staging, self._engine, self._tails[:, :used], k, v, device
-        )
+        engine = self._engine if device else self._paths.writer_of(self._units, full)
+        tails = self._tails[:, :used]
+        chunks = whole_chunks(self._layout, self._staging, engine, tails, k, v, device)
         for number, offset in enumerate(self.offsets):
             chunks.transfer.add(offset + self.stored, chunks.address(number), full)
         transfer, rest = chunks.transfer, chunks.lines[:, full:total].cpu()
@@ -202,9 +202,10 @@ class LayerCache:
             self._settle_oldest()
 
     def _settle_oldest(self) -> None:
-        transfer = self._writes[0].transfer
+        chunks = self._writes[0].chunks
+        transfer = chunks.transfer
         try:
-            self._engine.wait(transfer)
+            chunks.engine.wait(transfer)
         except SpdkKvError as failure:
             self._failure = failure
             raise
@@ -212,6 +213,7 @@ class LayerCache:
         for number, crcs in enumerate(self._crcs):
             crcs += transfer.chunk_crcs(number)
         self.pending_nbytes -= self._writes.popleft().nbytes
+        self._paths.was_written(self._units, chunks.engine)
         self._failure = before
 
     def _end_tail_write(self) -> None:

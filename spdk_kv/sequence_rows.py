@@ -38,8 +38,10 @@ def lay_out(
 
 @dataclass(frozen=True)
 class Chunks:
-    """Rows as bytes, ``[extents, line]``, and the empty write for them, which keeps ``memory``."""
+    """Rows as bytes, ``[extents, line]``, and the empty write for them by ``engine``, which keeps
+    ``memory``."""
 
+    engine: Engine
     lines: torch.Tensor
     transfer: Transfer
     memory: Any
@@ -103,7 +105,7 @@ def whole_chunks(
         lay_out(layout, lines, used, k, v)
         transfer = engine.transfer(WRITE, checksum=True, chunk_nbytes=chunk)
         transfer.keep(lease)
-        return Chunks(lines, transfer, lease)
+        return Chunks(engine, lines, transfer, lease)
     lines = memory.tensor.view(extents, line)
     if used:
         lines[:, :used] = device.bring(tails)
@@ -112,4 +114,4 @@ def whole_chunks(
         engine, WRITE, extents * line, memory.stream, checksum=True, chunk_nbytes=chunk
     )
     transfer.keep(memory.tensor)
-    return Chunks(lines, transfer, memory)
+    return Chunks(engine, lines, transfer, memory)

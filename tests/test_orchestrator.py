@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from helpers_paths import (
     turns,
     units,
 )
+from helpers_sequence import Reference
 from helpers_store import folder_fixture, open_store
 from subprocesses import run_script
 
@@ -33,6 +35,42 @@ from spdk_kv.units import KIB
 
 folder = folder_fixture
 engines = pytest.mark.parametrize("engine", DIRECT_ENGINES)
+
+
+@engines
+@pytest.mark.parametrize("tokens", [32, 2048])
+def test_a_few_bytes_behind_cached_units_are_written_where_they_are_read(
+    folder: Path, engine: str, tokens: int
+) -> None:
+    """And a prompt's many are not, nor those of a layer that is read directly."""
+    with open_dual(folder, engine=engine) as store:
+        shape = replace(SHAPE, max_tokens=8192)
+        sequence = store.sequence("s", shape)
+        reference = Reference(shape, 1)
+        reference.append(sequence, 2048)
+        turns(sequence, reference)
+        assert paths(store) == ["C"] * UNITS
+        before = resident_nbytes(store)
+        reference.append(sequence, tokens)
+        for layer in range(shape.layers):
+            sequence.settle(layer)
+        few = tokens == 32
+        written = UNITS * UNIT_NBYTES * tokens // 2048
+        assert resident_nbytes(store) - before == (written if few else 0)
+        turns(sequence, reference)
+        assert (store.stats()["residency"]["filled_nbytes"] == before) == few
+
+        set_budget(store, 0)
+        turns(sequence, reference, 2)
+        dropped(store)
+        # A page that the kernel has a use for just then stays.
+        before = resident_nbytes(store)
+        assert before < UNIT_NBYTES
+        reference.append(sequence, 32)
+        for layer in range(shape.layers):
+            sequence.settle(layer)
+        assert resident_nbytes(store) <= before
+        turns(sequence, reference)
 
 
 @engines
