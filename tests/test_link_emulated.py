@@ -1,33 +1,23 @@
-"""Transfers over the emulated link: exact bytes, failures, hangs, and what happens around them."""
+"""Transfers over the emulated link: exact bytes, order, and what they tell."""
 
 from __future__ import annotations
 
-import errno
-import gc
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 
-import blockdev
 import numpy as np
 import pytest
+from emulated_transfers import BLOCK, FAST, MIB, SEGMENT, noise, over, without_a_slot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from media import EVERY, KEEPING, SMALL, Medium, address_of, medium, memory
-from subprocesses import run_script
+from media import EVERY, KEEPING, Medium, address_of, medium
 
 from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.emulated_link import EmulatedLink
-from spdk_kv._native.memory import Pool
 from spdk_kv._native.transfer import DISCARD, FLUSH, PREFETCH, READ, WRITE
-from spdk_kv.engines import EngineOptions, open_engine, parse_location
-from spdk_kv.errors import ClosedError, DeviceError, DeviceTimeout
-
-BLOCK = 4096
-MIB = 1 << 20
-SEGMENT = SMALL.segment_nbytes
-FAST = 50e9
+from spdk_kv.engines import EngineOptions
+from spdk_kv.errors import DeviceError
 
 
 @pytest.fixture(params=[k for k in KEEPING if not k.endswith("partition")])
@@ -40,18 +30,6 @@ def keeping(request, tmp_path) -> Iterator[Medium]:
 def ram(tmp_path) -> Iterator[Medium]:
     with medium("ram", tmp_path) as found:
         yield found
-
-
-def noise(nbytes: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
-
-
-def over(engine, link, op, offset, view, **options):
-    """A transfer of ``view``, which stands for memory on a GPU."""
-    transfer = engine.transfer(op, link=link, **options)
-    transfer.keep(view)
-    transfer.add(offset, address_of(view), len(view))
-    return transfer
 
 
 @settings(
@@ -120,103 +98,6 @@ def test_sums_by_chunk_are_those_of_the_bytes(keeping, op) -> None:
     sums = np.frombuffer(transfer.chunk_crcs(), "<u4")
     assert sums.tolist() == [crc32c(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)]
     assert np.array_equal(view, data)
-
-
-@pytest.mark.parametrize("op", [READ, WRITE])
-@pytest.mark.parametrize("at_once", [False, True])
-@pytest.mark.parametrize("number", [1, 7, 60])
-def test_a_copy_that_fails_fails_the_transfer_and_the_next_one_is_well(
-    keeping, op, at_once, number
-) -> None:
-    engine, link = keeping.engine, EmulatedLink(FAST)
-    data = noise(3 * MIB)
-    engine.run(over(engine, None, WRITE, 0, data))
-    view = np.zeros_like(data)
-    link.fail(number, at_once=at_once)
-    words = "refused" if at_once else "on its way"
-    with pytest.raises(DeviceError, match=f"{'from' if op == WRITE else 'to'} the GPU.*{words}"):
-        engine.run(over(engine, link, op, 4 * MIB if op == WRITE else 0, view, checksum=True))
-    for _ in range(3):  # no slot was lost
-        engine.run(over(engine, link, READ, 0, view))
-        assert np.array_equal(view, data)
-
-
-class Kept:
-    """Something whose end can be seen."""
-
-
-@pytest.mark.parametrize("op", [READ, WRITE])
-def test_a_deadline_passes_while_a_copy_hangs_and_memory_stays_out_of_use(keeping, op) -> None:
-    engine, link = keeping.engine, EmulatedLink(FAST)
-    pool = Pool(engine.allocate, 0)
-    lease, kept = pool.lease(2 * MIB), Kept()
-    held, alive = lease.capacity, weakref.ref(kept)
-    view = np.frombuffer(lease, np.uint8)
-    view[:] = 0x77
-    transfer = over(engine, link, op, 0, view)
-    transfer.keep(kept)
-    link.pause()
-    began = time.monotonic()
-    with pytest.raises(DeviceTimeout, match="deadline"):
-        engine.run(transfer, timeout_s=0.2)
-    assert time.monotonic() - began < 10
-    assert transfer.in_flight
-    assert not transfer.done
-    del transfer, lease, view, kept
-    gc.collect()
-    # What needs no slot goes on; what needs one waits for its own deadline.
-    engine.run(without_a_slot(engine), timeout_s=30)
-    with pytest.raises(DeviceTimeout):
-        engine.run(over(engine, link, READ, 0, np.zeros(MIB, np.uint8)), timeout_s=0.1)
-    assert pool.leased_nbytes == held
-    assert alive() is not None
-    link.resume()
-    until = time.monotonic() + 20
-    while alive() is not None and time.monotonic() < until:
-        engine.run(without_a_slot(engine))
-        time.sleep(0.005)
-    assert alive() is None
-    assert pool.leased_nbytes == 0
-    view = np.zeros(3 * MIB, np.uint8)
-    engine.run(over(engine, link, READ, 0, view), timeout_s=30)
-    engine.run(over(engine, link, WRITE, 0, view), timeout_s=30)
-
-
-def without_a_slot(engine):
-    """A read into memory that the device reaches by itself."""
-    return over(engine, None, READ, 0, memory(BLOCK))
-
-
-def test_after_a_deadline_what_lands_is_not_copied(tmp_path) -> None:
-    with blockdev.hung_device(tmp_path, 8 * MIB) as device:
-        location = parse_location(f"block://{device.node}")
-        engine = open_engine(location, device.node, engine="threads", options=SMALL)
-        link = EmulatedLink(FAST)
-        engine.run(over(engine, link, WRITE, 0, np.full(MIB, 0x61, np.uint8)))
-        source = np.full(MIB, 0x62, np.uint8)
-        device.freeze()
-        with pytest.raises(DeviceTimeout):
-            engine.run(over(engine, link, WRITE, 0, source), timeout_s=0.2)
-        device.thaw()
-        view = np.zeros(MIB, np.uint8)
-        engine.run(over(engine, link, READ, 0, view), timeout_s=30)
-        assert set(view.tolist()) <= {0x61, 0x62}
-        engine.close()
-
-
-def test_a_cancelled_read_copies_no_more_and_ends(keeping) -> None:
-    engine, link = keeping.engine, EmulatedLink(FAST)
-    link.pause()
-    transfer = over(engine, link, READ, 0, np.zeros(4 * MIB, np.uint8))
-    transfer.submit()
-    until = time.monotonic() + 20
-    while not link.stats()["copies"] and time.monotonic() < until:
-        time.sleep(0.001)
-    transfer.cancel()
-    link.resume()
-    assert transfer.wait() == errno.ECANCELED
-    assert transfer.done
-    assert 0 < link.stats()["to_device_nbytes"] < 4 * MIB
 
 
 def test_a_demand_read_passes_a_prefetch_that_waits_for_slots(tmp_path) -> None:
@@ -325,147 +206,6 @@ def test_outcomes_tell_what_a_transfer_took_or_added(ram) -> None:
     for _ in range(300):
         engine.run(over(engine, link, READ, 0, view[:4096], plan=11))
     assert len(engine.queue.outcomes(0)[1]) == 256
-
-
-def test_dropped_transfers_land_and_their_memory_goes_after_that(ram) -> None:
-    engine, link = ram.engine, EmulatedLink(FAST)
-    ram.poke(0, b"\xff" * SEGMENT)
-    pool = Pool(engine.allocate, 1 << 20)
-    guards = [pool.lease(SEGMENT) for _ in range(20)]
-    for guard in guards:
-        np.frombuffer(guard, np.uint8)[:] = 0
-    del guards[1::2]
-    for round_ in range(400):
-        lease = pool.lease(SEGMENT)
-        transfer = over(engine, link, READ, 0, np.frombuffer(lease, np.uint8))
-        transfer.submit(priority=round_ % 2)
-        del transfer, lease
-        fresh = pool.lease(SEGMENT)
-        view = np.frombuffer(fresh, np.uint8)
-        view[::512] = 7
-        if round_ % 20 == 0:
-            engine.run(over(engine, link, READ, 0, np.zeros(SEGMENT, np.uint8)))
-            assert set(view[::512].tolist()) == {7}, "a copy landed in another's lease"
-        del view, fresh
-    gone = weakref.ref(link)
-    del link
-    engine.run(without_a_slot(engine))
-    assert all(not np.frombuffer(guard, np.uint8).any() for guard in guards[:-1])
-    engine.close()
-    del engine, ram.engine, guard, guards
-    gc.collect()
-    assert gone() is None, "the link outlives what used it"
-
-
-def test_closing_waits_for_copies_and_says_when_one_hangs(tmp_path) -> None:
-    with medium("ram", tmp_path) as found:
-        engine, link = found.engine, EmulatedLink(200e6)
-        transfer = over(engine, link, READ, 0, np.zeros(4 * MIB, np.uint8))
-        transfer.submit()
-        engine.close()
-        assert transfer.done
-        assert transfer.status == 0
-        with pytest.raises(ClosedError):
-            engine.transfer(READ, link=link)
-
-
-def test_closing_while_a_copy_hangs_lets_everybody_go() -> None:
-    printed = run_script("""
-        import gc, threading, time
-        import numpy as np
-        from test_link_emulated import *
-        engine = open_engine(parse_location("ram://"), engine="ram", capacity_nbytes=MIB,
-                             options=SMALL)
-        link = EmulatedLink(FAST)
-        link.pause()
-        outcomes = []
-        def wait():
-            try:
-                engine.run(over(engine, link, READ, 0, np.zeros(MIB, np.uint8)))
-            except DeviceTimeout:
-                outcomes.append("timeout")
-        thread = threading.Thread(target=wait)
-        thread.start()
-        time.sleep(0.1)
-        try:
-            engine.close(timeout_s=0.3)
-        except DeviceTimeout as failure:
-            print(failure)
-        thread.join(10)
-        print(outcomes)
-    """)
-    assert printed.splitlines() == ["ram:// still holds memory 0.3 s after close", "['timeout']"]
-
-
-EXITS = """
-    import os, sys, threading
-    import numpy as np
-    from test_link_emulated import *
-    engine = open_engine(parse_location("{name}://"), engine="{name}", capacity_nbytes=8 * MIB,
-                         options=SMALL)
-    link = EmulatedLink(200e6)
-    made = [over(engine, link, op, 0, np.zeros(4 * MIB, np.uint8)) for op in (READ, WRITE)]
-    for transfer in made:
-        transfer.submit()
-    thread = threading.Thread(target=made[0].wait, daemon=True)
-    thread.start()
-    {how}
-"""
-
-
-@pytest.mark.parametrize("how", ["pass", "del made", "sys.exit(0)", "link.pause()"])
-@pytest.mark.parametrize("name", ["ram", "null"])
-def test_the_interpreter_may_exit_in_mid_copy(how, name) -> None:
-    assert run_script(EXITS.format(how=how, name=name)) == ""
-
-
-def test_a_forked_child_is_refused() -> None:
-    run_script("""
-        import os
-        import numpy as np
-        from test_link_emulated import *
-        engine = open_engine(parse_location("ram://"), engine="ram", capacity_nbytes=8 * MIB,
-                             options=SMALL)
-        link = EmulatedLink(500e6)
-        flying = over(engine, link, READ, 0, np.zeros(4 * MIB, np.uint8))
-        flying.submit()
-        child = os.fork()
-        if child == 0:
-            try:
-                engine.transfer(READ, link=link)
-            except ClosedError:
-                del flying, engine, link
-                os._exit(7)
-            os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-        assert flying.wait() == 0
-    """)
-
-
-def test_ctrl_c_comes_out_of_a_wait_for_a_copy() -> None:
-    printed = run_script("""
-        import signal, threading, time
-        import numpy as np
-        from test_link_emulated import *
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
-        engine = open_engine(parse_location("ram://"), engine="ram", capacity_nbytes=8 * MIB,
-                             options=SMALL)
-        link = EmulatedLink(FAST)
-        link.pause()
-        transfer = over(engine, link, READ, 0, np.zeros(4 * MIB, np.uint8))
-        signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
-        try:
-            engine.run(transfer)
-        except KeyboardInterrupt:
-            print("interrupted", transfer.in_flight)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        link.resume()
-        while transfer.in_flight:
-            time.sleep(0.001)
-        engine.close()
-        print("closed")
-    """)
-    assert printed.split() == ["interrupted", "True", "closed"]
 
 
 def test_what_cannot_go_over_a_link_is_refused(ram) -> None:

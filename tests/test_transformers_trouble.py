@@ -21,7 +21,7 @@ from transformers_models import (
 )
 
 from spdk_kv.errors import CapacityError, CorruptionError, ShapeMismatch, SpdkKvError
-from spdk_kv.integrations.transformers import OffloadedKVCache, layer_windows
+from spdk_kv.integrations.transformers import CACHE_ARGUMENT, OffloadedKVCache, layer_windows
 from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
 
@@ -159,17 +159,17 @@ def test_damaged_bytes_are_an_error_and_not_other_tokens(tmp_path: Path) -> None
 def test_gradients_are_refused(store: KVStore) -> None:
     model = model_of("llama")
     with pytest.raises(SpdkKvError, match="no_grad"):
-        model(**prompt(1, 8), past_key_values=OffloadedKVCache(store, model.config))
+        model(**prompt(1, 8), **{CACHE_ARGUMENT: OffloadedKVCache(store, model.config)})
 
 
 def test_begun_in_inference_mode_and_continued_without(store: KVStore) -> None:
     model, inputs = model_of("llama"), prompt(1, 33)
     cache = OffloadedKVCache(store, model.config)
     with torch.inference_mode():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE_ARGUMENT: cache})
     with torch.no_grad():
         for _ in range(40):
-            model(torch.tensor([[5]]), past_key_values=cache)
+            model(torch.tensor([[5]]), **{CACHE_ARGUMENT: cache})
     assert cache.get_seq_length() == 73
 
 

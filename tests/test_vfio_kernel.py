@@ -13,7 +13,7 @@ import pytest
 
 from spdk_kv.devices.claims import claim
 from spdk_kv.devices.kernel import Kernel
-from spdk_kv.devices.processes import _descriptors, _mapped
+from spdk_kv.devices.sightings import Opened, Sightings
 from spdk_kv.devices.stack import Disk, Stack
 
 ROOT = Path("/")
@@ -96,6 +96,15 @@ def test_loop_device_tells_the_device_behind_it(node: Path) -> None:
         losetup("--detach", upper)
 
 
+def look(way: str, tasks: list[Path]) -> Opened:
+    sightings = Sightings(ROOT, Kernel())
+    if way == "open":
+        return sightings.opened(tasks)
+    found = Opened()
+    sightings.map_into(found, tasks)
+    return found
+
+
 @pytest.mark.parametrize("way", ["open", "mapped"])
 @pytest.mark.parametrize("named", [True, False])
 def test_holder_of_a_device_is_found(node: Path, tmp_path: Path, way: str, named: bool) -> None:
@@ -117,21 +126,17 @@ def test_holder_of_a_device_is_found(node: Path, tmp_path: Path, way: str, named
             if child.stdout.readline() != "ready\n":
                 pytest.skip("device nodes cannot be opened there")
             tasks = [Path(f"/proc/{child.pid}/task/{child.pid}")]
-            look = _descriptors if way == "open" else _mapped
-            found = look(ROOT, Kernel(), stack, tasks)
-            assert found == {node.name}
+            assert look(way, tasks).on(stack) == {node.name}
         finally:
             child.stdin.close()
 
 
 def test_kernel_threads_and_ended_processes_are_no_trouble() -> None:
-    stack = Stack((), (), (), (), {}, {})
     child = subprocess.Popen(["/bin/true"])
     try:
         zombie = Path(f"/proc/{child.pid}/task/{child.pid}")
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         for task in (Path("/proc/2/task/2"), zombie, Path("/proc/4194304/task/4194304")):
-            assert _descriptors(ROOT, Kernel(), stack, [task]) == set()
-            assert _mapped(ROOT, Kernel(), stack, [task]) == set()
+            assert look("open", [task]) == look("mapped", [task]) == Opened()
     finally:
         child.wait()

@@ -15,6 +15,7 @@ from spdk_kv.devices.kernel import Kernel, ToolMissing
 from spdk_kv.devices.processes import check_host
 from spdk_kv.devices.reasons import USE_CODES, Code, Reason
 from spdk_kv.devices.references import check_references
+from spdk_kv.devices.sightings import Sightings
 from spdk_kv.devices.stack import Disk, Stack, read_stack
 from spdk_kv.devices.strict import (
     Unreadable,
@@ -111,11 +112,19 @@ class _Collector:
         return any(reason.code in USE_CODES for reason in self.reasons)
 
 
-def read_facts(root: Path, kernel: Kernel, bdf: str, *, claimed: bool = False) -> Facts:
+def read_facts(
+    root: Path,
+    kernel: Kernel,
+    bdf: str,
+    *,
+    claimed: bool = False,
+    seen: Sightings | None = None,
+) -> Facts:
     """Looks at ``bdf``. Nothing is written, and a drive in use is not even opened.
 
     ``claimed``: this process holds the exclusive claims already (see claims.py), and they are
-    not to be tried.
+    not to be tried. ``seen``: what processes do, for a display of many drives; without it all of
+    them are looked at now.
     """
     function = function_path(root, bdf)
     try:
@@ -130,7 +139,8 @@ def read_facts(root: Path, kernel: Kernel, bdf: str, *, claimed: bool = False) -
     collect(lambda: _read_identity(root, bdf, fields))
     collect(lambda: _read_isolation(root, kernel, bdf, fields))
     contents: list[Contents] = []
-    collect(lambda: _look_inside(root, kernel, bdf, fields, collect, contents, claimed))
+    seen = seen or Sightings(root, kernel)
+    collect(lambda: _look_inside(root, kernel, bdf, fields, collect, contents, claimed, seen))
     return Facts(
         bdf,
         present=True,
@@ -177,6 +187,7 @@ def _look_inside(
     collect: _Collector,
     contents: list[Contents],
     claimed: bool,
+    seen: Sightings,
 ) -> Iterable[Reason]:
     if fields.get("driver") != "nvme":
         return ()
@@ -187,7 +198,7 @@ def _look_inside(
     fields["other_paths"] = _other_paths(root, stack)
     serial = fields.get("serial")
     serial = serial if isinstance(serial, str) else None
-    collect(lambda: check_usage(root, kernel, stack))
+    collect(lambda: check_usage(root, kernel, stack, seen))
     collect(lambda: check_references(root, kernel, stack, serial, Contents()))
     if not claimed and not collect.in_use and kernel.is_root():
         collect(lambda: _try_claims(root, kernel, stack))

@@ -14,6 +14,7 @@ from spdk_kv.devices.kernel import Kernel
 from spdk_kv.devices.nvme import NvmeDrive, list_drives
 from spdk_kv.devices.reasons import USE_CODES, Code, Reason, Refused
 from spdk_kv.devices.report import DONE, Report
+from spdk_kv.devices.sightings import Sightings
 from spdk_kv.units import format_nbytes
 
 _COLUMNS = ("BDF", "SERIAL", "MODEL", "SIZE", "DRIVER", "GROUP", "NUMA", "STATE")
@@ -28,13 +29,19 @@ def status(root: Path, kernel: Kernel) -> Report:
             records = {record.bdf: record for record in Journal(root).records()}
         except Refused as error:
             trouble = list(error.reasons)
-    drives = [_drive(root, kernel, drive, records.get(drive.bdf)) for drive in list_drives(root)]
+    # One look at the processes for all of them: it is what takes long.
+    seen = Sightings(root, kernel)
+    drives = [
+        _drive(root, kernel, drive, records.get(drive.bdf), seen) for drive in list_drives(root)
+    ]
     fields = {"reasons": [reason.fields() for reason in trouble], "drives": drives}
     return Report(DONE, _lines(drives, trouble), fields)
 
 
-def _drive(root: Path, kernel: Kernel, drive: NvmeDrive, record: Record | None) -> dict[str, Any]:
-    facts = read_facts(root, kernel, drive.bdf)
+def _drive(
+    root: Path, kernel: Kernel, drive: NvmeDrive, record: Record | None, seen: Sightings
+) -> dict[str, Any]:
+    facts = read_facts(root, kernel, drive.bdf, seen=seen)
     reasons = verdict(facts)
     state = "in-use" if without_contents(reasons) else "has-data" if reasons else "free"
     serial, model = drive.serial, drive.model

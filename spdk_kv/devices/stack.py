@@ -171,25 +171,49 @@ def _link_target(root: Path, path: str) -> str | None:
     return optional_link(place) if place.is_symlink() else None
 
 
-def member_at(root: Path, kernel: Kernel, stack: Stack, path: str) -> str | None:
-    """Which device of ``stack`` the node or link ``path`` leads to, None if none of them.
+@dataclass(frozen=True)
+class Place:
+    """Where a path led: ``number`` of the device there, as b259:1, None if there is none.
 
-    By name, so that it holds where a node is missing just now, and by device number, so that a
-    node of another name is recognised. Raises Unreadable.
+    ``trouble``: why that could not be told, and so no one whom the names do not show is sure.
     """
+
+    path: str
+    final: str
+    number: str | None
+    trouble: str | None = None
+
+    def member(self, stack: Stack) -> str | None:
+        """Which device of ``stack`` it is, None if none of them. Raises Unreadable.
+
+        By name, so that it holds where a node is missing just now, and by device number, so that
+        a node of another name is recognised.
+        """
+        for known in (self.path, self.final):
+            if known in stack.aliases:
+                return stack.aliases[known]
+            folder, _, name = known.rpartition("/")
+            if folder == "/dev" and name in stack.names:
+                return name
+        if self.trouble is not None:
+            raise Unreadable(self.trouble)
+        return None if self.number is None else stack.numbers.get(self.number)
+
+
+def look_up(root: Path, kernel: Kernel, path: str) -> Place:
+    """Where the node or link ``path`` leads; nowhere if it is not absolute. Raises Unreadable."""
     if not path.startswith("/"):
-        return None
+        return Place(path, path, None)
     final = final_path(root, path)
-    for known in (path, final):
-        if known in stack.aliases:
-            return stack.aliases[known]
-        folder, _, name = known.rpartition("/")
-        if folder == "/dev" and name in stack.names:
-            return name
     try:
-        number = kernel.device_number(root / final.lstrip("/"))
+        return Place(path, final, kernel.device_number(root / final.lstrip("/")))
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
+        return Place(path, final, None)
     except OSError as error:
-        raise Unreadable(f"{final}: {error.strerror}") from error
-    return None if number is None else stack.numbers.get(number)
+        return Place(path, final, None, f"{final}: {error.strerror}")
+
+
+def member_at(root: Path, kernel: Kernel, stack: Stack, path: str) -> str | None:
+    """Which device of ``stack`` the node or link ``path`` leads to just now, None if none of
+    them. Raises Unreadable."""
+    return look_up(root, kernel, path).member(stack)

@@ -10,6 +10,7 @@ from spdk_kv.devices.kernel import Kernel
 from spdk_kv.devices.mounts import unescape
 from spdk_kv.devices.processes import check_btrfs, check_mounts, check_open
 from spdk_kv.devices.reasons import Code, Reason
+from spdk_kv.devices.sightings import Sightings
 from spdk_kv.devices.stack import Stack, member_at
 from spdk_kv.devices.strict import (
     Unreadable,
@@ -30,16 +31,18 @@ _EXPORTED = (
 )
 
 
-def check_usage(root: Path, kernel: Kernel, stack: Stack) -> Iterator[Reason]:
-    """Everything that uses the drive now. Raises Unreadable, OSError."""
-    yield from check_kernel_use(root, kernel, stack)
-    yield from check_open(root, kernel, stack)
+def check_usage(root: Path, kernel: Kernel, stack: Stack, seen: Sightings) -> Iterator[Reason]:
+    """Everything that uses the drive: processes as ``seen``, the rest now. Raises Unreadable,
+    OSError."""
+    yield from check_kernel_use(root, kernel, stack, seen)
+    yield from check_open(stack, seen)
     yield from _check_in_flight(root, stack)
 
 
-def check_kernel_use(root: Path, kernel: Kernel, stack: Stack) -> Iterator[Reason]:
-    """What the kernel itself does with the drive now. Raises Unreadable, OSError."""
-    yield from check_mounts(root, kernel, stack)
+def check_kernel_use(root: Path, kernel: Kernel, stack: Stack, seen: Sightings) -> Iterator[Reason]:
+    """What the kernel itself does with the drive, mounted as ``seen``. Raises Unreadable,
+    OSError."""
+    yield from check_mounts(root, stack, seen)
     yield from check_btrfs(root, stack)
     yield from _check_swap(root, kernel, stack)
     yield from _check_holders(root, stack)

@@ -17,6 +17,7 @@ from spdk_kv._native.transfer import DISCARD, READ, Queue, Transfer
 from spdk_kv.devices.claims import claim
 from spdk_kv.devices.kernel import Kernel
 from spdk_kv.devices.reasons import Code
+from spdk_kv.devices.sightings import Sightings
 from spdk_kv.devices.stack import read_namespace
 from spdk_kv.devices.strict import Unreadable
 from spdk_kv.devices.usage import check_kernel_use
@@ -330,7 +331,8 @@ def _users(kernel: Kernel, disk: str) -> list[str]:
     he does not see the claim alone has to serve."""
     found = []
     try:
-        for reason in check_kernel_use(_ROOT, kernel, read_namespace(_ROOT, disk)):
+        seen = Sightings(_ROOT, kernel)
+        for reason in check_kernel_use(_ROOT, kernel, read_namespace(_ROOT, disk), seen):
             found.append(f"{reason.code.value}: {reason.found}")
     except (Unreadable, OSError):
         if kernel.is_root():
