@@ -110,10 +110,10 @@ cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept no
             _poll_pair(p, until_ns)
         if p.held or p.done != NULL or wait_ns == 0 or p.woken:
             break
-        # The target of a vfio-user drive may run on this core's other thread.
-        skv_relax()
+        if p.relaxes:
+            skv_relax()
         polls += 1
-        if polls % POLLS == 0 or until_ns == 0 or p.in_flight == 0:
+        if polls % POLLS == 0 or p.in_flight == 0:
             now = skv_now_ns()
             if until_ns == 0:
                 until_ns = now + <uint64_t>wait_ns
@@ -198,6 +198,7 @@ cdef class QueuePair:
         # SPDK's vfio-user transport cannot walk its requests, and an abort would call through a
         # null pointer there (seen with 26.09): a reset has to do.
         p.can_abort = not a.by_register
+        p.relaxes = a.by_register
         p.backend.self = p
         p.backend.submit = _submit
         p.backend.poll = _poll

@@ -29,6 +29,7 @@ cdef struct Pair:
     skv_io *done_tail
     uint64_t reset_at_ns     # a cancelled command is overdue then; 0: none is
     bint can_abort
+    bint relaxes             # between two polls: the target may run on this core's other thread
     bint woken
     bint broken              # the connection failed; its driver waits for the controller's thread
     bint held                # the driver's own: it parked, and has not seen yet that it may go on

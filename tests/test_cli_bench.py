@@ -311,6 +311,17 @@ def test_writes_stay_inside_the_span() -> None:
         engine.close()
 
 
+def test_transfers_grow_on_a_fast_device() -> None:
+    engine = open_engine(parse_location("null://"), options=EngineOptions(16, 128 * KIB))
+    try:
+        measure(engine, Load("read", 128 * KIB, 64 * MIB), 0.3)
+        seen = engine.stats()
+        # They begin with 128 segments.
+        assert seen["ios"] / seen["transfers"] > 300
+    finally:
+        engine.close()
+
+
 def test_a_load_is_checked() -> None:
     with pytest.raises(ValueError, match="op is one of"):
         Load("erase", 4096, 4096)

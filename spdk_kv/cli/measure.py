@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,12 @@ OPS = {"read": READ, "write": WRITE, "randread": READ}
 
 # With three transfers queued, the queue is still full while Python waits for its turn to add one.
 _QUEUED_TRANSFERS = 3
-# Small segments by the thousand, so that Python's share per segment vanishes; large ones by the
-# dozen, so that the clock is looked at often enough.
+# A transfer costs Python about the same however many segments it has, and on one core the queue
+# stands still for that time: so it has a thousand of them, unless they would then take so long that
+# the clock is not looked at often enough. That shows from the first ones, which are short.
 _MOST_SEGMENTS = 1024
 _TRANSFER_NBYTES = 16 * MIB
+_TRANSFER_S = 0.05
 
 Offsets = npt.NDArray[np.uint64]
 
@@ -81,7 +83,7 @@ def measure(
     once nothing is in flight. Raises what the engine raises.
     """
     memory = filled_memory(engine, engine.depth * load.segment_nbytes)
-    plan = _transfers(engine, load, memory)
+    plan = _Plan(engine, load, memory)
     queued: deque[Transfer] = deque()
     before = engine.stats()
     cpu_before = time.process_time()
@@ -90,12 +92,14 @@ def measure(
     try:
         while elapsed < seconds:
             while len(queued) < _QUEUED_TRANSFERS:
-                transfer = next(plan)
+                transfer = plan.transfer()
                 transfer.submit()
                 queued.append(transfer)
             engine.wait(queued[0])
             queued.popleft()
-            elapsed = time.perf_counter() - began
+            before_s, elapsed = elapsed, time.perf_counter() - began
+            if elapsed - before_s < _TRANSFER_S / 2:
+                plan.lengthen()
             if tick is not None:
                 tick(elapsed)
     finally:
@@ -134,35 +138,51 @@ def filled_memory(engine: Engine, nbytes: int) -> Any:
     return memory
 
 
-def _transfers(engine: Engine, load: Load, memory: Any) -> Iterator[Transfer]:
+class _Plan:
     """Transfers of many segments without end, ready to be submitted."""
-    depth = engine.depth
-    # Twice the depth: a transfer's last segments leave room for the next one's first.
-    count = min(_MOST_SEGMENTS, _TRANSFER_NBYTES // load.segment_nbytes)
-    count = max(2 * depth, count - count % depth)
-    # A buffer may be in use by two commands when completions overtake each other; their bytes
-    # are not looked at.
-    slots = np.arange(count, dtype=np.uint64) % np.uint64(depth)
-    addresses = np.uint64(memory.address) + slots * np.uint64(load.segment_nbytes)
-    sizes = np.full(count, load.segment_nbytes, dtype=np.uint64)
-    for offsets in _offsets(load, count):
-        transfer = engine.transfer(OPS[load.op], checksum=load.checksum)
-        transfer.keep(memory)
-        transfer.add_many(offsets, addresses, sizes)
-        yield transfer
 
+    def __init__(self, engine: Engine, load: Load, memory: Any) -> None:
+        self._engine = engine
+        self._load = load
+        self._memory = memory
+        # Twice the depth: a transfer's last segments leave room for the next one's first.
+        self._least = 2 * engine.depth
+        self._count = self._whole(_TRANSFER_NBYTES // load.segment_nbytes)
+        self._segments = load.span_nbytes // load.segment_nbytes
+        self._random = np.random.default_rng(load.seed)
+        self._at = 0
 
-def _offsets(load: Load, count: int) -> Iterator[Offsets]:
-    segments = load.span_nbytes // load.segment_nbytes
-    random = np.random.default_rng(load.seed)
-    at = 0
-    while True:
-        if load.op == "randread":
-            chosen = random.integers(0, segments, count, dtype=np.uint64)
+    def _whole(self, count: int) -> int:
+        count = min(_MOST_SEGMENTS, count)
+        return max(self._least, count - count % self._engine.depth)
+
+    def lengthen(self) -> None:
+        """Further transfers have twice as many segments, if that is not too many."""
+        self._count = self._whole(2 * self._count)
+
+    def transfer(self) -> Transfer:
+        count, size = self._count, np.uint64(self._load.segment_nbytes)
+        # A buffer may be in use by two commands when completions overtake each other; their bytes
+        # are not looked at.
+        slots = np.arange(count, dtype=np.uint64) % np.uint64(self._engine.depth)
+        transfer = self._engine.transfer(OPS[self._load.op], checksum=self._load.checksum)
+        transfer.keep(self._memory)
+        transfer.add_many(
+            self._offsets(count) * size,
+            np.uint64(self._memory.address) + slots * size,
+            np.full(count, size, dtype=np.uint64),
+        )
+        return transfer
+
+    def _offsets(self, count: int) -> Offsets:
+        """In segments."""
+        if self._load.op == "randread":
+            chosen = self._random.integers(0, self._segments, count, dtype=np.uint64)
         else:
-            chosen = np.arange(at, at + count, dtype=np.uint64) % np.uint64(segments)
-            at = (at + count) % segments
-        yield chosen * np.uint64(load.segment_nbytes)
+            chosen = np.arange(self._at, self._at + count, dtype=np.uint64)
+            chosen %= np.uint64(self._segments)
+            self._at = (self._at + count) % self._segments
+        return chosen
 
 
 def _result(
