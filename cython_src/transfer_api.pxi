@@ -408,7 +408,8 @@ cdef class Transfer:
     @property
     def cold_nbytes(self):
         """Of a read through a cache: bytes that had to come from the device."""
-        return self._t.cold_nbytes
+        # Blocks are brought in whole, and one may be evicted and brought in again within a transfer.
+        return min(self._t.cold_nbytes, <uint64_t>self.nbytes)
 
     @property
     def failure(self):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from spdk_kv._native.transfer import WRITE, Transfer
 from spdk_kv.engines import Engine
@@ -18,6 +21,8 @@ from spdk_kv.units import align_up
 if TYPE_CHECKING:
     import torch
 
+_FEW_CORES = 4
+
 
 def lay_out(
     layout: SequenceLayout, into: torch.Tensor, at: int, k: torch.Tensor, v: torch.Tensor
@@ -29,11 +34,20 @@ def lay_out(
     rows = lines.view(extents, count, *layout.row_shape)
     if layout.granularity == "head":
         heads = layout.extents_per_unit
-        rows[:heads].copy_(k.permute(1, 2, 0, 3))
-        rows[heads:].copy_(v.permute(1, 2, 0, 3))
+        _copy(rows[:heads], k.permute(1, 2, 0, 3))
+        _copy(rows[heads:], v.permute(1, 2, 0, 3))
     else:
-        rows[0].copy_(k.permute(2, 0, 1, 3))
-        rows[1].copy_(v.permute(2, 0, 1, 3))
+        _copy(rows[0], k.permute(2, 0, 1, 3))
+        _copy(rows[1], v.permute(2, 0, 1, 3))
+
+
+def _copy(into: torch.Tensor, values: torch.Tensor) -> None:
+    """Copies from any device. On few cores by this thread alone: torch's others spin after each
+    copy, waiting for the next one, on a core that the kernel wants for the drive."""
+    if values.is_cpu and into.is_cpu and len(os.sched_getaffinity(0)) <= _FEW_CORES:
+        np.copyto(into.numpy(), values.numpy())
+    else:
+        into.copy_(values)
 
 
 @dataclass(frozen=True)
