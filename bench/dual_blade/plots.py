@@ -90,9 +90,10 @@ def _picture(
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    # Beside the lines, which leave no room of which one can be sure.
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -125,9 +126,10 @@ def _draw_change(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    # Beside the lines, which leave no room of which one can be sure.
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
     pyplot.close(figure)
 
 
