@@ -32,8 +32,11 @@ def commands(page: str) -> list[str]:
     """The lines of the code blocks below the heading, up to the next one, without comments."""
     text = (ROOT / page).read_text().partition(PLACES[page] + "\n")[2]
     text = re.split(r"^#+ ", text, maxsplit=1, flags=re.MULTILINE)[0]
-    lines = "".join(re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).splitlines()
-    return [line.partition("  #")[0].rstrip() for line in lines]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    # What names a language is not for a shell.
+    lines = "".join(block for language, block in blocks if not language).splitlines()
+    typed = (line.partition("  #")[0].rstrip() for line in lines)
+    return [line for line in typed if line]
 
 
 def kind(command: str) -> str:
