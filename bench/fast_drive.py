@@ -20,8 +20,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 LABEL = "simulated (loop over tmpfs)"
-_TOOLS = ("losetup", "mkfs.ext4", "mount", "umount")
-_READ_AHEAD_KIB = 128
+_TOOLS = ("blockdev", "losetup", "mkfs.ext4", "mount", "umount")
+_READ_AHEAD_SECTORS = "256"  # of 512 bytes: 128 KiB
 _PREFIX = "spdk_kv-fast-"
 
 
@@ -50,8 +50,7 @@ def make(nbytes: int) -> Path:
         # Detaching a device in use means: when its last user goes.
         undo.callback(_run, "losetup", "--detach", device)
         # What an NVMe drive has; a loop device's differs from one time to the next.
-        queue = Path("/sys/block", Path(device).name, "queue", "read_ahead_kb")
-        queue.write_text(f"{_READ_AHEAD_KIB}\n")
+        _run("blockdev", "--setra", _READ_AHEAD_SECTORS, device)
         _run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", device)
         mount = Path(tempfile.mkdtemp(prefix=_PREFIX))
         on_failure = undo.enter_context(ExitStack())

@@ -119,8 +119,9 @@ cdef int _read(ThreadPool *p, skv_io *io) noexcept nogil:
     """The command's result: bytes read, or -errno."""
     cdef uint32_t summed = 0, warm = 0
     cdef ssize_t rc = 0
-    cdef int64_t cold = _fill(p, io) if p.buffered else 0
+    cdef int64_t cold = 0
     if p.buffered:
+        cold = _fill(p, io)
         warm = _read_cached(p, io, &summed)
     while warm < io.nbytes:
         rc = _read_at(p.fd, io, warm, io.nbytes - warm, 0)
@@ -129,6 +130,7 @@ cdef int _read(ThreadPool *p, skv_io *io) noexcept nogil:
         if errno != EINTR:
             return -errno
     if p.buffered:
+        # Where the kernel does not tell: what could not be had without waiting.
         io.cold_nbytes = <uint32_t>(rc if cold < 0 else cold)
     if io.crcs != NULL and warm + rc >= io.sum_nbytes:
         _sum(io, summed, io.sum_nbytes)

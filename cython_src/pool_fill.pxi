@@ -12,6 +12,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     long syscall(long number, ...)
+    int getpagesize()
 
 # mman.h has it from glibc 2.35 on; in the kernel since 5.14.
 DEF MADV_POPULATE_READ = 22
@@ -31,7 +32,7 @@ cdef inline int64_t _cold_nbytes(int fd, uint64_t offset, uint64_t nbytes) noexc
     wanted[1] = nbytes
     if syscall(CACHESTAT, fd, wanted, counts, 0):
         return -1
-    cached = <int64_t>(counts[0] * PAGE_NBYTES)
+    cached = <int64_t>(counts[0] * <uint64_t>getpagesize())
     return <int64_t>nbytes - cached if cached < <int64_t>nbytes else 0
 
 

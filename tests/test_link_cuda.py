@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from link_transfers import MIB, noise, over
 from media import KEEPING, address_of, medium
 from subprocesses import run_script
 
@@ -23,7 +24,6 @@ from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.errors import DeviceError, DeviceTimeout, EngineUnavailable
 from spdk_kv.link import measured
 
-MIB = 1 << 20
 LAUNCH_FAILED, OUT_OF_MEMORY = 719, 2
 KINDS = ["ram", "uring-file", "threads-file", "pagecache-file"]
 assert set(KINDS) <= set(KEEPING)
@@ -96,17 +96,6 @@ def engine(request, tmp_path, driver):
 @pytest.fixture
 def link(library, driver):
     return CudaLink(library=library)
-
-
-def noise(nbytes: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
-
-
-def over(engine, link, op, offset, view, **options):
-    transfer = engine.transfer(op, link=link, **options)
-    transfer.keep(view)
-    transfer.add(offset, address_of(view), len(view))
-    return transfer
 
 
 def test_a_link_gives_back_what_it_took(library, driver) -> None:

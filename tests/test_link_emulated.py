@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from emulated_transfers import BLOCK, FAST, MIB, SEGMENT, noise, over, without_a_slot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from link_transfers import BLOCK, FAST, MIB, SEGMENT, noise, over, without_a_slot
 from media import EVERY, KEEPING, Medium, address_of, medium
 
 from spdk_kv._native.checksum import crc32c

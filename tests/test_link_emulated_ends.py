@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from emulated_transfers import FAST, MIB, SEGMENT, over, without_a_slot
+from link_transfers import FAST, MIB, SEGMENT, over, without_a_slot
 from media import Medium, medium
 from subprocesses import run_script
 
@@ -70,7 +70,7 @@ def test_closing_while_a_copy_hangs_lets_everybody_go() -> None:
     printed = run_script("""
         import gc, threading, time
         import numpy as np
-        from emulated_transfers import *
+        from link_transfers import *
         from spdk_kv._native.emulated_link import EmulatedLink
         from spdk_kv._native.transfer import READ, WRITE
         from spdk_kv.engines import open_engine, parse_location
@@ -101,7 +101,7 @@ def test_closing_while_a_copy_hangs_lets_everybody_go() -> None:
 EXITS = """
     import os, sys, threading
     import numpy as np
-    from emulated_transfers import *
+    from link_transfers import *
     from spdk_kv._native.emulated_link import EmulatedLink
     from spdk_kv._native.transfer import READ, WRITE
     from spdk_kv.engines import open_engine, parse_location
@@ -127,7 +127,7 @@ def test_a_forked_child_is_refused() -> None:
     run_script("""
         import os
         import numpy as np
-        from emulated_transfers import *
+        from link_transfers import *
         from spdk_kv._native.emulated_link import EmulatedLink
         from spdk_kv._native.transfer import READ, WRITE
         from spdk_kv.engines import open_engine, parse_location
@@ -154,7 +154,7 @@ def test_ctrl_c_comes_out_of_a_wait_for_a_copy() -> None:
     printed = run_script("""
         import signal, threading, time
         import numpy as np
-        from emulated_transfers import *
+        from link_transfers import *
         from spdk_kv._native.emulated_link import EmulatedLink
         from spdk_kv._native.transfer import READ, WRITE
         from spdk_kv.engines import open_engine, parse_location

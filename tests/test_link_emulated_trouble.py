@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import blockdev
 import numpy as np
 import pytest
-from emulated_transfers import FAST, MIB, noise, over, without_a_slot
+from link_transfers import FAST, MIB, noise, over, without_a_slot
 from media import KEEPING, SMALL, Medium, medium
 
 from spdk_kv._native.emulated_link import EmulatedLink

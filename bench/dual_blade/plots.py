@@ -87,6 +87,12 @@ def _picture(
         )  # fmt: skip
     axes.axvline(1.0, color="0.85", lw=1, zorder=0)
     axes.set(xlabel="page-cache budget / KV cache (rho)", ylabel=unit, title=title)
+    _finish(figure, axes, path)
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
@@ -123,14 +129,7 @@ def _draw_change(rows: Sequence[Row], path: Path) -> None:
             axes.text(step, 1.0, f"rho {budget:g}", transform=axes.get_xaxis_transform(),
                       fontsize=8, va="bottom")  # fmt: skip
     axes.set(xlabel="decode step", ylabel="s per token")
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
-    # Beside the lines, which leave no room of which one can be sure.
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, bbox_inches="tight")
-    pyplot.close(figure)
+    _finish(figure, axes, path)
 
 
 def _line(axes: Any, variant: str, rows: Sequence[Row], name: str, middle: str) -> None:

@@ -47,7 +47,7 @@ class FileEngine(Engine):
             self._start(self._backend.backend, self._backend)
         except BaseException:
             # The next engine tried may want the device, which is open exclusively.
-            os.close(self.fd)
+            self._close_files()
             raise
 
     def _open_file(self, path: str) -> int:
@@ -60,6 +60,9 @@ class FileEngine(Engine):
 
     def _release(self) -> None:
         self._backend.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
         os.close(self.fd)
 
     @property

@@ -6,25 +6,19 @@ import ctypes
 import mmap
 import os
 import stat
-from functools import cache
 from pathlib import Path
 
 from spdk_kv._native.pool_backend import PoolBackend
-from spdk_kv.devices.sysfs import read_text
+from spdk_kv.devices.sysfs import parse_count, read_text
 from spdk_kv.engines.files import FileEngine
 from spdk_kv.units import KIB, MIB
 
 # The copies are the kernel's and run on the pool's threads: a few saturate memory.
 _MOST_THREADS = 8
-LARGE_FOLIO_NBYTES = 2 * MIB
+_LARGE_FOLIO_NBYTES = 2 * MIB
 # sync_file_range(2), which os does not have: WAIT_BEFORE, WRITE and WAIT_AFTER.
 _WRITE_AND_WAIT = 7
 _Offset = ctypes.c_int64
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
 
 
 class PageCacheEngine(FileEngine):
@@ -32,16 +26,15 @@ class PageCacheEngine(FileEngine):
 
     name = "pagecache"
     direct = False
+    _mapped_fd = -1
 
     def _open_backend(self) -> PoolBackend:
         # The loop reads ahead itself, by its depth. The kernel's read-ahead follows one stream per
         # descriptor, is lost where several threads read in turn, and fetches what nobody wants.
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
         threads = min(self.options.depth, _MOST_THREADS)
-        mapped_fd = self._open_mapped()
-        backend = PoolBackend(self.fd, threads, buffered=True, mapped_fd=mapped_fd)
-        self._mapped_fd = mapped_fd
-        return backend
+        self._mapped_fd = self._open_mapped()
+        return PoolBackend(self.fd, threads, buffered=True, mapped_fd=self._mapped_fd)
 
     def _open_mapped(self) -> int:
         """Another descriptor, through which large folios can be brought in; -1 where that would
@@ -49,16 +42,18 @@ class PageCacheEngine(FileEngine):
         device = os.fstat(self.fd)
         number = device.st_rdev if stat.S_ISBLK(device.st_mode) else device.st_dev
         bdi = f"/sys/class/bdi/{os.major(number)}:{os.minor(number)}/read_ahead_kb"
-        read_ahead_kib = read_text(Path(bdi))
-        if read_ahead_kib is None or int(read_ahead_kib) * KIB >= LARGE_FOLIO_NBYTES:
+        read_ahead_kib = parse_count(read_text(Path(bdi)))
+        if read_ahead_kib is None or read_ahead_kib * KIB >= _LARGE_FOLIO_NBYTES:
             return -1
+        if mmap.PAGESIZE != 4 * KIB:
+            return -1  # a hugepage is larger then, up to 512 MiB
         try:
             return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return -1
 
-    def _release(self) -> None:
-        super()._release()
+    def _close_files(self) -> None:
+        super()._close_files()
         if self._mapped_fd >= 0:
             os.close(self._mapped_fd)
 
@@ -96,5 +91,6 @@ class BesidePageCacheEngine(PageCacheEngine):
         Blocks for that. Pages in use at the moment, or that could not be written, stay.
         """
         # The advice alone leaves dirty pages where they are.
-        _libc().sync_file_range(self.fd, _Offset(offset), _Offset(nbytes), _WRITE_AND_WAIT)
+        libc = ctypes.CDLL(None)
+        libc.sync_file_range(self.fd, _Offset(offset), _Offset(nbytes), _WRITE_AND_WAIT)
         os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Transfers over the emulated link, for the tests and for the scripts that they run."""
+"""Transfers over a link, for the tests and for the scripts that they run."""
 
 from __future__ import annotations
 
