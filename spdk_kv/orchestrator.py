@@ -27,7 +27,7 @@ from spdk_kv.errors import SpdkKvError
 from spdk_kv.memory import MemoryReader, cached_nbytes
 from spdk_kv.orchestrator_copy import Copy
 from spdk_kv.orchestrator_units import Extents, TrackedUnit, UnitGroup
-from spdk_kv.residency import Observation, Policy, Unit
+from spdk_kv.residency import Observation, Policy
 from spdk_kv.staging import StagingPool
 from spdk_kv.units import format_nbytes
 
@@ -242,6 +242,9 @@ class Orchestrator:
                 self._demote(unit)
                 if self.copy is not None:
                     self.copy.failed(failure)
+        if unit is not None and self.cache is not None and self.copy is None:
+            # At once: promoted again before they go, the pages would be read as they are.
+            self._drop(self.cache, unit, even_if_cached=True)
 
     # -- reading ahead --------------------------------------------------------------------------
 
@@ -282,7 +285,7 @@ class Orchestrator:
             }
             cached = frozenset(key for key, unit in tracked.items() if unit.cached)
             decision = self.policy.decide(
-                [_numbers(unit) for unit in tracked.values()], cached, seen
+                [unit.numbers() for unit in tracked.values()], cached, seen
             )
             self._counters["decisions"] += 1
             before = (cached, self._limit_nbytes, self._limited_by)
@@ -344,9 +347,11 @@ class Orchestrator:
             self._dropping.submit(self._drop, self.cache, unit)
 
     @staticmethod
-    def _drop(cache: BesidePageCacheEngine, unit: TrackedUnit) -> None:
+    def _drop(
+        cache: BesidePageCacheEngine, unit: TrackedUnit, even_if_cached: bool = False
+    ) -> None:
         for offset, nbytes in unit.extents:
-            if unit.cached:
+            if unit.cached and not even_if_cached:
                 return  # promoted again in the meantime
             try:
                 cache.drop(offset, nbytes)
@@ -407,7 +412,7 @@ class Orchestrator:
                     "part": "v" if unit.value else "k",
                     "nbytes": unit.nbytes,
                     "path": "page cache" if unit.cached and unit.filled else self.direct.name,
-                    "why": (self.single or self.policy.why(_numbers(unit)))
+                    "why": (self.single or self.policy.why(unit.numbers()))
                     + (self.copy.lacks(unit) if self.copy else ""),
                 }
                 for group in self._groups.values()
@@ -436,15 +441,4 @@ def _account(counters: dict[str, int]) -> str:
         f"{format_nbytes(counters['cached_read_nbytes'])} read through the page cache "
         f"({format_nbytes(counters['missed_nbytes'])} of it missed), "
         f"{format_nbytes(counters['direct_read_nbytes'])} directly"
-    )
-
-
-def _numbers(unit: TrackedUnit) -> Unit:
-    return Unit(
-        key=unit.key,
-        nbytes=unit.nbytes,
-        capacity_nbytes=unit.capacity_nbytes,
-        weight=unit.weight,
-        idle_steps=unit.group.idle_steps,
-        sequence=unit.group.number,
     )

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from spdk_kv.residency import Unit
+
 Extents = tuple[tuple[int, int], ...]
 """(offset, nbytes) of each extent."""
 
@@ -84,6 +86,17 @@ class TrackedUnit:
     @property
     def label(self) -> str:
         return f"{self.group.name}, layer {self.layer}, {'V' if self.value else 'K'}"
+
+    def numbers(self) -> Unit:
+        """What a policy is told of it."""
+        return Unit(
+            key=self.key,
+            nbytes=self.nbytes,
+            capacity_nbytes=self.capacity_nbytes,
+            weight=self.weight,
+            idle_steps=self.group.idle_steps,
+            sequence=self.group.number,
+        )
 
     def warm(self, cold_nbytes: int, looks: int) -> int:
         """Takes note of a read that found so much not in the cache; returns what of it should
