@@ -26,6 +26,7 @@ from typing import Any
 from spdk_kv.cli.decode_load import Load, Noise
 from spdk_kv.cli.decode_replay import Device, KVPath, Moment, Replay, StorePath
 from spdk_kv.cli.memory_limit import MemoryGroup
+from spdk_kv.cli.touch_memory import touch_free_memory
 from spdk_kv.devices.sysfs import read_text
 from spdk_kv.errors import SpdkKvError
 
@@ -192,6 +193,7 @@ def _run(case: Case, makers: Mapping[str, Maker]) -> Outcome:
         replay.prefill()
         replay.step()
         replay.check()
+    touch_free_memory(case.limit_nbytes or load.capacity_nbytes)
     group = MemoryGroup(Path(case.group), case.group_version) if case.group else None
     if group is not None:
         group.limit(case.limit_nbytes)
