@@ -196,15 +196,19 @@ class Orchestrator:
         if self.copy is not None and unit.cached:
             self.copy.fill(unit, start, lines(), chunk_nbytes)
 
-    def reads(self, group: UnitGroup, layer: int) -> None:
-        """A layer is about to be read on demand; may decide anew. Does no I/O but for a few small
-        files of procfs."""
+    def reads(self, group: UnitGroup, layer: int | None) -> None:
+        """A layer is about to be read on demand (None: one is read ahead); may decide anew. Does no
+        I/O but for a few small files of procfs.
+
+        What is read ahead for the next turn goes as this one decided: a budget is no older than a
+        turn then. Only the first turn would have decided nothing yet.
+        """
         if self.cache is None:
             return
         # Of either path: the one that just now reads nothing must not keep what was dropped on it.
         self._collect()
         with self._lock:
-            if not group.begins_turn(layer):
+            if not (group.begins_ahead() if layer is None else group.begins_turn(layer)):
                 return
             # Once for all sequences that take turns, not once for each.
             if group.turned or not any(other.turned for other in self._groups.values()):

@@ -116,6 +116,7 @@ class UnitGroup:
     name: str
     units: list[TrackedUnit] = field(default_factory=list)
     last_layer: int | None = None
+    begun_ahead: bool = False
     turned: bool = False
     idle_steps: int = 0
 
@@ -127,8 +128,15 @@ class UnitGroup:
 
     def begins_turn(self, layer: int) -> bool:
         """Whether a read of ``layer`` begins another turn through the layers."""
-        begins = self.last_layer is None or layer <= self.last_layer
+        first = self.last_layer is None
+        begins = not self.begun_ahead if first else layer <= (self.last_layer or 0)
         self.last_layer = layer
+        return begins
+
+    def begins_ahead(self) -> bool:
+        """Whether reading ahead begins the first turn: nothing was read before."""
+        begins = self.last_layer is None and not self.begun_ahead
+        self.begun_ahead |= begins
         return begins
 
     def summary(self) -> dict[str, str | int]:

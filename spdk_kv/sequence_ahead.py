@@ -10,17 +10,25 @@ from spdk_kv.errors import SpdkKvError
 from spdk_kv.link_devices import LinkedDevice
 from spdk_kv.orchestrator import Orchestrator
 from spdk_kv.orchestrator_order import ScanOrder
+from spdk_kv.orchestrator_units import UnitGroup
 from spdk_kv.sequence_layer import LayerCache
 
 
 class ReadAhead:
     """Begins reads before they are asked for, as far as ``paths`` admits. Wants no lock held."""
 
-    def __init__(self, paths: Orchestrator, layers: Sequence[LayerCache], most_tokens: int) -> None:
+    def __init__(
+        self,
+        paths: Orchestrator,
+        group: UnitGroup,
+        layers: Sequence[LayerCache],
+        most_tokens: int,
+    ) -> None:
         self.learns = True
         # Where the last read went, if over a link: what is read ahead goes there.
         self.device: LinkedDevice | None = None
         self._paths = paths
+        self._group = group
         self._layers = layers
         self._most_tokens = most_tokens
         self._order = ScanOrder()
@@ -72,6 +80,7 @@ class ReadAhead:
         import torch
 
         cache = self._layers[layer]
+        self._paths.reads(self._group, None)
         with cache.lock, self._paths.admission:
             spare = min(spare, self._most_tokens - cache.tokens)
             if not self._paths.admits(cache.ahead_nbytes(first, spare)):

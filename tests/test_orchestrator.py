@@ -74,6 +74,21 @@ def test_a_few_bytes_behind_cached_units_are_written_where_they_are_read(
 
 
 @engines
+def test_what_is_read_ahead_first_of_all_goes_by_a_decision_too(folder: Path, engine: str) -> None:
+    with open_dual(folder, engine=engine) as store:
+        sequence, reference = filled(store)
+        sequence.prefetch([1, 2, 3])
+        turns(sequence, reference)
+        assert paths(store) == ["C"] * UNITS
+        told = store.stats()["residency"]
+        assert told["decisions"] == 1
+        assert told["direct_read_nbytes"] == 0
+        assert told["filled_nbytes"] == UNITS * UNIT_NBYTES
+        turns(sequence, reference)
+        assert store.stats()["residency"]["decisions"] == 2
+
+
+@engines
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 def test_pages_follow_the_decision(folder: Path, engine: str, granularity: str) -> None:
     with open_dual(folder, engine=engine) as store:
