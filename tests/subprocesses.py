@@ -9,10 +9,24 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 _TESTS = Path(__file__).parent
 _PREAMBLE = f"import sys; sys.path[:0] = [{str(_TESTS)!r}, {str(_TESTS.parent)!r}]\n"
+
+
+@pytest.fixture
+def interruptible_fixture() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt here, and ends what is started here, also where the tests'
+    shell has it ignored, as it has for what runs in its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_script(script: str, *, preamble: str = "", timeout_s: float = 60) -> str:

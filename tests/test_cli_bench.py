@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from subprocesses import interruptible_fixture
 
 from spdk_kv.cli import bench_io, main
 from spdk_kv.cli.measure import OPS, Load, fill, filled_memory, measure
 from spdk_kv.engines import EngineOptions, open_engine, parse_location
 from spdk_kv.errors import DeviceError, EngineUnavailable
 
+interruptible = interruptible_fixture
 KIB = 1 << 10
 MIB = 1 << 20
 
@@ -260,6 +262,7 @@ def test_a_terminal_gets_a_bar_and_a_table(tmp_path: Path) -> None:
     assert b"GiB/s" in shown
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("op", ["read", "write"])
 def test_interrupt_ends_cleanly_and_leaves_no_file(tmp_path: Path, op: str) -> None:
     process = subprocess.Popen(

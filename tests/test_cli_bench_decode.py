@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from subprocesses import interruptible_fixture
 
 from spdk_kv.cli import bench_decode, main
 from spdk_kv.cli.decode_case import Case, DeviceCounters, Outcome, outcome_from, run_apart
@@ -29,6 +30,7 @@ from spdk_kv.cli.memory_limit import (
 )
 from spdk_kv.errors import CorruptionError
 
+interruptible = interruptible_fixture
 MIB = 1 << 20
 SMALL = Load(layers=3, hidden=256, batch=2, prompt=50, generate=5)
 
@@ -337,6 +339,7 @@ def test_a_short_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_leaves_no_folder_and_no_process(tmp_path: Path) -> None:
     words = ["-m", "spdk_kv", "bench", "decode", "--dir", str(tmp_path), "--size", "64MiB"]
     process = subprocess.Popen(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from subprocesses import interruptible_fixture
 
 from spdk_kv.cli import main
 from spdk_kv.cli.demo_model import ByteTokenizer, read_text
@@ -24,6 +25,7 @@ from spdk_kv.cli.demo_run import Run
 from spdk_kv.store import open as open_store
 from spdk_kv.types import KVShape
 
+interruptible = interruptible_fixture
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "spdk_kv", "demo"]
 SMALL = ["--prompt-tokens", "200", "--new-tokens", "5"]
@@ -108,6 +110,7 @@ def test_pipe_gets_the_report_and_no_progress(environment: dict[str, str], tmp_p
     assert left_over(environment) == []
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_ends_cleanly(environment: dict[str, str]) -> None:
     primary, secondary = pty.openpty()
     process = subprocess.Popen(

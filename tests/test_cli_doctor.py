@@ -16,6 +16,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from subprocesses import interruptible_fixture
 
 from spdk_kv.cli import COMMANDS, LazyGroup, main
 from spdk_kv.cli import checks as judge
@@ -24,6 +25,7 @@ from spdk_kv.devices.io_uring import IoUringStatus
 from spdk_kv.devices.nvme import Namespace, NvmeDrive
 from spdk_kv.memory import CgroupLimit, MemorySnapshot
 
+interruptible = interruptible_fixture
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -178,6 +180,7 @@ def test_foreign_errors_keep_their_traceback() -> None:
     assert isinstance(result.exception, ZeroDivisionError)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_is_one_line_and_status_130(endings: str) -> None:
     process = subprocess.Popen(
         [sys.executable, endings, "wait"], text=True,

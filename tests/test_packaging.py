@@ -190,6 +190,8 @@ def test_wheel_without_uring_and_pkg_config_works(
         *("--wheel", "--outdir", tmp_path, source),
         *("-C", f"build-dir={tmp_path}/build"),
         *("-C", "cmake.define.SPDK_KV_URING=OFF"),
+        # Without the minute of optimizing; that is the other wheel's.
+        *("-C", "cmake.build-type=Debug"),
         # As where pkg-config is not installed; CMake looks for it beyond PATH.
         *("-C", "cmake.define.CMAKE_DISABLE_FIND_PACKAGE_PkgConfig=ON"),
     )

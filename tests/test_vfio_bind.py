@@ -8,10 +8,11 @@ import os
 import signal
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from subprocesses import interruptible_fixture
 from vfio_machine import BDF, GROUP, SERIAL, FakeKernel, Machine, codes
 
 from spdk_kv.devices import vfio
@@ -21,20 +22,13 @@ DEVICE = f"sys/bus/pci/devices/{BDF}"
 UNBIND = "drivers/nvme/unbind"
 
 
+interruptible = interruptible_fixture
+
+
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(vfio, "_SETTLE_S", 0.05)
     return Machine(tmp_path)
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, also where the tests' shell has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def fail() -> None:

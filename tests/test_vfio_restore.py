@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from subprocesses import interruptible_fixture
 from vfio_machine import BDF, GROUP, SERIAL, Machine, codes
 
 from spdk_kv.devices import vfio
@@ -19,6 +19,9 @@ from spdk_kv.devices.vfio import bind_steps, give_back_steps
 
 BIND_STEPS = ["journal", "load", "override", "look-again", "unbind", "probe", "verify", "done"]
 BACK_STEPS = ["journal", "override", "unbind", "probe", "verify", "clear-override", "done"]
+
+
+interruptible = interruptible_fixture
 
 
 @pytest.fixture
@@ -32,16 +35,6 @@ def bound(machine: Machine) -> Machine:
     assert machine.bind().status == 0
     machine.kernel.log.clear()
     return machine
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, also where the tests' shell has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def fail() -> None:
