@@ -79,9 +79,7 @@ class Sequence:
         # Held while records are made and while they are overtaken: by truncate and delete.
         self._record_lock = threading.RLock()
         self._writing: deque[LayerCache] = deque()
-        self._ahead = ReadAhead(
-            store.paths, self._group, self._layers, layout.shape.max_tokens
-        )
+        self._ahead = ReadAhead(store.paths, self._group, self._layers, layout.shape.max_tokens)
 
     @classmethod
     def created(
