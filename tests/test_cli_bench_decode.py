@@ -218,6 +218,7 @@ def test_x_follows_a_limit_that_changes_in_mid_run(group: MemoryGroup, tmp_path:
     )  # fmt: skip
     outcome = run_apart(case)
     assert not outcome.error
+    assert outcome.explained["residency"]["limited_by"] == "the memory cgroup of the run"
     before, halved, still, doubled = outcome.steps_limit_nbytes
     assert halved == pytest.approx(still, rel=0.1)
     assert 0 < halved < 0.6 * min(before, doubled)

@@ -254,6 +254,9 @@ def _measure(
             break
     after = group.use().major_faults if group else 0
     explained = path.explain()
+    residency = explained.get("residency") or {}
+    if group and residency.get("limited_by") == str(group.path):
+        residency["limited_by"] = "the memory cgroup of the run"  # gone by the time this is read
     replay.check()
     return Outcome(
         variant=case.variant,
