@@ -15,6 +15,7 @@ Bytes that are not of the unit as it is now are never served:
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -192,6 +193,12 @@ class Copy:
                 log.debug("%s: a range stays in the copy: %s", self.engine.where, refused)
         with self.lock:
             self._holes.remove(hole)
+
+    def sweep(self, unit: TrackedUnit) -> None:
+        """A read came to ``unit`` after its hole was punched, and left pages of zeros in memory:
+        those go. What is dirty, filled anew meanwhile, stays."""
+        for offset, nbytes in unit.extents:
+            os.posix_fadvise(self.engine.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     # -- what is told ---------------------------------------------------------------------------
 

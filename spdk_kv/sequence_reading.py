@@ -156,6 +156,8 @@ class Reading:
                 raise failure
             part = self.ask(paths.direct, None, part.lines, part.start, part.end, 0)
             self._complete(part, crcs)
+            if paths.copy is not None:
+                paths.copy.sweep(unit)
             through_cache, unit = False, None
         elif failure is not None:
             self._take_over(part, paths, crcs, failure)
