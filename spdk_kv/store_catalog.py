@@ -187,6 +187,7 @@ class Catalog:
         while True:
             refusal = None
             with self.lock:
+                freed_count = self.extents.freed_count
                 try:
                     offsets = self.extents.allocate(sizes)
                 except CapacityError as full:
@@ -195,10 +196,10 @@ class Catalog:
                 refusal = self._back(offsets, sizes)
                 if refusal is None:
                     return offsets
-            if not self._make_room(sizes, wanted):
+            more = self._make_room(sizes, wanted, freed_count)
+            if more is None:
                 raise refusal
-            # Fragmented: what was evicted was enough by size but not by shape. Ever more.
-            wanted = max(2 * wanted, sum(sizes))
+            wanted = more
 
     def _back(self, offsets: Sequence[int], sizes: Sequence[int]) -> CapacityError | None:
         """Makes the device reach the extents; gives them up where it cannot."""
@@ -220,19 +221,27 @@ class Catalog:
         with self.lock:
             self.extents.abandon(offsets)
 
-    def _make_room(self, sizes: Sequence[int], wanted: int) -> bool:
-        """Frees something, if anything can be freed. Returns whether it is worth another try."""
-        with self.lock:
+    def _make_room(self, sizes: Sequence[int], wanted: int, freed_count: int) -> int | None:
+        """Frees something, by eviction at least ``wanted`` bytes. Returns what is wanted if that
+        was not enough; None if nothing can be freed.
+
+        ``freed_count``: the table's when there was no room.
+        """
+        # A commit under way may be about to free something.
+        with self._commit_lock, self.lock:
+            if self.extents.freed_count != freed_count:
+                return wanted
             allocator = self.extents.allocator
             if not self.extents.has_retired and self.eviction == "lru":
                 if sum(sizes) > allocator.free_nbytes + self._blob_nbytes:
                     # Nothing would be won by losing everything.
-                    return False
+                    return None
                 self._evict(max(wanted, sum(sizes), allocator.used_nbytes // _EVICTED_SHARE))
             if not self.extents.has_retired:
-                return False
+                return None
         self.commit()
-        return True
+        # Fragmented: what was evicted was enough by size but not by shape. Ever more.
+        return max(2 * wanted, sum(sizes))
 
     def _evict(self, nbytes: int) -> None:
         """Drops the least recently used blobs until their extents come to ``nbytes``.

@@ -21,6 +21,8 @@ class ExtentTable:
         self._retired: list[int] = []
         # Committed, but pinned at the time.
         self._free_when_unpinned: set[int] = set()
+        self.freed_count = 0
+        """How many came back so far, after a commit or the end of a read."""
 
     @property
     def has_retired(self) -> bool:
@@ -44,7 +46,7 @@ class ExtentTable:
             del self._pins[offset]
             if offset in self._free_when_unpinned:
                 self._free_when_unpinned.remove(offset)
-                self.allocator.free(offset)
+                self._free(offset)
 
     def pinned(self, offset: int) -> bool:
         """Whether a read of the extent is under way."""
@@ -52,7 +54,8 @@ class ExtentTable:
 
     def abandon(self, offsets: Iterable[int]) -> None:
         """Frees extents that no record ever named."""
-        self._release(offsets)
+        for offset in offsets:
+            self.allocator.free(offset)
 
     def retire(self, offsets: Iterable[int]) -> None:
         """Marks extents that their record has given up."""
@@ -66,11 +69,12 @@ class ExtentTable:
 
     def committed(self, offsets: Iterable[int]) -> None:
         """Frees extents whose retirement is on the medium."""
-        self._release(offsets)
-
-    def _release(self, offsets: Iterable[int]) -> None:
         for offset in offsets:
             if offset in self._pins:
                 self._free_when_unpinned.add(offset)
             else:
-                self.allocator.free(offset)
+                self._free(offset)
+
+    def _free(self, offset: int) -> None:
+        self.allocator.free(offset)
+        self.freed_count += 1

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -94,6 +97,60 @@ def test_none_refuses_and_says_what_is_asked_and_what_is_free(where):
         put(store, "d")
         store.delete("b")
         put(store, "e")  # room that has yet to be committed is room
+        check_books(store)
+
+
+@pytest.mark.parametrize("eviction", ["none", "lru"])
+def test_room_that_a_commit_under_way_will_free_is_waited_for(folder, eviction):
+    with open_store(folder, capacity="4 MiB", eviction=eviction) as store:
+        put(store, "stays")
+        put(store, "goes", nbytes=3 * MIB)
+        store.flush()
+        store.delete("goes")
+        index = store.catalog.index
+        under_way, may_end, commit = threading.Event(), threading.Event(), index.commit
+
+        def held(*changes):
+            under_way.set()
+            assert may_end.wait(60)
+            commit(*changes)
+
+        index.commit = held
+        with ThreadPoolExecutor(2) as threads:
+            try:
+                committed = threads.submit(store.flush)
+                assert under_way.wait(60)
+                late = threads.submit(put, store, "new", nbytes=3 * MIB)
+                deadline = time.monotonic() + 0.3
+                while time.monotonic() < deadline and not late.done():
+                    time.sleep(0.01)
+            finally:
+                may_end.set()
+            committed.result(60)
+            late.result(60)
+        assert store.keys() == ["stays", "new"]
+        assert store.stats()["evictions"] == 0
+        check_books(store)
+
+
+@pytest.mark.parametrize("eviction", ["none", "lru"])
+def test_room_that_came_free_meanwhile_is_used_and_nothing_evicted(folder, eviction):
+    with open_store(folder, capacity="4 MiB", eviction=eviction) as store:
+        put(store, "stays")
+        put(store, "goes", nbytes=3 * MIB)
+        catalog = store.catalog
+        make_room = catalog._make_room
+
+        def after_another_threads_commit(*wanted):
+            catalog._make_room = make_room
+            store.delete("goes")
+            store.flush()
+            return make_room(*wanted)
+
+        catalog._make_room = after_another_threads_commit
+        put(store, "new", nbytes=3 * MIB)
+        assert store.keys() == ["stays", "new"]
+        assert store.stats()["evictions"] == 0
         check_books(store)
 
 
