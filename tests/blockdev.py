@@ -89,7 +89,7 @@ def ext4(folder: Path, nbytes: int) -> Iterator[Path]:
 
 def _unmount(at: Path) -> None:
     # Of a process that ended, the kernel closes a ring's files a little later.
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while subprocess.run(["umount", str(at)], timeout=60, stderr=subprocess.DEVNULL).returncode:
         assert time.monotonic() < until, f"something still uses {at}"
         time.sleep(0.02)
@@ -142,7 +142,6 @@ def hung_device(folder: Path, nbytes: int) -> Iterator[HungDevice]:
     with ext4(folder, 4 * nbytes + (16 << 20)) as at:
         backing = at / "backing"
         backing.write_bytes(bytes(nbytes))
-        os.sync()
         # Loop's own direct I/O is off: its worker hangs in the frozen filesystem's write path.
         with loop_device(backing) as node:
             device = HungDevice(node, backing)

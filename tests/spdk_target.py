@@ -70,10 +70,16 @@ def hugepages(nbytes: int) -> Iterator[None]:
         int((_HUGEPAGES.parent / name).read_text()) for name in ("free_hugepages", "resv_hugepages")
     )
     before = int(_HUGEPAGES.read_text())
-    _HUGEPAGES.write_text(str(before + max(0, (nbytes >> 21) - free + promised)))
+    wanted = before + max(0, (nbytes >> 21) - free + promised)
+    _HUGEPAGES.write_text(str(wanted))
+    if int(_HUGEPAGES.read_text()) < wanted:  # memory is in too small pieces
+        Path("/proc/sys/vm/compact_memory").write_text("1")
+        _HUGEPAGES.write_text(str(wanted))
     # Others may add and take pages at the same time: only what was added here is taken back.
     added = int(_HUGEPAGES.read_text()) - before
     try:
+        if before + added < wanted:
+            pytest.skip(f"no {nbytes >> 20} MiB of huge pages to be had, only {added} pages of it")
         yield
     finally:
         _HUGEPAGES.write_text(str(max(0, int(_HUGEPAGES.read_text()) - added)))

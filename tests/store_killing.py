@@ -23,6 +23,7 @@ import torch
 from helpers_store import FILE_ENGINES, open_store, payload, version_of
 
 import spdk_kv
+from spdk_kv import lock
 from spdk_kv.errors import KeyNotFound
 
 KEYS = [f"key {i}" for i in range(8)]
@@ -174,6 +175,8 @@ def child(folder: Path, shared: Shared, seed: int, what: str, engine: str, last:
 def main() -> int:
     folder, cycles, seed, what = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
+    # What was killed may hold the store until its last command ends, however busy the disk.
+    lock._COMMANDS_TIMEOUT_S = 60
     shared, rng, killed = Shared(), random.Random(seed), 0
     for cycle in range(cycles + 1):
         last = cycle == cycles

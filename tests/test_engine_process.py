@@ -24,7 +24,7 @@ from spdk_kv.engines import EngineOptions, open_engine, parse_location
 from spdk_kv.errors import ClosedError
 
 MIB = 1 << 20
-faulthandler.dump_traceback_later(30, exit=True)
+faulthandler.dump_traceback_later(120, exit=True)
 
 def opened(name, path, options=SMALL):
     location = f"{name}://" if name in ("ram", "null") else f"file://{path}"
@@ -52,7 +52,7 @@ def script(body: str, engine: str, folder, **options) -> str:
 FORK = """
 # Its watchdog is a thread, which a child would wait for in vain.
 faulthandler.cancel_dump_traceback_later()
-signal.alarm(30)
+signal.alarm(120)
 engine = opened(name, path)
 write(engine, 0, b"\\x61" * MIB)
 pool = Pool(engine.allocate, MIB)
@@ -130,7 +130,7 @@ for round in range(rounds):
         shooter.start()
         while True:
             engine.run(long)
-            raise SystemExit("it was too short")
+            long = reading(engine, MIB, 3000, checksum=round % 2, shift=round % 2)
     except KeyboardInterrupt:
         slowest = max(slowest, time.monotonic() - shots[0])
     shooter.join()

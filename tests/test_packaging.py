@@ -18,6 +18,9 @@ import pytest
 for needed in ("build", "scikit_build_core", "Cython"):
     pytest.importorskip(needed, reason=f"building needs {needed}: pip install -e '.[test]'")
 
+# Each build compiles everything.
+pytestmark = pytest.mark.timeout(1200)
+
 ROOT = Path(__file__).resolve().parent.parent
 URING = "spdk_kv/_native/uring_backend"
 

@@ -168,7 +168,7 @@ def test_a_drive_that_goes_away_leaves_what_was_copied(target: Target, tmp_path:
         target.namespaces = nsid - 1
         assert target.add_file(image) == nsid
         target.listen()
-        for _ in range(50):
+        for _ in range(600):
             try:
                 turns(sequence, reference)
                 break

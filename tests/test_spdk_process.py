@@ -44,7 +44,7 @@ def script(code: str, uri: str) -> str:
 def test_the_process_keeps_its_cores(uri):
     script(
         """
-        import threading
+        import contextlib, threading
         everywhere = os.sched_getaffinity(0)
         engine = opened(uri)
         write(engine, 0, b"x" * 100_000)
@@ -54,9 +54,11 @@ def test_the_process_keeps_its_cores(uri):
         later.start()
         later.join()
         assert seen == [everywhere]
-        threads = {int(t): os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task")}
-        pinned = {open(f"/proc/self/task/{t}/comm").read() for t in threads
-                  if threads[t] != everywhere}
+        pinned = set()
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # just ended
+                if os.sched_getaffinity(int(thread)) != everywhere:
+                    pinned.add(open(f"/proc/self/task/{thread}/comm").read())
         # DPDK's own thread for interrupts, which sleeps.
         assert pinned <= {"dpdk-intr\\n"}, pinned
         engine.close()

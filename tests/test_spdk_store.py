@@ -277,7 +277,7 @@ def test_a_drive_that_went_away_comes_back_to_its_store(target, tmp_path):
     target.namespaces = nsid - 1
     assert target.add_file(image) == nsid
     target.listen()
-    for _ in range(50):
+    for _ in range(600):
         try:
             assert version_of("key", store.get("key", as_numpy=True)) == 1
             break

@@ -223,23 +223,23 @@ def test_a_key_may_be_asked_for_twice_at_once(store):
 def test_nothing_at_all_is_fine(store):
     store.put_many({})
     assert store.get_many([]) == []
-    assert store.put_many_async({}).result(10) is None
-    assert store.get_many_async([]).result(10) == []
+    assert store.put_many_async({}).result(60) is None
+    assert store.get_many_async([]).result(60) == []
 
 
 def test_futures_carry_results_and_errors(store):
     tensors = many()
-    assert store.put_many_async(tensors).result(10) is None
-    assert store.put_async("one", noise(5000, 5)).result(10) is None
-    assert_same(store.get_async("one").result(10), noise(5000, 5))
+    assert store.put_many_async(tensors).result(60) is None
+    assert store.put_async("one", noise(5000, 5)).result(60) is None
+    assert_same(store.get_async("one").result(60), noise(5000, 5))
     for tensor, expected in zip(
-        store.get_many_async(tensors).result(10), tensors.values(), strict=True
+        store.get_many_async(tensors).result(60), tensors.values(), strict=True
     ):
         assert_same(tensor, expected)
     out = torch.empty(5000, dtype=torch.uint8)
-    assert store.get_async("one", out=out).result(10) is out
+    assert store.get_async("one", out=out).result(60) is out
     assert_same(out, noise(5000, 5))
-    assert store.flush_async().result(10) is None
+    assert store.flush_async().result(60) is None
     with pytest.raises(KeyNotFound):
         store.get_async("missing")
     with pytest.raises(ShapeMismatch):
@@ -264,10 +264,10 @@ def test_a_future_s_callback_may_use_the_store(store):
     future = store.get_async("a")
     future.add_done_callback(lambda _: found.append(store.get_async("a")))
     future.add_done_callback(lambda _: found.append(store.get("a")))
-    future.result(10)
+    future.result(60)
     while len(found) < 2:
         pass
-    assert_same(found[0].result(10), found[1])
+    assert_same(found[0].result(60), found[1])
 
 
 # -- a property, over the engines -----------------------------------------------------------------
