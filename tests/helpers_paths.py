@@ -60,6 +60,12 @@ def turns(sequence: Any, reference: Reference, count: int = 1) -> None:
         reference.check(sequence)
 
 
+def settled(sequence: Any) -> None:
+    """Waits until all that was appended is on the device."""
+    for layer in range(sequence.shape.layers):
+        sequence.settle(layer)
+
+
 def units(store: KVStore) -> list[TrackedUnit]:
     return [unit for group in store.paths._groups.values() for unit in group.units]
 

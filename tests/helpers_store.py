@@ -149,7 +149,7 @@ def sha256(path: Path | str) -> str:
 def check_books(store: KVStore) -> None:
     """The allocator's books are right, and hold exactly what the records name."""
     catalog = store.catalog
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     store.flush()
     while catalog._quarantine and time.monotonic() < deadline:  # writes that were cut short
         time.sleep(0.001)

@@ -87,7 +87,7 @@ def waited(store: KVStore, until: Callable[[], bool] | None = None) -> None:
     """Waits until nothing is being copied, and nothing of what was forgotten is left."""
     copy = store.paths.copy
     assert copy is not None
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while copy._held_nbytes or copy._holes or (until is not None and not until()):
         assert time.monotonic() < end
         time.sleep(0.001)

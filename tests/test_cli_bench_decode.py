@@ -29,6 +29,7 @@ from spdk_kv.cli.memory_limit import (
     why_impossible,
 )
 from spdk_kv.errors import CorruptionError
+from spdk_kv.memory import read_memory
 
 interruptible = interruptible_fixture
 MIB = 1 << 20
@@ -212,6 +213,10 @@ def test_memory_that_does_not_fit_is_told(group: MemoryGroup, tmp_path: Path) ->
 
 
 def test_x_follows_a_limit_that_changes_in_mid_run(group: MemoryGroup, tmp_path: Path) -> None:
+    # What this machine's other programs do to its memory would keep X from rising.
+    until = time.monotonic() + 120
+    while (read_memory().pressure or 0) > 5 and time.monotonic() < until:
+        time.sleep(1)
     case = Case(
         "dual", str(tmp_path), asdict(SMALL), group=str(group.path), group_version=group.version,
         limit_nbytes=1024 * MIB, changes={"1": 512 * MIB, "3": 1024 * MIB},
@@ -325,6 +330,7 @@ def test_the_fastest_at_each_budget() -> None:
     assert bench_decode.fastest(rows) == {1: "b", 2: "a"}
 
 
+@pytest.mark.timeout(1200)
 def test_a_short_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_decode, "_VARIANTS", ("dual",))  # each takes seconds
     result = decode("--dir", str(tmp_path), "--size", "64MiB", "--budget", "80MiB", "--json")

@@ -189,7 +189,7 @@ def test_interrupt_is_one_line_and_status_130(endings: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=10)
+    _, complaint = process.communicate(timeout=60)
     assert (process.returncode, complaint.strip()) == (130, "interrupted")
 
 
@@ -203,7 +203,7 @@ def test_reader_that_goes_away_makes_no_noise(endings: str) -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait(timeout=10) == 1
+    assert process.wait(timeout=60) == 1
 
 
 def test_progress_bar_is_for_terminals_only(endings: str) -> None:

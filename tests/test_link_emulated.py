@@ -102,7 +102,7 @@ def test_sums_by_chunk_are_those_of_the_bytes(keeping, op) -> None:
 
 def test_a_demand_read_passes_a_prefetch_that_waits_for_slots(tmp_path) -> None:
     with medium("ram", tmp_path) as found:
-        engine, link = found.engine, EmulatedLink(100e6)
+        engine, link = found.engine, EmulatedLink(20e6)
         prefetch = over(engine, link, READ, 0, np.zeros(8 * MIB, np.uint8))
         prefetch.submit(priority=PREFETCH)
         engine.run(over(engine, link, READ, 0, np.zeros(BLOCK, np.uint8)), timeout_s=30)

@@ -87,7 +87,8 @@ def test_closing_while_a_copy_hangs_lets_everybody_go() -> None:
                 outcomes.append("timeout")
         thread = threading.Thread(target=wait)
         thread.start()
-        time.sleep(0.1)
+        while not engine.queue.active:
+            time.sleep(0.001)
         try:
             engine.close(timeout_s=0.3)
         except DeviceTimeout as failure:

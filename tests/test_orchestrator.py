@@ -23,6 +23,7 @@ from helpers_paths import (
     resident,
     resident_nbytes,
     set_budget,
+    settled,
     turns,
     units,
 )
@@ -30,7 +31,7 @@ from helpers_sequence import Reference
 from helpers_store import folder_fixture, open_store
 from subprocesses import run_script
 
-from spdk_kv.cli.memory_limit import LimitUnavailable, memory_group
+from spdk_kv.cli.memory_limit import memory_group, why_impossible
 from spdk_kv.units import KIB
 
 folder = folder_fixture
@@ -48,12 +49,12 @@ def test_a_few_bytes_behind_cached_units_are_written_where_they_are_read(
         sequence = store.sequence("s", shape)
         reference = Reference(shape, 1)
         reference.append(sequence, 2048)
+        settled(sequence)
         turns(sequence, reference)
         assert paths(store) == ["C"] * UNITS
         before = resident_nbytes(store)
         reference.append(sequence, tokens)
-        for layer in range(shape.layers):
-            sequence.settle(layer)
+        settled(sequence)
         few = tokens == 32
         written = UNITS * UNIT_NBYTES * tokens // 2048
         assert resident_nbytes(store) - before == (written if few else 0)
@@ -67,8 +68,7 @@ def test_a_few_bytes_behind_cached_units_are_written_where_they_are_read(
         before = resident_nbytes(store)
         assert before < UNIT_NBYTES
         reference.append(sequence, 32)
-        for layer in range(shape.layers):
-            sequence.settle(layer)
+        settled(sequence)
         assert resident_nbytes(store) <= before
         turns(sequence, reference)
 
@@ -154,11 +154,13 @@ def test_a_growing_sequence_is_moved_out_when_it_no_longer_fits(folder: Path) ->
         assert paths(store) == ["C"] * UNITS
         for _ in range(6):
             reference.append(sequence, 256)
+            settled(sequence)  # what is still being written is not read, and so not brought in
             turns(sequence, reference)
         dropped(store)
         held = sum(unit.nbytes for unit in units(store) if unit.cached)
         assert 0 < held <= store.stats()["residency"]["limit_nbytes"]
-        assert resident_nbytes(store) == held
+        # A page that the kernel has a use for just then stays.
+        assert held <= resident_nbytes(store) < held + UNIT_NBYTES // 4
 
 
 def test_heavier_layers_are_kept_first(folder: Path) -> None:
@@ -222,31 +224,29 @@ def in_group(folder: Path, script: str) -> None:
     the group's files, and ``where``, a folder for a store."""
     if os.geteuid():
         pytest.skip("a memory cgroup needs root")
-    try:
-        with memory_group() as group:
-            names = ("memory.max", "memory.current")
-            if group.version == 1:
-                names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            preamble = textwrap.dedent(f"""
-                import os
-                from pathlib import Path
-                from helpers_paths import *
-                where, group = Path({str(folder)!r}), Path({str(group.path)!r})
-                limit, usage = (group / name for name in {names!r})
-                (group / "cgroup.procs").write_text(str(os.getpid()))
+    if reason := why_impossible():
+        pytest.skip(reason)
+    with memory_group() as group:
+        names = ("memory.max", "memory.current")
+        if group.version == 1:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        preamble = textwrap.dedent(f"""
+            import os, time
+            from pathlib import Path
+            from helpers_paths import *
+            where, group = Path({str(folder)!r}), Path({str(group.path)!r})
+            limit, usage = (group / name for name in {names!r})
+            (group / "cgroup.procs").write_text(str(os.getpid()))
 
-                def large(store):
-                    shape = spdk_kv.KVShape(16, 2, 64, torch.float32, 4096)  # 32 units of 2 MiB
-                    sequence, reference = store.sequence("s", shape), Reference(shape)
-                    for _ in range(4):
-                        reference.append(sequence, 1024)
-                    for layer in range(shape.layers):
-                        sequence.settle(layer)
-                    return sequence, reference
-                """)
-            run_script(script, preamble=preamble)
-    except LimitUnavailable as refused:
-        pytest.skip(str(refused))
+            def large(store):
+                shape = spdk_kv.KVShape(16, 2, 64, torch.float32, 4096)  # 32 units of 2 MiB
+                sequence, reference = store.sequence("s", shape), Reference(shape)
+                for _ in range(4):
+                    reference.append(sequence, 1024)
+                settled(sequence)
+                return sequence, reference
+            """)
+        run_script(script, preamble=preamble)
 
 
 def test_a_cgroup_that_shrinks_takes_units_off_the_page_cache(folder: Path) -> None:
@@ -270,8 +270,11 @@ def test_a_cgroup_that_shrinks_takes_units_off_the_page_cache(folder: Path) -> N
             assert "D" in paths(store), tight
             turns(sequence, reference, 2)
             limit.write_text(str(1 << 30))
-            turns(sequence, reference, 2)
-            assert set(paths(store)) == {"C"}, store.stats()["residency"]
+            # Not while this machine's memory is under pressure, be it by others.
+            until = time.monotonic() + 90
+            while set(paths(store)) != {"C"}:
+                assert time.monotonic() < until, store.stats()["residency"]
+                turns(sequence, reference)
         """,
     )
 

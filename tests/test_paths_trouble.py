@@ -289,7 +289,8 @@ def test_a_child_after_fork_is_refused_and_the_parent_goes_on(folder: Path, engi
         from pathlib import Path
         from helpers_paths import *
         from spdk_kv.errors import ClosedError
-        store = open_dual(Path({str(folder)!r}), engine={engine!r})
+        # Without hugepages, which a fork copies, if others are free.
+        store = open_dual(Path({str(folder)!r}), engine={engine!r}, hugepages=False)
         sequence, reference = filled(store)
         turns(sequence, reference, 2)
         set_budget(store, 3 * UNIT_NBYTES)

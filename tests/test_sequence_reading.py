@@ -197,12 +197,12 @@ def test_tensors_that_were_read_do_not_change(ram):
 def test_futures(store):
     sequence, reference = begun(store, "layer", [70])
     k, v = reference.tokens(1)
-    assert sequence.append_async(0, k, v).result(10) is None
-    k_read, v_read = sequence.read_async(0, tokens=slice(70, 71), heads=[1]).result(10)
+    assert sequence.append_async(0, k, v).result(60) is None
+    k_read, v_read = sequence.read_async(0, tokens=slice(70, 71), heads=[1]).result(60)
     assert torch.equal(k_read.float().nan_to_num(), k[:, [1]].float().nan_to_num())
     assert v_read.shape == (2, 1, 1, 20)
     with pytest.raises(ShapeMismatch):
-        sequence.append_async(0, k, k[:, :, :0]).result(10)
+        sequence.append_async(0, k, k[:, :, :0]).result(60)
 
 
 # -- refusals -------------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ def test_a_write_that_fails_amid_slices_fails_the_layer(store, monkeypatch, tmp_
     sequence, reference = store.sequence("s", SHAPE), Reference(SHAPE)
     reference.append(sequence, 300)
     sequence.settle(0)
+    sequence.settle(1)
     fd = store.engine.fd
     writable, readable = os.dup(fd), os.open(tmp_path / "kv" / "data", os.O_RDONLY)
     # From the third slice on the drive takes nothing, as one that turned read-only.

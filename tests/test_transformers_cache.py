@@ -207,7 +207,7 @@ def test_close_and_the_last_reference_delete_a_temporary_cache(store: KVStore) -
             cache.close()
         else:
             del cache
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while store.sequences() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert store.sequences() == []

@@ -146,7 +146,7 @@ def feed(caches: list[Any], tokens: int, batch: int = 1, layers: int = 4) -> Non
 def leased_nbytes(store: KVStore, at_most: int = 0) -> int:
     """What the staging pool has out, once the drive is done with what was dropped in flight: the
     engine notices that on its next call."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         store.paths.stats()
         leased = store.staging.stats()["leased_nbytes"]
