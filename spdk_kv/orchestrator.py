@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spdk_kv.engines import Engine
@@ -26,6 +25,7 @@ from spdk_kv.engines.pagecache_apart import ApartPageCacheEngine
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.memory import MemoryReader, cached_nbytes
 from spdk_kv.orchestrator_copy import Copy
+from spdk_kv.orchestrator_dropping import Dropping
 from spdk_kv.orchestrator_units import Extents, TrackedUnit, UnitGroup
 from spdk_kv.residency import Observation, Policy
 from spdk_kv.staging import StagingPool
@@ -93,6 +93,7 @@ class Orchestrator:
         """What the page cache has of the units, where that is not of the drive's own bytes."""
         if isinstance(cache, ApartPageCacheEngine):
             self.copy = Copy(cache, self._lock, min(ahead_nbytes // 2, _MOST_COPYING_NBYTES))
+        self._dropping = Dropping(cache, self.copy, self._lock) if cache is not None else None
         self._groups: dict[int, UnitGroup] = {}
         self._numbers = 0
         self._limit_nbytes = 0
@@ -110,7 +111,6 @@ class Orchestrator:
             "missed_nbytes": 0,
             "taken_over_nbytes": 0,
         }
-        self._dropping: ThreadPoolExecutor | None = None
         self._closed = False
         self._watcher: Watcher | None = None
 
@@ -246,9 +246,9 @@ class Orchestrator:
                 self._demote(unit)
                 if self.copy is not None:
                     self.copy.failed(failure)
-        if unit is not None and self.cache is not None and self.copy is None:
+        if unit is not None and self._dropping is not None:
             # At once: promoted again before they go, the pages would be read as they are.
-            self._drop(self.cache, unit, even_if_cached=True)
+            self._dropping.now(unit)
 
     # -- reading ahead --------------------------------------------------------------------------
 
@@ -340,27 +340,8 @@ class Orchestrator:
         self._drop_aside(unit)
 
     def _drop_aside(self, unit: TrackedUnit) -> None:
-        """On a thread: dropping the pages of 64 MiB takes milliseconds, and a read is waiting."""
-        if self.cache is None or self._closed:
-            return
-        if self._dropping is None:
-            self._dropping = ThreadPoolExecutor(1, "spdk_kv-drop")
-        if self.copy is not None:
-            self._dropping.submit(self.copy.punch, self.copy.forget(unit))
-        else:
-            self._dropping.submit(self._drop, self.cache, unit)
-
-    @staticmethod
-    def _drop(
-        cache: BesidePageCacheEngine, unit: TrackedUnit, even_if_cached: bool = False
-    ) -> None:
-        for offset, nbytes in unit.extents:
-            if unit.cached and not even_if_cached:
-                return  # promoted again in the meantime
-            try:
-                cache.drop(offset, nbytes)
-            except OSError as refused:
-                log.debug("%s: pages stay in the cache: %s", cache.where, refused)
+        if self._dropping is not None and not self._closed:
+            self._dropping.aside(unit)
 
     # -- what it did, and why -------------------------------------------------------------------
 
@@ -433,7 +414,7 @@ class Orchestrator:
         if self._watcher is not None:
             self._watcher.close()
         if self._dropping is not None:
-            self._dropping.shutdown()
+            self._dropping.close()
         if self.cache is not None:
             self.cache.close()
         self._memory.close()

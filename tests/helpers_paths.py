@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,17 +76,16 @@ def paths(store: KVStore) -> list[str]:
 
 def dropped(store: KVStore) -> None:
     """Waits until what was demoted is out of the page cache."""
-    if store.paths._dropping is not None:
-        store.paths._dropping.submit(lambda: None).result()
+    assert store.paths._dropping is not None
+    store.paths._dropping._thread.submit(lambda: None).result()
 
 
 @contextmanager
 def dropping_held(store: KVStore) -> Iterator[None]:
     """Meanwhile the thread that drops what was demoted does not come to it."""
     goes_on = threading.Event()
-    if store.paths._dropping is None:
-        store.paths._dropping = ThreadPoolExecutor(1)
-    store.paths._dropping.submit(goes_on.wait)
+    assert store.paths._dropping is not None
+    store.paths._dropping._thread.submit(goes_on.wait)
     try:
         yield
     finally:

@@ -200,6 +200,30 @@ def test_a_deleted_sequence_leaves_no_pages_and_its_extents_are_used_again(folde
         turns(again, other, 3)
 
 
+def test_what_is_read_while_its_pages_go_is_not_missed_after_that(folder: Path) -> None:
+    with open_dual(folder) as store:
+        sequence, reference = filled(store)
+        turns(sequence, reference, 2)
+        drop = store.paths.cache.drop
+
+        def slowly(offset: int, nbytes: int) -> None:
+            store.paths.cache.drop = drop
+            drop(offset, nbytes)
+            set_budget(store, PLENTY)
+            turns(sequence, reference, 3)
+            assert paths(store) == ["C"] * UNITS
+            drop(offset, nbytes)
+
+        store.paths.cache.drop = slowly
+        set_budget(store, 0)
+        store.paths.decide()
+        dropped(store)
+        assert store.paths.cache.drop == drop
+        turns(sequence, reference)
+        assert store.stats()["residency"]["missed_nbytes"] == 0
+        assert resident_nbytes(store) == UNITS * UNIT_NBYTES
+
+
 def test_a_cache_emptied_behind_our_back_is_noticed_and_filled_again(folder: Path) -> None:
     with open_dual(folder, 2 * UNITS * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
