@@ -20,6 +20,7 @@ from spdk_kv.link_devices import LinkedDevice
 from spdk_kv.orchestrator import Orchestrator
 from spdk_kv.orchestrator_units import TrackedUnit
 from spdk_kv.sequence_order import RowOrder
+from spdk_kv.sequence_prefetched import Prefetched
 from spdk_kv.sequence_reading import CRC_NBYTES, Reading, Room, by_path
 from spdk_kv.sequence_rows import Write, lay_out, whole_chunks
 from spdk_kv.staging import StagingPool
@@ -87,7 +88,7 @@ class LayerCache:
         self._in_doubt = DeviceError(
             f"{name}: a change was interrupted half way; delete the sequence and compute it again"
         )
-        self._prefetched: Reading | None = None
+        self.prefetched = Prefetched(paths)
         self._order = RowOrder(layout.shape)
 
     @property
@@ -227,7 +228,7 @@ class LayerCache:
         """ClosedError from every other method from now on. Stops the writes and returns them: some
         may be in flight still."""
         self._failure = ClosedError(f"{self.name}: the sequence was deleted")
-        self.prefetched = None
+        self.prefetched.drop()
         transfers = [write.transfer for write in self._writes]
         if self._tail_write is not None:
             transfers.append(self._tail_write)
@@ -318,39 +319,32 @@ class LayerCache:
 
         Takes the place of what was prefetched from elsewhere. Does not wait.
         """
-        if self.prefetched is not None and self.prefetched.first == first:
+        if self._is_prefetched(first):
             return
-        self.prefetched = None
+        self.prefetched.drop()
         if first < self.tokens and self._failure is None:
             self.settle(wait=False)
-            every = range(len(self.offsets))
-            self.prefetched = self.plan(first, self.tokens, every, spare, device)
-            self.extend(self.prefetched, self.tokens, PREFETCH)
+            reading = self.plan(first, self.tokens, range(len(self.offsets)), spare, device)
+            self.prefetched.put(reading)
+            self.extend(reading, self.tokens, PREFETCH)
 
-    @property
-    def prefetched(self) -> Reading | None:
-        """What is read ahead, until it is taken."""
-        return self._prefetched
-
-    @prefetched.setter
-    def prefetched(self, reading: Reading | None) -> None:
-        held = [found.room.nbytes if found else 0 for found in (self._prefetched, reading)]
-        self._prefetched = reading
-        self._paths.hold_ahead(held[1] - held[0])
+    def _is_prefetched(self, first: int) -> bool:
+        reading = self.prefetched.reading
+        return reading is not None and reading.first == first
 
     def ahead_nbytes(self, first: int, spare: int) -> int:
         """Memory that a prefetch of all tokens from ``first`` on takes."""
-        if self._prefetched is not None and self._prefetched.first == first:
+        if self._is_prefetched(first):
             return 0
         start, end = self._layout.token_range(first, self.tokens + spare)
         return len(self.offsets) * (end - start)
 
     def take_prefetched(self, first: int) -> Reading | None:
         """What was prefetched, if it begins at ``first`` and still has room for all tokens."""
-        reading, self.prefetched = self.prefetched, None
+        reading = self.prefetched.reading
         if reading is None or reading.first != first or not self.fits(reading, self.tokens):
-            return None
-        return reading
+            self.prefetched.drop()
+        return self.prefetched.take()
 
     # -- changing -------------------------------------------------------------------------------
 
@@ -358,7 +352,7 @@ class LayerCache:
         """Forgets all tokens from ``tokens`` on. Waits for the device where the last chunk that
         stays has to come back into memory."""
         self.settle()
-        self.prefetched = None
+        self.prefetched.drop()
         row, chunk = self._layout.row_nbytes, self._layout.chunk_nbytes
         keep = align_down(tokens * row, chunk)
         used = tokens * row - keep

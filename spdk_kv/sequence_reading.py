@@ -140,6 +140,12 @@ class Reading:
         for part in self.parts:
             self._receive(part, paths, crcs)
 
+    def cancel(self) -> None:
+        """Stops reading; the memory is kept until the device has let go of it."""
+        for part in self.parts:
+            if part.transfer.in_flight:
+                part.transfer.cancel()
+
     def _receive(self, part: Part, paths: Orchestrator, crcs: Sequence[bytearray]) -> None:
         through_cache = part.engine is not paths.direct
         failure: SpdkKvError | None = None

@@ -14,6 +14,7 @@ from helpers_links import CUDA, DEVICES, EMULATED, Linked, linked_store
 from helpers_sequence import Reference, shape_of
 from helpers_store import assert_same, flip, folder_fixture
 
+import spdk_kv
 from spdk_kv.errors import CorruptionError, DeviceError
 from spdk_kv.types import torch_dtypes
 
@@ -127,8 +128,8 @@ def test_what_is_read_ahead_goes_where_the_last_read_went(linked, granularity, m
     before = linked.carried()[0]
     sequence.prefetch([1], spare_tokens=1)
     cache = sequence._layers[1]
-    assert cache.prefetched.room.device is not None
-    for part in cache.prefetched.parts:
+    assert cache.prefetched.reading.room.device is not None
+    for part in cache.prefetched.reading.parts:
         part.engine.wait(part.transfer)
     assert linked.carried()[0] > before
     if more:
@@ -146,7 +147,7 @@ def test_layers_are_read_ahead_unasked(linked):
     sequence, reference = begun(linked, "layer", [300], layers=4)
     for _ in range(4):
         reference.check(sequence, device=linked.device)
-    assert any(cache.prefetched for cache in sequence._layers)
+    assert any(cache.prefetched.reading for cache in sequence._layers)
     reference.truncate(sequence, 150)
     reference.check(sequence, device=linked.device)
     reference.append(sequence, 77)
@@ -281,15 +282,18 @@ def test_what_was_read_ahead_is_dropped_in_flight(folder):
         reference.check(sequence, device=linked.device)
         linked.link.pause()
         try:
-            sequence.prefetch([0, 1])
-            rooms = [cache.prefetched.room for cache in sequence._layers]
-            memories = [room._memory.tensor.untyped_storage() for room in rooms]
-            references = [memory._weak_ref() for memory in memories]
-            del rooms, memories
+            copies = linked.link.stats()["copies"]
+            sequence.prefetch([0])
+            memory = sequence._layers[0].prefetched.reading.room._memory.tensor.untyped_storage()
+            reference_to_memory = memory._weak_ref()
+            del memory
+            until = time.monotonic() + 60
+            while linked.link.stats()["copies"] == copies and time.monotonic() < until:
+                time.sleep(0.001)
             reference.truncate(sequence, 500)
-            assert not any(cache.prefetched for cache in sequence._layers)
+            assert sequence._layers[0].prefetched.reading is None
             gc.collect()
-            assert not any(_expired(one) for one in references)
+            assert not _expired(reference_to_memory)
             # Dropped with the sequence, too.
             sequence.prefetch([0])
         finally:
@@ -297,13 +301,45 @@ def test_what_was_read_ahead_is_dropped_in_flight(folder):
             resumed.start()
         reference.check(sequence, device=linked.device)
         resumed.join()
-        until = time.monotonic() + 20
-        while not all(_expired(one) for one in references) and time.monotonic() < until:
+        until = time.monotonic() + 60
+        while not _expired(reference_to_memory) and time.monotonic() < until:
             linked.store.engine.queue.collect()
             time.sleep(0.005)
-        assert all(_expired(one) for one in references)
+        assert _expired(reference_to_memory)
         sequence.prefetch([0, 1])
         sequence.delete()
+
+
+@pytest.mark.parametrize("how", ["truncate", "delete", "from elsewhere", "too long"])
+def test_what_nobody_wants_any_more_is_not_read(folder, how):
+    with linked_store(folder, *EMULATED.values, residency="direct") as linked:
+        shape = spdk_kv.KVShape(1, 4, 128, torch.float32, 2000)
+        sequence, kv = linked.store.sequence("s", shape), torch.ones(1, 4, 1024, 128)
+        sequence.append(0, kv, kv)
+        sequence.settle(0)
+        sequence.read(0, tokens=slice(0, 1), device=linked.device)  # what is read ahead goes there
+        before = linked.carried()[0]
+        linked.link.pause()
+        try:
+            sequence.prefetch([0], spare_tokens=0)
+            match how:
+                case "truncate":
+                    sequence.truncate(1000)
+                case "delete":
+                    sequence.delete()
+                case "from elsewhere":
+                    sequence.prefetch([0], first_token=1024)
+                case "too long":
+                    more = torch.ones(1, 4, 1, 128)
+                    sequence.append(0, more, more)
+                    sequence._layers[0].take_prefetched(0)
+        finally:
+            linked.link.resume()
+        until = time.monotonic() + 60
+        while linked.store.engine.queue.active and time.monotonic() < until:
+            time.sleep(0.001)
+        assert not linked.store.engine.queue.active
+        assert linked.carried()[0] - before < kv.nbytes  # half of what was prefetched
 
 
 def _expired(reference: int) -> bool:

@@ -309,10 +309,9 @@ def test_a_part_asked_of_the_drive_is_delivered_by_a_copy_made_since(folder: Pat
         sequence, reference = filled(store)
         sequence.read_ahead = False
         sequence.prefetch([0])  # nothing is copied yet: all of it from the drive
-        prefetched = sequence._layers[0].prefetched
+        prefetched = sequence._layers[0].prefetched.take()
         for part in prefetched.parts:
             part.transfer.wait()
-        sequence._layers[0]._prefetched = None
         fully(store, sequence, reference)
         assert apart.image is not None
         os.truncate(apart.image, min(unit.extents[0][0] for unit in units(store)))
