@@ -174,6 +174,10 @@ class Orchestrator:
             if turn < end:
                 ask(self.direct, turn, end)
 
+    def brings_in(self, units: Sequence[TrackedUnit]) -> bool:
+        """Whether reads of all ``units`` bring them into the page cache."""
+        return self.copy is None and all(unit.cached for unit in units)
+
     def other(self, engine: Engine, unit: TrackedUnit | None, end: int) -> Engine | None:
         """The engine of the other path, if it has the first ``end`` bytes of the extents, too;
         ``unit``: whose those are, if it is on the page-cache path."""

@@ -340,10 +340,16 @@ class LayerCache:
         return len(self.offsets) * (end - start)
 
     def take_prefetched(self, first: int) -> Reading | None:
-        """What was prefetched, if it begins at ``first`` and still has room for all tokens."""
+        """What was prefetched, if it begins at ``first`` and still has room for all tokens.
+
+        Not what is still on its way directly, though the layer has been promoted since: what is
+        read through the page cache now need not be read once more in the next turn.
+        """
         reading = self.prefetched.reading
-        if reading is None or reading.first != first or not self.fits(reading, self.tokens):
-            self.prefetched.drop()
+        if reading is not None:
+            fits = reading.first == first and self.fits(reading, self.tokens)
+            if not fits or (self._paths.brings_in(self._units) and reading.passes_the_cache):
+                self.prefetched.drop()
         return self.prefetched.take()
 
     # -- changing -------------------------------------------------------------------------------

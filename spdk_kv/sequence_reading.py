@@ -140,6 +140,11 @@ class Reading:
         for part in self.parts:
             self._receive(part, paths, crcs)
 
+    @property
+    def passes_the_cache(self) -> bool:
+        """Whether some of it is on its way directly."""
+        return any(part.unit is None and part.transfer.in_flight for part in self.parts)
+
     def cancel(self) -> None:
         """Stops reading; the memory is kept until the device has let go of it."""
         for part in self.parts:

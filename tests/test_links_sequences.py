@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_links import CUDA, DEVICES, EMULATED, Linked, linked_store
+from helpers_paths import PLENTY, paths, resident_nbytes, set_budget, units
 from helpers_sequence import Reference, shape_of
 from helpers_store import assert_same, flip, folder_fixture
 
@@ -340,6 +341,45 @@ def test_what_nobody_wants_any_more_is_not_read(folder, how):
             time.sleep(0.001)
         assert not linked.store.engine.queue.active
         assert linked.carried()[0] - before < kv.nbytes  # half of what was prefetched
+
+
+def test_what_is_on_its_way_directly_is_read_through_the_cache_once_promoted(folder):
+    with linked_store(folder, *EMULATED.values) as linked:
+        store = linked.store
+        set_budget(store, 0)
+        sequence, reference = written(linked, "layer", [600])
+        sequence.read_ahead = False
+        reference.check(sequence, device=linked.device)
+        assert "C" not in paths(store)
+        layer = sequence._layers[0]
+        plan = layer.plan
+
+        def planned(*how: Any) -> Any:
+            linked.link.resume()
+            return plan(*how)
+
+        linked.link.pause()
+        otherwise = threading.Timer(20, linked.link.resume)
+        otherwise.start()
+        sequence.prefetch([0])
+        layer.plan = planned
+        set_budget(store, PLENTY)
+        reference.check_layer(sequence, 0, device=linked.device)
+        otherwise.cancel()
+        assert paths(store) == ["C"] * 4
+        whole = sum(unit.nbytes for unit in units(store)[:2])
+        assert resident_nbytes(store) == whole
+        assert store.stats()["residency"]["filled_nbytes"] == whole
+        # And what is there already is taken, however it came.
+        set_budget(store, 0)
+        reference.check(sequence, device=linked.device)
+        sequence.prefetch([0])
+        for part in layer.prefetched.reading.parts:
+            part.engine.wait(part.transfer)
+        set_budget(store, PLENTY)
+        directly = store.stats()["residency"]["direct_read_nbytes"]
+        reference.check_layer(sequence, 0, device=linked.device)
+        assert store.stats()["residency"]["direct_read_nbytes"] == directly + whole
 
 
 def _expired(reference: int) -> bool:
