@@ -30,7 +30,7 @@ from spdk_kv.cli.touch_memory import touch_free_memory
 from spdk_kv.devices.sysfs import read_text
 from spdk_kv.errors import SpdkKvError
 
-# Variant -> what spdk_kv.open is told. All other settings are the defaults.
+# Variant -> what spdk_kv.open is told. All other settings but hugepages are the defaults.
 STORE_VARIANTS: dict[str, dict[str, Any]] = {
     "direct": {"residency": "direct"},
     "pagecache": {"residency": "pagecache"},

@@ -152,7 +152,9 @@ class StorePath:
             batch=load.batch,
         )
         room = shape.nbytes + shape.layers * (1 << 20)
-        self._store = open_store(location, capacity=room, **options)
+        # Without reserved hugepages: they count under no limit, and others may take them between a
+        # run that measures what the variant needs beside the KV cache, and the next.
+        self._store = open_store(location, capacity=room, **({"hugepages": False} | options))
         self._sequence = self._store.sequence("replay", shape, temporary=True)
         self._sequence.read_ahead = False
 

@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 # Tokens that are computed at once while the prompt is read, of all rows: the activations of a long
 # prompt would take more memory than its K/V.
-_FORWARD_TOKENS = 512
+_FORWARD_TOKENS = 256
 _WARM_UP_TOKENS = 200
-# KV cache : limit. No way of keeping it all in memory gets around that; and two layers of it, what
-# is streamed past the model, leave room for activations.
+# KV cache : limit. No way of keeping it all in memory gets around that; and three of so many
+# layers, two streamed past the model and the one it has just left, leave room for activations.
 _TIMES = 1.5
+_LAYERS = 16
 _MOST_ROWS = 256
 
 
@@ -106,7 +107,7 @@ def _run(task: Task) -> Outcome:
 
     require_transformers()
     most = task.prompt_tokens + task.new_tokens
-    chosen = load_model(Path(task.model)) if task.model else random_model(most)
+    chosen = load_model(Path(task.model)) if task.model else random_model(most, _LAYERS)
     config = chosen.model.config
     row_nbytes = kv_nbytes(chosen, most)
     rows = task.rows or min(_MOST_ROWS, ceil(_TIMES * task.limit_nbytes / row_nbytes))
@@ -173,7 +174,10 @@ def _offloaded(task: Task, chosen: DemoModel, prompt: torch.Tensor, nbytes: int)
     from spdk_kv.units import MIB
 
     config = chosen.model.config
-    options: dict[str, Any] = {"staging": task.limit_nbytes // 8}
+    # Reserved hugepages count under no limit, and are not there everywhere. The engine's own memory
+    # is twice the depth in segments: 32 MiB, were nothing said.
+    options: dict[str, Any] = {"staging": task.limit_nbytes // 8, "hugepages": False}
+    options |= {"depth": 16, "segment": "256 KiB"}
     if task.location == f"file://{task.folder}":
         # Some room more: extents are whole chunks, and the store needs its own.
         options["capacity"] = nbytes + nbytes // 8 + 64 * MIB

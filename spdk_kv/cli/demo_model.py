@@ -60,7 +60,7 @@ def require_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def random_model(most_tokens: int) -> DemoModel:
+def random_model(most_tokens: int, layers: int = _LAYERS) -> DemoModel:
     """A small Llama over bytes, float32, with the same random weights every time."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,7 +69,7 @@ def random_model(most_tokens: int) -> DemoModel:
         vocab_size=256,
         hidden_size=512,
         intermediate_size=1024,
-        num_hidden_layers=_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=most_tokens,
