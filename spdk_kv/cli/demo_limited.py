@@ -176,8 +176,9 @@ def _offloaded(task: Task, chosen: DemoModel, prompt: torch.Tensor, nbytes: int)
     config = chosen.model.config
     # Reserved hugepages count under no limit, and are not there everywhere. The engine's own memory
     # is twice the depth in segments: 32 MiB, were nothing said.
-    options: dict[str, Any] = {"staging": task.limit_nbytes // 8, "hugepages": False}
-    options |= {"depth": 16, "segment": "256 KiB"}
+    options: dict[str, Any] = {
+        "staging": task.limit_nbytes // 8, "hugepages": False, "depth": 16, "segment": "256 KiB",
+    }  # fmt: skip
     if task.location == f"file://{task.folder}":
         # Some room more: extents are whole chunks, and the store needs its own.
         options["capacity"] = nbytes + nbytes // 8 + 64 * MIB
