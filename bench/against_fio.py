@@ -24,9 +24,8 @@ import fast_drive
 import machine
 import software_runs
 from drive_runs import TENSOR_NBYTES, Figure, drive_runs
-from targets import DRIVE_TARGETS, SOFTWARE_TARGETS, DriveTarget, SoftwareTarget
-
 from spdk_kv.units import GIB, format_nbytes, parse_nbytes
+from targets import DRIVE_TARGETS, SOFTWARE_TARGETS, DriveTarget, SoftwareTarget
 
 Rounds = dict[str, list[Figure]]
 

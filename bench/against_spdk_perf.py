@@ -21,16 +21,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import machine
 import numpy as np
 import torch
-from spdk_perf import LABEL, SimulatedDrive, simulated_drive
 
+import machine
 import spdk_kv
-from spdk_kv.cli.measure import Load, filled_memory, measure
-from spdk_kv.engines import Engine, EngineOptions, open_engine, parse_location
-from spdk_kv.engines.base import READ
+from spdk_kv.engines import READ, Engine, EngineOptions, open_engine, parse_location
+from spdk_kv.measure import Load, filled_memory, measure
 from spdk_kv.units import GIB, KIB, MIB
+from spdk_perf import LABEL, SimulatedDrive, simulated_drive
 
 DRIVE_NBYTES = GIB
 TENSOR_NBYTES = 64 * MIB

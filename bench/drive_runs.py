@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fio
 import numpy as np
 import torch
 
-from spdk_kv.cli.measure import Load, fill, filled_memory, measure
-from spdk_kv.engines import Engine, EngineOptions, open_engine, parse_location
-from spdk_kv.engines.base import READ
+import fio
+from spdk_kv.engines import READ, Engine, EngineOptions, open_engine, parse_location
+from spdk_kv.measure import Workload, fill, filled_memory, measure
 from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
 from spdk_kv.units import GIB, KIB, MIB
@@ -84,7 +83,7 @@ def _sequential(
     for name in ENGINES:
         engine = engines[name, SEQUENTIAL]
         for summed in (False, True) if name == "uring" else (False,):
-            load = Load(op, SEQUENTIAL[0], size, summed)
+            load = Workload(op, SEQUENTIAL[0], size, summed)
             runs[f"{name} {op}" + (", checksum" if summed else "")] = _measured(
                 engine, load, seconds
             )
@@ -98,14 +97,14 @@ def _random(
         "fio randread": lambda: _fio(path, "randread", RANDOM, seconds, huge=False),
         "fio randread, hugepages": lambda: _fio(path, "randread", RANDOM, seconds, huge=True),
     }
-    load = Load("randread", RANDOM[0], size)
+    load = Workload("randread", RANDOM[0], size)
     for name in ENGINES:
         runs[f"{name} randread"] = _measured(engines[name, RANDOM], load, seconds)
     runs["one transfer"] = _one_transfer(engines["uring", RANDOM], size, seconds)
     return runs
 
 
-def _measured(engine: Engine, load: Load, seconds: float) -> Run:
+def _measured(engine: Engine, load: Workload, seconds: float) -> Run:
     def run() -> Figure:
         seen = measure(engine, load, seconds)
         if load.op == "write" and not engine.direct:

@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 
 import spdk_kv
-from spdk_kv.cli.measure import Load, fill, measure
 from spdk_kv.engines import EngineOptions, open_engine, parse_location
+from spdk_kv.measure import Workload, fill, measure
 from spdk_kv.units import GIB, KIB, MIB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def ours(address: str, op: str, nbytes: int, depth: int, seconds: float) -> floa
         if op == "fill":
             fill(engine, DRIVE_NBYTES)
             return 0.0
-        seen = measure(engine, Load(op, nbytes, DRIVE_NBYTES), seconds)
+        seen = measure(engine, Workload(op, nbytes, DRIVE_NBYTES), seconds)
     finally:
         engine.close()
     return seen.nbytes / seen.elapsed_s

@@ -33,16 +33,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fast_drive
-import machine
 import torch
 
-from spdk_kv._native.emulated_link import EmulatedLink
+import fast_drive
+import machine
+from spdk_kv._native.link.emulated import EmulatedLink
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import READ, WRITE
-from spdk_kv.cli.measure import Load, fill, filled_memory, measure
 from spdk_kv.engines import Engine, EngineOptions, open_engine, parse_location
 from spdk_kv.link import Pipeline, link_for, stream_of
+from spdk_kv.measure import Load, fill, filled_memory, measure
 from spdk_kv.units import GIB, KIB, MIB, format_nbytes, parse_nbytes
 
 OPS = {"read": READ, "write": WRITE}

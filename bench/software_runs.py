@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spdk_kv.engines import EngineOptions, open_engine, parse_location
-from spdk_kv.engines.base import READ
+from spdk_kv.engines import READ, EngineOptions, open_engine, parse_location
 from spdk_kv.store import open as open_store
 from spdk_kv.units import MIB
 

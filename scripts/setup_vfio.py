@@ -24,8 +24,7 @@ sys.path.insert(0, str(_CHECKOUT))
 # Root must not leave files in a user's checkout.
 sys.dont_write_bytecode = True
 
-from spdk_kv.devices import commands  # noqa: E402
-from spdk_kv.devices.report import Report  # noqa: E402
+from spdk_kv.binding import Report, Tool  # noqa: E402
 
 
 def main() -> int:
@@ -41,7 +40,7 @@ def main() -> int:
 def _run(arguments: argparse.Namespace) -> Report:
     # -I: neither the environment nor the folder it is called from may put modules in its way.
     program = [sys.executable, "-I", str(Path(__file__).resolve())]
-    tool = commands.Tool(Path(arguments.root), program)
+    tool = Tool(Path(arguments.root), program)
     if arguments.command == "status":
         return tool.status()
     if arguments.command == "bind":

@@ -22,7 +22,7 @@ for needed in ("build", "scikit_build_core", "Cython"):
 pytestmark = pytest.mark.timeout(1200)
 
 ROOT = Path(__file__).resolve().parent.parent
-URING = "spdk_kv/_native/uring_backend"
+URING = "spdk_kv/_native/engines/uring"
 
 # Puts and gets through the public interface; argv: the venv that it must run from, a store's URI.
 USE = """

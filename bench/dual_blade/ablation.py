@@ -12,8 +12,7 @@ from typing import Any
 
 from rows import Row, Sample, row_of, yardsticks_of
 
-from spdk_kv.cli.decode_case import Outcome, outcome_from
-from spdk_kv.cli.decode_load import Load
+from spdk_kv.measure import Load, Outcome, outcome_from
 from spdk_kv.units import MIB
 
 RHO = 0.55
@@ -24,8 +23,8 @@ _SWEEP = (0.0, 0.22, 0.33, 0.44, 0.55, 0.66)
 
 @dataclass(frozen=True)
 class Setting:
-    """``variant``: of spdk_kv.cli.decode_case; ``ahead``: layers read ahead; ``x_share``: X as a
-    share of the KV cache, None where the store finds it."""
+    """``variant``: of spdk_kv.measure.decode.case; ``ahead``: layers read ahead; ``x_share``: X
+    as a share of the KV cache, None where the store finds it."""
 
     label: str
     variant: str

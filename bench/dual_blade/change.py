@@ -13,8 +13,7 @@ from typing import Any
 
 from rows import Row, Sample, quartiles, yardsticks_of
 
-from spdk_kv.cli.decode_case import Outcome, outcome_from
-from spdk_kv.cli.decode_load import Load
+from spdk_kv.measure import Load, Outcome, outcome_from
 from spdk_kv.units import MIB
 
 VARIANTS = ("flexllmgen", "pagecache", "dual")

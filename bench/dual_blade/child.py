@@ -8,10 +8,8 @@ from copy_threads import ScheduledPath
 from flexllmgen import NumpyFiles
 from strong import OneFile
 
-from spdk_kv.cli import decode_case
-from spdk_kv.cli.decode_case import Case
-from spdk_kv.cli.decode_load import Load, Noise
-from spdk_kv.cli.decode_replay import Device, KVPath
+from spdk_kv.measure import Case, Device, KVPath, Load, Noise
+from spdk_kv.measure.decode import case as decode_case
 
 
 def _flexllmgen(case: Case, noise: Noise, device: Device, folder: Path) -> KVPath:

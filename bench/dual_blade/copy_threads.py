@@ -15,8 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from spdk_kv.cli.decode_load import Bytes, Load, Noise
-from spdk_kv.cli.decode_replay import Device
+from spdk_kv.measure import Bytes, Device, Load, Noise
 
 THREADS = 4
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spdk_kv.cli.decode_load import HEAD_DIM, Load
-from spdk_kv.cli.decode_replay import Device
+from spdk_kv.measure import HEAD_DIM, Device, Load
 
 
 class NumpyFiles:

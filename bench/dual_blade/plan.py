@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from rows import VARIANTS
 
-from spdk_kv.cli.decode_load import Load
+from spdk_kv.measure import Load
 
 T = TypeVar("T")
 

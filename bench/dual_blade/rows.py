@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spdk_kv.cli.decode_case import Outcome, outcome_from
-from spdk_kv.cli.decode_load import Load
+from spdk_kv.measure import Load, Outcome, outcome_from
 from spdk_kv.units import GIB
 
 VARIANTS = ("flexllmgen", "strong", "direct", "pagecache", "dual")

@@ -31,17 +31,22 @@ sys.path.insert(0, str(HERE.parent))
 
 import ablation  # noqa: E402
 import change  # noqa: E402
-import fast_drive  # noqa: E402
-import machine  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
 import yardsticks  # noqa: E402
 from plan import RHOS, Plan, interleaved, turn  # noqa: E402
 from rows import VARIANTS, limit_nbytes  # noqa: E402
 
-from spdk_kv.cli.decode_case import Case, Outcome, run_apart  # noqa: E402
-from spdk_kv.cli.decode_load import Load  # noqa: E402
-from spdk_kv.cli.memory_limit import memory_group, why_impossible  # noqa: E402
+import fast_drive  # noqa: E402
+import machine  # noqa: E402
+from spdk_kv.measure import (  # noqa: E402  # noqa: E402
+    Case,
+    Load,
+    Outcome,
+    memory_group,
+    run_apart,
+    why_impossible,
+)
 from spdk_kv.units import GIB, MIB, format_nbytes  # noqa: E402
 
 # The simulated drive's: the kernel's default for most NVMe drives. A loop device's own depends on

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from spdk_kv.cli.decode_load import Load
-from spdk_kv.cli.decode_replay import Device
+from spdk_kv.measure import Device, Load
 
 _REQUEST_NBYTES = 8 << 20
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import fio
 import numpy as np
 
-from spdk_kv.cli.measure import fill
+import fio
 from spdk_kv.engines import open_engine, parse_location
+from spdk_kv.measure import fill
 from spdk_kv.units import GIB, MIB
 
 _REQUEST_NBYTES, _DEPTH = MIB, 16

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from spdk_kv.cli import CommandFailed
-from spdk_kv.cli.demo_model import (
+from spdk_kv.demo import (
     DemoModel,
+    Report,
     kv_nbytes,
     load_model,
+    print_report,
     prompt_tokens,
     random_model,
     read_text,
     require_transformers,
 )
-from spdk_kv.cli.demo_report import Report, print_report
-from spdk_kv.cli.output import json_option, print_json, progress
+from spdk_kv.terminal import CommandFailed, json_option, print_json, progress
 from spdk_kv.units import MIB, format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
@@ -113,8 +113,7 @@ def _limited(
     limit: str,
     as_json: bool,
 ) -> None:
-    from spdk_kv.cli.demo_limit import print_limited, require_groups, run_all
-    from spdk_kv.cli.demo_limited import Task
+    from spdk_kv.demo import Task, print_limited, require_groups, run_all
 
     try:
         limit_nbytes = parse_nbytes(limit)
@@ -159,7 +158,7 @@ def _compare(
 ) -> Report:
     from transformers import DynamicCache
 
-    from spdk_kv.cli.demo_run import run
+    from spdk_kv.demo import run
     from spdk_kv.integrations.transformers import OffloadedKVCache
 
     most = prompt_count + new_tokens

@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from spdk_kv.cli.output import json_option
-from spdk_kv.devices.commands import Tool
-from spdk_kv.devices.report import Report
+from spdk_kv.binding import Report, Tool
+from spdk_kv.terminal import json_option
 
 
 def _tool() -> Tool:

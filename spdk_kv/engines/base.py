@@ -26,7 +26,7 @@ T = TypeVar("T")
 _OP_NAMES = {READ: "read", WRITE: "write", FLUSH: "flush", DISCARD: "discard"}
 
 
-# A transfer's status with this bit set is a link's (SKV_LINK_STATUS in cython_src/link.h).
+# A transfer's status with this bit set is a link's (SKV_LINK_STATUS in cython_src/gpu_link.h).
 _LINK_STATUS = 0x20000
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spdk_kv._native.mem_backends import MemoryBackend
+from spdk_kv._native.engines.memory import MemoryBackend
 from spdk_kv.engines.base import Engine, EngineOptions
 
 

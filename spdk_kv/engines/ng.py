@@ -14,13 +14,15 @@ from typing import Any
 
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import DISCARD, READ, Queue, Transfer
-from spdk_kv.devices.claims import claim
-from spdk_kv.devices.kernel import Kernel
-from spdk_kv.devices.reasons import Code
-from spdk_kv.devices.sightings import Sightings
-from spdk_kv.devices.stack import read_namespace
-from spdk_kv.devices.strict import Unreadable
-from spdk_kv.devices.usage import check_kernel_use
+from spdk_kv.devices import (
+    Code,
+    Kernel,
+    Sightings,
+    Unreadable,
+    check_kernel_use,
+    claim,
+    read_namespace,
+)
 from spdk_kv.engines.base import Engine, EngineOptions, op_name
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
 from spdk_kv.engines.uring import ring_refusal
@@ -46,7 +48,7 @@ def why_unavailable() -> tuple[str, str] | None:
     """(what is missing, what mends it), or None where this kernel takes NVMe commands by
     io_uring. Whether there is a drive, and whether this user may, shows when one is opened."""
     try:
-        from spdk_kv._native.ng_backend import NgBackend
+        from spdk_kv._native.engines.ng import NgBackend
     except ImportError as missing:
         return (
             f"built without liburing ({missing})",
@@ -166,7 +168,7 @@ class NgEngine(Engine):
         super().__init__(path, options)
         if missing := why_unavailable():
             raise EngineUnavailable(f"engine ng: {missing[0]}; mend it with: {missing[1]}")
-        from spdk_kv._native.ng_backend import NgBackend
+        from spdk_kv._native.engines.ng import NgBackend
 
         with ExitStack() as undo:
             self._node, self._disk = _names(path)
@@ -350,7 +352,7 @@ def _open_node(path: str, disk: str) -> int:
 
 
 def _identify(fd: int, path: str, disk: str) -> Namespace:
-    from spdk_kv._native.ng_backend import identify, namespace_id
+    from spdk_kv._native.engines.ng import identify, namespace_id
 
     try:
         nsid = namespace_id(fd)

@@ -8,8 +8,8 @@ import os
 import stat
 from pathlib import Path
 
-from spdk_kv._native.pool_backend import PoolBackend
-from spdk_kv.devices.sysfs import parse_count, read_text
+from spdk_kv._native.engines.pool import PoolBackend
+from spdk_kv.devices import parse_count, read_text
 from spdk_kv.engines.files import FileEngine
 from spdk_kv.units import KIB, MIB
 
@@ -38,7 +38,7 @@ class PageCacheEngine(FileEngine):
 
     def _open_mapped(self) -> int:
         """Another descriptor, through which large folios can be brought in; -1 where that would
-        read more than was asked for: see cython_src/pool_fill.pxi."""
+        read more than was asked for: see cython_src/engines/pool_fill.pxi."""
         device = os.fstat(self.fd)
         number = device.st_rdev if stat.S_ISBLK(device.st_mode) else device.st_dev
         bdi = f"/sys/class/bdi/{os.major(number)}:{os.minor(number)}/read_ahead_kb"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spdk_kv._native.pool_backend import PoolBackend
+from spdk_kv._native.engines.pool import PoolBackend
 from spdk_kv.engines.files import FileEngine
 
 # More threads than this only queue up inside the kernel.

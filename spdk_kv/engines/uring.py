@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def why_unavailable() -> tuple[str, str] | None:
     """(what is missing, what mends it), or None where io_uring can be used."""
     try:
-        from spdk_kv._native.uring_backend import UringBackend
+        from spdk_kv._native.engines.uring import UringBackend
     except ImportError as missing:
         return (
             f"built without liburing ({missing})",
@@ -84,7 +84,7 @@ class UringEngine(FileEngine):
         super().__init__(path, options)
 
     def _open_backend(self) -> Any:
-        from spdk_kv._native.uring_backend import UringBackend
+        from spdk_kv._native.engines.uring import UringBackend
 
         try:
             # Room for the depth, and for the wake-up and cancellations beside it.

@@ -2,7 +2,7 @@
 
 Only on request (scripts/test.sh --lab): a boot takes between 5 and 30 seconds. Each test uses
 drives of its own, by serial, so that one that is lost takes no other test with it. What runs
-inside is tests/lab/guest_*.py, by this Python, and prints its answer as JSON on its last line.
+inside is tests/lab/guest/*.py, by this Python, and prints its answer as JSON on its last line.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class Lab:
         return {"PYTHONPATH": str(Path(spdk_kv.__file__).parent.parent)}
 
     def command(self, name: str, *arguments: object) -> list[str]:
-        """The command line of tests/lab/guest_``name``.py."""
-        return [sys.executable, str(HERE / f"guest_{name}.py"), *map(str, arguments)]
+        """The command line of tests/lab/guest/``name``.py."""
+        return [sys.executable, str(HERE / "guest" / f"{name}.py"), *map(str, arguments)]
 
     def start(self, name: str, *arguments: object, **options: Any) -> Command:
-        """Starts tests/lab/guest_``name``.py inside."""
+        """Starts tests/lab/guest/``name``.py inside."""
         return self.machine.link.start(self.command(name, *arguments), env=self.env, **options)
 
     def answer(self, command: Command) -> Any:

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE_S, ROOT
+
+from lab.conftest import PATIENCE_S, ROOT
 
 LAB = [sys.executable, str(ROOT / "vagrant" / "lab.py")]
 

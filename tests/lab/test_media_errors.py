@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import BAD_BLOCKS
+from lab.conftest import BAD_BLOCKS
 
 
 def test_lost_blocks_are_read_errors_and_their_neighbours_are_intact(lab):

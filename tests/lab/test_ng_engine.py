@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import sys
 
-from binding import node
-from conftest import HERE, PATIENCE_S, ROOT
-from test_ownership import as_user
-from test_removal import check
+from lab.binding_script import node
+from lab.conftest import HERE, PATIENCE_S, ROOT
+from lab.test_ownership import as_user
+from lab.test_removal import check
 
 # Of guest_ng_suite.py: the contract and the stores on two drives, the rest once.
 LEAST_PASSED = 30
@@ -18,7 +18,7 @@ def test_the_engine_contract_and_stores(lab):
     """guest_ng_suite.py, all of it in one process: Python's start is what takes long in there."""
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
     command += ["-c", str(ROOT / "pyproject.toml"), "--timeout", str(PATIENCE_S)]
-    command.append(str(HERE / "guest_ng_suite.py"))
+    command.append(str(HERE / "guest" / "ng_suite.py"))
     running = lab.machine.link.start(command, env=lab.env, cwd="/tmp")
     status = lab.machine.link.wait(running, 3 * PATIENCE_S)
     said = running.text()

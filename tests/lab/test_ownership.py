@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from conftest import PATIENCE_S
+
+from lab.conftest import PATIENCE_S
 
 USER = "nobody"
 MIB = 1 << 20

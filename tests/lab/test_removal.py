@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from conftest import PATIENCE_S
+from lab.conftest import PATIENCE_S
 
 
 def check(told: dict) -> None:

@@ -9,8 +9,9 @@ import json
 import re
 
 import pytest
-from binding import KERNELS, SCRIPT, SITUATIONS, codes, driver, node, setup
-from conftest import PATIENCE_S
+
+from lab.binding_script import KERNELS, SCRIPT, SITUATIONS, codes, driver, node, setup
+from lab.conftest import PATIENCE_S
 
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason=f"{SCRIPT.name} is not there")
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from binding import MKFS, driver, node
-from conftest import MIB, PATIENCE_S, ROOT, SMALL, Drive, Hardware, Lab, boot
+
+from lab.binding_script import MKFS, driver, node
+from lab.conftest import MIB, PATIENCE_S, ROOT, SMALL, Drive, Hardware, Lab, boot
 
 PLACES = {
     "README.md": "### A spare drive, there and back",

@@ -1,0 +1,119 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""The transfer loop: many segments, one completion.
+
+A :class:`Queue` drives one engine queue. A :class:`Transfer` is a list of pieces (a device range
+and a memory range each); the queue cuts them into segments, keeps its target depth of them in
+flight, does what has to follow each one (checksum, copy out of a bounce slot), and wakes whoever
+waits once, at the end. All of that runs without the GIL.
+
+A transfer may carry a link (``gpu_link.h``): then the callers' memory is a GPU's. Every segment goes
+through a slot, and its copy to or from the device overlaps with the drive's work on others.
+
+Who drives. At any moment at most one thread is the queue's driver: it alone talks to the engine.
+A thread that waits for a transfer becomes the driver if there is none, so that a lone `get`
+costs no thread switch; otherwise the queue's own thread drives. The mutex guards only the lists
+and flags in which the two meet; it is never held over a wait or a copy.
+"""
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.errno cimport EAGAIN, EINTR, EIO
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcpy, memset
+
+from backend cimport (
+    SKV_BACKEND_CAPSULE, SKV_BUCKETS, SKV_DISCARD, SKV_FLUSH, SKV_READ, SKV_WRITE, skv_backend,
+    skv_bucket, skv_bucket_ns, skv_io, skv_now_ns,
+)
+from crc32c cimport skv_crc32c, skv_crc32c_combine
+from gpu_link cimport (
+    SKV_FROM_DEVICE, SKV_LINK_CAPSULE, SKV_LINK_STATUS, SKV_TO_DEVICE, skv_copy, skv_link,
+)
+from pthreads cimport (
+    init_cond, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    pthread_cond_wait, pthread_detach, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread,
+    wait_until,
+)
+
+from spdk_kv.errors import ClosedError, DeviceError
+
+cdef extern from *:
+    ctypedef unsigned char volatile_uint8 "volatile unsigned char"
+
+cdef extern from *:
+    """
+    /* What another thread wrote before it set the flag is seen by whoever sees the flag. */
+    static inline int skv_is_set(const unsigned char *flag)
+    {
+        return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+    }
+    static inline void skv_set(unsigned char *flag)
+    {
+        __atomic_store_n(flag, 1, __ATOMIC_RELEASE);
+    }
+    /* Asks for memory that will be read, or written, soon. It may be anybody's. */
+    static inline void skv_prefetch(const unsigned char *at, uint32_t nbytes, int to_write)
+    {
+        for (uint32_t i = 0; i < nbytes; i += 64)
+            if (to_write)
+                __builtin_prefetch(at + i, 1);
+            else
+                __builtin_prefetch(at + i, 0);
+    }
+    """
+    bint skv_is_set(const unsigned char *flag) nogil
+    void skv_set(unsigned char *flag) nogil
+    void skv_prefetch(const unsigned char *at, uint32_t nbytes, int to_write) nogil
+
+cdef extern from "<errno.h>" nogil:
+    int ECANCELED
+    int ENODATA
+    int ETIMEDOUT
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, unsigned long argument)
+    int PR_GET_TIMERSLACK
+    int PR_SET_TIMERSLACK
+
+cdef extern from *:
+    """
+    #include <pthread.h>
+    #include <unistd.h>
+
+    /* A small transfer looks four times, and the system call is a twentieth of it each time. */
+    static int skv_pid;
+    static void skv_note_pid(void) { skv_pid = (int)getpid(); }
+    static int skv_follow_forks(void)
+    {
+        skv_note_pid();
+        return pthread_atfork(NULL, NULL, skv_note_pid);
+    }
+    static inline int skv_getpid(void) { return skv_pid; }
+    """
+    int _getpid "skv_getpid"() nogil
+    int skv_follow_forks()
+
+if skv_follow_forks():
+    raise MemoryError("forks cannot be followed")
+
+READ = SKV_READ
+WRITE = SKV_WRITE
+FLUSH = SKV_FLUSH
+DISCARD = SKV_DISCARD
+
+DEMAND = 0
+PREFETCH = 1
+
+include "types.pxi"
+include "segments.pxi"
+include "copies.pxi"
+include "loop.pxi"
+include "queue.pxi"
+include "api.pxi"

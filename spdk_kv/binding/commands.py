@@ -1,0 +1,64 @@
+"""The commands of the binding script, for its two doors: scripts/setup_vfio.py and `spdk-kv`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from spdk_kv.binding.binding import BindRequest, bind
+from spdk_kv.binding.hugepages import hugepages
+from spdk_kv.binding.inventory import status
+from spdk_kv.binding.permissions import permissions
+from spdk_kv.binding.persist import Persistence
+from spdk_kv.binding.report import Report, reported
+from spdk_kv.binding.restoring import rebind, restore
+from spdk_kv.devices import Kernel
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+class Tool:
+    """Every command returns a :class:`Report`, also of a refusal.
+
+    ``root``: what stands for ``/``. ``program``: the command line that a boot would run.
+    """
+
+    def __init__(self, root: Path, program: Sequence[str], kernel: Kernel | None = None) -> None:
+        self._root = root
+        self._kernel = kernel or Kernel()
+        self._persistence = Persistence(root, program, _PACKAGE)
+
+    def status(self) -> Report:
+        """Every NVMe function, and why it may or may not be taken."""
+        return reported(lambda: status(self._root, self._kernel))
+
+    def bind(
+        self,
+        bdf: str,
+        serial: str,
+        *,
+        yes: bool = False,
+        destroys: str | None = None,
+        persist: bool = False,
+    ) -> Report:
+        """Takes one drive; a dry run until ``yes``."""
+        request = BindRequest(bdf, serial, yes=yes, destroys=destroys, persist=persist)
+        return reported(lambda: bind(self._root, self._kernel, request, self._persistence))
+
+    def restore(self, bdf: str | None = None) -> Report:
+        """Gives back one drive, or all that were bound."""
+        return reported(lambda: restore(self._root, self._kernel, bdf, self._persistence))
+
+    def rebind(self) -> Report:
+        """At boot: binds what was made persistent."""
+        return reported(lambda: rebind(self._root, self._kernel, self._persistence))
+
+    def hugepages(self, amount: str) -> Report:
+        """Raises the number of hugepages."""
+        return reported(lambda: hugepages(self._root, self._kernel, amount))
+
+    def permissions(self, bdf: str, group: str) -> Report:
+        """Lets a group use a bound drive."""
+        return reported(
+            lambda: permissions(self._root, self._kernel, bdf, group, self._persistence)
+        )

@@ -1,0 +1,56 @@
+"""How a command of the binding script ended: its exit status, lines for people, fields for JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from spdk_kv.devices import Code, Reason, Refused, ToolMissing, Unreadable
+
+DONE, REFUSED, FAILED = 0, 2, 3
+_OUTCOMES = {DONE: "done", REFUSED: "refused", FAILED: "failed"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """``status``: 0 done, 2 refused, 3 failed and rolled back."""
+
+    status: int
+    lines: Sequence[str]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """For a terminal. What drives and files say of themselves cannot steer it."""
+        return "\n".join("".join(_printable(c) for c in line) for line in self.lines)
+
+    def json(self) -> str:
+        """The same for programs: ``outcome``, ``reasons`` and the command's own fields."""
+        values = {"outcome": _OUTCOMES[self.status], "reasons": [], **self.fields}
+        return json.dumps(values, indent=2)
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else f"\\x{ord(character):02x}"
+
+
+def refusal(reasons: Sequence[Reason], head: str = "refused, nothing was changed:") -> Report:
+    """Exit status 2, with what was found."""
+    lines = [head, *(f"  {reason.code.value}: {reason.found}" for reason in reasons)]
+    return Report(REFUSED, lines, {"reasons": [reason.fields() for reason in reasons]})
+
+
+def reported(command: Callable[[], Report]) -> Report:
+    """Runs ``command``; a missing tool or an unreadable answer becomes a refusal.
+
+    Commands let these escape only before their first change.
+    """
+    try:
+        return command()
+    except Refused as error:
+        return refusal(error.reasons)
+    except ToolMissing as error:
+        return refusal([Reason(Code.TOOL_MISSING, f"{error} is not installed")])
+    except (Unreadable, OSError, ValueError) as error:
+        return refusal([Reason(Code.UNREADABLE, str(error))])

@@ -1,0 +1,182 @@
+"""The commands ``restore`` and ``rebind``: giving drives back, and taking them again at a boot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from spdk_kv.binding.binding import (
+    BindRequest,
+    bind,
+    check_bdf,
+    is_same_device,
+)
+from spdk_kv.binding.journal import Journal, Record
+from spdk_kv.binding.permissions import permissions, withdraw
+from spdk_kv.binding.persist import Entry, Persistence
+from spdk_kv.binding.report import DONE, FAILED, REFUSED, Report, reported
+from spdk_kv.binding.vfio import (
+    VFIO_DRIVER,
+    check_serial,
+    give_back_steps,
+    signals_later,
+    take_again_steps,
+)
+from spdk_kv.devices import (
+    Code,
+    Kernel,
+    Refused,
+    Unreadable,
+    check_nodes_open,
+    listing,
+    read_driver,
+    read_serial,
+    refuse,
+)
+
+
+def restore(root: Path, kernel: Kernel, bdf: str | None, persistence: Persistence) -> Report:
+    """Gives back the drive at ``bdf``, or every one that this tool has bound. Raises Refused."""
+    if bdf is not None:
+        check_bdf(bdf)
+    if not kernel.is_root():
+        raise refuse(Code.NOT_ROOT, "only root may change which driver has a drive")
+    journal = Journal(root)
+    with journal.locked():
+        records = journal.records()
+        if bdf is None:
+            reports = [_restore_one(root, kernel, journal, r, persistence) for r in records]
+            if not reports:
+                return Report(DONE, ["nothing to give back: this tool has bound no drive"])
+            return _combined(reports)
+        record = next((record for record in records if record.bdf == bdf), None)
+        if record is None:
+            raise refuse(Code.NOT_OURS, f"this tool has not bound {bdf}")
+        return _restore_one(root, kernel, journal, record, persistence)
+
+
+def rebind(root: Path, kernel: Kernel, persistence: Persistence) -> Report:
+    """Binds every drive of the list that --persist has made, with all checks. Raises Refused."""
+    reports = []
+    for entry in persistence.entries():
+        reports.append(reported(_rebind_command(root, kernel, entry, persistence)))
+    return _combined(reports) if reports else Report(DONE, ["no binding is persistent"])
+
+
+def _rebind_command(
+    root: Path, kernel: Kernel, entry: Entry, persistence: Persistence
+) -> Callable[[], Report]:
+    def command() -> Report:
+        found = [
+            bdf
+            for bdf in listing(root / "sys/bus/pci/devices")
+            if read_serial(root, bdf) == entry.serial
+        ]
+        if len(found) != 1:
+            places = ", ".join(found) or "no drive"
+            raise refuse(Code.NOT_FOUND, f"serial {entry.serial}: {places}, not one drive")
+        request = BindRequest(found[0], entry.serial, yes=True, kinds=frozenset(entry.kinds))
+        report = bind(root, kernel, request, persistence)
+        if report.status != DONE or entry.group is None:
+            return report
+        granted = reported(
+            lambda: permissions(root, kernel, found[0], str(entry.group), persistence)
+        )
+        if granted.status == DONE:
+            return report
+        # Bound it is, so this is no refusal.
+        lines = [*report.lines, "but its permissions could not be given:", *granted.lines]
+        return Report(FAILED, lines, {**report.fields, **granted.fields})
+
+    return command
+
+
+def _combined(reports: list[Report]) -> Report:
+    # A failure weighs more than a refusal.
+    return Report(
+        max(report.status for report in reports),
+        [line for report in reports for line in report.lines],
+        {
+            "reasons": [r for report in reports for r in report.fields.get("reasons", [])],
+            "drives": [{"status": report.status, **report.fields} for report in reports],
+        },
+    )
+
+
+def _restore_one(
+    root: Path, kernel: Kernel, journal: Journal, record: Record, persistence: Persistence
+) -> Report:
+    report = reported(lambda: _give_back(root, kernel, journal, record))
+    fields = {"bdf": record.bdf, "serial": record.serial, **report.fields}
+    lines = list(report.lines)
+    if report.status == DONE:
+        try:
+            withdraw(root, kernel, record.bdf)
+            if persistence.remove(record.serial):
+                lines.append("it will not be bound again at the next boot")
+        except (Refused, OSError) as error:
+            # Given back it is, so this is no refusal.
+            return Report(FAILED, [*lines, f"but: {error}"], fields | {"failure": str(error)})
+    elif report.status == REFUSED:
+        lines[0] = f"{record.bdf}: {lines[0]}"
+    return Report(report.status, lines, fields)
+
+
+def _give_back(root: Path, kernel: Kernel, journal: Journal, record: Record) -> Report:
+    if not is_same_device(root, record):
+        # A boot or an unplugging has given it back; whatever is there now is not ours to touch.
+        journal.remove(record.bdf)
+        line = f"{record.bdf} ({record.serial}) was given back by a reboot or an unplugging"
+        return Report(DONE, [line], {"state": "gone"})
+    _check_unused(root, kernel, record)
+    driver = read_driver(root, record.bdf)
+    with signals_later():
+        try:
+            for _ in give_back_steps(root, kernel, journal, record):
+                pass
+        except Refused:
+            raise  # before the first step: someone else has changed it
+        except Exception as error:  # whatever it is, the drive gets a driver again
+            return _take_again(root, kernel, journal, record, driver, str(error))
+    try:
+        trouble = check_serial(root, record)
+    except (Unreadable, OSError) as error:
+        trouble = str(error)
+    if trouble is not None:
+        lines = [f"{record.bdf} is back with {record.former_driver}, but {trouble}"]
+        return Report(FAILED, lines, {"state": "free", "failure": trouble, "rolled_back": False})
+    line = f"{record.bdf} ({record.serial}) is back with the driver {record.former_driver}"
+    return Report(DONE, [line], {"state": "free"})
+
+
+def _check_unused(root: Path, kernel: Kernel, record: Record) -> None:
+    """Raises Refused while a process drives it: the kernel would wait for that process to end."""
+    nodes = {f"/dev/vfio/{record.group}"}
+    # The newer interface (iommufd) has a node per device.
+    for name in listing(root / "sys/bus/pci/devices" / record.bdf / "vfio-dev"):
+        nodes.add(f"/dev/vfio/devices/{name}")
+    found = [reason.found for reason in check_nodes_open(root, kernel, nodes)]
+    if found:
+        raise refuse(Code.IN_USE, f"{record.bdf} is being driven: {', '.join(found)}: end it first")
+
+
+def _take_again(
+    root: Path, kernel: Kernel, journal: Journal, record: Record, driver: str | None, failure: str
+) -> Report:
+    lines = [f"failed: {failure}"]
+    trouble: str | None = "it was with no driver before"
+    if read_driver(root, record.bdf) == record.former_driver:
+        trouble = f"the driver {record.former_driver} has it already"
+    elif driver == VFIO_DRIVER:
+        try:
+            for _ in take_again_steps(root, kernel, journal, record):
+                pass
+            trouble = None
+        except Exception as error:
+            trouble = str(error)
+    if trouble is None:
+        lines.append(f"rolled back: {VFIO_DRIVER} still has {record.bdf}")
+    else:
+        lines.append(f"not rolled back: {trouble}; try: restore {record.bdf}")
+    fields = {"state": "unfinished" if trouble else "bound", "failure": failure}
+    return Report(FAILED, lines, fields | {"rolled_back": trouble is None})

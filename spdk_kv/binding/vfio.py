@@ -1,0 +1,165 @@
+"""Taking a function from the nvme driver for vfio-pci, and giving it back: the steps.
+
+Both are generators that yield the name of each step before it is made, so that what a crash
+leaves between any two steps can be made and mended in a test. Decisions stand elsewhere.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from spdk_kv.binding.journal import BINDING, BOUND, RESTORING, Journal, Record
+from spdk_kv.devices import (
+    Code,
+    Kernel,
+    StepFailed,
+    function_path,
+    read_driver,
+    read_override,
+    read_serial,
+    refuse,
+)
+
+VFIO_DRIVER = "vfio-pci"
+_SETTLE_S = 10.0  # a controller may take seconds until it answers Identify (CAP.TO)
+
+
+def bind_steps(
+    root: Path, kernel: Kernel, journal: Journal, record: Record, look_again: Callable[[], None]
+) -> Iterator[str]:
+    """From the nvme driver to vfio-pci.
+
+    ``look_again`` raises Refused if the drive may not be taken any more; nothing stands between
+    it and the unbind. Raises also StepFailed and OSError; :func:`give_back_steps` undoes whatever
+    was done until then.
+    """
+    drivers = root / "sys/bus/pci/drivers"
+    yield "journal"
+    journal.write(replace(record, state=BINDING))
+    yield "load"
+    if not (drivers / VFIO_DRIVER).exists():
+        done = kernel.run(["modprobe", VFIO_DRIVER])
+        if done.status != 0:
+            raise StepFailed(f"modprobe {VFIO_DRIVER}: {done.error.strip()}")
+    # Before the unbind: from then on no other driver, nvme included, may take the function.
+    yield "override"
+    kernel.write(function_path(root, record.bdf) / "driver_override", VFIO_DRIVER)
+    yield "look-again"
+    look_again()
+    yield "unbind"
+    kernel.write(drivers / record.former_driver / "unbind", record.bdf)
+    yield "probe"
+    kernel.write(root / "sys/bus/pci/drivers_probe", record.bdf)
+    yield "verify"
+    _expect_driver(root, record.bdf, VFIO_DRIVER)
+    node = root / "dev/vfio" / record.group
+    if not _settles(node.exists):
+        raise StepFailed(f"/dev/vfio/{record.group} does not appear")
+    yield "done"
+    journal.write(replace(record, state=BOUND))
+
+
+def give_back_steps(root: Path, kernel: Kernel, journal: Journal, record: Record) -> Iterator[str]:
+    """From wherever a bind, or an earlier restore, has left the function to its former driver.
+
+    Raises Refused, with ``changed``, if someone else has changed it since; StepFailed; OSError.
+    """
+    function = function_path(root, record.bdf)
+    drivers = root / "sys/bus/pci/drivers"
+    driver, override = read_driver(root, record.bdf), read_override(root, record.bdf)
+    _check_ours(record, driver, override)
+    if driver != record.former_driver:
+        yield "journal"
+        journal.write(replace(record, state=RESTORING))
+        # By name, not just "any": an ID added to vfio-pci would make it take the drive again.
+        yield "override"
+        kernel.write(function / "driver_override", record.former_driver)
+        if driver == VFIO_DRIVER:
+            yield "unbind"
+            kernel.write(drivers / VFIO_DRIVER / "unbind", record.bdf)
+        yield "probe"
+        kernel.write(root / "sys/bus/pci/drivers_probe", record.bdf)
+        yield "verify"
+        _expect_driver(root, record.bdf, record.former_driver)
+    if read_override(root, record.bdf) != record.former_override:
+        yield "clear-override"
+        # The kernel takes a lone newline for "none".
+        kernel.write(function / "driver_override", record.former_override or "\n")
+    yield "done"
+    journal.remove(record.bdf)
+
+
+def take_again_steps(root: Path, kernel: Kernel, journal: Journal, record: Record) -> Iterator[str]:
+    """Undoes a restore that failed on its way: the drive is bound to vfio-pci again."""
+    yield "override"
+    kernel.write(function_path(root, record.bdf) / "driver_override", VFIO_DRIVER)
+    if read_driver(root, record.bdf) is None:
+        yield "probe"
+        kernel.write(root / "sys/bus/pci/drivers_probe", record.bdf)
+    yield "verify"
+    _expect_driver(root, record.bdf, VFIO_DRIVER)
+    yield "done"
+    journal.write(replace(record, state=BOUND))
+
+
+def check_serial(root: Path, record: Record) -> str | None:
+    """After a restore: what is wrong with the drive's serial, None if it is the one recorded."""
+    # Before its controller has answered, the kernel's file says "(efault)".
+    if _settles(lambda: read_serial(root, record.bdf) == record.serial):
+        return None
+    serial = read_serial(root, record.bdf)
+    if serial is None:
+        return f"the driver {record.former_driver} has it, but its controller does not answer"
+    return f"its serial is {serial!r}, not {record.serial!r}"
+
+
+def _check_ours(record: Record, driver: str | None, override: str | None) -> None:
+    if driver not in (record.former_driver, VFIO_DRIVER, None):
+        raise refuse(Code.CHANGED, f"{record.bdf}: the driver {driver} has it now")
+    if override not in (record.former_override, VFIO_DRIVER, record.former_driver):
+        raise refuse(Code.CHANGED, f"{record.bdf}: its driver_override is {override!r} now")
+
+
+def _expect_driver(root: Path, bdf: str, name: str) -> None:
+    if not _settles(lambda: read_driver(root, bdf) == name):
+        raise StepFailed(f"{bdf}: its driver is {read_driver(root, bdf)}, not {name}")
+
+
+def _settles(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + _SETTLE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """Holds signals back: one in between would leave a drive between two drivers.
+
+    Masked in this thread, for a program that has no other; and where Python runs handlers, in its
+    main thread, noted and sent again at the end, for another thread may take what this one masks.
+    """
+    held = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    arrived: list[int] = []
+    handlers = {}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in held:
+                handlers[number] = signal.signal(number, lambda got, _frame: arrived.append(got))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            # None: a handler that C installed, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for got in arrived:
+            signal.raise_signal(got)

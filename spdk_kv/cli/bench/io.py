@@ -1,0 +1,296 @@
+"""``spdk-kv bench io``: one engine, one kind of load, for some seconds."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spdk_kv.engines import Location, parse_location
+from spdk_kv.errors import CapacityError, device_error
+from spdk_kv.memory import read_memory
+from spdk_kv.terminal import console, json_option, on_terminal, print_json, progress
+from spdk_kv.units import GIB, KIB, MIB, align_down, format_nbytes, parse_nbytes
+
+if TYPE_CHECKING:
+    from spdk_kv.engines import Engine, EngineOptions
+    from spdk_kv.measure import Measurement, Workload
+
+_OPS = ("read", "write", "randread")
+_DEFAULT_NBYTES = {"ram": 256 * MIB}  # all others: a GiB
+_CONFIRM = "--i-know-this-destroys"
+
+
+def _nbytes(
+    context: click.Context, parameter: click.Parameter, value: int | str | None
+) -> int | None:
+    """A byte count as people write it: ``4096``, ``16k``, ``1 MiB``."""
+    if value is None:
+        return None
+    try:
+        return parse_nbytes(value)
+    except ValueError as unclear:
+        raise click.BadParameter(str(unclear), context, parameter) from unclear
+
+
+@click.command("io")
+@click.option(
+    "--location",
+    required=True,
+    metavar="URI",
+    help="file:///DIR (a temporary file in it), block:///dev/NODE, spdk://..., ram:// or null://.",
+)
+@click.option("--op", type=click.Choice(_OPS), default="read", show_default=True)
+@click.option(
+    "--segment-nbytes",
+    callback=_nbytes,
+    default="1 MiB",
+    show_default=True,
+    metavar="NBYTES",
+    help="Bytes per command: 16384, 16k, 1MiB.",
+)
+@click.option(
+    "--depth",
+    type=click.IntRange(1, 4096),
+    default=16,
+    show_default=True,
+    help="Commands in flight.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.01, 86400),
+    default=5.0,
+    show_default=True,
+    help="How long.",
+)
+@click.option("--engine", metavar="NAME", help="uring, threads or pagecache; default: the best.")
+@click.option(
+    "--size",
+    callback=_nbytes,
+    metavar="NBYTES",
+    help="Bytes to run over. Default: 1 GiB (ram: 256 MiB), or half of what is free.",
+)
+@click.option("--checksum", is_flag=True, help="CRC32C over every byte, as a store does it.")
+@click.option(
+    _CONFIRM,
+    "destroys",
+    metavar="PATH|URI",
+    help="Needed to write to a device: its path (spdk: its URI) again, letter by letter.",
+)
+@json_option
+def bench_io(
+    location: str,
+    op: str,
+    segment_nbytes: int,
+    depth: int,
+    seconds: float,
+    engine: str | None,
+    size: int | None,
+    checksum: bool,
+    destroys: str | None,
+    as_json: bool,
+) -> None:
+    """Measure what an engine gets out of a drive.
+
+    On file:// it works in a temporary file, written once before the clock starts and gone
+    afterwards, whatever happens; stores in that folder are not touched. A device is only read,
+    unless its path or URI is repeated.
+    """
+    from spdk_kv.engines import EngineOptions
+    from spdk_kv.measure import Workload, measure
+
+    try:
+        place = parse_location(location)
+        options = EngineOptions(depth, segment_nbytes)
+    except ValueError as wrong:
+        raise click.UsageError(str(wrong)) from wrong
+    _check_memory(depth, segment_nbytes)
+    if place.scheme == "block":
+        _check_block(place.path)
+        _check_write(place.path, op, destroys)
+    elif place.scheme == "ng":
+        _check_write(place.path, op, destroys)
+    elif place.is_nvme:
+        _check_write(location, op, destroys)
+    elif destroys is not None:
+        raise click.UsageError(
+            f"{_CONFIRM} is for block://, ng:// and spdk:// alone; {place} needs no such thing"
+        )
+    span = size or _default_size(place)
+    if span < segment_nbytes:
+        raise click.UsageError(
+            f"{format_nbytes(span)} do not hold one segment of {format_nbytes(segment_nbytes)}"
+        )
+    with _opened(place, engine, options, align_down(span, segment_nbytes)) as opened:
+        capacity = opened.capacity_nbytes
+        if capacity is not None:
+            span = min(span, capacity)
+        load = Workload(op, segment_nbytes, align_down(span, segment_nbytes), checksum)
+        with progress(round(seconds * 1000), f"{op} {place}") as advance:
+            seen = measure(opened, load, seconds, _ticker(advance))
+        report = _report(place, opened, load, depth, seen)
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def _ticker(advance: Callable[[int], None]) -> Callable[[float], None]:
+    """Turns the time since the beginning into steps of a bar that counts milliseconds."""
+    shown = 0
+
+    def tick(elapsed_s: float) -> None:
+        nonlocal shown
+        # A bar redrawn for each of thousands of transfers would cost more than they do.
+        now = round(elapsed_s * 1000)
+        if now - shown >= 100:
+            advance(now - shown)
+            shown = now
+
+    return tick
+
+
+def _check_memory(depth: int, segment_nbytes: int) -> None:
+    # The buffers, and twice as much in the engine's own slots.
+    wanted = 3 * depth * segment_nbytes
+    available = read_memory().available_nbytes
+    if available is not None and wanted > available // 2:
+        raise click.UsageError(
+            f"depth {depth} of {format_nbytes(segment_nbytes)} needs {format_nbytes(wanted)} of "
+            f"memory; {format_nbytes(available)} are available"
+        )
+
+
+def _check_block(path: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as refused:
+        raise device_error("open", 0, 0, refused.errno or 0, path) from refused
+    if not stat.S_ISBLK(mode):
+        raise click.UsageError(f"{path} is not a block device; a folder is file://")
+
+
+def _check_write(name: str, op: str, destroys: str | None) -> None:
+    if op == "write" and destroys != name:
+        raise click.UsageError(
+            f"writing destroys what is on {name}. To do it all the same: {_CONFIRM} {name}"
+        )
+
+
+def _default_size(place: Location) -> int:
+    size = _DEFAULT_NBYTES.get(place.scheme, GIB)
+    if place.scheme != "file":
+        return size
+    try:
+        space = os.statvfs(place.path)
+    except OSError as refused:
+        raise device_error("open", 0, 0, refused.errno or 0, place.path) from refused
+    return min(size, space.f_bavail * space.f_frsize // 2)
+
+
+@contextmanager
+def _opened(
+    place: Location, engine: str | None, options: EngineOptions, nbytes: int
+) -> Iterator[Engine]:
+    """The engine, over ``nbytes`` that were written before (a device: whatever is there)."""
+    from spdk_kv.engines import open_engine
+    from spdk_kv.measure import fill
+
+    path = _temporary_file(place.path, nbytes) if place.scheme == "file" else ""
+    try:
+        opened = open_engine(place, path, engine=engine, capacity_nbytes=nbytes, options=options)
+    except ValueError as wrong:
+        raise click.UsageError(str(wrong)) from wrong
+    finally:
+        if path:
+            # The engine holds it open. Without a name, nothing is left behind even by kill -9.
+            os.unlink(path)
+    try:
+        if place.scheme in ("file", "ram"):
+            with progress(nbytes, "filling") as advance:
+                fill(opened, nbytes, advance)
+        yield opened
+    finally:
+        opened.close()
+
+
+def _temporary_file(folder: str, nbytes: int) -> str:
+    """A file of ``nbytes`` in ``folder``, all of it allocated."""
+    try:
+        fd, path = tempfile.mkstemp(prefix=".spdk_kv-bench-", dir=folder)
+    except OSError as refused:
+        raise device_error("create", 0, nbytes, refused.errno or 0, folder) from refused
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except BaseException as failed:
+        os.unlink(path)
+        if isinstance(failed, OSError) and failed.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CapacityError(f"{folder} has no room for {format_nbytes(nbytes)}") from failed
+        if isinstance(failed, OSError):
+            raise device_error("allocation", 0, nbytes, failed.errno or 0, folder) from failed
+        raise
+    finally:
+        os.close(fd)
+    return path
+
+
+def _report(
+    place: Location, engine: Engine, load: Workload, depth: int, seen: Measurement
+) -> dict[str, Any]:
+    fields = asdict(seen)
+    return {
+        "location": str(place),
+        "engine": engine.name,
+        "direct": engine.direct,
+        "op": load.op,
+        "segment_nbytes": load.segment_nbytes,
+        "depth": depth,
+        "size_nbytes": load.span_nbytes,
+        "checksum": load.checksum,
+        "seconds": fields.pop("elapsed_s"),
+        **fields,
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    size = report["segment_nbytes"]
+    summed = ", with checksums" if report["checksum"] else ""
+    rows = [
+        ("load", f"{report['op']}, {_short(size)} x {report['depth']}{summed}"),
+        ("engine", report["engine"] + (" (past the page cache)" if report["direct"] else "")),
+        ("moved", f"{format_nbytes(report['nbytes'])} in {report['seconds']:.2f} s"),
+        ("speed", f"{report['gib_s']:.2f} GiB/s, {report['iops']:,.0f} commands/s"),
+        ("CPU", f"{report['cpu_s_per_gib']:.3f} s per GiB"),
+        ("depth", f"{report['depth_achieved']:.1f} in flight on average"),
+        (
+            "latency",
+            f"{report['lat_us_p50']:,.0f} us median, {report['lat_us_p99']:,.0f} p99, "
+            f"{report['lat_us_p999']:,.0f} p99.9",
+        ),
+    ]
+    if not on_terminal():
+        for name, text in rows:
+            click.echo(f"{name:<8} {text}")
+        return
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, title=report["location"])
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, text)
+    console().print(table)
+
+
+def _short(nbytes: int) -> str:
+    """Without a fraction that says nothing: ``16 KiB`` and not ``16.0 KiB``."""
+    if nbytes % MIB == 0:
+        return f"{nbytes // MIB} MiB"
+    return f"{nbytes / KIB:g} KiB"

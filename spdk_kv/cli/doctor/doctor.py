@@ -1,0 +1,198 @@
+"""``spdk-kv doctor``: what this machine offers, and the command that mends what is missing."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spdk_kv.cli.doctor.checks import (
+    Check,
+    check_drives,
+    check_hugepages,
+    check_io_uring,
+    check_iommu,
+    check_memlock,
+    check_memory,
+    check_system,
+    check_vfio,
+)
+from spdk_kv.devices import NvmeDrive, list_drives, read_host
+from spdk_kv.memory import MemorySnapshot, page_cache_budget, read_memory
+from spdk_kv.terminal import console, json_option, on_terminal, print_json
+from spdk_kv.units import format_nbytes
+
+if TYPE_CHECKING:
+    from spdk_kv.engines import EngineStatus, Location
+
+_STYLES = {"ok": "green", "missing": "red", "limited": "yellow", "info": "cyan"}
+_PIPE_WIDTH = 80
+
+
+@click.command()
+@click.argument("locations", nargs=-1, metavar="[URI]...")
+@json_option
+def doctor(locations: tuple[str, ...], as_json: bool) -> None:
+    """Show what this machine offers and what to mend.
+
+    With an URI of an NVMe drive (spdk://, spdk+tcp://, spdk+vfiouser://) also whether SPDK
+    reaches it, and what it is. Reads only; changes nothing. Exit status 0 whatever it finds.
+    """
+    places = [_nvme_location(location) for location in locations]
+    from spdk_kv.engines import engine_status  # may load native code: not for `--help`
+
+    engines = engine_status()
+    drives = list_drives()
+    memory = read_memory()
+    host = read_host()
+    checks = [
+        check_system(host),
+        check_memory(memory),
+        check_hugepages(host),
+        check_memlock(host),
+        check_iommu(host),
+        check_vfio(host),
+        check_io_uring(host.io_uring),
+        _check_gpu(),
+        *check_drives(drives),
+        *(_check_location(place) for place in places),
+    ]
+    if as_json:
+        print_json(
+            {
+                "checks": [asdict(check) for check in checks],
+                "engines": [_engine_fields(engine) for engine in engines],
+                "drives": [_drive_fields(drive) for drive in drives],
+                "memory": _memory_fields(memory),
+            }
+        )
+        return
+    checks += [Check("memory", "info", note) for note in memory.notes]
+    report = [*(_engine_check(engine) for engine in engines), *checks]
+    if on_terminal():
+        _print_table(report)
+    else:
+        _print_lines(report)
+
+
+def _nvme_location(text: str) -> Location:
+    from spdk_kv.engines import parse_location
+
+    try:
+        place = parse_location(text)
+    except ValueError as wrong:
+        raise click.UsageError(str(wrong)) from wrong
+    if not place.is_nvme:
+        raise click.UsageError(f"{place} is not an NVMe drive's location (spdk://...)")
+    return place
+
+
+def _check_location(place: Location) -> Check:
+    """Connects to the drive for a moment."""
+    from spdk_kv.engines import EngineOptions, SpdkEngine, open_engine
+    from spdk_kv.errors import SpdkKvError
+
+    try:
+        drive = open_engine(place, options=EngineOptions(depth=1, segment_nbytes=4096))
+    except SpdkKvError as refused:
+        return Check(str(place), "missing", str(refused))
+    assert isinstance(drive, SpdkEngine)
+    try:
+        facts = [
+            drive.controller["model"],
+            f"serial {drive.controller['serial']}",
+            format_nbytes(drive.capacity_nbytes),
+            f"blocks of {drive.block_nbytes}",
+            f"at most {format_nbytes(drive.namespace['max_transfer_nbytes'])} per command",
+            f"identity {drive.identity}",
+        ]
+    finally:
+        drive.close()
+    return Check(str(place), "ok", ", ".join(facts))
+
+
+def _check_gpu() -> Check:
+    try:
+        import torch
+    except ImportError as error:
+        return Check("gpu", "missing", f"torch does not load: {error}", "pip install torch")
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Check("gpu", "ok", f"torch {torch.__version__}: {', '.join(names)}")
+    if torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version"):
+        found = f"an NVIDIA driver, but torch {torch.__version__} is built without CUDA"
+        remedy = "pip install --force-reinstall torch"  # PyPI's Linux wheels have CUDA
+        return Check("gpu", "limited", found, remedy)
+    return Check("gpu", "info", f"torch {torch.__version__} sees none; tensors stay on the CPU")
+
+
+def _engine_check(engine: EngineStatus) -> Check:
+    return Check(
+        f"engine {engine.name}",
+        "ok" if engine.available else "missing",
+        engine.reason or "available",
+        "" if engine.available else engine.remedy,
+    )
+
+
+def _engine_fields(engine: EngineStatus) -> dict[str, Any]:
+    names = ("name", "available", "reason", "remedy")
+    return {name: getattr(engine, name) for name in names}
+
+
+def _drive_fields(drive: NvmeDrive) -> dict[str, Any]:
+    return asdict(drive) | {
+        "nbytes": drive.nbytes,
+        "mounted": drive.mounted,
+        "mount_points": drive.mount_points,
+    }
+
+
+def _memory_fields(memory: MemorySnapshot) -> dict[str, Any]:
+    return asdict(memory) | {"page_cache_budget_nbytes": page_cache_budget(memory, 0)}
+
+
+def _print_lines(report: Sequence[Check]) -> None:
+    width = max(len(check.name) for check in report)
+    for check in report:
+        head = f"{check.status:<8} {check.name:<{width}}  "
+        click.echo(_wrap(head, check.found))
+        if check.remedy:
+            # Never wrapped: it is there to be copied.
+            click.echo(f"{'':8} fix: {check.remedy}")
+
+
+def _wrap(head: str, text: str) -> str:
+    return textwrap.fill(
+        text,
+        width=_PIPE_WIDTH,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _print_table(report: Sequence[Check]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("status", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    table.add_column("found", overflow="fold")
+    for check in report:
+        table.add_row(Text(check.status, _STYLES[check.status]), check.name, Text(check.found))
+    out.print(table)
+    remedies = [check for check in report if check.remedy]
+    if remedies:
+        out.print("\nTo mend", style="bold")
+    for check in remedies:
+        # Outside the table and left to the terminal to wrap, so that it can be copied whole.
+        out.print(f"{check.name}:", style=_STYLES[check.status])
+        out.print(Text(f"  {check.remedy}"), soft_wrap=True)

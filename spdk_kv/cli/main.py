@@ -1,0 +1,42 @@
+"""``spdk-kv``: the command line. Each command lives in a module of its own, loaded when called."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+from spdk_kv.cli.lazy import LazyGroup
+
+try:
+    VERSION = version("spdk_kv")
+except PackageNotFoundError:  # a checkout that was never installed
+    VERSION = "0.0.0+uninstalled"
+
+# Name -> (module:attribute, line in the help). The line is kept here because asking the command
+# for it would import the command, and with it torch: seconds for a `--help`.
+COMMANDS = {
+    "bench": ("spdk_kv.cli.bench.group:bench", "Measure a drive, an engine or a policy."),
+    "demo": ("spdk_kv.cli.demo:demo", "Let a model decode with its KV cache on the drive."),
+    "device": ("spdk_kv.cli.device:device", "Take a drive from the kernel, and give it back."),
+    "doctor": (
+        "spdk_kv.cli.doctor.doctor:doctor",
+        "Show what this machine offers and what to mend.",
+    ),
+    "stat": ("spdk_kv.cli.stat.stat:stat", "Show what a store holds."),
+}
+
+
+@click.group(cls=LazyGroup, commands_at=COMMANDS)
+@click.version_option(VERSION, prog_name="spdk-kv")
+@click.option("-v", "--verbose", count=True, help="Log to stderr; twice for debugging.")
+def main(verbose: int) -> None:
+    """Keep KV caches of large language models on an NVMe drive."""
+    if verbose:
+        # Only our own logger: at the root, torch and its friends would talk as well.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger = logging.getLogger("spdk_kv")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO if verbose == 1 else logging.DEBUG)

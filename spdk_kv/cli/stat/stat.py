@@ -1,0 +1,134 @@
+"""``spdk-kv stat``: what a store holds, and on what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spdk_kv.engines import parse_location
+from spdk_kv.placement import Superblock
+from spdk_kv.terminal import console, json_option, on_terminal, print_json
+from spdk_kv.units import format_nbytes
+
+if TYPE_CHECKING:
+    from spdk_kv.store import KVStore
+
+
+@click.command()
+@click.argument("location", metavar="URI")
+@click.option(
+    "--index-dir",
+    type=click.Path(file_okay=False),
+    help="Where the index of a store on a device lies, if not in its usual place.",
+)
+@click.option("--why", is_flag=True, help="Which path layers are read by, and what decided it.")
+@json_option
+def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None:
+    """Show what the store at URI holds.
+
+    Opens it for a moment and never begins one. A store that another process has open is left
+    alone: that is an error naming its PID, exit status 1. With --why the store is not opened: who
+    has it open tells what it decided, and is not disturbed.
+    """
+    try:
+        place = parse_location(location)
+    except ValueError as wrong:
+        raise click.UsageError(str(wrong)) from wrong
+    if place.scheme in ("ram", "null"):
+        raise click.UsageError(f"{place} holds nothing once its process is over")
+    if why:
+        from spdk_kv.cli.stat.why import explain, lines_of
+
+        told = explain(place, index_dir)
+        if as_json:
+            print_json(told)
+        else:
+            _print_rows(lines_of(told))
+        return
+    from spdk_kv.store import open as open_store  # loads torch: not for `--help`
+
+    try:
+        store = open_store(location, create=False, index_dir=index_dir, flush_interval_s=None)
+    except ValueError as wrong:
+        raise click.UsageError(str(wrong)) from wrong
+    with store:
+        report = _report(store, place.scheme != "file")
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def _report(store: KVStore, on_device: bool) -> dict[str, Any]:
+    from spdk_kv.store import read_superblock
+
+    held = store.stats()
+    return {
+        "location": store.location,
+        "uuid": store.uuid,
+        "engine": store.engine.name,
+        "direct": store.engine.direct,
+        "capacity_nbytes": held["capacity_nbytes"],
+        "used_nbytes": held["used_nbytes"],
+        "free_nbytes": held["free_nbytes"],
+        "largest_free_nbytes": held["largest_free_nbytes"],
+        "blobs": held["blobs"],
+        "sequences": held["sequences"],
+        "superblock": _superblock_fields(read_superblock(store.engine), on_device),
+    }
+
+
+def _superblock_fields(superblock: Superblock | None, on_device: bool) -> dict[str, Any] | None:
+    if superblock is None:
+        return None
+    fields: dict[str, Any] = {
+        "uuid": superblock.uuid,
+        "generation": superblock.generation,
+        "block_nbytes": superblock.block_nbytes,
+        "capacity_nbytes": superblock.capacity_nbytes,
+    }
+    if on_device:
+        fields["device_id"] = superblock.device_id
+    return fields
+
+
+def _print(report: dict[str, Any]) -> None:
+    share = report["used_nbytes"] / report["capacity_nbytes"]
+    rows = [
+        ("store", report["location"]),
+        ("uuid", report["uuid"]),
+        ("engine", report["engine"] + (" (past the page cache)" if report["direct"] else "")),
+        ("capacity", format_nbytes(report["capacity_nbytes"])),
+        ("used", f"{format_nbytes(report['used_nbytes'])} ({share:.1%})"),
+        (
+            "free",
+            f"{format_nbytes(report['free_nbytes'])}, at most "
+            f"{format_nbytes(report['largest_free_nbytes'])} in one piece",
+        ),
+        ("blobs", f"{report['blobs']:,}"),
+        ("sequences", f"{report['sequences']:,}"),
+    ]
+    if superblock := report["superblock"]:
+        text = f"generation {superblock['generation']}, blocks of {superblock['block_nbytes']}"
+        if device := superblock.get("device_id"):
+            text += f", device {device}"
+        rows.append(("superblock", text))
+    _print_rows(rows)
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    if not on_terminal():
+        for name, text in rows:
+            click.echo(f"{name:<11} {text}")
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, Text(text))
+    console().print(table)

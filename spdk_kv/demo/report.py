@@ -1,0 +1,173 @@
+"""What the demo found, for people and as JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spdk_kv.terminal import console
+from spdk_kv.units import GIB, format_nbytes
+
+if TYPE_CHECKING:
+    from spdk_kv.demo.generation import Run
+    from spdk_kv.demo.model import DemoModel
+    from spdk_kv.types import KVShape
+
+_WIDTH = 79
+_TEXT_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class Report:
+    """Both runs and what went to and came from the drive. ``written_nbytes`` and ``read_nbytes``
+    are the store's, ``cached_read_nbytes`` what of the latter came through the page cache;
+    ``kv_nbytes`` is the K/V of all tokens in all layers."""
+
+    chosen: DemoModel
+    parameters: int
+    shape: KVShape
+    prompt_tokens: int
+    memory: Run
+    offloaded: Run
+    kv_nbytes: int
+    resident_layers: int
+    prefetch_hits: int
+    read_wait_s: float
+    written_nbytes: int
+    read_nbytes: int
+    cached_read_nbytes: int
+    engine: str
+    location: str
+    temporary: bool
+
+    @property
+    def tokens_equal(self) -> bool:
+        return self.memory.tokens == self.offloaded.tokens
+
+    @property
+    def equal_tokens(self) -> int:
+        """How many tokens agree before the first that does not."""
+        pairs = zip(self.memory.tokens, self.offloaded.tokens, strict=False)
+        return next(
+            (number for number, (ours, theirs) in enumerate(pairs) if ours != theirs),
+            min(len(self.memory.tokens), len(self.offloaded.tokens)),
+        )
+
+    @property
+    def read_gib_s(self) -> float:
+        """Bytes read over the time of decoding: what drive and page cache had to keep up."""
+        seconds = self.offloaded.decode_s
+        return self.read_nbytes / GIB / seconds if seconds > 0 else 0.0
+
+    @property
+    def resident_kv_nbytes(self) -> int:
+        """K/V in memory at most, when offloaded."""
+        return self.kv_nbytes // self.shape.layers * self.resident_layers
+
+    def fields(self) -> dict[str, Any]:
+        """The JSON object: bytes, seconds, tokens per second, GiB per second."""
+        return {
+            "tokens_equal": self.tokens_equal,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.offloaded.tokens),
+            "tokens_per_s_memory": self.memory.tokens_per_s,
+            "tokens_per_s_offloaded": self.offloaded.tokens_per_s,
+            "prompt_s_memory": self.memory.prompt_s,
+            "prompt_s_offloaded": self.offloaded.prompt_s,
+            "kv_nbytes": self.kv_nbytes,
+            "resident_kv_nbytes": self.resident_kv_nbytes,
+            "written_nbytes": self.written_nbytes,
+            "read_nbytes": self.read_nbytes,
+            "cached_read_nbytes": self.cached_read_nbytes,
+            "read_gib_s": self.read_gib_s,
+            "read_wait_s": self.read_wait_s,
+            "prefetch_hits": self.prefetch_hits,
+            "peak_rss_nbytes": max(self.memory.peak_rss_nbytes, self.offloaded.peak_rss_nbytes),
+            "peak_rss_nbytes_memory": self.memory.peak_rss_nbytes,
+            "peak_rss_nbytes_offloaded": self.offloaded.peak_rss_nbytes,
+            "engine": self.engine,
+            "location": self.location,
+            "text_memory": self.chosen.tokenizer.decode(self.memory.tokens),
+            "text_offloaded": self.chosen.tokenizer.decode(self.offloaded.tokens),
+        }
+
+
+def print_report(report: Report) -> None:
+    """The report on stdout: the same lines on a terminal, coloured, and in a pipe."""
+    out = console()
+
+    def line(text: str = "", style: str = "") -> None:
+        # Left to wrap itself: the columns are shorter than any terminal, and text is wrapped here.
+        out.print(text, style=style or None, markup=False, soft_wrap=True)
+
+    memory, offloaded, shape = report.memory, report.offloaded, report.shape
+    place = "a temporary folder" if report.temporary else report.location
+    line("One text, continued twice: KV cache in memory, then on the drive", "bold")
+    line()
+    line(f"  model   {report.chosen.label}: {report.parameters / 1e6:.0f} M parameters,")
+    line(f"          {shape.layers} layers, {shape.kv_heads} KV heads of {shape.head_dim}")
+    line(f"  prompt  {report.prompt_tokens} tokens, and {len(offloaded.tokens)} new ones")
+    line(f"  store   {place}, engine {report.engine}")
+    line()
+    line(_row("", "in memory", "on the drive"), "bold")
+    line(_row("reading the prompt", f"{memory.prompt_s:.2f} s", f"{offloaded.prompt_s:.2f} s"))
+    speeds = [f"{run.tokens_per_s:.1f} tokens/s" for run in (memory, offloaded)]
+    line(_row("decoding", *speeds))
+    sizes = [format_nbytes(nbytes) for nbytes in (report.kv_nbytes, report.resident_kv_nbytes)]
+    layers = f"({report.resident_layers} of {shape.layers} layers)"
+    line(_row("KV cache in memory", sizes[0], f"{sizes[1]} {layers}"))
+    peaks = [format_nbytes(run.peak_rss_nbytes) for run in (memory, offloaded)]
+    line(_row("peak of the whole process", *peaks))
+    line()
+    line(
+        _wrapped(
+            f"  {format_nbytes(report.written_nbytes)} of K/V were written to the drive, and "
+            f"{format_nbytes(report.read_nbytes)} read back at {report.read_gib_s:.2f} GiB/s "
+            f"({format_nbytes(report.cached_read_nbytes)} of it through the page cache): for "
+            "every new token each layer reads all of its K/V, one layer while the one before it "
+            f"computes. Decoding waited {report.read_wait_s:.2f} s for the drive in all."
+        )
+    )
+    if offloaded.tokens_per_s > memory.tokens_per_s:
+        line(
+            _wrapped(
+                "  Memory may well be slower: there transformers copies the whole cache to append "
+                "a token."
+            )
+        )
+    line()
+    for label, run in (("in memory", memory), ("on the drive", offloaded)):
+        line(f"  {label:<13} {_readable(report.chosen.tokenizer.decode(run.tokens))}", "cyan")
+    line()
+    if report.tokens_equal:
+        line(f"  All {len(offloaded.tokens)} tokens are equal.", "bold green")
+    else:
+        line(f"  The tokens differ after the first {report.equal_tokens}.", "bold red")
+    if not report.chosen.trained:
+        line(
+            _wrapped(
+                "  The text is gibberish, for the weights are random: `--model DIR` takes a real "
+                "model."
+            ),
+            "dim",
+        )
+
+
+def _row(label: str, memory: str, offloaded: str) -> str:
+    return f"  {label:<26} {memory:<16} {offloaded}".rstrip()
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(
+        text, width=_WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )
+
+
+def _readable(text: str) -> str:
+    """``text`` on one line of a terminal: nothing in it may move the cursor."""
+    shown = "".join(
+        character if character.isprintable() and character != "\ufffd" else "\N{MIDDLE DOT}"
+        for character in " ".join(text.split())
+    )
+    return shown if len(shown) <= _TEXT_CHARACTERS else f"{shown[: _TEXT_CHARACTERS - 1]}…"

@@ -1,0 +1,1 @@
+"""SPDK: NVMe drives from user space, polled, past the kernel."""

@@ -1,0 +1,255 @@
+"""Engine `spdk`: NVMe controllers driven from user space, over PCIe, vfio-user or TCP."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import itertools
+import logging
+import threading
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from spdk_kv._native.transfer import DISCARD, Queue, Transfer
+from spdk_kv.engines.base import Engine, EngineOptions, op_name
+from spdk_kv.engines.location import Location
+from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
+from spdk_kv.engines.spdk import environment
+from spdk_kv.engines.spdk.refusal import refusal
+from spdk_kv.errors import DeviceError, DeviceGone, EngineUnavailable
+
+log = logging.getLogger(__name__)
+
+_controllers: dict[str, tuple[Any, int]] = {}
+_controllers_lock = threading.Lock()
+
+
+def transport_id(location: Location) -> str:
+    """SPDK's transport ID for ``location``."""
+    if location.scheme == "spdk":
+        return f"trtype:PCIe traddr:{location.path}"
+    if location.scheme == "spdk+vfiouser":
+        return f"trtype:VFIOUSER traddr:{location.path} subnqn:{location.nqn}"
+    family = "IPv6" if ":" in location.host else "IPv4"
+    return (
+        f"trtype:TCP adrfam:{family} traddr:{location.host} trsvcid:{location.port} "
+        f"subnqn:{location.nqn}"
+    )
+
+
+def _acquire(name: str, location: Location) -> Any:
+    """The process's one connection to a controller; several namespaces share it."""
+    spdk = environment.bindings()
+    with _controllers_lock:
+        controller, users = _controllers.get(name, (None, 0))
+        if controller is not None and controller.gone and not users:
+            controller = None
+        if controller is None:
+            try:
+                controller = spdk.Controller(name)
+            except OSError as refused:
+                if location.scheme == "spdk":
+                    reach_nbytes = environment.settings().memory_nbytes
+                    raise refusal(location.path, reach_nbytes) from refused
+                raise DeviceGone(f"{refused}; see `spdk-kv doctor`") from refused
+        _controllers[name] = (controller, users + 1)
+        return controller
+
+
+def _release(name: str) -> None:
+    with _controllers_lock:
+        controller, users = _controllers[name]
+        if users > 1:
+            _controllers[name] = (controller, users - 1)
+            return
+        del _controllers[name]
+        controller.close()
+
+
+class _Reachable:
+    """SPDK's memory, known to the queue pairs until it is freed."""
+
+    def __init__(self, region: Any, pairs: list[Any]) -> None:
+        self._region = region
+        self._pairs = pairs
+        self.address: int = region.address
+        self.nbytes: int = region.nbytes
+        for pair in pairs:
+            pair.add_memory(self.address, self.nbytes)
+
+    def __del__(self) -> None:
+        for pair in self._pairs:
+            pair.remove_memory(self.address)
+
+
+class SpdkEngine(Engine):
+    """One namespace through one queue pair, or several. Polls while something is in flight.
+
+    Attributes beside the contract's: ``controller`` (serial, model, firmware ...) and
+    ``namespace`` (block size, identity ...), as dicts.
+    """
+
+    name = "spdk"
+    direct = True
+
+    def __init__(self, location: Location, options: EngineOptions) -> None:
+        super().__init__(str(location), options)
+        self._transport_id = transport_id(location)
+        spdk = environment.bindings()
+        self._dma_region = spdk.DmaRegion
+        self._controller = _acquire(self._transport_id, location)
+        # Further queue pairs are engines of their own that transfers are dealt out to.
+        self._lanes: list[SpdkEngine] = []
+        self._pairs: list[Any] = []
+        self._turns = itertools.count()
+        try:
+            self.controller: dict[str, Any] = self._controller.describe()
+            self.namespace = self._geometry(location.nsid)
+            self._pair = spdk.QueuePair(self._controller, location.nsid, options.depth)
+            self._pairs.append(self._pair)
+            self.block_nbytes = self.namespace["block_nbytes"]
+            # PRP entries point to whole dwords (NVMe Base 2.0, section 4.1.1).
+            self.align_nbytes = 4
+            self._start(self._pair.backend, self._pair)
+            for _ in range(1, options.queue_pairs):
+                lane = SpdkEngine(location, replace(options, queue_pairs=1))
+                self._lanes.append(lane)
+                self._pairs.append(lane._pair)
+        except BaseException as failed:
+            if self._queue is not None:
+                self.close()
+            else:
+                self._release()
+            if isinstance(failed, OSError):
+                raise DeviceGone(f"{failed}; see `spdk-kv doctor`") from failed
+            raise
+
+    def _geometry(self, nsid: int) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = self._controller.namespace(nsid)
+        except LookupError as missing:
+            active = ", ".join(str(number) for number in self._controller.namespaces())
+            raise EngineUnavailable(f"{missing}; active are: {active or 'none'}") from missing
+        if found["metadata_nbytes"] or found["protection"]:
+            raise EngineUnavailable(
+                f"namespace {nsid} of {self.where} is formatted with {found['metadata_nbytes']} "
+                "bytes of metadata per block; format it without (nvme format --lbaf)"
+            )
+        return found
+
+    def allocate(self, nbytes: int) -> Any:
+        try:
+            return _Reachable(self._dma_region(nbytes), self._pairs)
+        except MemoryError as none_left:
+            if self._queue is None:
+                return self._allocate_at_opening(nbytes)
+            # Slower, since what lies here is copied; but whoever holds many tensors still gets one.
+            log.info("%s: ordinary memory instead", none_left)
+            return super().allocate(nbytes)
+
+    def _allocate_at_opening(self, nbytes: int) -> Any:
+        # Closed engines and caught errors may keep memory in reference cycles.
+        gc.collect()
+        try:
+            return _Reachable(self._dma_region(nbytes), self._pairs)
+        except MemoryError as none_left:
+            raise EngineUnavailable(
+                f"engine spdk: {none_left}, and it cannot do without: reserve more hugepages "
+                "(`spdk-kv doctor`), or lower `depth` or `segment`"
+            ) from none_left
+
+    def transfer(self, op: int, **how: Any) -> Transfer:
+        """On the queue with the fewest transfers; in turn where they are alike."""
+        if not self._lanes:
+            return super().transfer(op, **how)
+        lanes = [self, *self._lanes]
+        first = next(self._turns) % len(lanes)
+        lane = min(lanes[first:] + lanes[:first], key=lambda lane: lane.queue.active)
+        return Engine.transfer(lane, op, **how)
+
+    def start(self, transfer: Transfer, *arguments: Any, **how: Any) -> Future[Any]:
+        for lane in self._lanes:
+            if transfer.queue is lane._queue:
+                return lane.start(transfer, *arguments, **how)
+        return super().start(transfer, *arguments, **how)
+
+    @property
+    def queues(self) -> list[Queue]:
+        return [self.queue, *(lane.queue for lane in self._lanes)]
+
+    @property
+    def depth(self) -> int:
+        """Segments kept in flight by each queue pair; may be set."""
+        return int(self.queue.depth)
+
+    @depth.setter
+    def depth(self, depth: int) -> None:
+        for engine in (self, *self._lanes):
+            engine.queue.depth = depth
+
+    def stats(self) -> dict[str, Any]:
+        """As every engine's, added up over the queue pairs."""
+        counters = super().stats()
+        for lane in self._lanes:
+            for name, count in lane.stats().items():
+                if name == "histogram":
+                    count = dict(Counter(counters[name]) + Counter(count))
+                else:
+                    count += counters[name]
+                counters[name] = count
+        return counters
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        for lane in self._lanes:
+            lane.close(timeout_s)
+        super().close(timeout_s)
+
+    @property
+    def capacity_nbytes(self) -> int:
+        return int(self.namespace["nbytes"])
+
+    @property
+    def identity(self) -> str:
+        names = (self.controller["serial"], *(self.namespace[n] for n in ("nguid", "eui64")))
+        return " ".join(name for name in (*names, f"ns{self.namespace['nsid']}") if name)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the drive was removed, or does not answer just now."""
+        return bool(self._controller.gone)
+
+    def health(self) -> dict[str, Any]:
+        """The drive's SMART log, main fields. Blocks. DeviceGone, DeviceError."""
+        try:
+            return dict(self._controller.health())
+        except OSError as failed:
+            kind = DeviceGone if self.gone else DeviceError
+            raise kind(str(failed), op="health", status=failed.errno) from failed
+
+    def error(self, transfer: Transfer) -> Exception:
+        if transfer.status == errno.ENODEV and self._pair.stranger:
+            return DeviceGone(
+                f"another namespace answers at {self.where} now than when it was opened; its bytes "
+                "are not touched",
+                op=op_name(transfer.op),
+                status=errno.ENODEV,
+            )
+        if not is_nvme_status(transfer.status):
+            return super().error(transfer)
+        offset, nbytes = transfer.failure or (0, 0)
+        op = op_name(transfer.op)
+        return nvme_error(op, offset, nbytes, transfer.status, self.where, self.block_nbytes)
+
+    def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> None:
+        if self.controller["deallocate"]:
+            transfer = self.transfer(DISCARD)
+            transfer.add(offset, 0, nbytes)
+            self.run(transfer, timeout_s)
+
+    def _release(self) -> None:
+        self._slots = None
+        if self._pairs:
+            self._pair.close()
+        _release(self._transport_id)

@@ -1,0 +1,340 @@
+"""What is stored under which key: records in SQLite, committed last."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import Any
+from urllib.parse import quote
+
+from spdk_kv.errors import (
+    CapacityError,
+    ClosedError,
+    CorruptionError,
+    DeviceError,
+    StoreLocked,
+    StoreMismatch,
+    device_error,
+)
+from spdk_kv.index.commits import CommitCount, create_commit_count
+from spdk_kv.index.records import (
+    BlobRecord,
+    Record,
+    SequenceRecord,
+    meta_crc,
+    pack,
+    parse_blob,
+    parse_sequence,
+    unpack,
+)
+
+_VERSION = 1
+_BUSY_TIMEOUT_S = 1.0
+
+# id is the recency: a row that is put anew gets the highest one.
+_SCHEMA = (
+    "CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL)",
+    "CREATE TABLE blobs(id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, record BLOB NOT NULL)",
+    "CREATE TABLE sequences"
+    "(id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, record BLOB NOT NULL)",
+)
+_DURABLE = (
+    "PRAGMA synchronous = FULL",
+    # A stray pointer in a damaged page must find zeroes, not a row that was deleted.
+    "PRAGMA secure_delete = ON",
+    "PRAGMA cell_size_check = ON",
+    "PRAGMA temp_store = MEMORY",  # keys are private: nothing of them in /tmp
+)
+
+
+def _encode(key: str) -> bytes:
+    return key.encode("utf-8", "surrogatepass")
+
+
+@contextmanager
+def _typed_errors(path: str) -> Iterator[None]:
+    """SQLite's errors as ours, and the file's name on every refusal."""
+    try:
+        yield
+    except (CorruptionError, StoreMismatch) as error:
+        raise type(error)(f"index {path}: {error}") from error
+    except UnicodeDecodeError as error:  # of text in SQLite's own tables
+        raise CorruptionError(f"index {path}: {error}") from error
+    except sqlite3.Error as error:
+        # By message, for Python 3.10 does not say SQLite's code.
+        text = str(error)
+        if "is locked" in text:
+            raise StoreLocked(f"index {path} is in use by another program: {text}") from error
+        if "is full" in text:
+            raise CapacityError(f"index {path}: {text}: free space on its filesystem") from error
+        if "I/O error" in text or "unable to open" in text or "readonly" in text:
+            raise DeviceError(f"index {path}: {text}", op="index") from error
+        raise CorruptionError(f"index {path}: {text}") from error
+
+
+def _create(path: str) -> None:
+    """A new, empty index at ``path``: whole or not there, whenever this is interrupted."""
+    new = f"{path}.new"
+    try:
+        if os.path.exists(f"{path}-wal"):
+            # SQLite would replay the log of the lost index into the new one.
+            raise CorruptionError(f"index {path} is gone, but its log {path}-wal is not")
+        for leftover in (new, f"{new}-journal", f"{new}-wal", f"{new}-shm"):
+            if os.path.exists(leftover):
+                os.unlink(leftover)
+        os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        # Against the umask. SQLite gives its log and shared memory the mode of this file.
+        os.chmod(new, 0o600)
+        identity = uuid.uuid4().hex
+        with _typed_errors(path), closing(sqlite3.connect(new, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in _SCHEMA:
+                connection.execute(statement)
+            _write_meta(connection, "uuid", identity)
+            _write_meta(connection, "generation", "0")
+            _write_meta(connection, "commits", "0")
+            connection.execute(f"PRAGMA user_version = {_VERSION}")
+            connection.execute("COMMIT")
+            # Here and not at the first open: a kill amid that would leave a rollback journal,
+            # which the connection that may not write could not play back.
+            _use_log(connection)
+        create_commit_count(_count_path(path), identity)
+        _sync_folder(path)  # no index without its count, even after a power cut
+        os.rename(new, path)
+        _sync_folder(path)
+    except OSError as error:
+        raise device_error("create", 0, 0, error.errno or 0, path) from error
+
+
+def _sync_folder(path: str) -> None:
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _count_path(path: str) -> str:
+    return f"{path}-commits"
+
+
+def _write_meta(connection: sqlite3.Connection, name: str, value: str) -> None:
+    # Updated where it is: a replaced row would be written to SQLite's index of the names too.
+    row = (value, meta_crc(name, value), name)
+    if not connection.execute("UPDATE meta SET value = ?, crc = ? WHERE name = ?", row).rowcount:
+        connection.execute("INSERT INTO meta(value, crc, name) VALUES (?, ?, ?)", row)
+
+
+def _read_meta(connection: sqlite3.Connection, name: str) -> str | None:
+    query = "SELECT value, crc FROM meta WHERE name = ?"
+    row = connection.execute(query, (name,)).fetchone()
+    if row is None:
+        return None
+    if row[1] != meta_crc(name, row[0]):
+        raise CorruptionError(f"the checksum of meta {name!r} does not match")
+    return str(row[0])
+
+
+def _read_number(connection: sqlite3.Connection, name: str) -> int:
+    text = _read_meta(connection, name)
+    if text is None or not text.isdecimal():
+        raise CorruptionError(f"meta {name!r} is {text!r}, no number")
+    return int(text)
+
+
+class Index:
+    """The index of one store, in the SQLite file at ``path``; made new where there is none.
+
+    Every call may block on the disk, changing ones until the change is on the medium. Errors:
+    CorruptionError (damaged, or older than it was; the file and its log are left as they are),
+    StoreMismatch (a newer format), StoreLocked (another program holds the file), CapacityError
+    (disk full), DeviceError, ClosedError (closed, or after fork). Safe to use from several threads.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.path.abspath(path)
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._connection: sqlite3.Connection | None = None
+        if not os.path.exists(self.path):
+            _create(self.path)
+        # What refuses must not write, and a last connection that may write would move even a
+        # damaged log into the file as it closes: so the checks are made through one that may not.
+        with _typed_errors(self.path), closing(_connect(self.path, "ro")) as reader:
+            self.uuid, commits = _check(reader)
+            self._count = CommitCount(_count_path(self.path), self.uuid, commits)
+            try:
+                self._connection = _connect(self.path, "rw")
+                _make_durable(self._connection)
+            except BaseException:
+                if self._connection is not None:
+                    self._connection.close()
+                self._count.close()
+                raise
+
+    uuid: str
+    """Identity of the store, drawn when the index was made: 32 hexadecimal digits."""
+
+    @property
+    def generation(self) -> int:
+        """The superblock generation that this index goes with; 0 when new. Setting it commits."""
+        with self._lock, _typed_errors(self.path):
+            return _read_number(self._use(), "generation")
+
+    @generation.setter
+    def generation(self, value: int) -> None:
+        self.set_meta("generation", str(value))
+
+    def get_meta(self, name: str) -> str | None:
+        """The text stored under ``name``, or None."""
+        with self._lock, _typed_errors(self.path):
+            return _read_meta(self._use(), name)
+
+    def set_meta(self, name: str, value: str) -> None:
+        """Store ``value`` under ``name``; on the medium on return."""
+        with self._transaction() as connection:
+            _write_meta(connection, name, value)
+
+    def load_blobs(self) -> Iterator[tuple[str, BlobRecord]]:
+        """All blobs, least recently used first. Exhaust it before committing."""
+        return self._load("blobs", partial(parse_blob, kinds={}))
+
+    def load_sequences(self) -> Iterator[tuple[str, SequenceRecord]]:
+        """All sequences, least recently committed first. Exhaust it before committing."""
+        return self._load("sequences", parse_sequence)
+
+    def commit(
+        self,
+        blobs: Mapping[str, BlobRecord | None],
+        sequences: Mapping[str, SequenceRecord | None],
+    ) -> None:
+        """Put (or delete, where None) all of these, or on any error none; on the medium on return.
+
+        A key that is put becomes the most recently used. ValueError where a field is out of range.
+        """
+        changed: list[tuple[str, bytes, bytes | None]] = []
+        tables: list[tuple[str, Mapping[str, Any]]] = [("blobs", blobs), ("sequences", sequences)]
+        for table, records in tables:
+            for name, record in records.items():
+                key = _encode(name)
+                changed.append((table, key, None if record is None else pack(table, key, record)))
+        with self._transaction() as connection:
+            for table, key, row in changed:
+                if row is None:
+                    connection.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
+                else:
+                    put = f"INSERT OR REPLACE INTO {table}(key, record) VALUES (?, ?)"
+                    connection.execute(put, (key, row))
+
+    def touch_order(self, keys: Iterable[str]) -> None:
+        """Make these blobs the most recently used, the last one most; unknown keys do nothing."""
+        with self._transaction() as connection:
+            last = connection.execute("SELECT max(id) FROM blobs").fetchone()[0] or 0
+            if not 0 <= last < 1 << 62:
+                raise CorruptionError(f"a row's number is out of range: {last}")
+            connection.executemany(
+                "UPDATE blobs SET id = ? WHERE key = ?",
+                ((last + place, _encode(key)) for place, key in enumerate(keys, 1)),
+            )
+
+    def close(self) -> None:
+        """Move the log into the file and close it; again, or in a forked child: does nothing."""
+        with self._lock, _typed_errors(self.path):
+            if self._connection is not None and self._pid == os.getpid():
+                # SQLite checkpoints as the last connection closes. Where it cannot, the log stays:
+                # all of it is on the medium already, and the next open replays it.
+                self._connection.close()
+                self._connection = None
+                self._count.close()
+
+    def _use(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise ClosedError(f"index {self.path} is closed")
+        if self._pid != os.getpid():
+            raise ClosedError(f"index {self.path} was opened before a fork, by {self._pid}")
+        return self._connection
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, _typed_errors(self.path):
+            connection = self._use()
+            try:
+                if connection.in_transaction:
+                    # An interrupt (Ctrl-C) came before the roll-back, or instead of it.
+                    connection.execute("ROLLBACK")
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                # Counted from the row, not from memory, which an interrupt can leave behind it.
+                commits = _read_number(connection, "commits") + 1
+                _write_meta(connection, "commits", str(commits))
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # SQLite itself rolls back where the disk is full
+                    connection.execute("ROLLBACK")
+                raise
+            self._count.write(commits)
+
+    def _load(self, table: str, parse: Callable[[bytes], Record]) -> Iterator[tuple[str, Record]]:
+        with _typed_errors(self.path):
+            with self._lock:
+                query = f"SELECT id, key, record FROM {table} ORDER BY id"
+                cursor = self._use().execute(query)
+            while True:
+                with self._lock:
+                    self._use()
+                    found = cursor.fetchone()
+                if found is None:
+                    return
+                number, key, row = found
+                try:
+                    record = unpack(table, key, row, parse)
+                    name = key.decode("utf-8", "surrogatepass")
+                except (CorruptionError, UnicodeDecodeError) as error:
+                    raise CorruptionError(f"row {number} of {table}: {error}") from error
+                yield name, record
+
+
+def _connect(path: str, mode: str) -> sqlite3.Connection:
+    # As a URI that does not create: an index that vanishes is not replaced by a blank one.
+    uri = f"file:{quote(path)}?mode={mode}"
+    return sqlite3.connect(
+        uri, _BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, uri=True
+    )
+
+
+def _check(connection: sqlite3.Connection) -> tuple[str, int]:
+    """The uuid and the commits of what has to be a whole index of a format we know."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version > _VERSION:
+        raise StoreMismatch(f"its format is {version}; this spdk_kv knows {_VERSION}: upgrade it")
+    tables = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    if version < _VERSION or sorted(sql for (sql,) in tables) != sorted(_SCHEMA):
+        raise CorruptionError("not an index of spdk_kv, or its tables are damaged")
+    # Finds a key whose look-up would miss its row: a deleted key could come back. 50 ms for
+    # 100,000 rows.
+    connection.execute("PRAGMA cell_size_check = ON")
+    (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    if verdict != "ok":
+        raise CorruptionError(verdict)
+    identity = _read_meta(connection, "uuid")
+    if identity is None:
+        raise CorruptionError("meta 'uuid' is missing")
+    _read_number(connection, "generation")
+    return identity, _read_number(connection, "commits")
+
+
+def _make_durable(connection: sqlite3.Connection) -> None:
+    for pragma in _DURABLE:
+        connection.execute(pragma)
+    _use_log(connection)
+
+
+def _use_log(connection: sqlite3.Connection) -> None:
+    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise DeviceError(f"the index's filesystem cannot hold a write-ahead log ({mode})")

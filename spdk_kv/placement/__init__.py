@@ -1,0 +1,40 @@
+"""Where bytes lie: extents on the drive, layers within them, staging memory beside them.
+
+`allocator.py` hands out extents, `layout.py` places a sequence in its own, `superblock.py` and
+`lock.py` keep a drive and its index together and theirs alone, `staging.py` keeps memory for DMA.
+"""
+
+from __future__ import annotations
+
+from spdk_kv.placement.allocator import Allocator
+from spdk_kv.placement.layout import CHUNK_NBYTES, SequenceLayout
+from spdk_kv.placement.lock import CommandsLock, StoreLock, owner_of
+from spdk_kv.placement.staging import StagingPool
+from spdk_kv.placement.superblock import (
+    COPY_OFFSETS,
+    DATA_START,
+    SUPERBLOCK_NBYTES,
+    Superblock,
+    choose,
+    fit_device_id,
+    is_blank,
+    pack,
+)
+
+__all__ = [
+    "CHUNK_NBYTES",
+    "COPY_OFFSETS",
+    "DATA_START",
+    "SUPERBLOCK_NBYTES",
+    "Allocator",
+    "CommandsLock",
+    "SequenceLayout",
+    "StagingPool",
+    "StoreLock",
+    "Superblock",
+    "choose",
+    "fit_device_id",
+    "is_blank",
+    "owner_of",
+    "pack",
+]

@@ -1,0 +1,7 @@
+"""Which units belong into the page cache: policies, pure functions of numbers. No I/O, no clock."""
+
+from __future__ import annotations
+
+from spdk_kv.residency.policies import Observation, Policy, Unit, make_policy
+
+__all__ = ["Observation", "Policy", "Unit", "make_policy"]

@@ -1,0 +1,13 @@
+"""The store: tensors under keys, and sequences of KV cache, on one drive.
+
+Begin with `store.py`; `opening.py` finds or begins what lies on the drive, `blobs.py` is one put or
+get, `catalog.py` knows what is stored where, and `background.py` flushes and closes.
+"""
+
+from __future__ import annotations
+
+from spdk_kv.store.opening import index_folder, read_superblock
+from spdk_kv.store.store import KVStore, open
+from spdk_kv.store.why import read_why
+
+__all__ = ["KVStore", "index_folder", "open", "read_superblock", "read_why"]

@@ -1,0 +1,288 @@
+"""One put or get of blobs: from keys and tensors to one transfer, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from spdk_kv._native.transfer import READ, WRITE, Transfer
+from spdk_kv.engines import Engine
+from spdk_kv.errors import (
+    ClosedError,
+    CorruptionError,
+    ShapeMismatch,
+    SpdkKvError,
+    is_unreadable,
+)
+from spdk_kv.index import BlobRecord
+from spdk_kv.link import LinkedDevice
+from spdk_kv.store.catalog import shown
+from spdk_kv.store.host import Host
+from spdk_kv.tensors import Destination, array_from, byte_view, destination, tensor_from
+
+T = TypeVar("T")
+
+
+class BlobWriter:
+    """Writes tensors into new extents, then publishes their records. Used once."""
+
+    def __init__(self, store: Host, tensors: Mapping[str, Any]) -> None:
+        for key in tensors:
+            check_key(key)
+        self._store = store
+        self._catalog = store.catalog
+        self._keys = list(tensors)
+        linked = store.links.of(tensors.values())
+        self._views = [byte_view(tensor, on_cpu=linked is None) for tensor in tensors.values()]
+        filled = [view for view in self._views if view.nbytes]
+        # Always: a store opened with verify=False now may be opened with it next time.
+        self._checksum = store.engine.keeps_bytes
+        nbytes = sum(view.nbytes for view in filled)
+        self._transfer = _transfer(store.engine, WRITE, nbytes, linked, self._checksum)
+        self._offsets = self._catalog.allocate([v.nbytes for v in filled]) if filled else []
+        # None once they are published or given up: that happens once, whatever interrupts it.
+        self._owned: list[int] | None = self._offsets
+        try:
+            for view, offset in zip(filled, self._offsets, strict=True):
+                self._transfer.keep(view.keep)
+                self._transfer.add(offset, view.address, view.nbytes)
+        except BaseException:
+            self._give_up()
+            raise
+
+    def run(self, timeout_s: float | None) -> None:
+        """Blocks until written and visible."""
+        try:
+            self._store.engine.run(self._transfer, timeout_s)
+            self._publish()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def start(self, timeout_s: float | None) -> Future[None]:
+        """Returns at once; the future is done when the blobs are visible."""
+        try:
+            return self._store.engine.start(self._transfer, self._finish, timeout_s=timeout_s)
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _finish(self, transfer: Transfer) -> None:
+        if transfer.status:
+            self._give_up()
+            raise self._store.engine.error(transfer)
+        self._publish()
+
+    def _take(self) -> list[int] | None:
+        with self._catalog.lock:
+            owned, self._owned = self._owned, None
+            return owned
+
+    def _give_up(self) -> None:
+        offsets = self._take()
+        if offsets:
+            # After a deadline the device may still write there.
+            self._catalog.release([self._transfer], lambda: self._catalog.abandon(offsets))
+
+    def _publish(self) -> None:
+        records = {}
+        piece = 0
+        for key, view in zip(self._keys, self._views, strict=True):
+            offset = crc = 0
+            if view.nbytes:
+                offset = self._offsets[piece]
+                crc = self._transfer.crc(piece) if self._checksum else 0
+                piece += 1
+            records[key] = BlobRecord(offset, view.nbytes, view.dtype, view.shape, crc)
+        offsets = self._take()
+        if offsets is None:
+            return  # given up: whoever started it was interrupted
+        try:
+            self._catalog.publish(records)
+        except ClosedError:
+            self._catalog.abandon(offsets)
+            raise
+
+
+class BlobReader:
+    """Reads blobs by one transfer. Used once."""
+
+    def __init__(
+        self,
+        store: Host,
+        keys: tuple[str, ...],
+        outs: tuple[Any, ...] | None,
+        device: Any,
+        as_numpy: bool,
+    ) -> None:
+        for key in keys:
+            check_key(key)
+        if outs is not None and len(outs) != len(keys):
+            raise ShapeMismatch(f"{len(outs)} outs for {len(keys)} keys")
+        if outs is not None and (device is not None or as_numpy):
+            raise ShapeMismatch(
+                "out says where the bytes go; device and as_numpy do not go with it"
+            )
+        self._store = store
+        self._keys = keys
+        self._device = device
+        self._as_numpy = as_numpy
+        self._records = store.catalog.find(keys)
+        self._pinned = self._records
+        try:
+            self._destinations: list[Destination | None] = [None] * len(keys)
+            if outs is not None:
+                self._destinations = [
+                    destination(out, record.dtype, record.shape)
+                    for out, record in zip(outs, self._records, strict=True)
+                ]
+            self._linked = self._reached(outs)
+            # Per key: a lease, or a tensor on the device that is reached over a link.
+            self._places: list[Any] = [None] * len(keys)
+            nbytes = sum(record.nbytes for record in self._records)
+            self._transfer = _transfer(store.engine, READ, nbytes, self._linked, store.verify)
+            for position in range(len(keys)):
+                self._add(position)
+        except BaseException:
+            self._unpin()
+            raise
+
+    def _reached(self, outs: tuple[Any, ...] | None) -> LinkedDevice | None:
+        """The device that everything goes to, if it is reached over a link."""
+        if outs is None:
+            wanted = self._device is not None and not self._as_numpy
+            return self._store.links.device(self._device) if wanted else None
+        plain = all(place is not None and place.plain for place in self._destinations)
+        return self._store.links.of(outs) if plain else None
+
+    def _add(self, position: int) -> None:
+        record, place = self._records[position], self._destinations[position]
+        if self._linked is not None:
+            tensor = place.out if place else self._linked.empty(record.dtype, record.shape)
+            self._places[position] = tensor
+            if record.nbytes:
+                self._transfer.keep(tensor)
+                self._transfer.add(record.offset, tensor.data_ptr(), record.nbytes)
+            return
+        if not record.nbytes:
+            return
+        if place is not None and place.view is not None:
+            self._transfer.keep(place.view.keep)
+            self._transfer.add(record.offset, place.view.address, record.nbytes)
+            return
+        if self._device is not None:
+            self._store.staging.pin_for_gpu()
+        lease = self._store.staging.lease(record.nbytes)
+        self._places[position] = lease
+        self._transfer.keep(lease)
+        self._transfer.add(record.offset, lease.address, record.nbytes, lease.capacity)
+
+    def run(self, timeout_s: float | None) -> list[Any]:
+        """Blocks until all tensors are there."""
+        try:
+            self._store.engine.run(self._transfer, timeout_s)
+        except BaseException as failure:
+            self._failed(failure)
+            raise
+        return self._results()
+
+    def start(self, timeout_s: float | None, pick: Callable[[list[Any]], T]) -> Future[T]:
+        """Returns at once; the future's result is ``pick`` of the tensors."""
+
+        def finish(transfer: Transfer) -> T:
+            try:
+                # It is over; on a GPU the stream waits for the last copies from here on.
+                self._store.engine.wait(transfer)
+            except SpdkKvError as failure:
+                self._failed(failure)
+                raise
+            return pick(self._results())
+
+        try:
+            return self._store.engine.start(self._transfer, finish, timeout_s=timeout_s)
+        except BaseException as failure:
+            self._failed(failure)
+            raise
+
+    def _failed(self, failure: BaseException) -> None:
+        """Unpins, once the device has let go; forgets a blob whose bytes cannot be read."""
+        self._store.catalog.release([self._transfer], self._unpin)
+        if is_unreadable(failure):
+            for key, record in self._failed_blobs():
+                self._store.catalog.drop_damaged(key, record)
+
+    def _unpin(self) -> None:
+        """Once, even where an interrupted start and the transfer's end both come here: another
+        reader may have the same extents pinned."""
+        with self._store.catalog.lock:
+            pinned, self._pinned = self._pinned, []
+            self._store.catalog.unpin(pinned)
+
+    def _failed_blobs(self) -> list[tuple[str, BlobRecord]]:
+        """Those that the failed command belongs to."""
+        offset, _ = self._transfer.failure or (-1, 0)
+        return [
+            (key, record)
+            for key, record in zip(self._keys, self._records, strict=True)
+            if record.offset <= offset < record.offset + record.nbytes
+        ]
+
+    def _results(self) -> list[Any]:
+        try:
+            if self._store.verify:
+                self._check()
+            return [self._result(position) for position in range(len(self._keys))]
+        finally:
+            self._unpin()
+
+    def _check(self) -> None:
+        damaged = []
+        piece = 0
+        for key, record in zip(self._keys, self._records, strict=True):
+            if not record.nbytes:
+                continue
+            if self._transfer.crc(piece) != record.crc:
+                damaged.append(key)
+                self._store.catalog.drop_damaged(key, record)
+            piece += 1
+        if damaged:
+            raise damage(self._store.location, damaged)
+
+    def _result(self, position: int) -> Any:
+        record, place = self._records[position], self._destinations[position]
+        if self._linked is not None:
+            return self._places[position]
+        if place is not None and place.direct:
+            return place.out
+        lease = self._places[position]
+        if self._as_numpy:
+            return array_from(lease, record.dtype, record.shape)
+        tensor = tensor_from(lease, record.dtype, record.shape)
+        if place is not None:
+            return place.fill(tensor)
+        return tensor if self._device is None else tensor.to(self._device)
+
+
+def _transfer(
+    engine: Engine, op: int, nbytes: int, linked: LinkedDevice | None, checksum: bool
+) -> Transfer:
+    """An empty transfer for ``nbytes`` in all, of host memory or of a linked device's."""
+    if linked is None:
+        return engine.transfer(op, checksum=checksum)
+    return linked.transfer(engine, op, nbytes, linked.stream(), checksum=checksum)
+
+
+def damage(location: str, keys: list[str]) -> CorruptionError:
+    """The error for blobs whose checksum does not match."""
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return CorruptionError(
+        f"the stored bytes of {shown(keys[0])}{more} in {location} are not those that were put "
+        "(CRC32C differs); forgotten, so that they can be put again"
+    )
+
+
+def check_key(key: object) -> None:
+    """TypeError unless ``key`` is one."""
+    if not isinstance(key, str):
+        raise TypeError(f"a key is a str, not {type(key).__name__}")

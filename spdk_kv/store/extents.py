@@ -1,0 +1,80 @@
+"""Extents and who still needs them: pinned while read, retired until the index has let go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from spdk_kv.placement import Allocator
+
+
+class ExtentTable:
+    """An allocator whose extents come back only when nothing can read them any more.
+
+    An extent that a record gives up is *retired*: it is free again once the change is committed
+    (until then a crash would bring the old record back, which must still find its bytes) and no
+    read has it pinned. Not thread-safe: the store calls it under its lock.
+    """
+
+    def __init__(self, allocator: Allocator) -> None:
+        self.allocator = allocator
+        self._pins: dict[int, int] = {}
+        self._retired: list[int] = []
+        # Committed, but pinned at the time.
+        self._free_when_unpinned: set[int] = set()
+        self.freed_count = 0
+        """How many came back so far, after a commit or the end of a read."""
+
+    @property
+    def has_retired(self) -> bool:
+        return bool(self._retired)
+
+    def allocate(self, sizes: Sequence[int]) -> list[int]:
+        """Offsets of new extents, all or none; CapacityError."""
+        return self.allocator.allocate_many(sizes)
+
+    def pin(self, offsets: Iterable[int]) -> None:
+        """Keeps extents from being reused until the same number of unpins."""
+        for offset in offsets:
+            self._pins[offset] = self._pins.get(offset, 0) + 1
+
+    def unpin(self, offsets: Iterable[int]) -> None:
+        for offset in offsets:
+            left = self._pins[offset] - 1
+            if left:
+                self._pins[offset] = left
+                continue
+            del self._pins[offset]
+            if offset in self._free_when_unpinned:
+                self._free_when_unpinned.remove(offset)
+                self._free(offset)
+
+    def pinned(self, offset: int) -> bool:
+        """Whether a read of the extent is under way."""
+        return offset in self._pins
+
+    def abandon(self, offsets: Iterable[int]) -> None:
+        """Frees extents that no record ever named."""
+        for offset in offsets:
+            self.allocator.free(offset)
+
+    def retire(self, offsets: Iterable[int]) -> None:
+        """Marks extents that their record has given up."""
+        self._retired.extend(offsets)
+
+    def take_retired(self) -> list[int]:
+        """Those that the commit about to be made lets go of; give them to :meth:`committed`, or
+        back to :meth:`retire` if it fails."""
+        taken, self._retired = self._retired, []
+        return taken
+
+    def committed(self, offsets: Iterable[int]) -> None:
+        """Frees extents whose retirement is on the medium."""
+        for offset in offsets:
+            if offset in self._pins:
+                self._free_when_unpinned.add(offset)
+            else:
+                self._free(offset)
+
+    def _free(self, offset: int) -> None:
+        self.allocator.free(offset)
+        self.freed_count += 1

@@ -1,0 +1,52 @@
+"""A get that returns the page cache itself: blobs mapped into memory instead of read into it."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import weakref
+from typing import Any, cast
+
+import numpy as np
+
+from spdk_kv._native.checksum import crc32c
+from spdk_kv.engines import PageCacheEngine
+from spdk_kv.store.blobs import check_key, damage
+from spdk_kv.store.host import Host
+from spdk_kv.tensors import tensor_from
+
+log = logging.getLogger(__name__)
+
+# madvise(2), Linux 5.14: gives every page its own copy, and leaves the bytes as they are.
+_MADV_POPULATE_WRITE = 23
+
+
+def map_blob(store: Host, key: str) -> Any:
+    """A tensor that is the page cache itself. Its extent stays pinned while it lives."""
+    check_key(key)
+    (record,) = store.catalog.find((key,))
+    if not record.nbytes:
+        return tensor_from(None, record.dtype, record.shape)
+    try:
+        mapping = cast(PageCacheEngine, store.engine).map(record.offset, record.nbytes)
+    except BaseException:
+        store.catalog.unpin((record,))
+        raise
+    weakref.finalize(mapping, store.catalog.unpin_later, record).atexit = False
+    store.mappings.add(mapping)
+    if store.verify and crc32c(mapping) != record.crc:
+        store.catalog.drop_damaged(key, record)
+        raise damage(store.location, [key])
+    return tensor_from(mapping, record.dtype, record.shape)
+
+
+def detach(mappings: weakref.WeakSet[mmap.mmap]) -> None:
+    """Gives what is still mapped memory of its own: nothing keeps the next owner of the store from
+    writing over the extents. Blocks on the device."""
+    for mapping in list(mappings):
+        try:
+            mapping.madvise(_MADV_POPULATE_WRITE)
+        except OSError as refused:
+            log.debug("MADV_POPULATE_WRITE: %s; page by page instead", refused)
+            # The first byte of every page, written as it is: that copies the page.
+            np.frombuffer(mapping, np.uint8)[:: mmap.PAGESIZE] |= 0

@@ -1,0 +1,447 @@
+"""The store: tensors under keys, and sequences of KV cache, on one device."""
+
+from __future__ import annotations
+
+import logging
+import mmap as memory_map
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, TypeVar
+
+from spdk_kv.engines import EngineOptions, PageCacheEngine
+from spdk_kv.errors import ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
+from spdk_kv.link import Links
+from spdk_kv.placement import StagingPool
+from spdk_kv.sequence import Sequence
+from spdk_kv.store import background
+from spdk_kv.store.blobs import BlobReader, BlobWriter
+from spdk_kv.store.catalog import Catalog
+from spdk_kv.store.mapped import detach, map_blob
+from spdk_kv.store.opening import open_parts
+from spdk_kv.store.paths import check_settings, open_paths
+from spdk_kv.store.settings import Eviction, StoreSettings
+from spdk_kv.types import Granularity, KVShape
+from spdk_kv.units import parse_nbytes
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def open(
+    location: str | os.PathLike[str] = "auto",
+    *,
+    capacity: int | str | None = None,
+    engine: str | None = None,
+    eviction: Eviction = "lru",
+    verify: bool = True,
+    create: bool | None = None,
+    index_dir: str | os.PathLike[str] | None = None,
+    depth: int = 16,
+    segment: int | str = "1 MiB",
+    staging: int | str = "512 MiB",
+    hugepages: bool = True,
+    residency: str = "adaptive",
+    page_cache: int | str | None = None,
+    page_cache_dir: str | os.PathLike[str] | None = None,
+    queue_pairs: int = 1,
+    mmap: bool = False,
+    discard: bool = False,
+    flush_interval_s: float | None = 5.0,
+) -> KVStore:
+    """Opens the store at ``location``, or begins one where there is none.
+
+    ``location``: ``file:///DIR``, ``block:///dev/NODE``, ``spdk://0000:01:00.0/1`` (and
+    ``spdk+tcp://``, ``spdk+vfiouser://``), ``ram://``, ``null://`` or ``auto``.
+    ``capacity``: bytes of tensors at most (``"64 GiB"``); by default what it was, else half of
+    the free space up to 64 GiB (a block device: all of it). ``engine``: ``uring``, ``threads`` or
+    ``pagecache``; None takes the best direct one that may be used. ``eviction``: ``"lru"`` makes
+    room by forgetting the blobs used longest ago, ``"none"`` refuses with CapacityError.
+    ``verify``: check checksums on every read. ``create``: False never begins a store; True is
+    needed to begin one on a (blank) device. ``index_dir``: where the index of a store on a device
+    lies. ``depth``, ``segment``: commands in flight, and bytes of the largest. ``staging``: idle
+    memory kept for the next transfers; half of it may be used to read ahead. ``queue_pairs``: of
+    ``spdk://``, with ``depth`` commands each. ``residency``: which layers of sequences are read
+    through the page cache and which directly: ``adaptive`` follows the memory that is free,
+    ``paper`` binds each when it is made (DUAL-BLADE), ``direct`` and ``pagecache`` are one path
+    for all. ``page_cache``: bytes that the page cache may hold for that (``"2 GiB"``); None reads
+    it from the machine and its cgroups. ``page_cache_dir``: of ``spdk://`` and ``ng://``, whose
+    bytes the page cache does not reach: a folder on another drive, where an unnamed file takes
+    copies of what is to be read through the page cache. ``mmap``: with the pagecache engine, a get
+    returns the page cache itself instead of a copy (checked once; pages that the kernel drops and
+    reads again are not, and a failing drive then shows as SIGBUS). ``discard``: tell the device
+    when space comes free (TRIM). ``flush_interval_s``: how often what was put is made durable in
+    the background; None leaves that to :meth:`KVStore.flush` and close.
+
+    Blocks on the device. Raises ValueError (location), StoreLocked, StoreMismatch,
+    CorruptionError, CapacityError, EngineUnavailable, DeviceError.
+    """
+    settings = StoreSettings(
+        capacity=capacity,
+        engine=engine,
+        eviction=eviction,
+        verify=verify,
+        create=create,
+        index_dir=index_dir,
+        options=EngineOptions(depth, parse_nbytes(segment), hugepages, queue_pairs),
+        staging_nbytes=parse_nbytes(staging),
+        residency=residency,
+        page_cache_nbytes=None if page_cache is None else parse_nbytes(page_cache),
+        page_cache_dir=None if page_cache_dir is None else os.path.abspath(page_cache_dir),
+        mmap=mmap,
+        discard=discard,
+        flush_interval_s=flush_interval_s,
+    )
+    return KVStore(location, settings)
+
+
+class KVStore:
+    """An open store; make one with :func:`spdk_kv.open`. Thread-safe; a context manager.
+
+    What :meth:`put` wrote is visible at once to :meth:`get` in this process, and survives a crash
+    from the next :meth:`flush` (or background flush, or close) on.
+    """
+
+    def __init__(self, location: str | os.PathLike[str], settings: StoreSettings) -> None:
+        self._closed = True
+        self._pid = os.getpid()
+        check_settings(location, settings)
+        self._parts = open_parts(location, settings)
+        try:
+            self.engine = self._parts.engine
+            if settings.mmap and not isinstance(self.engine, PageCacheEngine):
+                raise ValueError(f"mmap=True is for the pagecache engine, not {self.engine.name}")
+            self._mmap = settings.mmap
+            self.verify = settings.verify and self.engine.keeps_bytes
+            self.catalog = Catalog(self._parts, settings.eviction, settings.discard)
+            self.staging = StagingPool(self.engine.allocate, settings.staging_nbytes)
+            self.paths = open_paths(self._parts, self.staging, settings)
+            self.links = Links(self.paths.engines)
+            self._sequences: dict[str, Sequence] = {}
+            self._sequence_lock = threading.Lock()
+            self._background = background.Background()
+            self._close_lock = threading.RLock()
+            self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
+            self._stop = threading.Event()
+        except BaseException:
+            self._parts.close()
+            raise
+        self._closed = False
+        background.opened(self)
+        if settings.flush_interval_s is not None and self.engine.persistent:
+            background.flush_every(self, self._stop, settings.flush_interval_s)
+
+    @property
+    def location(self) -> str:
+        """The URI of this store."""
+        return str(self._parts.location)
+
+    @property
+    def uuid(self) -> str:
+        """The identity drawn when the store was begun: 32 hexadecimal digits."""
+        return self._parts.uuid
+
+    # -- blobs ----------------------------------------------------------------------------------
+
+    def put(self, key: str, tensor: Any, *, timeout_s: float | None = None) -> None:
+        """Stores ``tensor`` (torch or numpy, any dtype, any strides) under ``key``.
+
+        Replaces what was there. Blocks until the device has the bytes; see :meth:`flush` for
+        durability. Raises ShapeMismatch, CapacityError, DeviceError, DeviceTimeout, ClosedError;
+        after any of them the key holds what it held before.
+        """
+        self.put_many({key: tensor}, timeout_s=timeout_s)
+
+    def put_many(self, tensors: Mapping[str, Any], *, timeout_s: float | None = None) -> None:
+        """Stores several tensors in one transfer; all become visible together, or none."""
+        self.check_open()
+        writer = BlobWriter(self, tensors)
+        writer.run(timeout_s)
+
+    def put_async(self, key: str, tensor: Any, *, timeout_s: float | None = None) -> Future[None]:
+        """As :meth:`put`, but returns a future. The tensor must stay unchanged until it is done.
+
+        Blocks only for making room, and for the copy of a tensor that is not contiguous on the
+        CPU. Errors before the transfer are raised here.
+        """
+        return self.put_many_async({key: tensor}, timeout_s=timeout_s)
+
+    def put_many_async(
+        self, tensors: Mapping[str, Any], *, timeout_s: float | None = None
+    ) -> Future[None]:
+        """As :meth:`put_many`, but returns a future."""
+        self.check_open()
+        return self._background.track(BlobWriter(self, tensors).start(timeout_s))
+
+    def get(
+        self,
+        key: str,
+        *,
+        out: Any = None,
+        device: Any = None,
+        as_numpy: bool = False,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """The tensor under ``key``: exactly the bytes, dtype and shape that were put.
+
+        ``out``: a torch tensor or numpy array of that dtype and shape to read into, returned;
+        after an error its contents are undefined. Without it: a new torch tensor on ``device``
+        (default: CPU, page-aligned memory that the drive wrote to itself), or with ``as_numpy`` a
+        numpy array. A linked GPU gets it while the drive still reads, and torch's current stream
+        waits for the rest. Blocks. Raises KeyNotFound, ShapeMismatch (before any I/O),
+        CorruptionError (the entry is then forgotten), DeviceError, DeviceTimeout, ClosedError.
+        """
+        self.check_open()
+        if self._mmap and out is None and not as_numpy and device is None:
+            return map_blob(self, key)
+        reader = BlobReader(self, (key,), None if out is None else (out,), device, as_numpy)
+        return reader.run(timeout_s)[0]
+
+    def get_many(
+        self,
+        keys: Iterable[str],
+        *,
+        out: Iterable[Any] | None = None,
+        device: Any = None,
+        as_numpy: bool = False,
+        timeout_s: float | None = None,
+    ) -> list[Any]:
+        """Several tensors by one transfer, in the order of ``keys``; see :meth:`get`."""
+        self.check_open()
+        outs = None if out is None else tuple(out)
+        return BlobReader(self, tuple(keys), outs, device, as_numpy).run(timeout_s)
+
+    def get_async(
+        self,
+        key: str,
+        *,
+        out: Any = None,
+        device: Any = None,
+        as_numpy: bool = False,
+        timeout_s: float | None = None,
+    ) -> Future[Any]:
+        """As :meth:`get`, but returns a future. ShapeMismatch and KeyNotFound are raised here."""
+        self.check_open()
+        outs = None if out is None else (out,)
+        reader = BlobReader(self, (key,), outs, device, as_numpy)
+        return reader.start(timeout_s, lambda found: found[0])
+
+    def get_many_async(
+        self,
+        keys: Iterable[str],
+        *,
+        out: Iterable[Any] | None = None,
+        device: Any = None,
+        as_numpy: bool = False,
+        timeout_s: float | None = None,
+    ) -> Future[list[Any]]:
+        """As :meth:`get_many`, but returns a future."""
+        self.check_open()
+        outs = None if out is None else tuple(out)
+        reader = BlobReader(self, tuple(keys), outs, device, as_numpy)
+        return reader.start(timeout_s, lambda found: found)
+
+    def delete(self, key: str) -> bool:
+        """Forgets ``key``; returns whether it was there. Does not block on the device."""
+        self.check_open()
+        return self.catalog.drop(key)
+
+    def contains(self, key: str) -> bool:
+        """Whether a blob is stored under ``key``. Does not block."""
+        self.check_open()
+        return key in self.catalog.blobs
+
+    __contains__ = contains
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """The keys of all blobs that begin with ``prefix``, least recently used first."""
+        self.check_open()
+        with self.catalog.lock:
+            return [key for key in self.catalog.blobs if key.startswith(prefix)]
+
+    def __len__(self) -> int:
+        return len(self.catalog.blobs)
+
+    # -- sequences ------------------------------------------------------------------------------
+
+    def sequence(
+        self,
+        name: str,
+        shape: KVShape | None = None,
+        *,
+        granularity: Granularity | None = None,
+        temporary: bool = False,
+    ) -> Sequence:
+        """The sequence called ``name``; created, with room for all its tokens, if it is new.
+
+        ``shape``: needed to create; where the sequence exists it must match. ``granularity``:
+        ``layer`` (the default) or ``head``: what lies contiguously. ``temporary``: it is gone
+        when the store is closed, and flushes pass it by. Raises KeyNotFound (no shape and not
+        there), ShapeMismatch, CapacityError, ClosedError.
+        """
+        self.check_open()
+        if not isinstance(name, str):
+            raise TypeError(f"a sequence's name is a str, not {type(name).__name__}")
+        with self._sequence_lock:
+            sequence = self._sequences.get(name)
+            if sequence is None or sequence.deleted:
+                record = self.catalog.sequences.get(name)
+                if record is not None:
+                    sequence = Sequence.restored(self, name, record)
+                elif shape is None:
+                    raise KeyNotFound(f"no sequence {name!r}")
+                else:
+                    sequence = Sequence.created(
+                        self, name, shape, granularity or "layer", temporary
+                    )
+                self._sequences[name] = sequence
+        if shape is not None and sequence.shape != shape:
+            raise ShapeMismatch(f"sequence {name!r} has {sequence.shape}, not {shape}")
+        if granularity is not None and sequence.granularity != granularity:
+            raise ShapeMismatch(
+                f"sequence {name!r} has granularity {sequence.granularity!r}, not {granularity!r}"
+            )
+        return sequence
+
+    def sequences(self) -> list[str]:
+        """The names of all sequences, temporary ones included."""
+        self.check_open()
+        with self._sequence_lock:
+            return sorted({*self.catalog.sequences, *self._sequences})
+
+    def forget_sequence(self, sequence: Sequence) -> None:
+        """Called by :meth:`Sequence.delete`: the name is free again."""
+        with self._sequence_lock:
+            if self._sequences.get(sequence.name) is sequence:
+                del self._sequences[sequence.name]
+
+    # -- the whole ------------------------------------------------------------------------------
+
+    @property
+    def dirty(self) -> bool:
+        """Whether a flush would change anything. False after close."""
+        return not self._closed and (
+            self.catalog.dirty or any(sequence.dirty for sequence in list(self._sequences.values()))
+        )
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Blocks until everything put and appended before survives a power cut."""
+        self.check_open()
+        failed = self._stage_sequences()
+        self.catalog.commit(timeout_s)
+        if failed is not None:
+            raise failed
+
+    def _stage_sequences(self) -> SpdkKvError | None:
+        """Returns the first failure: a sequence that lost tokens must not keep the rest back."""
+        with self._sequence_lock:
+            sequences = list(self._sequences.values())
+        failed = None
+        for sequence in sequences:
+            try:
+                sequence.stage_for_commit()
+            except SpdkKvError as failure:
+                failed = failed or failure
+        return failed
+
+    def flush_async(self, timeout_s: float | None = None) -> Future[None]:
+        """As :meth:`flush`, but returns a future."""
+        return self.run_in_background(lambda: self.flush(timeout_s))
+
+    def run_in_background(self, work: Callable[[], T]) -> Future[T]:
+        """Runs ``work`` on one of the store's threads."""
+        self.check_open()
+        return self._background.run(work)
+
+    def stats(self) -> dict[str, Any]:
+        """What the store holds and did: counts, bytes, hits and misses, the engine's counters
+        (times in nanoseconds). Does not block."""
+        self.check_open()
+        engine = self.engine.stats()
+        histogram = engine.pop("histogram")
+        return {
+            "location": self.location,
+            "engine": self.engine.name,
+            **self.catalog.stats(),
+            "sequences": len(self.sequences()),
+            "staging": self.staging.stats(),
+            "residency": self.paths.stats(),
+            "pipelines": self.links.stats(),
+            "transfers": engine,
+            "latency_ns": histogram,
+        }
+
+    def why(self) -> list[dict[str, Any]]:
+        """For each layer's K and V of each sequence in use: its path, and why it is on it."""
+        self.check_open()
+        return self.paths.why()
+
+    def close(self) -> None:
+        """Flushes, and gives the device back. May be called twice. Tensors that were got stay
+        valid. Asynchronous work is waited for; what other threads call in the meantime ends with
+        ClosedError. Raises what the flush raised, after everything was released."""
+        if os.getpid() != self._pid:
+            self._closed = True
+            return
+        with self._close_lock:
+            if self._closed:
+                return
+            self._stop.set()
+            try:
+                self._background.close()
+                self._closed = True
+                for sequence in list(self._sequences.values()):
+                    if sequence.temporary:
+                        sequence.delete()
+                failed = self._stage_sequences()
+                self.catalog.close()
+                self.catalog.save_order()
+                if failed is not None:
+                    raise failed
+            finally:
+                self._closed = True
+                background.closed(self)
+                with ExitStack() as rest:
+                    rest.callback(self._parts.close)
+                    rest.callback(self.paths.close)
+                    detach(self.mappings)
+
+    def __enter__(self) -> KVStore:
+        self.check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True) and os.getpid() == self._pid:
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
+            try:
+                self.close()
+            except SpdkKvError:
+                log.exception("closing a forgotten store")
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.engine.name}, {len(self)} blobs"
+        return f"<KVStore {self.location} ({state})>"
+
+    def check_open(self) -> None:
+        """ClosedError after close, and in a process forked after open."""
+        if self._closed:
+            raise ClosedError(f"the store at {self.location} is closed")
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                f"the store at {self.location} was opened by process {self._pid} and cannot be "
+                "used after a fork: open it in the child"
+            )

@@ -1,0 +1,135 @@
+"""Stores whose page cache is a medium of its own, on drives that tests can have everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paths.helpers import MIB, PLENTY, open_dual, units
+from spdk_kv.engines.pagecache_apart import check_folder
+from spdk_kv.errors import EngineUnavailable
+from spdk_kv.store import KVStore
+from spdk_kv.store import paths as store_paths
+from support import blockdev
+
+DRIVE_NBYTES = 64 * MIB
+
+
+@contextlib.contextmanager
+def folder_for_copies() -> Iterator[Path]:
+    """A folder on a drive: the usual one for temporary files may be memory."""
+    for where in (None, "/var/tmp", "."):
+        with tempfile.TemporaryDirectory(prefix="spdk_kv-test-", dir=where) as made:
+            try:
+                check_folder(made)
+            except EngineUnavailable:
+                continue
+            yield Path(made)
+            return
+    pytest.skip("no folder on a drive to keep copies in")
+
+
+class Apart:
+    """A drive that the page cache is not of, and a folder for copies.
+
+    ``lasting``: it can be opened again. ``image``: its bytes as a file, or None.
+    """
+
+    def __init__(
+        self, uri: str, copies: Path, index: Path | None = None, image: Path | None = None
+    ) -> None:
+        self.uri = uri
+        self.copies = copies
+        self.index = index
+        self.image = image
+        self.begun = False
+
+    @property
+    def lasting(self) -> bool:
+        return self.index is not None
+
+    def open(self, budget: int = PLENTY, **options: Any) -> KVStore:
+        wanted: dict[str, Any] = {"page_cache_dir": self.copies}
+        if self.index is not None:
+            wanted |= {"capacity": None, "index_dir": self.index, "create": not self.begun}
+            self.begun = True
+        return open_dual(self.uri, budget, **(wanted | options))
+
+
+@contextlib.contextmanager
+def on_memory() -> Iterator[Apart]:
+    """Copies of what is in memory: on any machine, whoever runs the tests."""
+    with folder_for_copies() as copies:
+        yield Apart("ram://", copies)
+
+
+@contextlib.contextmanager
+def on_loop_device() -> Iterator[Apart]:
+    """A loop device, taken for a drive that the page cache does not reach: with a bypassing
+    engine as good as one, and its image can be made to fail."""
+    with folder_for_copies() as copies, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store_paths, "_COHERENT", ())
+        image = copies / "image"
+        with image.open("wb") as file:
+            file.truncate(DRIVE_NBYTES)
+        with blockdev.loop_device(image) as node:
+            yield Apart(f"block://{node}", copies, copies / "index", image)
+
+
+def waited(store: KVStore, until: Callable[[], bool] | None = None) -> None:
+    """Waits until nothing is being copied, and nothing of what was forgotten is left."""
+    copy = store.paths.copy
+    assert copy is not None
+    end = time.monotonic() + 120
+    while copy._held_nbytes or copy._holes or (until is not None and not until()):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def fully(store: KVStore, sequence: Any, reference: Any) -> None:
+    """Turns until all that is on the page-cache path is copied."""
+    for _ in range(50):
+        reference.check(sequence)
+        waited(store)
+        if all(unit.served_nbytes == unit.nbytes for unit in units(store) if unit.cached):
+            return
+    pytest.fail("what is on the page-cache path is never all copied")
+
+
+def copied(store: KVStore) -> list[int]:
+    """Bytes of each unit that are read from the copy."""
+    return [unit.served_nbytes if unit.cached else 0 for unit in units(store)]
+
+
+def on_disk_nbytes(store: KVStore) -> int:
+    """What the copies take of their drive, or will when it is written."""
+    assert store.paths.cache is not None
+    return os.fstat(store.paths.cache.fd).st_blocks * 512
+
+
+def copy_path(store: KVStore) -> str:
+    """The unnamed file of the copies, as this process may open it."""
+    assert store.paths.cache is not None
+    return f"/proc/self/fd/{store.paths.cache.fd}"
+
+
+def deleted(store: KVStore, sequence: Any) -> None:
+    """Deletes it, and waits until its extents can have another owner."""
+    sequence.delete()
+    store.flush()
+    while store.catalog._quarantine:  # writes that were cut short
+        time.sleep(0.001)
+        store.flush()
+
+
+@pytest.fixture(params=["memory", "loop"])
+def apart_fixture(request: pytest.FixtureRequest) -> Iterator[Apart]:
+    with {"memory": on_memory, "loop": on_loop_device}[request.param]() as drive:
+        yield drive

@@ -1,0 +1,144 @@
+"""Stores with a page cache apart: what is opened, what is refused, what is told."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+import spdk_kv
+from paths.apart.helpers import (
+    Apart,
+    apart_fixture,
+    copied,
+    copy_path,
+    fully,
+    on_memory,
+)
+from paths.helpers import (
+    UNIT_NBYTES,
+    UNITS,
+    filled,
+    paths,
+    turns,
+    units,
+)
+from spdk_kv.errors import EngineUnavailable
+from store.helpers import check_books, folder_fixture, open_store
+
+folder = folder_fixture
+apart = apart_fixture
+
+
+def test_the_file_of_copies_has_no_name_and_is_nobody_elses(apart: Apart) -> None:
+    before = set(os.listdir(apart.copies))
+    with apart.open() as store:
+        sequence, reference = filled(store)
+        fully(store, sequence, reference)
+        status = os.fstat(store.paths.cache.fd)
+        assert stat.S_IMODE(status.st_mode) == 0o600
+        assert status.st_nlink == 0
+        assert status.st_size >= max(offset + n for u in units(store) for offset, n in u.extents)
+        assert set(os.listdir(apart.copies)) - before <= {"index"}
+        held = os.readlink(copy_path(store))
+    assert held not in {
+        os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+    }
+
+
+@pytest.mark.parametrize("residency", ["adaptive", "paper", "pagecache"])
+def test_policies_decide_as_on_one_medium(apart: Apart, residency: str) -> None:
+    with apart.open(3 * UNIT_NBYTES, residency=residency) as store:
+        sequence, reference = filled(store)
+        fully(store, sequence, reference)
+        turns(sequence, reference, 2)
+        cached = paths(store).count("C")
+        assert cached == {"adaptive": 2, "paper": 3, "pagecache": UNITS}[residency]
+        assert sum(copied(store)) == cached * UNIT_NBYTES
+        told = store.stats()["residency"]
+        assert (told["paths"], told["page_cache_dir"]) == (2, str(apart.copies))
+    if apart.lasting:
+        # The truth is on the drive: nothing else is needed to have it back.
+        with apart.open(page_cache_dir=None, create=False) as store:
+            turns(store.sequence("s"), reference)
+            assert store.stats()["residency"]["page_cache_dir"] is None
+            check_books(store)
+
+
+def test_direct_uses_no_folder(apart: Apart) -> None:
+    with apart.open(residency="direct") as store:
+        sequence, reference = filled(store)
+        turns(sequence, reference, 2)
+        told = store.stats()["residency"]
+        assert (told["paths"], told["cached_read_nbytes"]) == (1, 0)
+        assert "the page cache is not used" in told["reason"]
+
+
+def test_why_says_what_is_not_there_yet(apart: Apart) -> None:
+    with apart.open() as store:
+        sequence, reference = filled(store)
+        store.paths.decide()
+        assert {entry["path"] for entry in store.why()} == {store.engine.name}
+        assert all(entry["why"].endswith("; 0 B of it are there so far") for entry in store.why())
+        fully(store, sequence, reference)
+        assert {entry["path"] for entry in store.why()} == {"page cache"}
+        assert not any("so far" in entry["why"] for entry in store.why())
+
+
+@pytest.mark.parametrize("where", ["file://{}", "{}", "auto", "block:///dev/null"])
+def test_a_folder_is_refused_where_one_medium_has_both_paths(
+    folder: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    with pytest.raises(ValueError, match="needs no page_cache_dir"):
+        spdk_kv.open(where.format(folder / "store"), page_cache_dir=folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_is_refused_where_there_is_nothing_to_copy_or_to_check(folder: Path) -> None:
+    with pytest.raises(ValueError, match="keeps no bytes"):
+        open_store("null://", page_cache_dir=folder)
+    with pytest.raises(ValueError, match="verify=True"):
+        open_store("ram://", page_cache_dir=folder, verify=False)
+
+
+def test_folders_that_will_not_do_are_refused_before_a_store_is_begun(
+    apart: Apart, folder: Path
+) -> None:
+    (folder / "file").write_bytes(b"")
+    bad = {
+        folder / "missing": "does not exist: mkdir it",
+        folder / "file": "is a folder, which .*file is not",
+        Path("/proc/self"): "no file can be made in",
+    }
+    if os.path.ismount("/dev/shm"):
+        bad[Path("/dev/shm")] = "on tmpfs, whose files are memory"
+    for where, complaint in bad.items():
+        with pytest.raises(EngineUnavailable, match=complaint):
+            apart.open(page_cache_dir=where)
+    assert apart.index is None or not apart.index.exists()
+    with apart.open(create=True) if apart.lasting else apart.open() as store:
+        assert store.stats()["residency"]["paths"] == 2
+
+
+def test_a_folder_that_may_not_be_written_is_refused(folder: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    folder.chmod(0o500)
+    with pytest.raises(EngineUnavailable, match="Permission denied"):
+        open_store("ram://", page_cache_dir=folder)
+    folder.chmod(0o700)
+
+
+def test_a_filesystem_without_unnamed_files_serves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a kernel or filesystem without O_TMPFILE answers.
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
+    with on_memory() as apart, apart.open() as store:
+        assert list(apart.copies.iterdir()) == []
+        sequence, reference = filled(store)
+        fully(store, sequence, reference)
+        assert copied(store) == [UNIT_NBYTES] * UNITS

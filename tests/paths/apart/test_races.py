@@ -1,0 +1,179 @@
+"""Two media when things happen in the worst order: copies that are late, holes that are late."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from paths.apart.helpers import Apart, apart_fixture, copied, deleted, fully, on_disk_nbytes, waited
+from paths.helpers import (
+    UNIT_NBYTES,
+    UNITS,
+    filled,
+    paths,
+    set_budget,
+    turns,
+    units,
+)
+from spdk_kv.store import KVStore
+
+apart = apart_fixture
+
+
+class Late:
+    """While it lasts, copies are begun and not written, and holes are asked for and not punched."""
+
+    def __init__(self, store: KVStore) -> None:
+        engine: Any = store.paths.cache
+        self._engine, self._start, self._drop = engine, engine.start, engine.drop
+        self._writes: list[Callable[[], Any]] = []
+        self._punch = threading.Event()
+        self._punch.set()
+        self.punched: list[int] = []
+        engine.start, engine.drop = self._started, self._dropped
+
+    @property
+    def begun(self) -> int:
+        """Copies that are not written yet."""
+        return len(self._writes)
+
+    def _started(self, *arguments: Any, **how: Any) -> None:
+        self._writes.append(lambda: self._start(*arguments, **how))
+
+    def _dropped(self, offset: int, nbytes: int) -> None:
+        self._punch.wait()
+        self.punched.append(offset)
+        self._drop(offset, nbytes)
+
+    def hold_holes(self) -> None:
+        self._punch.clear()
+
+    def punch(self) -> None:
+        self._punch.set()
+
+    def write(self) -> None:
+        """What was begun, and from now on everything at once."""
+        self._engine.start = self._start
+        for write in self._writes:
+            write()
+        self._writes.clear()
+
+    def end(self) -> None:
+        self.write()
+        self.punch()
+
+
+@pytest.fixture
+def store(apart: Apart) -> Iterator[KVStore]:
+    options = {"capacity": "9 MiB"} if not apart.lasting else {}
+    with apart.open(staging="64 MiB", **options) as opened:
+        yield opened
+
+
+@pytest.fixture
+def late(store: KVStore) -> Iterator[Late]:
+    held = Late(store)
+    yield held
+    held.end()
+
+
+def nothing_was_wrong(store: KVStore) -> None:
+    """No read of the copy had to be mended."""
+    told = store.stats()["residency"]
+    assert (told["taken_over_nbytes"], told["trouble"]) == (0, "")
+
+
+def test_what_a_reader_makes_of_its_tensors_is_not_what_is_copied(
+    store: KVStore, late: Late
+) -> None:
+    sequence, reference = filled(store, tokens=500)
+    for layer in range(4):
+        for part in sequence.read(layer):
+            part.zero_()
+    assert late.begun == UNITS
+    late.write()
+    waited(store)
+    assert min(copied(store)) > 0
+    turns(sequence, reference, 2)
+    nothing_was_wrong(store)
+
+
+def test_a_copy_that_is_late_counts_for_what_was_not_truncated(store: KVStore, late: Late) -> None:
+    sequence, reference = filled(store, tokens=1000)
+    turns(sequence, reference)
+    assert late.begun == UNITS
+    reference.truncate(sequence, 300)
+    reference.append(sequence, 700)
+    turns(sequence, reference)
+    assert late.begun == UNITS  # one of each unit at a time
+    late.write()
+    waited(store)
+    assert 0 < max(unit.filled for unit in units(store)) <= 300 * 512
+    turns(sequence, reference)
+    fully(store, sequence, reference)
+    turns(sequence, reference)
+    nothing_was_wrong(store)
+
+
+def test_a_copy_that_is_late_is_nothing_to_a_unit_that_left_and_came_back(
+    store: KVStore, late: Late
+) -> None:
+    sequence, reference = filled(store, tokens=1000)
+    turns(sequence, reference)
+    set_budget(store, 0)
+    store.paths.decide()
+    assert paths(store) == ["D"] * UNITS
+    set_budget(store, 1 << 30)
+    store.paths.decide()
+    assert paths(store) == ["C"] * UNITS
+    turns(sequence, reference)
+    assert late.begun == UNITS
+    assert late.punched == []  # or the late copy would lie there for good
+    late.write()
+    waited(store)
+    assert len(late.punched) == UNITS
+    assert copied(store) == [0] * UNITS
+    assert on_disk_nbytes(store) < UNIT_NBYTES // 4
+    fully(store, sequence, reference)
+    turns(sequence, reference)
+    nothing_was_wrong(store)
+
+
+def test_nobody_is_copied_to_where_a_hole_is_still_to_be_punched(
+    store: KVStore, late: Late
+) -> None:
+    late.write()
+    sequence, reference = filled(store)
+    fully(store, sequence, reference)
+    late.hold_holes()
+    before = [unit.extents for unit in units(store)]
+    deleted(store, sequence)
+    again, other = filled(store, "again")
+    assert [unit.extents for unit in units(store)] == before
+    turns(again, other, 3)
+    assert copied(store) == [0] * UNITS
+    late.punch()
+    fully(store, again, other)
+    assert copied(store) == [UNIT_NBYTES] * UNITS
+    turns(again, other)
+    nothing_was_wrong(store)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_what_was_read_of_a_hole_is_not_used(store: KVStore, ahead: bool) -> None:
+    sequence, reference = filled(store)
+    sequence.read_ahead = False
+    fully(store, sequence, reference)
+    assert store.paths.cache is not None
+    for unit in units(store):
+        for offset, nbytes in unit.extents:
+            store.paths.cache.drop(offset, nbytes)
+    if ahead:
+        sequence.prefetch(range(4))  # finds the holes
+    set_budget(store, 0)
+    store.paths.decide()  # by which they are to be expected
+    turns(sequence, reference)
+    nothing_was_wrong(store)

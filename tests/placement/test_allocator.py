@@ -1,0 +1,229 @@
+"""The allocator against a bitmap, and its errors."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from spdk_kv.errors import CapacityError, CorruptionError
+from spdk_kv.placement.allocator import Allocator
+
+BLOCK = 512
+START = 8 * BLOCK
+NBLOCKS = 48
+
+
+class AgainstBitmap(RuleBasedStateMachine):
+    """One bool per block says what must be in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocator = Allocator(NBLOCKS * BLOCK + 100, BLOCK, START)
+        self.bitmap = [False] * NBLOCKS
+        self.live: dict[int, int] = {}
+
+    def runs(self) -> list[int]:
+        text = "".join("x" if used else "." for used in self.bitmap)
+        return [len(run) * BLOCK for run in text.split("x") if run]
+
+    def run_around(self, offset: int) -> int:
+        first = last = (offset - START) // BLOCK
+        while first > 0 and not self.bitmap[first - 1]:
+            first -= 1
+        while last < NBLOCKS and not self.bitmap[last]:
+            last += 1
+        return (last - first) * BLOCK
+
+    def mark(self, offset: int, nbytes: int, used: bool) -> None:
+        first = (offset - START) // BLOCK
+        blocks = range(first, first + -(-nbytes // BLOCK))
+        assert offset % BLOCK == 0
+        assert blocks.start >= 0
+        assert blocks.stop <= NBLOCKS
+        assert all(self.bitmap[block] is not used for block in blocks)
+        for block in blocks:
+            self.bitmap[block] = used
+        if used:
+            self.live[offset] = len(blocks) * BLOCK
+
+    @rule(nbytes=st.integers(1, 12 * BLOCK))
+    def allocate(self, nbytes: int) -> None:
+        fitting = [run for run in self.runs() if run >= nbytes]
+        if not fitting:
+            with pytest.raises(CapacityError):
+                self.allocator.allocate(nbytes)
+            return
+        offset = self.allocator.allocate(nbytes)
+        assert self.run_around(offset) == min(fitting)
+        self.mark(offset, nbytes, True)
+
+    @rule(sizes=st.lists(st.integers(1, 8 * BLOCK), max_size=8))
+    def allocate_many(self, sizes: list[int]) -> None:
+        try:
+            offsets = self.allocator.allocate_many(sizes)
+        except CapacityError:
+            rounded = sum(-(-nbytes // BLOCK) * BLOCK for nbytes in sizes)
+            assert rounded > max(self.runs(), default=0)
+            return
+        assert len(offsets) == len(sizes)
+        for offset, nbytes in zip(offsets, sizes, strict=True):
+            self.mark(offset, nbytes, True)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        offset = data.draw(st.sampled_from(sorted(self.live)))
+        self.allocator.free(offset)
+        self.mark(offset, self.live.pop(offset), False)
+        with pytest.raises(ValueError, match="no extent"):
+            self.allocator.free(offset)
+
+    @rule(first=st.integers(-2, NBLOCKS + 1), nbytes=st.integers(-1, 6 * BLOCK))
+    def reserve(self, first: int, nbytes: int) -> None:
+        blocks = range(first, first + -(-nbytes // BLOCK))
+        inside = nbytes > 0 and blocks.start >= 0 and blocks.stop <= NBLOCKS
+        extent = (START + first * BLOCK, nbytes)
+        if inside and not any(self.bitmap[block] for block in blocks):
+            self.allocator.reserve_all([extent])
+            self.mark(*extent, True)
+        else:
+            with pytest.raises(CorruptionError):
+                self.allocator.reserve_all([extent])
+
+    @invariant()
+    def books_agree(self) -> None:
+        self.allocator.check()
+        assert self.allocator.capacity_nbytes == NBLOCKS * BLOCK
+        assert self.allocator.used_nbytes == sum(self.bitmap) * BLOCK
+        assert self.allocator.free_nbytes == (NBLOCKS - sum(self.bitmap)) * BLOCK
+        assert self.allocator.largest_free_nbytes == max(self.runs(), default=0)
+        for offset, nbytes in self.live.items():
+            assert self.allocator.extent_nbytes(offset) == nbytes
+
+
+TestAgainstBitmap = AgainstBitmap.TestCase
+TestAgainstBitmap.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def fragmented() -> Allocator:
+    """Free runs of 1, 2 and 3 blocks, in that order, each between used blocks."""
+    allocator = Allocator(16 * BLOCK, BLOCK)
+    offsets = allocator.allocate_many([n * BLOCK for n in (1, 1, 1, 2, 1, 3, 7)])
+    for offset in offsets[1:6:2]:
+        allocator.free(offset)
+    return allocator
+
+
+def test_the_shortest_run_that_fits_is_taken() -> None:
+    allocator = fragmented()
+    assert allocator.allocate(2 * BLOCK) == 3 * BLOCK
+    assert allocator.allocate(1) == BLOCK
+    assert allocator.allocate(2 * BLOCK + 1) == 6 * BLOCK
+    assert allocator.free_nbytes == 0
+
+
+def test_capacity_error_says_what_is_asked_what_is_free_and_the_longest_run() -> None:
+    with pytest.raises(CapacityError) as caught:
+        fragmented().allocate(4 * BLOCK)
+    for part in ("2048 bytes in 1 extent", "3072 bytes", "1536 bytes"):
+        assert part in str(caught.value)
+
+
+def test_many_extents_are_neighbours_where_one_run_holds_them() -> None:
+    allocator = Allocator(64 * BLOCK, BLOCK, START)
+    assert allocator.allocate_many([1, BLOCK + 1, BLOCK]) == [
+        START,
+        START + BLOCK,
+        START + 3 * BLOCK,
+    ]
+    assert allocator.allocate_many([]) == []
+
+
+def test_many_extents_fill_separate_runs_without_starving_the_longest() -> None:
+    allocator = Allocator(9 * BLOCK, BLOCK)
+    offsets = allocator.allocate_many([n * BLOCK for n in (3, 1, 4, 1)])
+    allocator.free(offsets[0])
+    allocator.free(offsets[2])
+    assert allocator.allocate_many([2 * BLOCK, 2 * BLOCK, 3 * BLOCK]) == [
+        4 * BLOCK,
+        6 * BLOCK,
+        0,
+    ]
+
+
+def test_many_extents_that_do_not_all_fit_leave_nothing_behind() -> None:
+    allocator = fragmented()
+    with pytest.raises(CapacityError):
+        allocator.allocate_many([3 * BLOCK, 3 * BLOCK])
+    assert allocator.free_nbytes == 6 * BLOCK
+    assert allocator.largest_free_nbytes == 3 * BLOCK
+    allocator.check()
+
+
+def test_a_refused_reservation_changes_nothing() -> None:
+    allocator = Allocator(16 * BLOCK, BLOCK)
+    allocator.reserve_all([(4 * BLOCK, 1)])
+    for extents in (
+        [(0, BLOCK), (BLOCK - 1, 1)],
+        [(0, BLOCK), (3 * BLOCK, BLOCK + 1)],
+        [(0, BLOCK), (0, BLOCK)],
+        [(16 * BLOCK, 1)],
+    ):
+        with pytest.raises(CorruptionError):
+            allocator.reserve_all(extents)
+    assert allocator.used_nbytes == BLOCK
+    allocator.check()
+
+
+@pytest.mark.parametrize("nbytes", [0, -1])
+def test_an_extent_without_bytes_is_refused(nbytes: int) -> None:
+    allocator = Allocator(16 * BLOCK, BLOCK)
+    with pytest.raises(ValueError, match="at least one byte"):
+        allocator.allocate(nbytes)
+    with pytest.raises(ValueError, match="at least one byte"):
+        allocator.allocate_many([1, nbytes])
+    assert allocator.used_nbytes == 0
+
+
+@pytest.mark.parametrize("arguments", [(511, 512, 0), (512, 0, 0), (1024, 512, 100)])
+def test_a_range_without_a_whole_block_is_refused(arguments: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"block|multiple"):
+        Allocator(*arguments)
+
+
+@pytest.mark.parametrize("damage", ["_used", "_free", "_free_ends", "_by_size", "_sizes"])
+def test_the_self_check_finds_damage_in_every_index(damage: str) -> None:
+    allocator = fragmented()
+    index = getattr(allocator, damage)
+    if isinstance(index, dict):
+        index.popitem()
+    else:
+        index.pop()
+    with pytest.raises(CorruptionError, match="allocator"):
+        allocator.check()
+
+
+def test_a_hundred_thousand_extents_survive_churn_in_modest_memory() -> None:
+    chance = random.Random(7)
+    tracemalloc.start()
+    allocator = Allocator(1 << 40, 4096)
+    extents = [allocator.allocate(chance.randrange(1, 1 << 20)) for _ in range(100_000)]
+    for _ in range(50_000):
+        place = chance.randrange(len(extents))
+        allocator.free(extents[place])
+        extents[place] = allocator.allocate(chance.randrange(1, 1 << 20))
+    nbytes = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    allocator.check()
+    assert nbytes < 400 * len(extents)
+
+    reopened = Allocator(1 << 40, 4096)
+    reopened.reserve_all((offset, allocator.extent_nbytes(offset)) for offset in extents)
+    reopened.check()
+    assert reopened.free_nbytes == allocator.free_nbytes
+    assert reopened.largest_free_nbytes == allocator.largest_free_nbytes

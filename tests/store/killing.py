@@ -1,0 +1,224 @@
+"""Kills a store's process at random moments, over and over; run as a program by the tests.
+
+    python killing.py FOLDER CYCLES SEED (blobs|sequences)
+
+The parent imports torch once and opens no store; every child opens the store, checks what the one
+before it left, goes on changing it, and is killed. What a child was about to do and what it knows
+to be durable, it says in memory shared with the parent, which survives it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import spdk_kv
+from spdk_kv.errors import KeyNotFound
+from spdk_kv.placement import lock
+from store.helpers import FILE_ENGINES, open_store, payload, version_of
+
+KEYS = [f"key {i}" for i in range(8)]
+SHAPE = spdk_kv.KVShape(2, 2, 40, torch.float16, 400, batch=3)
+# Every seventh version of a key is its deletion.
+DELETED = 7
+
+
+class Shared:
+    """What outlives a killed child. All int64, so that no value is ever half written."""
+
+    def __init__(self) -> None:
+        memory = mmap.mmap(-1, 1 << 16)
+        words = np.frombuffer(memory, np.int64)
+        self.started, self.durable = words[0:8], words[8:16]
+        # opened, checked, puts, flushes, appends
+        self.counts = words[16:24]
+        # Of the sequence: the epoch of each token, the count of tokens ahead of them.
+        self.committed, self.candidate = words[1000:1402], words[2000:2402]
+        self.epoch = words[3000:3001]
+
+
+# -- blobs ----------------------------------------------------------------------------------------
+
+
+def size_of(version: int) -> int:
+    return 16 + version * 7919 % 90_000
+
+
+def check_blobs(store: spdk_kv.KVStore, shared: Shared) -> list[int]:
+    """The versions that are there: of each key one that was durable, or begun later."""
+    found = []
+    for number, key in enumerate(KEYS):
+        oldest, newest = int(shared.durable[number]), int(shared.started[number])
+        try:
+            version = version_of(key, store.get(key, as_numpy=True))
+        except KeyNotFound:
+            version = newest // DELETED * DELETED  # the newest deletion; 0: never put
+            assert version >= oldest, f"{key}: version {oldest} was durable and is lost"
+        else:
+            assert oldest <= version <= newest, f"{key}: {version} not in [{oldest}, {newest}]"
+            assert version % DELETED, f"{key}: a deletion came back as a value"
+        found.append(version)
+    return found
+
+
+def change_blobs(
+    store: spdk_kv.KVStore, shared: Shared, rng: random.Random, there: list[int]
+) -> None:
+    for _ in range(rng.randrange(1, 12)):
+        several = {}
+        for number in rng.sample(range(len(KEYS)), rng.choice([1, 1, 3])):
+            version = int(shared.started[number]) + 1
+            shared.started[number] = there[number] = version
+            if version % DELETED:
+                several[KEYS[number]] = payload(KEYS[number], version, size_of(version))
+            else:
+                store.delete(KEYS[number])
+        store.put_many(several)
+        shared.counts[2] += len(several)
+    store.flush()
+    shared.durable[:] = there
+    shared.counts[3] += 1
+
+
+# -- a sequence -----------------------------------------------------------------------------------
+
+
+def tokens_of(layer: int, first: int, epochs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of tokens that were appended in these epochs."""
+    rows = [
+        np.random.default_rng([layer, first + i, int(epoch)]).standard_normal((2, 3, 2, 40))
+        for i, epoch in enumerate(epochs)
+    ]
+    both = np.stack(rows, axis=3) if rows else np.empty((2, 3, 2, 0, 40))
+    k, v = torch.from_numpy(both).to(torch.float16)
+    return k, v
+
+
+def is_state(sequence: spdk_kv.Sequence, state: np.ndarray) -> bool:
+    count = int(state[0])
+    for layer in range(SHAPE.layers):
+        if sequence.tokens(layer) != count:
+            return False
+        wanted = tokens_of(layer, 0, state[1 : 1 + count])
+        if not all(map(torch.equal, sequence.read(layer), wanted)):
+            return False
+    return True
+
+
+def check_sequence(store: spdk_kv.KVStore, shared: Shared) -> spdk_kv.Sequence:
+    sequence = store.sequence("q", SHAPE)
+    for state in (shared.candidate, shared.committed):
+        if is_state(sequence, state):
+            shared.committed[:] = shared.candidate[:] = state
+            return sequence
+    raise AssertionError(
+        f"{sequence.tokens(0)} and {sequence.tokens(1)} tokens are neither what was durable "
+        f"({shared.committed[0]}) nor what was about to be ({shared.candidate[0]})"
+    )
+
+
+def change_sequence(sequence: spdk_kv.Sequence, shared: Shared, rng: random.Random) -> None:
+    state = shared.committed.copy()
+    for _ in range(rng.randrange(1, 6)):
+        count = int(state[0])
+        if rng.random() < 0.35 or count > 300:
+            keep = rng.randrange(count + 1)
+            state[0] = keep
+            # What the last record covers is only cut off by a newer record, at once.
+            recorded = keep < shared.committed[0]
+            if recorded:
+                shared.candidate[:] = state
+            sequence.truncate(keep)
+            if recorded:
+                shared.committed[:] = state
+            shared.epoch += 1
+        else:
+            more = rng.choice([1, 1, 2, 30, 80])
+            state[1 + count : 1 + count + more] = shared.epoch[0]
+            for layer in range(SHAPE.layers):
+                sequence.append(layer, *tokens_of(layer, count, state[1 + count :][:more]))
+            state[0] += more
+            shared.counts[4] += more
+    shared.candidate[:] = state
+
+
+# -- processes ------------------------------------------------------------------------------------
+
+
+def child(folder: Path, shared: Shared, seed: int, what: str, engine: str, last: bool) -> None:
+    rng = random.Random(seed)
+    # Small, so that space is reused all the time.
+    store = open_store(folder, capacity="4 MiB", engine=engine, eviction="none")
+    shared.counts[0] += 1
+    there = check_blobs(store, shared)
+    sequence = check_sequence(store, shared) if what == "sequences" else None
+    shared.counts[1] += 1
+    if last:
+        store.close()
+        return
+    while True:
+        if sequence is not None:
+            change_sequence(sequence, shared, rng)
+        change_blobs(store, shared, rng, there)
+        shared.committed[:] = shared.candidate
+
+
+def main() -> int:
+    folder, cycles, seed, what = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    torch.set_num_threads(1)
+    # What was killed may hold the store until its last command ends, however busy the disk.
+    lock._COMMANDS_TIMEOUT_S = 60
+    shared, rng, killed = Shared(), random.Random(seed), 0
+    for cycle in range(cycles + 1):
+        last = cycle == cycles
+        engine = FILE_ENGINES[cycle % len(FILE_ENGINES)]
+        before = shared.counts[:2].copy()
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                child(folder, shared, seed * 100_003 + cycle, what, engine, last)
+                status = 0
+            except BaseException:
+                shared.counts[7] = 1  # whatever else comes: it may be killed before it exits
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        if not last:
+            # Some amid puts, however slow the machine; some while the store is looked through,
+            # opened, or made.
+            if rng.random() < 0.75:
+                stage = rng.choice((0, 1))
+                deadline = time.monotonic() + 30
+                while shared.counts[stage] == before[stage] and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                    if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                        break
+            time.sleep(rng.random() * 0.06)
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status) and not last and not shared.counts[7]:
+            killed += 1
+        elif status or not last:
+            print(f"cycle {cycle} with {engine} ended with status {status}", file=sys.stderr)
+            return 1
+    names = ("opened", "checked", "puts", "flushes", "appends")
+    counts = {name: int(count) for name, count in zip(names, shared.counts, strict=False)}
+    print(json.dumps({"killed": killed, **counts}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

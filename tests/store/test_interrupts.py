@@ -1,0 +1,301 @@
+"""Ctrl-C anywhere: the store stays true, and what it loses at most is some free space."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import spdk_kv
+from spdk_kv.errors import SpdkKvError
+from spdk_kv.store.blobs import BlobReader, BlobWriter
+from store.helpers import (
+    check_books,
+    folder_fixture,
+    open_store,
+    payload,
+    python,
+    reopen,
+    version_of,
+)
+from support.places import TESTS
+
+folder = folder_fixture
+HERE = str(TESTS)
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the n-th place in the store's own code where Ctrl-C may.
+
+    The interpreter looks for signals where a function begins and where a call of C has returned;
+    a profiler is called at the same places.
+    """
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def _profile(self, frame, event, _):
+        if event in ("call", "c_return") and "/spdk_kv/" in frame.f_code.co_filename:
+            self.left -= 1
+            if self.left == 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    def run(self, call) -> bool:
+        """Whether it came to the interrupt."""
+        sys.setprofile(self._profile)
+        try:
+            call()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.setprofile(None)
+        return self.left <= 0  # it came where exceptions are swallowed: in a finalizer
+
+
+def interrupted_everywhere(prepare, call, check, step: int = 1) -> int:
+    """Runs ``call`` again and again, interrupted a little later each time, until it is not."""
+    at = random.randrange(step)
+    while True:
+        at += step
+        prepare(at)
+        if not Interrupt(at).run(lambda at=at: call(at)):
+            return at
+        check(at)
+
+
+def still_true(store: spdk_kv.KVStore, at: int) -> None:
+    """No extent is in two hands, the books are right, and every key has a value that was put."""
+    catalog = store.catalog
+    catalog.extents.allocator.check()
+    named = [record.offset for record in catalog.blobs.values() if record.nbytes]
+    assert len(named) == len(set(named))
+    assert set(named) <= set(catalog.extents.allocator._used)
+    for key in store.keys(""):
+        assert version_of(key, store.get(key)) <= at
+
+
+@pytest.fixture
+def long_lived(folder) -> Iterator[list[spdk_kv.KVStore]]:
+    """One store, in a list so that a test may reopen it. What an interrupt loses of the space
+    comes back by that."""
+    stores = [open_store(folder, engine="pagecache", capacity="1 MiB")]
+    yield stores
+    stores[0].close()
+    with reopen(folder) as store:  # an extent in two records would be refused here
+        still_true(store, 1 << 30)
+
+
+def again(stores: list[spdk_kv.KVStore], folder: Path) -> None:
+    stores[0].close()
+    stores[0] = reopen(folder, engine="pagecache")
+
+
+@pytest.mark.slow
+def test_ctrl_c_anywhere_in_a_put(folder, long_lived):
+    def put(at: int) -> None:
+        long_lived[0].put_many({key: payload(key, at, 60_000) for key in "abc"})
+
+    def one_version() -> bool:
+        there = [key for key in "abc" if key in long_lived[0]]
+        found = {version_of(key, long_lived[0].get(key)) for key in there}
+        return len(there) in (0, 3) and len(found) <= 1
+
+    def check(at: int) -> None:
+        still_true(long_lived[0], at)
+        assert one_version()  # all visible together, or none
+        # New extents must never be those that an older record on the medium still names.
+        long_lived[0].put("d", payload("d", at, 100_000))
+        long_lived[0].flush()
+        still_true(long_lived[0], at)
+        if at % 4 == 0:
+            again(long_lived, folder)
+            still_true(long_lived[0], at)
+            assert one_version()
+
+    assert interrupted_everywhere(lambda at: None, put, check) > 50
+
+
+@pytest.mark.slow
+def test_ctrl_c_anywhere_in_an_eviction_a_flush_or_a_delete(folder, long_lived):
+    def prepare(at: int) -> None:
+        again(long_lived, folder)
+        for key in "abcdefgh":
+            long_lived[0].put(key, payload(key, at, 110_000))
+
+    def change(at: int) -> None:
+        long_lived[0].delete("c")
+        long_lived[0].put("full", payload("full", at, 300_000))  # evicts, and so commits
+        long_lived[0].flush()
+
+    def check(at: int) -> None:
+        still_true(long_lived[0], at)
+        again(long_lived, folder)
+        still_true(long_lived[0], at)
+
+    assert interrupted_everywhere(prepare, change, check, 7) > 150
+
+
+@pytest.mark.slow
+def test_ctrl_c_anywhere_in_a_get(folder, long_lived):
+    store = long_lived[0]
+    store.put_many({key: payload(key, 0, 60_000) for key in "ab"})
+    outs = [np.empty(60_000, np.uint8) for _ in range(2)]
+    held = store.catalog.find(["a", "b"])  # another reader's pins
+
+    def get(at: int) -> None:
+        store.get_many(["a", "b", "a"])
+        store.get("a", out=outs[0])
+        store.get_async("b", out=outs[1]).result(10)
+
+    def check(at: int) -> None:
+        still_true(store, at)
+        store.put("c", payload("c", at, 100))  # ends what has come to its end by now
+        # Never fewer pins than readers: that would let an extent be reused under one.
+        assert all(store.catalog.extents.pinned(record.offset) for record in held)
+
+    assert interrupted_everywhere(lambda at: None, get, check) > 100
+    store.catalog.unpin(held)
+
+
+def test_ctrl_c_just_after_the_start_of_a_future(folder, long_lived):
+    # Whoever called gives up, and the transfer comes to its end all the same.
+    store = long_lived[0]
+    store.put("a", payload("a", 0, 60_000))
+    (held,) = store.catalog.find(["a"])
+    reader = BlobReader(store, ("a",), None, None, True)
+    future = reader.start(None, lambda found: found[0])
+    reader._failed(KeyboardInterrupt())
+    assert version_of("a", future.result(10)) == 0
+    store.flush()
+    assert store.catalog.extents.pinned(held.offset)
+    store.catalog.unpin([held])
+    for _ in range(20):
+        writer = BlobWriter(store, {"a": payload("a", 1, 60_000)})
+        future = writer.start(None)
+        writer._give_up()
+        future.result(10)
+        store.put("b", payload("b", 1, 60_000))
+        still_true(store, 1)
+    check_books(store)
+
+
+@pytest.mark.slow
+def test_ctrl_c_anywhere_in_a_sequence(folder, long_lived):
+    shape = spdk_kv.KVShape(1, 2, 64, torch.float16, 400)
+    k = torch.arange(400).repeat_interleave(128).view(1, 400, 2, 64).transpose(1, 2).half()
+
+    def prepare(at: int) -> None:
+        again(long_lived, folder)
+        if "s" in long_lived[0].sequences():
+            long_lived[0].sequence("s").delete()
+        sequence = long_lived[0].sequence("s", shape)
+        sequence.append(0, k[:, :, :100], k[:, :, :100])
+        long_lived[0].flush()
+
+    def change(at: int) -> None:
+        sequence = long_lived[0].sequence("s")
+        sequence.append(0, k[:, :, 100:101], k[:, :, 100:101])
+        sequence.append(0, k[:, :, 101:200], k[:, :, 101:200])
+        sequence.read(0)
+        sequence.truncate(70)
+        sequence.append(0, k[:, :, 70:90], k[:, :, 70:90])
+        long_lived[0].flush()
+
+    def look(sequence: spdk_kv.Sequence) -> None:
+        try:
+            found = sequence.read(0)
+        except SpdkKvError:
+            return  # interrupted half way, and says so
+        count = sequence.tokens(0)
+        assert all(torch.equal(tensor, k[:, :, :count]) for tensor in found)
+
+    def check(at: int) -> None:
+        if "s" in long_lived[0].sequences():
+            look(long_lived[0].sequence("s"))
+        with suppress(SpdkKvError):
+            long_lived[0].close()
+        long_lived[0] = reopen(folder, engine="pagecache")
+        sequence = long_lived[0].sequence("s")
+        assert sequence.tokens(0) >= 70
+        assert torch.equal(sequence.read(0)[0], k[:, :, : sequence.tokens(0)])
+
+    assert interrupted_everywhere(prepare, change, check, 7) > 200
+
+
+_SIGINT = """
+import os, random, signal, sys, threading, time
+sys.path[:0] = sys.argv[2:3]
+import torch
+import spdk_kv
+from store.helpers import open_store, payload, version_of
+from spdk_kv.errors import KeyNotFound, SpdkKvError
+
+left = 0  # interrupts that are still wanted: two may come in one call
+
+def handler(number, frame):
+    global left, interrupts
+    if left:
+        left -= 1
+        interrupts += 1
+        raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, handler)
+store = open_store(sys.argv[1], capacity="2 MiB", engine=sys.argv[3], flush_interval_s=0.05)
+begun, rng, interrupts = {}, random.Random(0), 0
+over = threading.Event()
+
+def interrupt():
+    while not over.wait(random.random() * 0.006):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def use():
+    key = f"key {rng.randrange(10)}"
+    if rng.random() < 0.5:
+        begun[key] = begun.get(key, 0) + 1
+        store.put(key, payload(key, begun[key], rng.randrange(16, 200_000)))
+    elif rng.random() < 0.1:
+        store.flush()
+    elif rng.random() < 0.1:
+        store.put_async(key, payload(key, begun.setdefault(key, 0), 100_000)).result(30)
+    else:
+        try:
+            assert version_of(key, store.get(key)) <= begun.get(key, 0)
+        except KeyNotFound:
+            pass
+
+timer = threading.Thread(target=interrupt)
+timer.start()
+deadline = time.monotonic() + 3
+while time.monotonic() < deadline + (60 if interrupts <= 50 else 0):
+    try:
+        try:
+            left = rng.choice([1, 1, 2])
+            use()
+            left = 0
+        except KeyboardInterrupt:
+            left = 0
+    except KeyboardInterrupt:
+        pass
+over.set()
+timer.join()
+store.catalog.extents.allocator.check()
+store.close()
+with open_store(sys.argv[1], capacity=None) as store:
+    for key in store.keys():
+        assert version_of(key, store.get(key)) <= begun[key]
+print(interrupts)
+"""
+
+
+@pytest.mark.parametrize("engine", ["uring", "threads"])
+def test_sigint_at_random_moments_is_a_keyboard_interrupt_and_harms_nothing(folder, engine):
+    ran = python(_SIGINT, str(folder), HERE, engine)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout.split()[0]) > 50
