@@ -50,7 +50,7 @@ cdef _open_ring(Ring *r, int fd, unsigned entries, unsigned flags):
     if parameters.features & IORING_FEAT_EXT_ARG:
         raise OSError(rc, f"eventfd: {strerror(rc).decode()}")
     # Without it liburing's timed wait puts commands of its own among ours.
-    raise OSError(ENOSYS, "io_uring_setup: this kernel is older than 5.11")
+    raise OSError(ENOSYS, "io_uring_setup: no wait with a timeout (IORING_FEAT_EXT_ARG)")
 
 
 cdef void _close_ring(Ring *r, bint owner) noexcept nogil:

@@ -9,13 +9,15 @@ from spdk_kv.engines.base import Engine, EngineOptions, Link
 from spdk_kv.engines.choice import EngineStatus, engine_status, open_engine
 from spdk_kv.engines.files import FileEngine
 from spdk_kv.engines.location import Location, parse_location
-from spdk_kv.engines.pagecache import BesidePageCacheEngine, PageCacheEngine
-from spdk_kv.engines.pagecache_apart import ApartPageCacheEngine, check_folder
+from spdk_kv.engines.pagecache.copies import CopyPageCacheEngine, check_page_cache_dir
+from spdk_kv.engines.pagecache.engine import PageCacheEngine
+from spdk_kv.engines.pagecache.shared import SharedPageCacheEngine
 from spdk_kv.engines.spdk.engine import SpdkEngine
+from spdk_kv.engines.uring import OLDEST_KERNEL as URING_OLDEST_KERNEL
 
 __all__ = [
-    "ApartPageCacheEngine",
-    "BesidePageCacheEngine",
+    "URING_OLDEST_KERNEL",
+    "CopyPageCacheEngine",
     "Engine",
     "EngineOptions",
     "EngineStatus",
@@ -23,8 +25,9 @@ __all__ = [
     "Link",
     "Location",
     "PageCacheEngine",
+    "SharedPageCacheEngine",
     "SpdkEngine",
-    "check_folder",
+    "check_page_cache_dir",
     "engine_status",
     "open_engine",
     "parse_location",

@@ -9,7 +9,7 @@ from spdk_kv.engines import ng, uring
 from spdk_kv.engines.base import Engine, EngineOptions
 from spdk_kv.engines.location import Location
 from spdk_kv.engines.memory import NullEngine, RamEngine
-from spdk_kv.engines.pagecache import PageCacheEngine
+from spdk_kv.engines.pagecache.engine import PageCacheEngine
 from spdk_kv.engines.spdk import environment as spdk_environment
 from spdk_kv.engines.threads import ThreadsEngine
 from spdk_kv.engines.uring import UringEngine

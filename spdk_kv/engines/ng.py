@@ -28,6 +28,10 @@ from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
 from spdk_kv.engines.uring import ring_refusal
 from spdk_kv.errors import DeviceGone, EngineUnavailable, StoreLocked, device_error
 
+OLDEST_KERNEL = "5.19"
+"""IORING_OP_URING_CMD and rings with entries of twice the size (IORING_SETUP_SQE128,
+IORING_SETUP_CQE32), which NVMe commands need, came with Linux 5.19."""
+
 _NODE = re.compile(r"ng\d+n\d+")
 _ROOT = Path("/")
 # Identify: what is asked for (NVMe Base 2.0, figure 273).
@@ -68,7 +72,7 @@ def _ring_refusal(refused: OSError) -> tuple[str, str]:
     if refused.errno in (errno.EINVAL, errno.ENOSYS):
         return (
             f"Linux {os.uname().release} takes no NVMe commands by io_uring",
-            "a kernel of 5.19 or newer; until then block:///dev/nvmeXnY",
+            f"Linux {OLDEST_KERNEL} or newer; until then block:///dev/nvmeXnY",
         )
     return ring_refusal(refused)
 

@@ -14,6 +14,11 @@ from spdk_kv.errors import EngineUnavailable
 
 log = logging.getLogger(__name__)
 
+OLDEST_KERNEL = "5.11"
+"""IORING_FEAT_EXT_ARG, a wait with a timeout that is no command of its own, came with Linux 5.11.
+All other needs are older (IORING_OP_READ and IORING_SETUP_CLAMP: 5.6). Registered buffers need a
+sparse table, which came with 5.19; on older kernels the engine works without them."""
+
 
 def why_unavailable() -> tuple[str, str] | None:
     """(what is missing, what mends it), or None where io_uring can be used."""
@@ -36,10 +41,11 @@ def why_unavailable() -> tuple[str, str] | None:
 
 def ring_refusal(refused: OSError) -> tuple[str, str]:
     """(why the kernel gave no ring, what mends it)."""
-    if refused.errno == errno.ENOSYS:
+    if refused.errno in (errno.ENOSYS, errno.EINVAL):
+        # EINVAL: before 5.6 the kernel has io_uring, but not all the flags used here.
         return (
-            f"the kernel has no io_uring that serves ({refused})",
-            "a kernel of 5.11 or newer",
+            f"this kernel's io_uring is missing or too old ({refused})",
+            f"Linux {OLDEST_KERNEL} or newer",
         )
     if refused.errno == errno.ENOMEM:
         return (

@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spdk_kv._native.transfer import PREFETCH, WRITE, Transfer
-from spdk_kv.engines import ApartPageCacheEngine
+from spdk_kv.engines import CopyPageCacheEngine
 from spdk_kv.errors import ClosedError, DeviceTimeout, SpdkKvError
 from spdk_kv.paths.units import Extents, Fill, TrackedUnit
 from spdk_kv.placement import StagingPool
@@ -57,7 +57,7 @@ class Copy:
     filled this time.
     """
 
-    engine: ApartPageCacheEngine
+    engine: CopyPageCacheEngine
     lock: threading.RLock
     most_nbytes: int
     written_nbytes: int = 0

@@ -6,7 +6,7 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from spdk_kv.engines import BesidePageCacheEngine
+from spdk_kv.engines import SharedPageCacheEngine
 from spdk_kv.paths.copy import Copy
 from spdk_kv.paths.units import TrackedUnit
 
@@ -18,7 +18,7 @@ class Dropping:
     orchestrator's."""
 
     def __init__(
-        self, cache: BesidePageCacheEngine, copy: Copy | None, lock: threading.RLock
+        self, cache: SharedPageCacheEngine, copy: Copy | None, lock: threading.RLock
     ) -> None:
         self._cache = cache
         self._copy = copy

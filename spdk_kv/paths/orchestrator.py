@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from spdk_kv.engines import ApartPageCacheEngine, BesidePageCacheEngine, Engine
+from spdk_kv.engines import CopyPageCacheEngine, Engine, SharedPageCacheEngine
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.memory import MemoryReader, cached_nbytes
 from spdk_kv.paths.copy import Copy
@@ -66,7 +66,7 @@ class Orchestrator:
     def __init__(
         self,
         direct: Engine,
-        cache: BesidePageCacheEngine | None,
+        cache: SharedPageCacheEngine | None,
         policy: Policy,
         memory: MemoryReader,
         single: str,
@@ -78,7 +78,7 @@ class Orchestrator:
         self.policy = policy
         self.single = single
         self.writer: Engine = direct
-        if cache is not None and not isinstance(cache, ApartPageCacheEngine):
+        if cache is not None and not isinstance(cache, CopyPageCacheEngine):
             self.writer = cache if policy.name == "pagecache" else direct
         self.ahead_nbytes = ahead_nbytes
         self._staging = staging
@@ -89,7 +89,7 @@ class Orchestrator:
         self._lock = threading.RLock()
         self.copy: Copy | None = None
         """What the page cache has of the units, where that is not of the drive's own bytes."""
-        if isinstance(cache, ApartPageCacheEngine):
+        if isinstance(cache, CopyPageCacheEngine):
             self.copy = Copy(cache, self._lock, min(ahead_nbytes // 2, _MOST_COPYING_NBYTES))
         self._dropping = Dropping(cache, self.copy, self._lock) if cache is not None else None
         self._groups: dict[int, UnitGroup] = {}

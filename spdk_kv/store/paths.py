@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 from spdk_kv.engines import (
-    ApartPageCacheEngine,
-    BesidePageCacheEngine,
+    CopyPageCacheEngine,
     Engine,
     FileEngine,
-    check_folder,
+    SharedPageCacheEngine,
+    check_page_cache_dir,
     parse_location,
 )
 from spdk_kv.errors import SpdkKvError
@@ -43,7 +43,7 @@ def check_settings(location: str | os.PathLike[str], settings: StoreSettings) ->
             "page_cache_dir needs verify=True: of what the kernel failed to write there nothing "
             "but checksums would tell"
         )
-    check_folder(settings.page_cache_dir)
+    check_page_cache_dir(settings.page_cache_dir)
 
 
 def open_paths(parts: Opened, staging: StagingPool, settings: StoreSettings) -> Orchestrator:
@@ -63,13 +63,13 @@ def open_paths(parts: Opened, staging: StagingPool, settings: StoreSettings) -> 
 
 def _open_cache(
     engine: Engine, settings: StoreSettings
-) -> tuple[BesidePageCacheEngine | None, str]:
+) -> tuple[SharedPageCacheEngine | None, str]:
     """The page cache's engine, or None and why there is none."""
     if settings.residency == "direct":
         return None, "residency is 'direct': the page cache is not used"
     if settings.page_cache_dir is not None:
         end_nbytes = engine.capacity_nbytes or 0
-        return ApartPageCacheEngine(settings.page_cache_dir, end_nbytes, engine.options), ""
+        return CopyPageCacheEngine(settings.page_cache_dir, end_nbytes, engine.options), ""
     if not isinstance(engine, FileEngine):
         why = f"the engine {engine.name} has no page cache beside it"
         return None, f"{why}; page_cache_dir= gives it one" if engine.persistent else why
@@ -77,6 +77,6 @@ def _open_cache(
         why = "was asked for" if settings.engine else "is the only way to this file or device here"
         return None, f"the engine {engine.name} {why}: everything goes through the page cache"
     try:
-        return BesidePageCacheEngine(engine.where, engine.options), ""
+        return SharedPageCacheEngine(engine.where, engine.options), ""
     except SpdkKvError as refused:
         return None, f"the page cache cannot be used beside {engine.name}: {refused}"

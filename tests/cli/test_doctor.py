@@ -334,7 +334,7 @@ def test_vfio_that_is_only_not_loaded_is_loaded_by_modprobe() -> None:
     [
         (errno.EPERM, 2, "kernel.io_uring_disabled=0"),
         (errno.EPERM, 0, "seccomp"),
-        (errno.ENOSYS, None, "Linux 5.10"),
+        (errno.ENOSYS, None, "Linux 5.11 or newer"),
         (errno.ENOMEM, None, "ulimit -l"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.transfer import READ, Transfer
 from spdk_kv.engines import EngineOptions
-from spdk_kv.engines.pagecache import PageCacheEngine
+from spdk_kv.engines.pagecache.engine import PageCacheEngine
 from spdk_kv.memory.cached import by_cachestat
 from spdk_kv.units import KIB, MIB
 from store.helpers import folder_fixture

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spdk_kv.devices import Host, IoUringStatus, NvmeDrive
+from spdk_kv.engines import URING_OLDEST_KERNEL
 from spdk_kv.memory import MemorySnapshot, page_cache_budget
 from spdk_kv.units import GIB, format_nbytes
 
@@ -140,7 +141,7 @@ def check_io_uring(io_uring: IoUringStatus) -> Check:
         "(to try: `docker run --security-opt seccomp=unconfined`)"
     )
     if io_uring.error == errno.ENOSYS:
-        remedy += ", or boot Linux 5.10 or newer"
+        remedy += f", or boot Linux {URING_OLDEST_KERNEL} or newer"
     return Check("io_uring", "missing", io_uring.reason, remedy)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from paths.helpers import MIB, PLENTY, open_dual, units
-from spdk_kv.engines.pagecache_apart import check_folder
+from spdk_kv.engines.pagecache.copies import check_page_cache_dir
 from spdk_kv.errors import EngineUnavailable
 from spdk_kv.store import KVStore
 from spdk_kv.store import paths as store_paths
@@ -28,7 +28,7 @@ def folder_for_copies() -> Iterator[Path]:
     for where in (None, "/var/tmp", "."):
         with tempfile.TemporaryDirectory(prefix="spdk_kv-test-", dir=where) as made:
             try:
-                check_folder(made)
+                check_page_cache_dir(made)
             except EngineUnavailable:
                 continue
             yield Path(made)

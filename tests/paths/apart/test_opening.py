@@ -109,8 +109,8 @@ def test_folders_that_will_not_do_are_refused_before_a_store_is_begun(
 ) -> None:
     (folder / "file").write_bytes(b"")
     bad = {
-        folder / "missing": "does not exist: mkdir it",
-        folder / "file": "is a folder, which .*file is not",
+        folder / "missing": "does not exist: make it",
+        folder / "file": "has to be a folder; .*file is none",
         Path("/proc/self"): "no file can be made in",
     }
     if os.path.ismount("/dev/shm"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import stat
@@ -16,9 +15,6 @@ from spdk_kv.units import KIB, MIB
 # The copies are the kernel's and run on the pool's threads: a few saturate memory.
 _MOST_THREADS = 8
 _LARGE_FOLIO_NBYTES = 2 * MIB
-# sync_file_range(2), which os does not have: WAIT_BEFORE, WRITE and WAIT_AFTER.
-_WRITE_AND_WAIT = 7
-_Offset = ctypes.c_int64
 
 
 class PageCacheEngine(FileEngine):
@@ -73,24 +69,3 @@ class PageCacheEngine(FileEngine):
         )
         mapping.madvise(mmap.MADV_WILLNEED)
         return mapping
-
-
-class BesidePageCacheEngine(PageCacheEngine):
-    """The page cache of a file or device that a direct engine holds open.
-
-    Both reach the same bytes, and the kernel keeps them coherent. Nothing is read ahead, so the
-    cache holds what was asked for and no more, and no page is filled while the direct engine
-    writes it. Transfers tell how much of a read was not in the cache (``cold_nbytes``).
-    """
-
-    exclusive = False
-
-    def drop(self, offset: int, nbytes: int) -> None:
-        """Takes a range out of the page cache; what is dirty there is written first.
-
-        Blocks for that. Pages in use at the moment, or that could not be written, stay.
-        """
-        # The advice alone leaves dirty pages where they are.
-        libc = ctypes.CDLL(None)
-        libc.sync_file_range(self.fd, _Offset(offset), _Offset(nbytes), _WRITE_AND_WAIT)
-        os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)

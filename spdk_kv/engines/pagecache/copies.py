@@ -1,4 +1,4 @@
-"""A page cache for a drive that the kernel's does not reach: that of an unnamed file elsewhere."""
+"""The page cache of an unnamed file, for copies of what lies on a drive that has no page cache."""
 
 from __future__ import annotations
 
@@ -11,29 +11,38 @@ from dataclasses import replace
 
 from spdk_kv._native.transfer import DISCARD
 from spdk_kv.engines.base import EngineOptions
-from spdk_kv.engines.pagecache import BesidePageCacheEngine
+from spdk_kv.engines.pagecache.shared import SharedPageCacheEngine
 from spdk_kv.errors import EngineUnavailable
 from spdk_kv.units import format_nbytes
 
-# f_type of filesystems that keep files in memory (linux/magic.h).
+# f_type of filesystems whose files lie in memory (statfs(2), linux/magic.h).
 _IN_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
+# More than struct statfs has on any architecture; f_type comes first.
 _STATFS_NBYTES = 256
-_PATIENCE_S = 30.0
-# What opening an unnamed file (O_TMPFILE) ends with where the filesystem or kernel has none.
+# A hole is punched in milliseconds; the default of Engine.close for a drive that hangs.
+_DROP_TIMEOUT_S = 30.0
+# What open(O_TMPFILE) fails with where the filesystem or the kernel lacks it (open(2)).
 _NO_UNNAMED = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
 
 
-class ApartPageCacheEngine(BesidePageCacheEngine):
-    """Buffered I/O on a sparse file in ``folder`` that has no name.
+class CopyPageCacheEngine(SharedPageCacheEngine):
+    """Buffered I/O on a sparse, unnamed file in a folder (``page_cache_dir``).
 
-    It is as long as ``capacity_nbytes`` says, so that its offsets may be those of a drive of that
-    size. Nobody else can open it, and with the process it is gone, whatever ends that.
-    EngineUnavailable where ``folder`` will not do; see :func:`check_folder`.
+    Nobody else can open the file, and it is gone when the process ends, however it ends.
+
+    Args:
+        folder: Where the file is made.
+        capacity_nbytes: Length of the file: the size of the drive, so that both use the same
+            offsets.
+        options: Of the drive's engine.
+
+    Raises:
+        EngineUnavailable: ``folder`` cannot be used; see :func:`check_page_cache_dir`.
     """
 
     def __init__(self, folder: str, capacity_nbytes: int, options: EngineOptions) -> None:
         self._file_nbytes = capacity_nbytes
-        # Hugepages are left to the drive's own engine, which may need them.
+        # Hugepages stay with the drive's engine, which may depend on them.
         super().__init__(folder, replace(options, hugepages=False, queue_pairs=1))
 
     def _open_file(self, path: str) -> int:
@@ -49,33 +58,39 @@ class ApartPageCacheEngine(BesidePageCacheEngine):
         return fd
 
     def drop(self, offset: int, nbytes: int) -> None:
-        """Forgets a range: punches a hole, so that neither memory nor the disk below keeps it.
+        """Punches a hole: neither memory nor the drive below keeps the range. Blocks until then.
 
-        Blocks for that. DeviceError; DeviceTimeout if it may still happen later.
+        Raises:
+            DeviceTimeout: It was not done in time, and may still happen later.
+            DeviceError: The filesystem failed.
         """
         transfer = self.transfer(DISCARD)
         transfer.add(offset, 0, nbytes)
-        status = transfer.run(_PATIENCE_S)
+        status = transfer.run(_DROP_TIMEOUT_S)
         if status == errno.EOPNOTSUPP:
             super().drop(offset, nbytes)
         elif status:
             raise self.error(transfer)
 
 
-def check_folder(folder: str) -> None:
-    """EngineUnavailable unless a page cache can be kept in ``folder``."""
+def check_page_cache_dir(folder: str) -> None:
+    """Checks that ``folder`` can hold copies.
+
+    Raises:
+        EngineUnavailable: It is missing, no folder, not writable, or on a filesystem in memory.
+    """
     os.close(_open_unnamed(folder))
 
 
 def _open_unnamed(folder: str) -> int:
     try:
         if not stat.S_ISDIR(os.stat(folder).st_mode):
-            raise EngineUnavailable(f"page_cache_dir is a folder, which {folder} is not")
+            raise EngineUnavailable(f"page_cache_dir has to be a folder; {folder} is none")
         fd = _create(folder)
     except FileNotFoundError as missing:
         raise EngineUnavailable(
-            f"page_cache_dir {folder} does not exist: mkdir it, on a drive with room for what the "
-            "page cache is to hold"
+            f"page_cache_dir {folder} does not exist: make it, on a drive with room for what the "
+            "page cache will hold"
         ) from missing
     except OSError as refused:
         raise EngineUnavailable(
@@ -106,7 +121,7 @@ def _create(folder: str) -> int:
 
 
 def _in_memory(fd: int) -> str | None:
-    """The name of the filesystem, if it is one that has no drive below."""
+    """The name of the filesystem if its files lie in memory, or None."""
     answer = ctypes.create_string_buffer(_STATFS_NBYTES)
     if ctypes.CDLL(None).fstatfs(fd, answer):
         return None
