@@ -73,6 +73,44 @@ def imported(source: str, package: tuple[str, ...]) -> Iterator[tuple[int, str, 
                 yield node.lineno, str(given.value), ""
 
 
+def writes(source: str, *, only_looks: bool = False) -> Iterator[int]:
+    """Lines of ``source`` that open something for writing, or write to it.
+
+    Unless the file ``only_looks``, they count where /sys or /proc is named as well: in the same
+    function for a descriptor, which may be that of a drive, in the same file for text.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and opens_text_to_write(node):
+            if only_looks or names_kernel_files(tree):
+                yield node.lineno
+        elif isinstance(node, ast.FunctionDef) and (only_looks or names_kernel_files(node)):
+            yield from (
+                inner.lineno
+                for inner in ast.walk(node)
+                if isinstance(inner, ast.Attribute)
+                and inner.attr in ("O_WRONLY", "O_RDWR", "O_APPEND", "O_CREAT")
+            )
+
+
+def opens_text_to_write(call: ast.Call) -> bool:
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if name == "write":
+        return getattr(getattr(call.func, "value", None), "id", "") == "os"
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    modes = [arg.value for arg in given if isinstance(arg, ast.Constant)]
+    return name in ("write_text", "write_bytes") or (
+        name in ("open", "fdopen")
+        and any(re.fullmatch(r"[rwxabt+]*[wxa+][rwxabt+]*", str(mode)) for mode in modes)
+    )
+
+
+def names_kernel_files(tree: ast.AST) -> bool:
+    # A docstring may name them; what is opened stands at the beginning of a string.
+    strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return any(isinstance(s, str) and re.match(r"/?(sys|proc)(/|$)", s) for s in strings)
+
+
 class House:
     """A package called spdk_kv, and what in it breaks the rules."""
 
@@ -115,7 +153,10 @@ class House:
         is_module = whole in self.modules or (not dotted and given in FLOOR_OF)
         aimed = whole if is_module else dotted
         self.arrows.setdefault(module, set()).add(aimed or "__init__")
-        return complain(room_of(module), room_of(aimed) if aimed else "__init__", aimed)
+        room = room_of(aimed) if aimed else "__init__"
+        # A package within a room has a face of its own, which other rooms may import.
+        face = aimed in self.modules and self.modules[aimed].stem == "__init__"
+        return complain(room_of(module), room, aimed, face=face)
 
     def circles(self) -> list[str]:
         """The modules that import each other, however far around."""
@@ -134,8 +175,8 @@ class House:
         return found
 
 
-def complain(room: str, target: str, aimed: str) -> str | None:
-    """Why ``room`` may not import the module ``aimed`` of the room ``target``."""
+def complain(room: str, target: str, aimed: str, *, face: bool = False) -> str | None:
+    """Why ``room`` may not import ``aimed``, a module or a package's ``face``, of ``target``."""
     if target == room:
         own = aimed == room and room not in FACELESS
         return f"{room} imports its own face; import the file that holds it" if own else None
@@ -148,7 +189,8 @@ def complain(room: str, target: str, aimed: str) -> str | None:
         return f"{room} imports {target}, a room on its own floor {here}; only lower ones"
     if there > here:
         return f"{room} (floor {here}) imports {target} (floor {there}); imports go downward"
-    if "." in aimed and target not in FACELESS and room not in ("__init__", "__main__"):
+    deep = "." in aimed and not face
+    if deep and target not in FACELESS and room not in ("__init__", "__main__"):
         return f"{room} imports past the face of {target} ({aimed}); its __init__ gives out names"
     return None
 
@@ -156,6 +198,17 @@ def complain(room: str, target: str, aimed: str) -> str | None:
 def test_package_keeps_the_rules_of_the_house() -> None:
     found = House(PACKAGE).offences()
     assert not found, "\n" + "\n".join(found)
+
+
+def test_only_binding_writes_to_sysfs_and_procfs() -> None:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = room_of(module_of(path, PACKAGE))
+        if room != "binding":
+            source = path.read_text(encoding="utf-8")
+            name = path.relative_to(PACKAGE.parent)
+            found += [f"{name}:{line}" for line in writes(source, only_looks=room == "devices")]
+    assert not found, f"what changes the machine belongs into spdk_kv/binding/: {found}"
 
 
 def test_compiled_extensions_import_only_from_below() -> None:
@@ -206,6 +259,7 @@ def test_top_level_holds_only_what_was_agreed() -> None:
         ("store/a.py", "\n" * 451, "451 lines"),
         ("store/a.py", "from spdk_kv.store import open", "imports its own face"),
         ("store/a.py", "from spdk_kv.index.records import X", "past the face of index"),
+        ("store/a.py", "import spdk_kv.devices.use.facts", "past the face of devices"),
         ("store/a.py", "import spdk_kv.store.a", "a circle: store.a -> store.a"),
     ],
 )  # fmt: skip
@@ -236,10 +290,34 @@ def test_checker_lets_pass_what_is_meant(tmp_path: Path) -> None:
         "sequence/sequence.py": "from spdk_kv._native.transfer import Transfer",
         "demo/run.py": "from spdk_kv.integrations.transformers import OffloadedKVCache",
         "units.py": "from spdk_kv import errors",
+        "devices/inspection/__init__.py": "from spdk_kv.devices.inspection.facts import read",
+        "devices/inspection/facts.py": "from spdk_kv.devices.sysfs import read_text",
+        "devices/sysfs.py": "",
+        "index/a.py": "from spdk_kv.devices.inspection import read",
         "cli/doctor.py": "",
         "cli/demo.py": "from . import doctor\nfrom .. import store\nimport torch.spdk_kv",
     }
     assert House(write_package(tmp_path, files)).offences() == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from pathlib import Path\nPath('/proc/sys/vm/drop_caches').write_text('3')",
+        "def f(root):\n    (root / 'sys/bus').open('w').write('x')",
+        "open('/sys/power/state', mode='r+')",
+        "import os\ndef f():\n    fd = os.open('/sys/power/state', os.O_WRONLY)",
+        "import os\nPLACE = '/sys/power/state'\ndef f(fd):\n    os.write(fd, PLACE)",
+    ],
+)
+def test_checker_finds_writes_to_the_kernel(source: str) -> None:
+    assert list(writes(source))
+
+
+def test_checker_finds_any_write_where_files_only_look() -> None:
+    source = "import os\ndef f(path):\n    os.open(path, os.O_RDWR)\n    path.write_text('x')"
+    assert not list(writes(source))
+    assert sorted(writes(source, only_looks=True)) == [3, 4]
 
 
 def write_package(folder: Path, files: dict[str, str]) -> Path:

@@ -39,14 +39,8 @@ from rows import VARIANTS, limit_nbytes  # noqa: E402
 
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
-from spdk_kv.measure import (  # noqa: E402  # noqa: E402
-    Case,
-    Load,
-    Outcome,
-    memory_group,
-    run_apart,
-    why_impossible,
-)
+from spdk_kv.binding import memory_group, why_impossible  # noqa: E402
+from spdk_kv.measure import Case, Load, Outcome, run_apart  # noqa: E402
 from spdk_kv.units import GIB, MIB, format_nbytes  # noqa: E402
 
 # The simulated drive's: the kernel's default for most NVMe drives. A loop device's own depends on

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from spdk_kv.binding.binding import BindRequest, bind
+from spdk_kv.binding.bind import BindRequest, bind
 from spdk_kv.binding.hugepages import hugepages
-from spdk_kv.binding.inventory import status
+from spdk_kv.binding.kernel import WritableKernel
 from spdk_kv.binding.permissions import permissions
 from spdk_kv.binding.persist import Persistence
 from spdk_kv.binding.report import Report, reported
-from spdk_kv.binding.restoring import rebind, restore
-from spdk_kv.devices import Kernel
+from spdk_kv.binding.restore import rebind, restore
+from spdk_kv.binding.status import status
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -23,9 +23,11 @@ class Tool:
     ``root``: what stands for ``/``. ``program``: the command line that a boot would run.
     """
 
-    def __init__(self, root: Path, program: Sequence[str], kernel: Kernel | None = None) -> None:
+    def __init__(
+        self, root: Path, program: Sequence[str], kernel: WritableKernel | None = None
+    ) -> None:
         self._root = root
-        self._kernel = kernel or Kernel()
+        self._kernel = kernel or WritableKernel()
         self._persistence = Persistence(root, program, _PACKAGE)
 
     def status(self) -> Report:

@@ -6,12 +6,14 @@ import resource
 from pathlib import Path
 
 from spdk_kv.binding.journal import Journal
+from spdk_kv.binding.kernel import WritableKernel
 from spdk_kv.binding.report import DONE, FAILED, Report
-from spdk_kv.devices import Code, Kernel, Unreadable, read_meminfo, refuse, required_count
+from spdk_kv.devices import read_meminfo
+from spdk_kv.devices.inspection import Code, Unreadable, refuse, required_count
 from spdk_kv.units import KIB, align_up, format_nbytes, parse_nbytes
 
 
-def hugepages(root: Path, kernel: Kernel, amount: str) -> Report:
+def hugepages(root: Path, kernel: WritableKernel, amount: str) -> Report:
     """Sees to it that there are ``amount`` hugepages of the default size.
 
     ``amount``: a number of pages, or a size with its unit, as ``2 GiB``. Raises Refused. Pages

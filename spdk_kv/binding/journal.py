@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from spdk_kv.devices import Code, refuse
+from spdk_kv.devices.inspection import Code, refuse
 
 FOLDER = "run/spdk_kv"
 BINDING, BOUND, RESTORING = "binding", "bound", "restoring"

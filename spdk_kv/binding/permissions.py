@@ -11,12 +11,12 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from spdk_kv.binding.binding import check_bdf, is_same_device
+from spdk_kv.binding.bind import check_bdf, is_same_device
 from spdk_kv.binding.hugepages import memlock_lines
 from spdk_kv.binding.journal import BOUND, Journal, Record, replace_file
 from spdk_kv.binding.persist import Persistence
 from spdk_kv.binding.report import DONE, FAILED, Report
-from spdk_kv.devices import (
+from spdk_kv.devices.inspection import (
     Code,
     Kernel,
     ToolMissing,

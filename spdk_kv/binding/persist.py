@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from spdk_kv.binding.journal import replace_file, sync_folder
-from spdk_kv.devices import Code, refuse
+from spdk_kv.devices.inspection import Code, refuse
 
 _LIST = "etc/spdk_kv/persist.json"
 _UNIT = "etc/systemd/system/spdk-kv-vfio.service"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spdk_kv.devices import Code, Reason, Refused, ToolMissing, Unreadable
+from spdk_kv.devices.inspection import Code, Reason, Refused, ToolMissing, Unreadable
 
 DONE, REFUSED, FAILED = 0, 2, 3
 _OUTCOMES = {DONE: "done", REFUSED: "refused", FAILED: "failed"}

@@ -15,10 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from spdk_kv.binding.journal import BINDING, BOUND, RESTORING, Journal, Record
-from spdk_kv.devices import (
+from spdk_kv.binding.kernel import StepFailed, WritableKernel
+from spdk_kv.devices.inspection import (
     Code,
-    Kernel,
-    StepFailed,
     function_path,
     read_driver,
     read_override,
@@ -31,7 +30,11 @@ _SETTLE_S = 10.0  # a controller may take seconds until it answers Identify (CAP
 
 
 def bind_steps(
-    root: Path, kernel: Kernel, journal: Journal, record: Record, look_again: Callable[[], None]
+    root: Path,
+    kernel: WritableKernel,
+    journal: Journal,
+    record: Record,
+    look_again: Callable[[], None],
 ) -> Iterator[str]:
     """From the nvme driver to vfio-pci.
 
@@ -65,7 +68,9 @@ def bind_steps(
     journal.write(replace(record, state=BOUND))
 
 
-def give_back_steps(root: Path, kernel: Kernel, journal: Journal, record: Record) -> Iterator[str]:
+def give_back_steps(
+    root: Path, kernel: WritableKernel, journal: Journal, record: Record
+) -> Iterator[str]:
     """From wherever a bind, or an earlier restore, has left the function to its former driver.
 
     Raises Refused, with ``changed``, if someone else has changed it since; StepFailed; OSError.
@@ -95,7 +100,9 @@ def give_back_steps(root: Path, kernel: Kernel, journal: Journal, record: Record
     journal.remove(record.bdf)
 
 
-def take_again_steps(root: Path, kernel: Kernel, journal: Journal, record: Record) -> Iterator[str]:
+def take_again_steps(
+    root: Path, kernel: WritableKernel, journal: Journal, record: Record
+) -> Iterator[str]:
     """Undoes a restore that failed on its way: the drive is bound to vfio-pci again."""
     yield "override"
     kernel.write(function_path(root, record.bdf) / "driver_override", VFIO_DRIVER)

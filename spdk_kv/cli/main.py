@@ -21,10 +21,10 @@ COMMANDS = {
     "demo": ("spdk_kv.cli.demo:demo", "Let a model decode with its KV cache on the drive."),
     "device": ("spdk_kv.cli.device:device", "Take a drive from the kernel, and give it back."),
     "doctor": (
-        "spdk_kv.cli.doctor.doctor:doctor",
+        "spdk_kv.cli.doctor.command:doctor",
         "Show what this machine offers and what to mend.",
     ),
-    "stat": ("spdk_kv.cli.stat.stat:stat", "Show what a store holds."),
+    "stat": ("spdk_kv.cli.stat.command:stat", "Show what a store holds."),
 }
 
 

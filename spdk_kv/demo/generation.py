@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spdk_kv.binding import reset_peak_rss
+
 if TYPE_CHECKING:
     import torch
 
@@ -65,7 +67,7 @@ def run(
 
     from spdk_kv.integrations.transformers import CACHE_ARGUMENT
 
-    _forget_peak_rss()
+    reset_peak_rss()
     watch = _Stopwatch(advance)
     told = model.generate(
         prompt,
@@ -80,13 +82,6 @@ def run(
     begin, first, last = watch.times[0], watch.times[1], watch.times[-1]
     tokens = told[:, prompt.shape[1] :].flatten().tolist()
     return Run(tokens, first - begin, last - first, _peak_rss_nbytes(), len(prompt))
-
-
-def _forget_peak_rss() -> None:
-    # proc(5): 5 resets the peak to what is resident now. Where that may not be written, the peak
-    # is that of the process so far.
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_rss_nbytes() -> int:

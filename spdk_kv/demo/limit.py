@@ -6,8 +6,8 @@ import tempfile
 from dataclasses import asdict, replace
 from typing import Any
 
+from spdk_kv.binding import memory_group, why_impossible
 from spdk_kv.demo.limited import Outcome, Task, run_apart
-from spdk_kv.measure import memory_group, why_impossible
 from spdk_kv.terminal import CommandFailed, console, progress
 from spdk_kv.units import format_nbytes
 

@@ -18,8 +18,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spdk_kv.binding import MemoryGroup
 from spdk_kv.errors import SpdkKvError
-from spdk_kv.measure import MemoryGroup
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from typing import Any
 
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import DISCARD, READ, Queue, Transfer
-from spdk_kv.devices import (
+from spdk_kv.devices.inspection import (
     Code,
     Kernel,
     Sightings,

@@ -6,7 +6,6 @@ from spdk_kv.measure.decode.case import Case, Outcome, outcome_from, run_apart
 from spdk_kv.measure.decode.load import HEAD_DIM, Bytes, Load, Noise
 from spdk_kv.measure.decode.replay import Device, KVPath
 from spdk_kv.measure.io import Measurement, Workload, fill, filled_memory, measure
-from spdk_kv.measure.memory_limit import MemoryGroup, memory_group, why_impossible
 
 __all__ = [
     "HEAD_DIM",
@@ -16,15 +15,12 @@ __all__ = [
     "KVPath",
     "Load",
     "Measurement",
-    "MemoryGroup",
     "Noise",
     "Outcome",
     "Workload",
     "fill",
     "filled_memory",
     "measure",
-    "memory_group",
     "outcome_from",
     "run_apart",
-    "why_impossible",
 ]

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from spdk_kv.binding.memory_limit import why_impossible
 from spdk_kv.measure.decode.case import Outcome
 from spdk_kv.measure.decode.load import Load, Noise
 from spdk_kv.measure.decode.replay import Device, Replay
-from spdk_kv.measure.memory_limit import why_impossible
 from support.places import ROOT
 
 FOLDER = ROOT / "bench" / "dual_blade"

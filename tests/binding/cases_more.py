@@ -8,7 +8,7 @@ import subprocess
 
 from binding.cases_use import DISK, case
 from binding.machine import GROUP, MIB, SERIAL, Machine
-from spdk_kv.devices.kernel import Completed
+from spdk_kv.devices.inspection.kernel import Completed
 
 UUID = "ace48742-e53b-4f91-a6a5-facbecc5399f"
 

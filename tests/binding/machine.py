@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spdk_kv.binding.commands import Tool
+from spdk_kv.binding.kernel import WritableKernel
 from spdk_kv.binding.report import Report
-from spdk_kv.devices.kernel import Completed, Kernel, ToolMissing
+from spdk_kv.devices.inspection.kernel import Completed, ToolMissing
 
 BDF = "0000:01:00.0"
 SERIAL = "S5GX-0042"
@@ -23,7 +24,7 @@ GROUP = "14"
 MOUNT = "36 1 {number} / {point} rw shared:1 - {fstype} {source} rw\n"
 
 
-class FakeKernel(Kernel):
+class FakeKernel(WritableKernel):
     """Does to the tree what the kernel would do; ``log`` is what was written, in order.
 
     ``faults``: end of a path -> called before a write to it, and may raise or change the tree.

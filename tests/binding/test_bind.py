@@ -16,6 +16,7 @@ import pytest
 from binding.machine import BDF, GROUP, SERIAL, FakeKernel, Machine, codes
 from spdk_kv.binding import vfio
 from spdk_kv.binding.journal import Journal
+from spdk_kv.binding.kernel import WritableKernel
 from support.subprocesses import interruptible_fixture
 
 DEVICE = f"sys/bus/pci/devices/{BDF}"
@@ -250,7 +251,7 @@ def test_node_that_does_not_appear_is_rolled_back(machine: Machine) -> None:
 
 
 def test_module_that_does_not_load_is_rolled_back(machine: Machine) -> None:
-    from spdk_kv.devices.kernel import Completed
+    from spdk_kv.devices.inspection.kernel import Completed
 
     (machine.root / "sys/bus/pci/drivers/vfio-pci").rename(machine.root / "sys/none")
     machine.write("lib/modules/6.1.0/modules.dep", "kernel/drivers/vfio/pci/vfio-pci.ko:")
@@ -348,8 +349,6 @@ def test_record_is_one_json_object(machine: Machine) -> None:
 
 
 def test_kernel_writes_never_create_a_file(tmp_path: Path) -> None:
-    from spdk_kv.devices.kernel import Kernel
-
     with pytest.raises(FileNotFoundError):
-        Kernel().write(tmp_path / "driver_override", "vfio-pci")
-    assert FakeKernel.write is not Kernel.write
+        WritableKernel().write(tmp_path / "driver_override", "vfio-pci")
+    assert FakeKernel.write is not WritableKernel.write

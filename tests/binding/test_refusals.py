@@ -11,7 +11,7 @@ import pytest
 from binding import cases_more  # noqa: F401  (adds its cases)
 from binding.cases_use import CASES, DISK
 from binding.machine import SERIAL, Machine, codes
-from spdk_kv.devices.reasons import Code
+from spdk_kv.devices.inspection.reasons import Code
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from binding.machine import BDF, GROUP, SERIAL, Machine, codes
 from spdk_kv.binding import vfio
 from spdk_kv.binding.journal import BINDING, Journal, Record
 from spdk_kv.binding.vfio import bind_steps, give_back_steps
-from spdk_kv.devices.facts import read_facts
+from spdk_kv.devices.inspection.facts import read_facts
 from support.subprocesses import interruptible_fixture
 
 BIND_STEPS = ["journal", "load", "override", "look-again", "unbind", "probe", "verify", "done"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from binding.machine import BDF, GROUP, SERIAL, Machine
-from spdk_kv.devices.reasons import Code
+from spdk_kv.devices.inspection.reasons import Code
 from support.places import ROOT
 
 SCRIPT = ROOT / "scripts/setup_vfio.py"

@@ -13,7 +13,7 @@ import pytest
 from binding.machine import BDF, GROUP, SERIAL, Machine, codes
 from spdk_kv.binding import persist, vfio
 from spdk_kv.binding.journal import replace_file
-from spdk_kv.devices.reasons import Refused
+from spdk_kv.devices.inspection.reasons import Refused
 
 PAGES = "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
 RULE = "run/udev/rules.d/70-spdk-kv-0000-01-00.0.rules"

@@ -16,19 +16,19 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from spdk_kv.cli import main
-from spdk_kv.cli.bench import decode as bench_decode
-from spdk_kv.errors import CorruptionError
-from spdk_kv.measure.decode.case import Case, DeviceCounters, Outcome, outcome_from, run_apart
-from spdk_kv.measure.decode.load import Bytes, Load, Noise
-from spdk_kv.measure.decode.replay import Device, Replay, StorePath
-from spdk_kv.measure.memory_limit import (
+from spdk_kv.binding.memory_limit import (
     LimitUnavailable,
     MemoryGroup,
     make_group,
     memory_group,
     why_impossible,
 )
+from spdk_kv.cli import main
+from spdk_kv.cli.bench import decode as bench_decode
+from spdk_kv.errors import CorruptionError
+from spdk_kv.measure.decode.case import Case, DeviceCounters, Outcome, outcome_from, run_apart
+from spdk_kv.measure.decode.load import Bytes, Load, Noise
+from spdk_kv.measure.decode.replay import Device, Replay, StorePath
 from spdk_kv.memory.budget import read_memory
 from support.subprocesses import interruptible_fixture
 

@@ -14,11 +14,11 @@ from click.testing import CliRunner
 
 from cli.test_demo import environment as environment_fixture
 from cli.test_demo import left_over
+from spdk_kv.binding.memory_limit import why_impossible
 from spdk_kv.cli import main
 from spdk_kv.demo import limit as demo_limit
 from spdk_kv.demo.limited import Task, run_apart
 from spdk_kv.demo.mapped import mapped_cache
-from spdk_kv.measure.memory_limit import why_impossible
 
 environment = environment_fixture
 COMMAND = [sys.executable, "-m", "spdk_kv", "demo"]

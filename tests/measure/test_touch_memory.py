@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spdk_kv.measure.memory_limit import memory_group, why_impossible
+from spdk_kv.binding.memory_limit import memory_group, why_impossible
 from spdk_kv.measure.touch_memory import touch_free_memory
 from support.subprocesses import run_script
 

@@ -29,7 +29,7 @@ from paths.helpers import (
     units,
 )
 from sequence.helpers import Reference
-from spdk_kv.measure.memory_limit import memory_group, why_impossible
+from spdk_kv.binding.memory_limit import memory_group, why_impossible
 from spdk_kv.units import KIB
 from store.helpers import folder_fixture, open_store
 from support.subprocesses import run_script

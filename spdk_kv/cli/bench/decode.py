@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spdk_kv.binding import MemoryGroup, memory_group, why_impossible
 from spdk_kv.errors import CapacityError, SpdkKvError, device_error
-from spdk_kv.measure import MemoryGroup, memory_group, why_impossible
 from spdk_kv.terminal import console, json_option, on_terminal, print_json, progress
 from spdk_kv.units import GIB, MIB, format_nbytes, parse_nbytes
 

@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from spdk_kv.binding import MemoryGroup, drop_page_cache
 from spdk_kv.devices import read_text
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.measure.decode.load import Load, Noise
 from spdk_kv.measure.decode.replay import Device, KVPath, Moment, Replay, StorePath
-from spdk_kv.measure.memory_limit import MemoryGroup
 from spdk_kv.measure.touch_memory import touch_free_memory
 
 # Variant -> what spdk_kv.open is told. All other settings but hugepages are the defaults.
@@ -186,8 +186,7 @@ def _run(case: Case, makers: Mapping[str, Maker]) -> Outcome:
 
     load = Load(**case.load)
     if case.drop_caches:
-        os.sync()
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+        drop_page_cache()
     with _path(replace(case, load=_WARM_UP), makers) as (replay, _):
         # Code, not data: it would be read from the disk again and charged to the group.
         replay.prefill()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from spdk_kv.devices.facts import NVM_EXPRESS_CLASS, Facts
-from spdk_kv.devices.reasons import CONTENT_CODES, Code, Reason
+from spdk_kv.devices.inspection.facts import NVM_EXPRESS_CLASS, Facts
+from spdk_kv.devices.inspection.reasons import CONTENT_CODES, Code, Reason
 
 
-def verdict(facts: Facts, serial: str | None = None) -> tuple[Reason, ...]:
+def reasons_against(facts: Facts, serial: str | None = None) -> tuple[Reason, ...]:
     """Every reason against taking the drive; none means that it may be taken.
 
     ``serial``: whom the user means; None only for a display.

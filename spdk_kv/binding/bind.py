@@ -7,23 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spdk_kv.binding.journal import BINDING, BOUND, Journal, Record, read_boot_id
+from spdk_kv.binding.kernel import WritableKernel
 from spdk_kv.binding.persist import Persistence
 from spdk_kv.binding.report import DONE, FAILED, Report, refusal
 from spdk_kv.binding.vfio import VFIO_DRIVER, bind_steps, give_back_steps, signals_later
-from spdk_kv.devices import (
+from spdk_kv.devices.inspection import (
     BDF,
     CONTENT_CODES,
     Code,
     Facts,
-    Kernel,
     Reason,
     Refused,
     changes,
     claim,
     read_driver,
     read_facts,
+    reasons_against,
     refuse,
-    verdict,
     without_contents,
 )
 
@@ -44,7 +44,9 @@ class BindRequest:
     kinds: frozenset[str] | None = None
 
 
-def bind(root: Path, kernel: Kernel, request: BindRequest, persistence: Persistence) -> Report:
+def bind(
+    root: Path, kernel: WritableKernel, request: BindRequest, persistence: Persistence
+) -> Report:
     """Takes the drive, or without ``yes`` says whether and how it would. Raises Refused."""
     check_bdf(request.bdf)
     if request.destroys not in (None, request.serial):
@@ -60,7 +62,7 @@ def bind(root: Path, kernel: Kernel, request: BindRequest, persistence: Persiste
             return report
         before = read_facts(root, kernel, request.bdf)
         consent = _consents(root, journal, request, before)
-        reasons = verdict(before, request.serial)
+        reasons = reasons_against(before, request.serial)
         if consent:
             reasons = without_contents(reasons)
         elif request.destroys is not None and reasons != without_contents(reasons):
@@ -149,7 +151,7 @@ def _plan(request: BindRequest, facts: Facts) -> Report:
 
 def _take(
     root: Path,
-    kernel: Kernel,
+    kernel: WritableKernel,
     journal: Journal,
     request: BindRequest,
     before: Facts,
@@ -201,11 +203,11 @@ def _take(
 
 
 def _second_look(
-    root: Path, kernel: Kernel, request: BindRequest, before: Facts, consent: bool
+    root: Path, kernel: WritableKernel, request: BindRequest, before: Facts, consent: bool
 ) -> Callable[[], None]:
     def look_again() -> None:
         now = read_facts(root, kernel, request.bdf, claimed=True)
-        reasons = verdict(now, request.serial)
+        reasons = reasons_against(now, request.serial)
         if consent:
             reasons = without_contents(reasons)
         if now.override != VFIO_DRIVER:  # as we have just set it
@@ -219,7 +221,7 @@ def _second_look(
     return look_again
 
 
-def _undo(root: Path, kernel: Kernel, journal: Journal, record: Record) -> str | None:
+def _undo(root: Path, kernel: WritableKernel, journal: Journal, record: Record) -> str | None:
     """Puts everything back. What went wrong with that, None if nothing did."""
     try:
         for _ in give_back_steps(root, kernel, journal, record):

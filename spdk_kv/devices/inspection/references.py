@@ -11,12 +11,12 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from spdk_kv.devices.contents import Contents
-from spdk_kv.devices.kernel import Kernel
+from spdk_kv.devices.inspection.contents import Contents
+from spdk_kv.devices.inspection.kernel import Kernel
+from spdk_kv.devices.inspection.reasons import Code, Reason
+from spdk_kv.devices.inspection.stack import Stack, member_at
+from spdk_kv.devices.inspection.strict import Unreadable, optional_text
 from spdk_kv.devices.mounts import unescape
-from spdk_kv.devices.reasons import Code, Reason
-from spdk_kv.devices.stack import Stack, member_at
-from spdk_kv.devices.strict import Unreadable, optional_text
 
 _CONFIGURATION = (
     *("etc/fstab", "etc/fstab.d/*", "etc/crypttab"),

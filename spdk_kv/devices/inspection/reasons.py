@@ -87,10 +87,6 @@ class Refused(Exception):
         self.reasons = tuple(reasons)
 
 
-class StepFailed(Exception):
-    """A step of a change failed; the message says which, and in what state things are now."""
-
-
 def refuse(code: Code, found: str) -> Refused:
     """A refusal with one reason, to be raised."""
     return Refused([Reason(code, found)])

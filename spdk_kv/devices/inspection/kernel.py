@@ -1,6 +1,7 @@
-"""The few things that files alone cannot do: writing to sysfs, exclusive opens, commands.
+"""What reading files cannot answer: device numbers, exclusive claims, what a command prints.
 
-One small class, so that tests can put a kernel of their own behind the same tree.
+One small class, so that tests can put a kernel of their own behind a tree of files. Its subclass
+in `binding/` writes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class Kernel:
     """This machine's kernel and commands."""
 
     def run(self, command: Sequence[str]) -> Completed:
-        """Runs ``command`` to its end, at most a minute. Raises ToolMissing, OSError."""
+        """Runs ``command`` to its end, for at most a minute. Raises ToolMissing, OSError.
+
+        This room runs only ``wipefs --no-act`` and ``blkid``, which read.
+        """
         tool = shutil.which(command[0], path=_TOOL_PATH)
         if tool is None:
             raise ToolMissing(command[0])
@@ -66,16 +70,6 @@ class Kernel:
     def has_tool(self, name: str) -> bool:
         """Whether :meth:`run` would find ``name``."""
         return shutil.which(name, path=_TOOL_PATH) is not None
-
-    def write(self, path: Path, text: str) -> None:
-        """Writes ``text`` to the attribute ``path`` in one write; never creates a file."""
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            data = text.encode()
-            if os.write(fd, data) != len(data):
-                raise OSError(errno.EIO, "written only in part", str(path))
-        finally:
-            os.close(fd)
 
     def open_exclusive(self, path: Path) -> int:
         """A read-only descriptor that keeps mount, swapon, dm and md from taking ``path``.

@@ -9,18 +9,17 @@ from typing import Any
 from spdk_kv.binding.hugepages import memlock_lines
 from spdk_kv.binding.journal import BOUND, Journal, Record, read_boot_id
 from spdk_kv.binding.report import DONE, Report
-from spdk_kv.devices import (
+from spdk_kv.devices import NvmeDrive, list_drives
+from spdk_kv.devices.inspection import (
     USE_CODES,
     Code,
     Kernel,
-    NvmeDrive,
     Reason,
     Refused,
     Sightings,
-    list_drives,
     read_driver,
     read_facts,
-    verdict,
+    reasons_against,
     without_contents,
 )
 from spdk_kv.units import format_nbytes
@@ -50,7 +49,7 @@ def _drive(
     root: Path, kernel: Kernel, drive: NvmeDrive, record: Record | None, seen: Sightings
 ) -> dict[str, Any]:
     facts = read_facts(root, kernel, drive.bdf, seen=seen)
-    reasons = verdict(facts)
+    reasons = reasons_against(facts)
     state = "in-use" if without_contents(reasons) else "has-data" if reasons else "free"
     serial, model = drive.serial, drive.model
     if record is not None and (record.boot_id, record.inode) == (read_boot_id(root), facts.inode):

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from spdk_kv.devices.kernel import Kernel
-from spdk_kv.devices.strict import (
+from spdk_kv.devices.inspection.kernel import Kernel
+from spdk_kv.devices.inspection.strict import (
     Unreadable,
     listing,
     optional_link,

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from spdk_kv.devices.kernel import Kernel
-from spdk_kv.devices.reasons import Code, Reason
-from spdk_kv.devices.sightings import Sightings
-from spdk_kv.devices.stack import Stack
-from spdk_kv.devices.strict import listing, optional_link
+from spdk_kv.devices.inspection.kernel import Kernel
+from spdk_kv.devices.inspection.reasons import Code, Reason
+from spdk_kv.devices.inspection.sightings import Sightings
+from spdk_kv.devices.inspection.stack import Stack
+from spdk_kv.devices.inspection.strict import listing, optional_link
 
 # include/linux/proc_ns.h: the first namespaces of a boot have fixed inodes.
 _FIRST_NAMESPACES = {"pid": "pid:[4026531836]", "user": "user:[4026531837]"}

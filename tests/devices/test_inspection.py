@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from spdk_kv.devices.claims import claim
-from spdk_kv.devices.kernel import Kernel
-from spdk_kv.devices.sightings import Opened, Sightings
-from spdk_kv.devices.stack import Disk, Stack
+from spdk_kv.devices.inspection.claims import claim
+from spdk_kv.devices.inspection.kernel import Kernel
+from spdk_kv.devices.inspection.sightings import Opened, Sightings
+from spdk_kv.devices.inspection.stack import Disk, Stack
 
 ROOT = Path("/")
 # Holds argv[1] open as argv[2] says, until its input ends.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from spdk_kv.binding.binding import (
+from spdk_kv.binding.bind import (
     BindRequest,
     bind,
     check_bdf,
     is_same_device,
 )
 from spdk_kv.binding.journal import Journal, Record
+from spdk_kv.binding.kernel import WritableKernel
 from spdk_kv.binding.permissions import permissions, withdraw
 from spdk_kv.binding.persist import Entry, Persistence
 from spdk_kv.binding.report import DONE, FAILED, REFUSED, Report, reported
@@ -22,9 +23,8 @@ from spdk_kv.binding.vfio import (
     signals_later,
     take_again_steps,
 )
-from spdk_kv.devices import (
+from spdk_kv.devices.inspection import (
     Code,
-    Kernel,
     Refused,
     Unreadable,
     check_nodes_open,
@@ -35,7 +35,9 @@ from spdk_kv.devices import (
 )
 
 
-def restore(root: Path, kernel: Kernel, bdf: str | None, persistence: Persistence) -> Report:
+def restore(
+    root: Path, kernel: WritableKernel, bdf: str | None, persistence: Persistence
+) -> Report:
     """Gives back the drive at ``bdf``, or every one that this tool has bound. Raises Refused."""
     if bdf is not None:
         check_bdf(bdf)
@@ -55,7 +57,7 @@ def restore(root: Path, kernel: Kernel, bdf: str | None, persistence: Persistenc
         return _restore_one(root, kernel, journal, record, persistence)
 
 
-def rebind(root: Path, kernel: Kernel, persistence: Persistence) -> Report:
+def rebind(root: Path, kernel: WritableKernel, persistence: Persistence) -> Report:
     """Binds every drive of the list that --persist has made, with all checks. Raises Refused."""
     reports = []
     for entry in persistence.entries():
@@ -64,7 +66,7 @@ def rebind(root: Path, kernel: Kernel, persistence: Persistence) -> Report:
 
 
 def _rebind_command(
-    root: Path, kernel: Kernel, entry: Entry, persistence: Persistence
+    root: Path, kernel: WritableKernel, entry: Entry, persistence: Persistence
 ) -> Callable[[], Report]:
     def command() -> Report:
         found = [
@@ -104,7 +106,7 @@ def _combined(reports: list[Report]) -> Report:
 
 
 def _restore_one(
-    root: Path, kernel: Kernel, journal: Journal, record: Record, persistence: Persistence
+    root: Path, kernel: WritableKernel, journal: Journal, record: Record, persistence: Persistence
 ) -> Report:
     report = reported(lambda: _give_back(root, kernel, journal, record))
     fields = {"bdf": record.bdf, "serial": record.serial, **report.fields}
@@ -122,7 +124,7 @@ def _restore_one(
     return Report(report.status, lines, fields)
 
 
-def _give_back(root: Path, kernel: Kernel, journal: Journal, record: Record) -> Report:
+def _give_back(root: Path, kernel: WritableKernel, journal: Journal, record: Record) -> Report:
     if not is_same_device(root, record):
         # A boot or an unplugging has given it back; whatever is there now is not ours to touch.
         journal.remove(record.bdf)
@@ -149,7 +151,7 @@ def _give_back(root: Path, kernel: Kernel, journal: Journal, record: Record) -> 
     return Report(DONE, [line], {"state": "free"})
 
 
-def _check_unused(root: Path, kernel: Kernel, record: Record) -> None:
+def _check_unused(root: Path, kernel: WritableKernel, record: Record) -> None:
     """Raises Refused while a process drives it: the kernel would wait for that process to end."""
     nodes = {f"/dev/vfio/{record.group}"}
     # The newer interface (iommufd) has a node per device.
@@ -161,7 +163,12 @@ def _check_unused(root: Path, kernel: Kernel, record: Record) -> None:
 
 
 def _take_again(
-    root: Path, kernel: Kernel, journal: Journal, record: Record, driver: str | None, failure: str
+    root: Path,
+    kernel: WritableKernel,
+    journal: Journal,
+    record: Record,
+    driver: str | None,
+    failure: str,
 ) -> Report:
     lines = [f"failed: {failure}"]
     trouble: str | None = "it was with no driver before"

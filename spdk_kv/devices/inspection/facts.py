@@ -8,23 +8,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from spdk_kv.devices.claims import claim
-from spdk_kv.devices.contents import Contents, read_contents
 from spdk_kv.devices.host import VfioState, vfio_pci_state
-from spdk_kv.devices.kernel import Kernel, ToolMissing
-from spdk_kv.devices.processes import check_host
-from spdk_kv.devices.reasons import USE_CODES, Code, Reason
-from spdk_kv.devices.references import check_references
-from spdk_kv.devices.sightings import Sightings
-from spdk_kv.devices.stack import Disk, Stack, read_stack
-from spdk_kv.devices.strict import (
+from spdk_kv.devices.inspection.claims import claim
+from spdk_kv.devices.inspection.contents import Contents, read_contents
+from spdk_kv.devices.inspection.kernel import Kernel, ToolMissing
+from spdk_kv.devices.inspection.processes import check_host
+from spdk_kv.devices.inspection.reasons import USE_CODES, Code, Reason
+from spdk_kv.devices.inspection.references import check_references
+from spdk_kv.devices.inspection.sightings import Sightings
+from spdk_kv.devices.inspection.stack import Disk, Stack, read_stack
+from spdk_kv.devices.inspection.strict import (
     Unreadable,
     listing,
     optional_link_name,
     optional_text,
     required_text,
 )
-from spdk_kv.devices.usage import check_usage, writes_completed
+from spdk_kv.devices.inspection.usage import check_usage, writes_completed
 
 BDF = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 NVM_EXPRESS_CLASS = "0x010802"  # mass storage, NVM, NVM Express I/O controller

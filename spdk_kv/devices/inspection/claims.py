@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spdk_kv.devices.kernel import Kernel
-from spdk_kv.devices.reasons import Code, Reason
-from spdk_kv.devices.stack import Disk
+from spdk_kv.devices.inspection.kernel import Kernel
+from spdk_kv.devices.inspection.reasons import Code, Reason
+from spdk_kv.devices.inspection.stack import Disk
 
 
 @dataclass

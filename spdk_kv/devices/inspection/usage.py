@@ -6,19 +6,19 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from spdk_kv.devices.kernel import Kernel
-from spdk_kv.devices.mounts import unescape
-from spdk_kv.devices.processes import check_btrfs, check_mounts, check_open
-from spdk_kv.devices.reasons import Code, Reason
-from spdk_kv.devices.sightings import Sightings
-from spdk_kv.devices.stack import Stack, member_at
-from spdk_kv.devices.strict import (
+from spdk_kv.devices.inspection.kernel import Kernel
+from spdk_kv.devices.inspection.processes import check_btrfs, check_mounts, check_open
+from spdk_kv.devices.inspection.reasons import Code, Reason
+from spdk_kv.devices.inspection.sightings import Sightings
+from spdk_kv.devices.inspection.stack import Stack, member_at
+from spdk_kv.devices.inspection.strict import (
     Unreadable,
     listing,
     optional_link_name,
     optional_text,
     required_text,
 )
+from spdk_kv.devices.mounts import unescape
 
 # Modules that export devices -> where configfs then shows what they export.
 _EXPORTERS = {"nvmet": "nvmet", "target_core_mod": "target"}

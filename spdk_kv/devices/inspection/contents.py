@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spdk_kv.devices.kernel import Kernel
-from spdk_kv.devices.reasons import Code, Reason
-from spdk_kv.devices.stack import Disk, Stack
-from spdk_kv.devices.strict import Unreadable
+from spdk_kv.devices.inspection.kernel import Kernel
+from spdk_kv.devices.inspection.reasons import Code, Reason
+from spdk_kv.devices.inspection.stack import Disk, Stack
+from spdk_kv.devices.inspection.strict import Unreadable
 from spdk_kv.units import KIB, MIB, format_nbytes
 
 _ESCAPE = re.compile(r"\\x([0-9a-fA-F]{2})")

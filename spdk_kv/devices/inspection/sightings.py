@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from spdk_kv.devices.kernel import Kernel
+from spdk_kv.devices.inspection.kernel import Kernel
+from spdk_kv.devices.inspection.stack import Place, Stack, look_up
+from spdk_kv.devices.inspection.strict import Unreadable, listing, optional_text
 from spdk_kv.devices.mounts import Mount, parse_mounts
-from spdk_kv.devices.stack import Place, Stack, look_up
-from spdk_kv.devices.strict import Unreadable, listing, optional_text
 
 # What a process that is ending, or a zombie, answers.
 _GONE = {errno.ENOENT, errno.ESRCH, errno.ENOTDIR}
