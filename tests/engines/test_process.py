@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.media import image
+from support.rounds import rounds
 from support.subprocesses import run_script
 
 PREAMBLE = """
@@ -147,10 +148,10 @@ engine.close()
 
 @pytest.mark.parametrize("engine", ["uring", "threads", "ram"])
 def test_ctrl_c_drains_and_the_engine_goes_on(engine, tmp_path):
-    script("rounds = 50\n" + INTERRUPT, engine, tmp_path)
+    script(f"rounds = {rounds(15, 50)}\n" + INTERRUPT, engine, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ctrl_c_many_more_times(engine, tmp_path):
     script(

@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spdk_kv.errors import (
@@ -28,6 +28,7 @@ from spdk_kv.errors import (
 from spdk_kv.index.database import Index
 from spdk_kv.index.records import BlobRecord, SequenceRecord, UnitRecord
 from spdk_kv.types import KVShape
+from support.rounds import examples
 
 BLOB = BlobRecord(offset=1 << 20, nbytes=4096, dtype="bfloat16", shape=(2, 1024), crc=0xDEADBEEF)
 SEQUENCE = SequenceRecord(
@@ -70,9 +71,7 @@ def load(path: Path) -> tuple[dict[str, BlobRecord], dict[str, SequenceRecord]]:
         return dict(index.load_blobs()), dict(index.load_sequences())
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=examples(40))
 @example(dict.fromkeys(HOSTILE_KEYS, BLOB), dict.fromkeys(HOSTILE_KEYS, SEQUENCE))
 @given(st.dictionaries(keys, blobs, max_size=6), st.dictionaries(keys, sequences, max_size=4))
 def test_records_come_back_as_committed(

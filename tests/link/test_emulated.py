@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from link.transfers import BLOCK, FAST, MIB, SEGMENT, noise, over, without_a_slot
@@ -18,6 +18,7 @@ from spdk_kv._native.transfer import DISCARD, FLUSH, PREFETCH, READ, WRITE
 from spdk_kv.engines import EngineOptions
 from spdk_kv.errors import DeviceError
 from support.media import EVERY, KEEPING, Medium, address_of, medium
+from support.rounds import examples
 
 
 @pytest.fixture(params=[k for k in KEEPING if not k.endswith("partition")])
@@ -32,11 +33,7 @@ def ram(tmp_path) -> Iterator[Medium]:
         yield found
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=examples(40))
 @given(
     offset=st.integers(0, 3 * SEGMENT),
     nbytes=st.integers(1, 9 * SEGMENT),

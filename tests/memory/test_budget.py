@@ -18,6 +18,7 @@ from spdk_kv.memory.budget import (
     page_cache_budget,
     read_memory,
 )
+from support.rounds import examples
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -245,7 +246,7 @@ def test_budget_is_bounded_and_falls_with_the_reserve(
                            b"1 1 0:1 /.. ../.. rw - cgroup c memory", b"12345", b"max"]),
     )
 )  # fmt: skip
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_no_content_of_any_file_raises(files: dict[str, bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for path, content in files.items():

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from spdk_kv._native import checksum
 from spdk_kv._native.checksum import crc32c, crc32c_combine, crc32c_with
+from support.rounds import examples
 
 NAMES = ["vpclmul", "fused", "sse4.2", "armv8", "table"]
-steady = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+steady = settings(max_examples=examples(100))
 
 # RFC 3720, appendix B.4.
 ISCSI_READ = bytes.fromhex(

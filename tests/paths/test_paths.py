@@ -43,6 +43,7 @@ from sequence.helpers import Reference
 from spdk_kv.paths.order import ScanOrder
 from spdk_kv.units import KIB
 from store.helpers import folder_fixture
+from support.rounds import examples
 
 folder = folder_fixture
 engines = pytest.mark.parametrize("engine", DIRECT_ENGINES)
@@ -153,9 +154,8 @@ def test_bytes_are_those_appended_whatever_is_decided(
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=20,
+            max_examples=examples(20),
             stateful_step_count=25,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from spdk_kv.errors import CapacityError, CorruptionError
 from spdk_kv.placement.allocator import Allocator
+from support.rounds import examples
 
 BLOCK = 512
 START = 8 * BLOCK
@@ -107,7 +108,7 @@ class AgainstBitmap(RuleBasedStateMachine):
 
 
 TestAgainstBitmap = AgainstBitmap.TestCase
-TestAgainstBitmap.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAgainstBitmap.settings = settings(max_examples=examples(60), stateful_step_count=40)
 
 
 def fragmented() -> Allocator:

@@ -16,6 +16,7 @@ from spdk_kv._native.memory import Pool, Region
 from spdk_kv._native.transfer import READ
 from spdk_kv.engines.uring import why_unavailable
 from support.media import address_of, medium, read, write
+from support.rounds import examples
 
 PAGE = 4096
 MIB = 1 << 20
@@ -46,7 +47,7 @@ class Counted:
         self.nbytes = self._region.nbytes
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(300))
 @given(st.one_of(st.integers(1, 200_000), st.integers(1, 64 * MIB)))
 def test_a_lease_is_whole_pages_and_wastes_little(nbytes):
     lease = Pool(lambda size: Region(size, False), 0).lease(nbytes)

@@ -23,6 +23,7 @@ from spdk_kv.residency.policies import (
     make_policy,
 )
 from spdk_kv.units import GIB, MIB
+from support.rounds import examples
 
 NAMES = ("adaptive", "paper", "direct", "pagecache")
 NONE: frozenset[object] = frozenset()
@@ -58,7 +59,7 @@ observations = st.builds(
 
 @pytest.mark.parametrize("name", NAMES)
 @given(st.lists(st.tuples(unit_lists, observations, st.booleans()), max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_whatever_it_is_told(name: str, steps: list[tuple[list[Unit], Observation, bool]]) -> None:
     policy, same = make_policy(name), make_policy(name)
     cached = NONE

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,9 @@ import torch
 
 from sequence.helpers import Reference, shape_of
 from spdk_kv.errors import CorruptionError, DeviceError, KeyNotFound, ShapeMismatch, SpdkKvError
-from store.helpers import check_books, folder_fixture, noise, open_store, python, reopen
+from store.helpers import check_books, folder_fixture, kill_loop, noise, open_store, python, reopen
 from support.places import TESTS
+from support.rounds import rounds
 
 folder = folder_fixture
 GRANULARITIES = ("layer", "head")
@@ -192,19 +191,10 @@ def test_after_a_kill_flushed_tokens_are_there_and_no_others(folder, granularity
 
 
 def test_kills_amid_appends_truncations_and_flushes(folder):
-    command = [
-        sys.executable,
-        str(TESTS / "store" / "killing.py"),
-        str(folder),
-        "60",
-        "3",
-        "sequences",
-    ]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    counts = json.loads(ran.stdout)
-    assert counts["killed"] == 60
-    assert counts["checked"] > 5
+    kills = rounds(30, 200)
+    counts = kill_loop(folder, kills, "sequences", 3)
+    assert counts["killed"] == kills
+    assert counts["checked"] > kills // 12
 
 
 @pytest.mark.parametrize("tokens", [60, 130, 300])

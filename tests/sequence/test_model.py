@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 
 from spdk_kv import KVShape
 from store.helpers import open_store, reopen
+from support.rounds import examples
 
 LAYERS = 2
 
@@ -139,9 +140,8 @@ def test_a_sequence_is_always_what_was_appended(engine: str, granularity: str) -
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=15,
+            max_examples=examples(15),
             stateful_step_count=25,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from sequence.helpers import Reference, shape_of
 from store.helpers import check_books, open_store, reopen
+from support.rounds import examples
 
 MOST = 250
 counts = st.sampled_from([0, 1, 2, 67, 68, 69, 140])
@@ -89,4 +90,4 @@ class RowsMachine(RuleBasedStateMachine):
 
 
 TestRows = RowsMachine.TestCase
-TestRows.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestRows.settings = settings(max_examples=examples(25), stateful_step_count=30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import struct
 import subprocess
@@ -169,3 +170,12 @@ def python(code: str, *arguments: str, **options: Any) -> subprocess.CompletedPr
     """Runs ``code`` in a new interpreter; its ``sys.argv[1:]`` are ``arguments``."""
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def kill_loop(folder: Path, kills: int, what: str, seed: int) -> dict[str, int]:
+    """Runs killing.py on ``folder``; what it counted."""
+    script = Path(__file__).with_name("killing.py")
+    command = [sys.executable, str(script), str(folder), str(kills), str(seed), what]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdk_kv.errors import CorruptionError, KeyNotFound, ShapeMismatch
@@ -27,6 +27,7 @@ from store.helpers import (
     reopen,
     tensor_of,
 )
+from support.rounds import examples
 
 folder = folder_fixture
 
@@ -285,11 +286,7 @@ blobs = st.dictionaries(
 
 
 @given(blobs)
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=examples(40))
 def test_whatever_is_put_comes_back(store, chosen):
     tensors = {}
     for key, (dtype, shape, transposed, seed) in chosen.items():

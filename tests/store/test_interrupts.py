@@ -25,6 +25,7 @@ from store.helpers import (
     version_of,
 )
 from support.places import TESTS
+from support.rounds import rounds
 
 folder = folder_fixture
 HERE = str(TESTS)
@@ -97,7 +98,7 @@ def again(stores: list[spdk_kv.KVStore], folder: Path) -> None:
     stores[0] = reopen(folder, engine="pagecache")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_anywhere_in_a_put(folder, long_lived):
     def put(at: int) -> None:
         long_lived[0].put_many({key: payload(key, at, 60_000) for key in "abc"})
@@ -122,7 +123,7 @@ def test_ctrl_c_anywhere_in_a_put(folder, long_lived):
     assert interrupted_everywhere(lambda at: None, put, check) > 50
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_anywhere_in_an_eviction_a_flush_or_a_delete(folder, long_lived):
     def prepare(at: int) -> None:
         again(long_lived, folder)
@@ -142,7 +143,7 @@ def test_ctrl_c_anywhere_in_an_eviction_a_flush_or_a_delete(folder, long_lived):
     assert interrupted_everywhere(prepare, change, check, 7) > 150
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_anywhere_in_a_get(folder, long_lived):
     store = long_lived[0]
     store.put_many({key: payload(key, 0, 60_000) for key in "ab"})
@@ -186,7 +187,7 @@ def test_ctrl_c_just_after_the_start_of_a_future(folder, long_lived):
     check_books(store)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_anywhere_in_a_sequence(folder, long_lived):
     shape = spdk_kv.KVShape(1, 2, 64, torch.float16, 400)
     k = torch.arange(400).repeat_interleave(128).view(1, 400, 2, 64).transpose(1, 2).half()
@@ -248,7 +249,7 @@ def handler(number, frame):
 
 signal.signal(signal.SIGINT, handler)
 store = open_store(sys.argv[1], capacity="2 MiB", engine=sys.argv[3], flush_interval_s=0.05)
-begun, rng, interrupts = {}, random.Random(0), 0
+begun, rng, interrupts, wanted = {}, random.Random(0), 0, int(sys.argv[4])
 over = threading.Event()
 
 def interrupt():
@@ -272,8 +273,8 @@ def use():
 
 timer = threading.Thread(target=interrupt)
 timer.start()
-deadline = time.monotonic() + 3
-while time.monotonic() < deadline + (60 if interrupts <= 50 else 0):
+deadline = time.monotonic() + 120
+while interrupts <= wanted and time.monotonic() < deadline:
     try:
         try:
             left = rng.choice([1, 1, 2])
@@ -296,6 +297,7 @@ print(interrupts)
 
 @pytest.mark.parametrize("engine", ["uring", "threads"])
 def test_sigint_at_random_moments_is_a_keyboard_interrupt_and_harms_nothing(folder, engine):
-    ran = python(_SIGINT, str(folder), HERE, engine)
+    wanted = rounds(15, 50)
+    ran = python(_SIGINT, str(folder), HERE, engine, str(wanted))
     assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout.split()[0]) > 50
+    assert int(ran.stdout.split()[0]) > wanted

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdk_kv.errors import KeyNotFound
@@ -22,6 +22,7 @@ from store.helpers import (
     reopen,
     version_of,
 )
+from support.rounds import examples
 
 folder = folder_fixture
 
@@ -81,9 +82,7 @@ def test_hostile_keys_are_keys_and_nothing_else(folder):
 
 
 @given(st.dictionaries(st.text(st.characters(exclude_categories=())), st.integers(0, 2**60)))
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=examples(40))
 def test_any_text_is_a_key_of_its_own(folder, chosen):
     with open_store(folder) as store:
         for key in store.keys(""):

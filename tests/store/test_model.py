@@ -13,6 +13,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from spdk_kv.errors import CapacityError, KeyNotFound
 from store.helpers import check_books, open_store, payload, reopen, version_of
+from support.rounds import examples
 
 KEYS = [f"key {i}" for i in range(6)]
 SIZES = [16, 17, 4096, 5000, 65_536, 200_000]
@@ -105,7 +106,7 @@ class FullMachine(StoreMachine):
     eviction = "none"
 
 
-few = settings(max_examples=25, stateful_step_count=30, deadline=None)
+few = settings(max_examples=examples(25), stateful_step_count=30)
 TestEvicting = StoreMachine.TestCase
 TestEvicting.settings = few
 TestFull = FullMachine.TestCase

@@ -32,7 +32,7 @@ from sequence.test_reading import (  # noqa: F401
 from sequence.test_rows import RowsMachine
 from spdk_kv.store import KVStore
 from store import test_concurrency as concurrency
-from store.helpers import check_books, folder_fixture, open_store
+from store.helpers import check_books, folder_fixture, kill_loop, open_store
 from store.test_blobs import (  # noqa: F401
     test_a_tensor_outlives_overwriting_deleting_closing_and_the_next_owner,
 )
@@ -54,13 +54,13 @@ from store.test_concurrency import (  # noqa: F401
 )
 from store.test_model import FullMachine, StoreMachine
 from store.test_truth import (  # noqa: F401
-    kill_loop,
     test_a_flipped_bit_is_found_counted_and_forgotten,
     test_a_second_process_is_refused_by_pid_and_the_first_is_unharmed,
     test_one_bad_superblock_is_enough_and_is_mended,
     test_reopening_finds_everything_that_was_put,
     test_what_was_flushed_in_the_background_survives,
 )
+from support.rounds import examples
 
 target, drives, folder = target_fixture, drives_fixture, folder_fixture
 
@@ -103,7 +103,7 @@ def test_kills_leave_old_or_new_values_and_all_that_was_flushed(folder, what):
     assert counts["puts"] + counts["appends"] > 0
 
 
-few = settings(max_examples=4, stateful_step_count=25, deadline=None)
+few = settings(max_examples=examples(4), stateful_step_count=25)
 TestEvicting = StoreMachine.TestCase
 TestFull = FullMachine.TestCase
 TestRows = RowsMachine.TestCase

@@ -37,6 +37,7 @@ from paths.helpers import (
 )
 from sequence.helpers import Reference
 from spdk_kv.units import KIB
+from support.rounds import examples
 
 apart = apart_fixture
 # 64 rows of 256 bytes to a chunk, so chunks fill often; a unit is 384 KiB when full.
@@ -153,14 +154,13 @@ class ApartMachine(RuleBasedStateMachine):
         self.sequences = [self.sequence(name) for name in "ab"]
 
 
-def run_machine(drive: Any, residency: str, granularity: str, examples: int = 25) -> None:
+def run_machine(drive: Any, residency: str, granularity: str, count: int = 25) -> None:
     fields = {"drive": staticmethod(drive), "residency": residency, "granularity": granularity}
     run_state_machine_as_test(
         type(f"Apart_{residency}_{granularity}", (ApartMachine,), fields),
         settings=settings(
-            max_examples=examples,
+            max_examples=examples(count),
             stateful_step_count=30,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
