@@ -26,7 +26,7 @@ import torch
 
 import machine
 import spdk_kv
-from spdk_kv.engines import READ, Engine, EngineOptions, open_engine, parse_location
+from spdk_kv.engines import READ, Engine, QueueOptions, open_engine, parse_location
 from spdk_kv.measure import Load, filled_memory, measure
 from spdk_kv.units import GIB, KIB, MIB
 from spdk_perf import LABEL, SimulatedDrive, simulated_drive
@@ -154,7 +154,7 @@ def _perf_latency(drive: SimulatedDrive, quantile: int, seconds: float) -> Figur
 
 
 def _open(drive: SimulatedDrive, size: int, depth: int) -> Engine:
-    return open_engine(parse_location(drive.uri), options=EngineOptions(depth, size))
+    return open_engine(parse_location(drive.uri), options=QueueOptions(depth, size))
 
 
 def _engine(drive: SimulatedDrive, op: str, size: int, seconds: float) -> Figure:
@@ -192,8 +192,9 @@ def _one_transfer(drive: SimulatedDrive, seconds: float) -> Figure:
 def _opened_store(drive: SimulatedDrive, folder: str) -> spdk_kv.KVStore:
     """A new store, whatever was on the drive."""
     _wipe(drive)
+    engine = spdk_kv.EngineOptions(staging="256 MiB")
     return spdk_kv.open(
-        drive.uri, create=True, index_dir=folder, staging="256 MiB", flush_interval_s=None
+        drive.uri, create=True, engine=engine, index_dir=folder, flush_interval_s=None
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import fio
-from spdk_kv.engines import READ, Engine, EngineOptions, open_engine, parse_location
+from spdk_kv.engines import READ, Engine, QueueOptions, open_engine, parse_location
 from spdk_kv.measure import Workload, fill, filled_memory, measure
 from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
@@ -191,7 +191,7 @@ def _timed(work: Callable[[], int], seconds: float) -> Figure:
 
 
 def _open(path: Path, name: str, shape: tuple[int, int]) -> Engine:
-    options = EngineOptions(segment_nbytes=shape[0], depth=shape[1])
+    options = QueueOptions(segment_nbytes=shape[0], depth=shape[1])
     return open_engine(parse_location(str(path.parent)), str(path), engine=name, options=options)
 
 

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import spdk_kv
-from spdk_kv.engines import EngineOptions, open_engine, parse_location
+from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.measure import Workload, fill, measure
 from spdk_kv.units import GIB, KIB, MIB
 
@@ -43,7 +43,7 @@ def ours(address: str, op: str, nbytes: int, depth: int, seconds: float) -> floa
     """Bytes per second through the engine."""
     os.sched_setaffinity(0, {CORE})
     place = parse_location(f"spdk://{address}/1")
-    engine = open_engine(place, options=EngineOptions(depth, nbytes))
+    engine = open_engine(place, options=QueueOptions(depth, nbytes))
     try:
         if op == "fill":
             fill(engine, DRIVE_NBYTES)

@@ -40,7 +40,7 @@ import machine
 from spdk_kv._native.link.emulated import EmulatedLink
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import READ, WRITE
-from spdk_kv.engines import Engine, EngineOptions, open_engine, parse_location
+from spdk_kv.engines import Engine, QueueOptions, open_engine, parse_location
 from spdk_kv.link import Pipeline, link_for, stream_of
 from spdk_kv.measure import Load, fill, filled_memory, measure
 from spdk_kv.units import GIB, KIB, MIB, format_nbytes, parse_nbytes
@@ -215,7 +215,7 @@ def measure_drive(folder: Path, words: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with ExitStack() as undo:
         undo.callback(path.unlink, missing_ok=True)
-        options = EngineOptions(segment_nbytes=SEGMENT, depth=DEPTH)
+        options = QueueOptions(segment_nbytes=SEGMENT, depth=DEPTH)
         location = parse_location(f"file://{folder}")
         engine = open_engine(location, str(path), engine=words.engine, options=options)
         undo.callback(engine.close)

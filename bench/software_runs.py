@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spdk_kv.engines import READ, EngineOptions, open_engine, parse_location
+from spdk_kv.engines import READ, QueueOptions, open_engine, parse_location
 from spdk_kv.store import open as open_store
 from spdk_kv.units import MIB
 
@@ -40,7 +40,7 @@ def null_engine(quick: bool) -> dict[str, float]:
             "get_out_us": _per_call_us(lambda: store.get("key", out=out), rounds),
             "put_us": _per_call_us(lambda: store.put("key", tensor), rounds),
         }
-    engine = open_engine(parse_location("null://"), options=EngineOptions(64, 16384))
+    engine = open_engine(parse_location("null://"), options=QueueOptions(64, 16384))
     memory = engine.allocate(64 * 16384)
     sizes = np.full(SEGMENTS, 16384, dtype=np.uint64)
     offsets = np.arange(SEGMENTS, dtype=np.uint64) * np.uint64(16384)

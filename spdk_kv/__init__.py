@@ -30,12 +30,14 @@ if TYPE_CHECKING:
         StoreMismatch,
     )
     from spdk_kv.sequence import Sequence
-    from spdk_kv.store import KVStore, open
+    from spdk_kv.store import EngineOptions, KVStore, PageCacheOptions, open
     from spdk_kv.types import KVShape
 
 # Loaded on first use: `import spdk_kv` costs milliseconds, torch seconds.
 _HOMES = {
+    "EngineOptions": "store",
     "KVStore": "store",
+    "PageCacheOptions": "store",
     "open": "store",
     "Sequence": "sequence",
     "KVShape": "types",
@@ -60,10 +62,12 @@ __all__ = [
     "DeviceError",
     "DeviceGone",
     "DeviceTimeout",
+    "EngineOptions",
     "EngineUnavailable",
     "KVShape",
     "KVStore",
     "KeyNotFound",
+    "PageCacheOptions",
     "Sequence",
     "ShapeMismatch",
     "SpdkKvError",

@@ -32,7 +32,7 @@ class Setting:
     x_share: float | None = None
 
     def options(self, load: Load) -> dict[str, Any]:
-        return {} if self.x_share is None else {"page_cache": round(self.x_share * load.nbytes)}
+        return {} if self.x_share is None else {"memory": round(self.x_share * load.nbytes)}
 
 
 STEPS = (

@@ -36,7 +36,7 @@ _LEAST_LIMIT_NBYTES = 64 * MIB
 
 
 class _Place(NamedTuple):
-    """The store to use: None for a temporary one. ``page_cache_dir`` as of :func:`spdk_kv.open`."""
+    """The store to use: None for a temporary one; and the folder of its PageCacheOptions."""
 
     location: str | None
     page_cache_dir: Path | None
@@ -218,11 +218,13 @@ def _check_length(chosen: DemoModel, tokens: int) -> None:
 @contextmanager
 def _store(place: _Place, kv_nbytes: int) -> Iterator[KVStore]:
     """The store at ``place``, or a new one in a folder that is removed again."""
+    from spdk_kv.store import PageCacheOptions
     from spdk_kv.store import open as open_store
 
     if place.location is not None:
+        page_cache = PageCacheOptions(folder=place.page_cache_dir)
         try:
-            store = open_store(place.location, page_cache_dir=place.page_cache_dir)
+            store = open_store(place.location, page_cache=page_cache)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="'--location'") from error
         with store:

@@ -170,23 +170,22 @@ def _mapped(task: Task, chosen: DemoModel, prompt: torch.Tensor, nbytes: int) ->
 
 def _offloaded(task: Task, chosen: DemoModel, prompt: torch.Tensor, nbytes: int) -> Found:
     from spdk_kv.integrations.transformers import OffloadedKVCache
+    from spdk_kv.store import EngineOptions, PageCacheOptions
     from spdk_kv.store import open as open_store
     from spdk_kv.units import MIB
 
     config = chosen.model.config
     # Reserved hugepages count under no limit, and are not there everywhere. The engine's own memory
     # is twice the depth in segments: 32 MiB, were nothing said.
-    options: dict[str, Any] = {
-        "staging": task.limit_nbytes // 8, "hugepages": False, "depth": 16, "segment": "256 KiB",
-    }  # fmt: skip
+    engine = EngineOptions(segment="256 KiB", hugepages=False, staging=task.limit_nbytes // 8)
+    page_cache = PageCacheOptions(folder=task.page_cache_dir or None)
+    capacity = None
     if task.location == f"file://{task.folder}":
         # Some room more: extents are whole chunks, and the store needs its own.
-        options["capacity"] = nbytes + nbytes // 8 + 64 * MIB
-    if task.page_cache_dir:
-        options["page_cache_dir"] = task.page_cache_dir
+        capacity = nbytes + nbytes // 8 + 64 * MIB
     most = task.prompt_tokens + task.new_tokens
     with (
-        open_store(task.location, **options) as store,
+        open_store(task.location, capacity=capacity, engine=engine, page_cache=page_cache) as store,
         OffloadedKVCache(store, config, max_tokens=most) as cache,
     ):
         told = _generate(task, chosen, prompt, cache)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from spdk_kv.engines.base import Engine, EngineOptions, Link
+from spdk_kv.engines.base import Engine, Link, QueueOptions
 from spdk_kv.engines.choice import EngineStatus, engine_status, open_engine
 from spdk_kv.engines.files import FileEngine
 from spdk_kv.engines.location import Location, parse_location
@@ -19,12 +19,12 @@ __all__ = [
     "URING_OLDEST_KERNEL",
     "CopyPageCacheEngine",
     "Engine",
-    "EngineOptions",
     "EngineStatus",
     "FileEngine",
     "Link",
     "Location",
     "PageCacheEngine",
+    "QueueOptions",
     "SharedPageCacheEngine",
     "SpdkEngine",
     "check_page_cache_dir",

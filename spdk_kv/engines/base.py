@@ -53,13 +53,13 @@ def op_name(op: int) -> str:
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """What every engine is opened with.
+class QueueOptions:
+    """How an engine's queues are set up.
 
-    ``depth``: segments kept in flight. ``segment_nbytes``: the largest command, a multiple of
-    4096. ``hugepages``: use reserved hugepages for device memory where there are some.
-    ``queue_pairs``: queues of ``depth`` each that transfers are dealt out to, with a thread and
-    bounce memory of its own each; more than one is for the engine `spdk` alone.
+    ``depth``: commands kept in flight on each. ``segment_nbytes``: the largest command, a multiple
+    of 4096. ``hugepages``: take memory for transfers from reserved hugepages where there are some.
+    ``queue_pairs``: queues that transfers are dealt out to, each with a thread and bounce memory
+    of its own; more than one is for the engine `spdk` alone.
     """
 
     depth: int = 16
@@ -92,7 +92,7 @@ class Engine:
     persistent = True
     keeps_bytes = True
 
-    def __init__(self, where: str, options: EngineOptions) -> None:
+    def __init__(self, where: str, options: QueueOptions) -> None:
         self.where = where
         self.options = options
         self.block_nbytes = 1

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from spdk_kv.engines import ng, uring
-from spdk_kv.engines.base import Engine, EngineOptions
+from spdk_kv.engines.base import Engine, QueueOptions
 from spdk_kv.engines.location import Location
 from spdk_kv.engines.memory import NullEngine, RamEngine
 from spdk_kv.engines.pagecache.engine import PageCacheEngine
@@ -55,7 +55,7 @@ def open_engine(
     *,
     engine: str | None = None,
     capacity_nbytes: int = 0,
-    options: EngineOptions | None = None,
+    options: QueueOptions | None = None,
 ) -> Engine:
     """Opens the engine for ``location``.
 
@@ -64,7 +64,7 @@ def open_engine(
     is not a better one. ``capacity_nbytes``: the size of ``ram://``. Raises EngineUnavailable,
     ValueError, DeviceError.
     """
-    options = options or EngineOptions()
+    options = options or QueueOptions()
     if options.queue_pairs > 1 and not location.is_nvme:
         raise ValueError(f"queue_pairs is for the engine spdk; {location} has one queue")
     if location.scheme in ("ram", "null"):

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from spdk_kv.engines.base import Engine, EngineOptions
+from spdk_kv.engines.base import Engine, QueueOptions
 from spdk_kv.errors import CapacityError, EngineUnavailable, StoreLocked, device_error
 from spdk_kv.units import align_up, format_nbytes
 
@@ -36,7 +36,7 @@ class FileEngine(Engine):
     exclusive = True
     """Whether a block device is taken for this engine alone."""
 
-    def __init__(self, path: str, options: EngineOptions) -> None:
+    def __init__(self, path: str, options: QueueOptions) -> None:
         super().__init__(path, options)
         self.fd = self._open_file(path)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spdk_kv._native.engines.memory import MemoryBackend
-from spdk_kv.engines.base import Engine, EngineOptions
+from spdk_kv.engines.base import Engine, QueueOptions
 
 
 class RamEngine(Engine):
@@ -12,7 +12,7 @@ class RamEngine(Engine):
     name = "ram"
     persistent = False
 
-    def __init__(self, capacity_nbytes: int, options: EngineOptions) -> None:
+    def __init__(self, capacity_nbytes: int, options: QueueOptions) -> None:
         super().__init__("ram://", options)
         if capacity_nbytes < 1:
             raise ValueError(f"ram:// needs a capacity of at least a byte, not {capacity_nbytes}")
@@ -32,7 +32,7 @@ class NullEngine(Engine):
     persistent = False
     keeps_bytes = False
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: QueueOptions) -> None:
         super().__init__("null://", options)
         self._backend = MemoryBackend(0)
         self._start(self._backend.backend, self._backend)

@@ -23,7 +23,7 @@ from spdk_kv.devices.inspection import (
     claim,
     read_namespace,
 )
-from spdk_kv.engines.base import Engine, EngineOptions, op_name
+from spdk_kv.engines.base import Engine, QueueOptions, op_name
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
 from spdk_kv.engines.uring import ring_refusal
 from spdk_kv.errors import DeviceGone, EngineUnavailable, StoreLocked, device_error
@@ -168,7 +168,7 @@ class NgEngine(Engine):
     name = "ng"
     direct = True
 
-    def __init__(self, path: str, options: EngineOptions) -> None:
+    def __init__(self, path: str, options: QueueOptions) -> None:
         super().__init__(path, options)
         if missing := why_unavailable():
             raise EngineUnavailable(f"engine ng: {missing[0]}; mend it with: {missing[1]}")

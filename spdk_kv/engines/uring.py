@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from spdk_kv._native.memory import Region
-from spdk_kv.engines.base import EngineOptions
+from spdk_kv.engines.base import QueueOptions
 from spdk_kv.engines.files import FileEngine
 from spdk_kv.errors import EngineUnavailable
 
@@ -84,7 +84,7 @@ class UringEngine(FileEngine):
     name = "uring"
     direct = True
 
-    def __init__(self, path: str, options: EngineOptions) -> None:
+    def __init__(self, path: str, options: QueueOptions) -> None:
         if reason := why_unavailable():
             raise EngineUnavailable(f"engine uring: {reason[0]}; mend it with: {reason[1]}")
         super().__init__(path, options)

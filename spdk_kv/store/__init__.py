@@ -1,13 +1,24 @@
 """The store: tensors under keys, and sequences of KV cache, on one drive.
 
-Begin with `store.py`; `opening.py` finds or begins what lies on the drive, `blobs.py` is one put or
-get, `catalog.py` knows what is stored where, and `background.py` flushes and closes.
+Begin with `opening.py` and `store.py`. `parts.py` finds or begins what lies on the drive,
+`blobs.py` is one put or get, `catalog.py` knows what is stored where, and `background.py` flushes
+and closes.
 """
 
 from __future__ import annotations
 
-from spdk_kv.store.opening import index_folder, read_superblock
-from spdk_kv.store.store import KVStore, open
+from spdk_kv.store.opening import open
+from spdk_kv.store.options import EngineOptions, PageCacheOptions
+from spdk_kv.store.parts import index_folder, read_superblock
+from spdk_kv.store.store import KVStore
 from spdk_kv.store.why import read_why
 
-__all__ = ["KVStore", "index_folder", "open", "read_superblock", "read_why"]
+__all__ = [
+    "EngineOptions",
+    "KVStore",
+    "PageCacheOptions",
+    "index_folder",
+    "open",
+    "read_superblock",
+    "read_why",
+]

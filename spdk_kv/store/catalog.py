@@ -15,7 +15,7 @@ from spdk_kv._native.transfer import Transfer
 from spdk_kv.errors import CapacityError, ClosedError, DeviceError, KeyNotFound
 from spdk_kv.index import BlobRecord, SequenceRecord
 from spdk_kv.store.extents import ExtentTable
-from spdk_kv.store.opening import BLOCK_NBYTES, Opened
+from spdk_kv.store.parts import BLOCK_NBYTES, Opened
 from spdk_kv.store.settings import Eviction
 from spdk_kv.units import align_up
 

@@ -17,7 +17,7 @@ from spdk_kv.memory import MemoryReader
 from spdk_kv.paths import Orchestrator
 from spdk_kv.placement import StagingPool
 from spdk_kv.residency import make_policy
-from spdk_kv.store.opening import Opened
+from spdk_kv.store.parts import Opened
 from spdk_kv.store.settings import StoreSettings
 from spdk_kv.store.why import WhyFile
 
@@ -26,35 +26,36 @@ _COHERENT = ("file", "block")
 
 
 def check_settings(location: str | os.PathLike[str], settings: StoreSettings) -> None:
-    """Refuses a ``page_cache_dir`` that will not do, before anything is begun at ``location``:
+    """Refuses a folder for copies that will not do, before anything is begun at ``location``:
     ValueError where it has no use, EngineUnavailable where it cannot be used."""
-    if settings.page_cache_dir is None:
+    folder = settings.page_cache.folder_path
+    if folder is None:
         return
     place = parse_location(location)
     if place.scheme in _COHERENT:
         raise ValueError(
-            f"{place} needs no page_cache_dir: the kernel's page cache reaches the same bytes. It "
-            "is for drives that the kernel's page cache does not reach (spdk://, ng://)"
+            f"{place} needs no folder for the page cache, which reaches the same bytes. It is for "
+            "drives that the kernel's page cache does not reach (spdk://, ng://)"
         )
     if place.scheme == "null":
-        raise ValueError(f"{place} keeps no bytes, so there is nothing to copy to page_cache_dir")
+        raise ValueError(f"{place} keeps no bytes, so there is nothing to copy to a folder")
     if not settings.verify:
         raise ValueError(
-            "page_cache_dir needs verify=True: of what the kernel failed to write there nothing "
-            "but checksums would tell"
+            "a folder for the page cache needs verify=True: only checksums show what the kernel "
+            "failed to write there"
         )
-    check_page_cache_dir(settings.page_cache_dir)
+    check_page_cache_dir(folder)
 
 
 def open_paths(parts: Opened, staging: StagingPool, settings: StoreSettings) -> Orchestrator:
     """Opens the second path beside the engine of ``parts``. ValueError for an unknown policy; where
     there can be one path only the orchestrator says why."""
     engine = parts.engine
-    policy = make_policy(settings.residency)
-    memory = MemoryReader(settings.page_cache_nbytes)
+    policy = make_policy(settings.page_cache.policy)
+    memory = MemoryReader(settings.page_cache.memory_nbytes)
     cache, single = _open_cache(engine, settings)
     # Half of what is kept for transfers, so that a read on demand still finds room there.
-    ahead_nbytes = settings.staging_nbytes // 2
+    ahead_nbytes = settings.engine.staging_nbytes // 2
     paths = Orchestrator(engine, cache, policy, memory, single, staging, ahead_nbytes)
     if parts.lock is not None:
         paths.watch(WhyFile(os.path.dirname(parts.lock.path), paths.summary))
@@ -65,16 +66,18 @@ def _open_cache(
     engine: Engine, settings: StoreSettings
 ) -> tuple[SharedPageCacheEngine | None, str]:
     """The page cache's engine, or None and why there is none."""
-    if settings.residency == "direct":
+    if settings.page_cache.policy == "direct":
         return None, "residency is 'direct': the page cache is not used"
-    if settings.page_cache_dir is not None:
-        end_nbytes = engine.capacity_nbytes or 0
-        return CopyPageCacheEngine(settings.page_cache_dir, end_nbytes, engine.options), ""
+    folder = settings.page_cache.folder_path
+    if folder is not None:
+        return CopyPageCacheEngine(folder, engine.capacity_nbytes or 0, engine.options), ""
     if not isinstance(engine, FileEngine):
         why = f"the engine {engine.name} has no page cache beside it"
-        return None, f"{why}; page_cache_dir= gives it one" if engine.persistent else why
+        remedy = "; PageCacheOptions(folder=...) gives it one" if engine.persistent else ""
+        return None, why + remedy
     if not engine.direct:
-        why = "was asked for" if settings.engine else "is the only way to this file or device here"
+        chosen = settings.engine.name is not None
+        why = "was asked for" if chosen else "is the only way to this file or drive here"
         return None, f"the engine {engine.name} {why}: everything goes through the page cache"
     try:
         return SharedPageCacheEngine(engine.where, engine.options), ""

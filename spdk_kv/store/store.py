@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, TypeVar
 
-from spdk_kv.engines import EngineOptions, PageCacheEngine
+from spdk_kv.engines import PageCacheEngine
 from spdk_kv.errors import ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
 from spdk_kv.link import Links
 from spdk_kv.placement import StagingPool
@@ -23,82 +23,14 @@ from spdk_kv.store import background
 from spdk_kv.store.blobs import BlobReader, BlobWriter
 from spdk_kv.store.catalog import Catalog
 from spdk_kv.store.mapped import detach, map_blob
-from spdk_kv.store.opening import open_parts
+from spdk_kv.store.parts import open_parts
 from spdk_kv.store.paths import check_settings, open_paths
-from spdk_kv.store.settings import Eviction, StoreSettings
+from spdk_kv.store.settings import StoreSettings
 from spdk_kv.types import Granularity, KVShape
-from spdk_kv.units import parse_nbytes
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-def open(
-    location: str | os.PathLike[str] = "auto",
-    *,
-    capacity: int | str | None = None,
-    engine: str | None = None,
-    eviction: Eviction = "lru",
-    verify: bool = True,
-    create: bool | None = None,
-    index_dir: str | os.PathLike[str] | None = None,
-    depth: int = 16,
-    segment: int | str = "1 MiB",
-    staging: int | str = "512 MiB",
-    hugepages: bool = True,
-    residency: str = "adaptive",
-    page_cache: int | str | None = None,
-    page_cache_dir: str | os.PathLike[str] | None = None,
-    queue_pairs: int = 1,
-    mmap: bool = False,
-    discard: bool = False,
-    flush_interval_s: float | None = 5.0,
-) -> KVStore:
-    """Opens the store at ``location``, or begins one where there is none.
-
-    ``location``: ``file:///DIR``, ``block:///dev/NODE``, ``spdk://0000:01:00.0/1`` (and
-    ``spdk+tcp://``, ``spdk+vfiouser://``), ``ram://``, ``null://`` or ``auto``.
-    ``capacity``: bytes of tensors at most (``"64 GiB"``); by default what it was, else half of
-    the free space up to 64 GiB (a block device: all of it). ``engine``: ``uring``, ``threads`` or
-    ``pagecache``; None takes the best direct one that may be used. ``eviction``: ``"lru"`` makes
-    room by forgetting the blobs used longest ago, ``"none"`` refuses with CapacityError.
-    ``verify``: check checksums on every read. ``create``: False never begins a store; True is
-    needed to begin one on a (blank) device. ``index_dir``: where the index of a store on a device
-    lies. ``depth``, ``segment``: commands in flight, and bytes of the largest. ``staging``: idle
-    memory kept for the next transfers; half of it may be used to read ahead. ``queue_pairs``: of
-    ``spdk://``, with ``depth`` commands each. ``residency``: which layers of sequences are read
-    through the page cache and which directly: ``adaptive`` follows the memory that is free,
-    ``paper`` binds each when it is made (DUAL-BLADE), ``direct`` and ``pagecache`` are one path
-    for all. ``page_cache``: bytes that the page cache may hold for that (``"2 GiB"``); None reads
-    it from the machine and its cgroups. ``page_cache_dir``: of ``spdk://`` and ``ng://``, whose
-    bytes the page cache does not reach: a folder on another drive, where an unnamed file takes
-    copies of what is to be read through the page cache. ``mmap``: with the pagecache engine, a get
-    returns the page cache itself instead of a copy (checked once; pages that the kernel drops and
-    reads again are not, and a failing drive then shows as SIGBUS). ``discard``: tell the device
-    when space comes free (TRIM). ``flush_interval_s``: how often what was put is made durable in
-    the background; None leaves that to :meth:`KVStore.flush` and close.
-
-    Blocks on the device. Raises ValueError (location), StoreLocked, StoreMismatch,
-    CorruptionError, CapacityError, EngineUnavailable, DeviceError.
-    """
-    settings = StoreSettings(
-        capacity=capacity,
-        engine=engine,
-        eviction=eviction,
-        verify=verify,
-        create=create,
-        index_dir=index_dir,
-        options=EngineOptions(depth, parse_nbytes(segment), hugepages, queue_pairs),
-        staging_nbytes=parse_nbytes(staging),
-        residency=residency,
-        page_cache_nbytes=None if page_cache is None else parse_nbytes(page_cache),
-        page_cache_dir=None if page_cache_dir is None else os.path.abspath(page_cache_dir),
-        mmap=mmap,
-        discard=discard,
-        flush_interval_s=flush_interval_s,
-    )
-    return KVStore(location, settings)
 
 
 class KVStore:
@@ -115,12 +47,12 @@ class KVStore:
         self._parts = open_parts(location, settings)
         try:
             self.engine = self._parts.engine
-            if settings.mmap and not isinstance(self.engine, PageCacheEngine):
+            self._mmap = settings.page_cache.mmap
+            if self._mmap and not isinstance(self.engine, PageCacheEngine):
                 raise ValueError(f"mmap=True is for the pagecache engine, not {self.engine.name}")
-            self._mmap = settings.mmap
             self.verify = settings.verify and self.engine.keeps_bytes
-            self.catalog = Catalog(self._parts, settings.eviction, settings.discard)
-            self.staging = StagingPool(self.engine.allocate, settings.staging_nbytes)
+            self.catalog = Catalog(self._parts, settings.eviction, settings.engine.discard)
+            self.staging = StagingPool(self.engine.allocate, settings.engine.staging_nbytes)
             self.paths = open_paths(self._parts, self.staging, settings)
             self.links = Links(self.paths.engines)
             self._sequences: dict[str, Sequence] = {}

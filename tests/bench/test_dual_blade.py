@@ -183,7 +183,7 @@ def test_the_ablation_has_a_row_per_setting(parts: dict[str, ModuleType]) -> Non
     text = "\n".join(ablation.tables(rows))
     assert "| +dual: adaptive | 2 | 2.000 (2.000 to 2.000) |" in text
     assert "| X = 0.22 W | 2 |" in text
-    assert ablation.SWEEP[1].options(LOAD) == {"page_cache": round(0.22 * LOAD.nbytes)}
+    assert ablation.SWEEP[1].options(LOAD) == {"memory": round(0.22 * LOAD.nbytes)}
 
 
 @pytest.mark.parametrize("link", [None, 1e9])

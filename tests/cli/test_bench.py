@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from spdk_kv.cli import main
 from spdk_kv.cli.bench import io as bench_io
-from spdk_kv.engines import EngineOptions, open_engine, parse_location
+from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.errors import DeviceError, EngineUnavailable
 from spdk_kv.measure.io import OPS, Workload, fill, filled_memory, measure
 from support.subprocesses import interruptible_fixture
@@ -300,7 +300,7 @@ def wait_until_measuring(pid: int, folder: Path) -> None:
 
 def test_writes_stay_inside_the_span() -> None:
     engine = open_engine(
-        parse_location("ram://"), capacity_nbytes=4 * MIB, options=EngineOptions(4, 64 * KIB)
+        parse_location("ram://"), capacity_nbytes=4 * MIB, options=QueueOptions(4, 64 * KIB)
     )
     try:
         measure(engine, Workload("write", 64 * KIB, 2 * MIB), 0.05)
@@ -317,7 +317,7 @@ def test_writes_stay_inside_the_span() -> None:
 
 
 def test_transfers_grow_on_a_fast_device() -> None:
-    engine = open_engine(parse_location("null://"), options=EngineOptions(16, 128 * KIB))
+    engine = open_engine(parse_location("null://"), options=QueueOptions(16, 128 * KIB))
     try:
         measure(engine, Workload("read", 128 * KIB, 64 * MIB), 0.3)
         seen = engine.stats()

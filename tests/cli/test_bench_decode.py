@@ -152,7 +152,7 @@ def test_no_path_can_cheat(spoil: Callable[[int, bytearray], None], complaint: s
 @pytest.mark.parametrize("link", [None, 1e9])
 def test_the_store_replays(tmp_path: Path, residency: str, link: float | None) -> None:
     noise = Noise(SMALL)
-    options = {"residency": residency, "page_cache": SMALL.nbytes // 2}
+    options = {"policy": residency, "memory": SMALL.nbytes // 2}
     device = Device(compute_s=1e-4, link_bytes_s=link)
     path = StorePath(SMALL, noise, device, f"file://{tmp_path / 'store'}", options)
     try:

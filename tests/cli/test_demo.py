@@ -198,7 +198,7 @@ def test_bad_arguments(environment: dict[str, str], model_folder: Path, tmp_path
         (
             ["--location", f"file://{tmp_path}/kv", "--page-cache-dir", str(tmp_path), *SMALL],
             2,
-            "needs no page_cache_dir",
+            "needs no folder for the page cache",
         ),
     ]
     for words, status, complaint in cases:

@@ -118,7 +118,7 @@ def test_lines_for_people(folder: Path) -> None:
 
 
 def test_a_store_with_one_path_says_so(folder: Path) -> None:
-    with open_store(folder, residency="direct", capacity="64 MiB") as store:
+    with open_store(folder, policy="direct", capacity="64 MiB") as store:
         filled(store)
         told(folder, paths=1)
         result = CliRunner().invoke(main, ["stat", f"file://{folder}", "--why"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from spdk_kv._native.checksum import crc32c, crc32c_combine
 from spdk_kv._native.transfer import DISCARD, READ, WRITE
-from spdk_kv.engines import EngineOptions, open_engine, parse_location
+from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.engines.memory import RamEngine
 from spdk_kv.errors import EngineUnavailable
 from support import blockdev
@@ -290,7 +290,7 @@ def test_a_filesystem_without_direct_io_is_refused_with_the_remedy(engine, tmp_p
 def test_options_and_sizes_are_checked():
     for wrong in ({"depth": 0}, {"depth": 5000}, {"segment_nbytes": 5000}, {"segment_nbytes": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            EngineOptions(**wrong)
+            QueueOptions(**wrong)
     with pytest.raises(ValueError, match="capacity"):
         RamEngine(0, SMALL)
     with pytest.raises(ValueError, match="served by"):

@@ -17,7 +17,7 @@ import pytest
 from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.memory import Pool
 from spdk_kv._native.transfer import FLUSH, PREFETCH, READ, WRITE
-from spdk_kv.engines import EngineOptions, open_engine, parse_location
+from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.engines.uring import why_unavailable
 from spdk_kv.errors import CapacityError, CorruptionError, DeviceError, DeviceGone, DeviceTimeout
 from support import blockdev
@@ -30,7 +30,7 @@ _LOOP_CLR_FD = 0x4C01  # linux/loop.h
 FILE_ENGINES = ["uring", "threads", "pagecache"]
 
 
-def opened(engine: str, path: str, options: EngineOptions = SMALL):
+def opened(engine: str, path: str, options: QueueOptions = SMALL):
     scheme = "block" if path.startswith("/dev/") else "file"
     return open_engine(parse_location(f"{scheme}://{path}"), path, engine=engine, options=options)
 
@@ -240,7 +240,7 @@ def test_a_thread_may_end_while_its_writes_hang(tmp_path):
         pytest.skip(reason[0])
     with blockdev.ext4(tmp_path, 96 * MIB) as at:
         folder = blockdev.HungDevice("", at / "data")
-        options = EngineOptions(depth=600, segment_nbytes=64 << 10, hugepages=False)
+        options = QueueOptions(depth=600, segment_nbytes=64 << 10, hugepages=False)
         hung = opened("uring", str(at / "data"), options)
         hung.ensure(32 * MIB)
         write(hung, 0, bytes(32 * MIB))

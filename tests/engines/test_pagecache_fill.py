@@ -15,7 +15,7 @@ import pytest
 
 from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.transfer import READ, Transfer
-from spdk_kv.engines import EngineOptions
+from spdk_kv.engines import QueueOptions
 from spdk_kv.engines.pagecache.engine import PageCacheEngine
 from spdk_kv.memory.cached import by_cachestat
 from spdk_kv.units import KIB, MIB
@@ -63,7 +63,7 @@ def cold(folder: Path, contents: bytes) -> Iterator[PageCacheEngine]:
     with path.open("wb") as file:
         file.write(contents)
         os.fsync(file.fileno())
-    engine = PageCacheEngine(str(path), EngineOptions())
+    engine = PageCacheEngine(str(path), QueueOptions())
     os.posix_fadvise(engine.fd, 0, 0, os.POSIX_FADV_DONTNEED)
     if by_cachestat(engine.fd, 0, FILE_NBYTES) != 0:
         engine.close()

@@ -22,7 +22,7 @@ import numpy as np
 from support.media import SMALL, address_of, memory, read, write
 from spdk_kv._native.memory import Pool
 from spdk_kv._native.transfer import FLUSH, PREFETCH, READ, WRITE
-from spdk_kv.engines import EngineOptions, open_engine, parse_location
+from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.errors import ClosedError
 
 MIB = 1 << 20
@@ -194,7 +194,7 @@ def test_the_interpreter_ends_with_transfers_in_flight(engine, how, tmp_path):
 
 
 THREADS_END = """
-engine = opened(name, path, EngineOptions(depth=16, segment_nbytes=64 << 10, hugepages=False))
+engine = opened(name, path, QueueOptions(depth=16, segment_nbytes=64 << 10, hugepages=False))
 data = np.random.default_rng(0).bytes(4 * MIB)
 write(engine, 0, data)
 for round in range(60):
@@ -293,7 +293,7 @@ resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
 os.setgid(65534)
 os.setuid(65534)
 # More slots than may be locked.
-options = EngineOptions(depth=4, segment_nbytes=MIB, hugepages=False)
+options = QueueOptions(depth=4, segment_nbytes=MIB, hugepages=False)
 for _ in range(3):
     engine = open_engine(parse_location("file:///ours"), path, options=options)
     assert engine.name == wanted, (engine.name, said)

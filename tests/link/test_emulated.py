@@ -15,7 +15,7 @@ from link.transfers import BLOCK, FAST, MIB, SEGMENT, noise, over, without_a_slo
 from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.link.emulated import EmulatedLink
 from spdk_kv._native.transfer import DISCARD, FLUSH, PREFETCH, READ, WRITE
-from spdk_kv.engines import EngineOptions
+from spdk_kv.engines import QueueOptions
 from spdk_kv.errors import DeviceError
 from support.media import EVERY, KEEPING, Medium, address_of, medium
 from support.rounds import examples
@@ -241,7 +241,7 @@ def test_a_link_takes_the_time_it_says() -> None:
 
 
 def test_slots_are_taken_when_a_link_is_first_used(tmp_path) -> None:
-    options = EngineOptions(depth=3, segment_nbytes=BLOCK, hugepages=False)
+    options = QueueOptions(depth=3, segment_nbytes=BLOCK, hugepages=False)
     with medium("ram", tmp_path, options) as found:
         engine, link = found.engine, EmulatedLink(FAST)
         assert engine.queue.slots == 0

@@ -10,7 +10,7 @@ import torch
 
 from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.transfer import READ, WRITE
-from spdk_kv.engines import EngineOptions
+from spdk_kv.engines import QueueOptions
 from spdk_kv.link.pipeline import Pipeline, link_for, stream_of
 from support.media import EVERY, KEEPING, SMALL, address_of, medium
 
@@ -134,7 +134,7 @@ def test_many_threads(engine) -> None:
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_engine_and_the_adaptive_pipeline(kind, tmp_path) -> None:
-    options = EngineOptions(depth=8, segment_nbytes=MIB, hugepages=False)
+    options = QueueOptions(depth=8, segment_nbytes=MIB, hugepages=False)
     with medium(kind, tmp_path, options) as found:
         pipeline = Pipeline(found.engine, LINK)
         into = torch.zeros(4 * MIB, dtype=torch.uint8, device="cuda")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from spdk_kv._native.link.emulated import EmulatedLink
 from spdk_kv._native.transfer import READ, WRITE
-from spdk_kv.engines import EngineOptions
+from spdk_kv.engines import QueueOptions
 from spdk_kv.link.pipeline import Pipeline, link_for
 from spdk_kv.link.planner import Cut, Limits, Planner, first_cut
 from spdk_kv.units import GIB, KIB, MIB
@@ -176,7 +176,7 @@ def test_limits_that_cannot_be_kept_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["ram", "uring-file", "pagecache-file"])
 def test_a_pipeline_moves_exact_bytes_while_it_learns(kind, tmp_path) -> None:
-    options = EngineOptions(depth=8, segment_nbytes=MIB, hugepages=False)
+    options = QueueOptions(depth=8, segment_nbytes=MIB, hugepages=False)
     with medium(kind, tmp_path, options) as found:
         engine, link = found.engine, EmulatedLink(20e9, 2e-6)
         pipeline = Pipeline(engine, link)
@@ -206,7 +206,7 @@ def test_a_pipeline_moves_exact_bytes_while_it_learns(kind, tmp_path) -> None:
 
 
 def test_a_fixed_pipeline_does_as_told(tmp_path) -> None:
-    options = EngineOptions(depth=8, segment_nbytes=MIB, hugepages=False)
+    options = QueueOptions(depth=8, segment_nbytes=MIB, hugepages=False)
     with medium("ram", tmp_path, options) as found:
         link = EmulatedLink(20e9)
         pipeline = Pipeline(found.engine, link, "fixed", chunk_nbytes=128 * KIB, depth=3)
@@ -225,7 +225,7 @@ def test_a_fixed_pipeline_does_as_told(tmp_path) -> None:
 
 
 def test_transfers_queued_behind_others_are_planned_apart(tmp_path) -> None:
-    options = EngineOptions(depth=8, segment_nbytes=MIB, hugepages=False)
+    options = QueueOptions(depth=8, segment_nbytes=MIB, hugepages=False)
     with medium("ram", tmp_path, options) as found:
         engine, link = found.engine, EmulatedLink(5e9)
         pipeline, other = Pipeline(engine, link), Pipeline(engine, link)

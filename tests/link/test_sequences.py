@@ -25,8 +25,8 @@ GRANULARITIES = ("layer", "head")
 STEPS = [1, 1, 30, 67, 1, 210, 1, 136, 3]
 WAYS = {
     "uring": {"engine": "uring"},
-    "both paths": {"residency": "paper", "page_cache": "150 KiB"},
-    "page cache": {"residency": "pagecache"},
+    "both paths": {"policy": "paper", "memory": "150 KiB"},
+    "page cache": {"policy": "pagecache"},
     "pagecache engine": {"engine": "pagecache"},
     "ram": {},
 }
@@ -196,7 +196,7 @@ def test_futures(ram):
 
 
 def test_a_damaged_chunk_is_never_returned(folder, device):
-    with linked_store(folder, device, residency="direct") as linked:
+    with linked_store(folder, device, policy="direct") as linked:
         sequence, reference = begun(linked, "layer", [600])
         linked.store.flush()
         flip(linked.store.engine.where, sequence._layers[1].offsets[1] + 20000)
@@ -278,7 +278,7 @@ def test_the_other_path_delivers_what_one_cannot(folder):
 
 def test_what_was_read_ahead_is_dropped_in_flight(folder):
     """Memory of the device stays until the last copy into it is over."""
-    with linked_store(folder, *EMULATED.values, residency="direct") as linked:
+    with linked_store(folder, *EMULATED.values, policy="direct") as linked:
         sequence, reference = written(linked, "layer", [600])
         reference.check(sequence, device=linked.device)
         linked.link.pause()
@@ -313,7 +313,7 @@ def test_what_was_read_ahead_is_dropped_in_flight(folder):
 
 @pytest.mark.parametrize("how", ["truncate", "delete", "from elsewhere", "too long"])
 def test_what_nobody_wants_any_more_is_not_read(folder, how):
-    with linked_store(folder, *EMULATED.values, residency="direct") as linked:
+    with linked_store(folder, *EMULATED.values, policy="direct") as linked:
         shape = spdk_kv.KVShape(1, 4, 128, torch.float32, 2000)
         sequence, kv = linked.store.sequence("s", shape), torch.ones(1, 4, 1024, 128)
         sequence.append(0, kv, kv)

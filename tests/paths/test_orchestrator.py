@@ -361,14 +361,14 @@ def test_stats_and_why_tell_the_same_story(folder: Path) -> None:
 
 @engines
 def test_pagecache_writes_through_the_cache_and_direct_uses_none(folder: Path, engine: str) -> None:
-    with open_dual(folder / "a", engine=engine, residency="pagecache") as store:
+    with open_dual(folder / "a", engine=engine, policy="pagecache") as store:
         sequence, reference = filled(store)
         assert resident_nbytes(store) == UNITS * UNIT_NBYTES  # before any read
         turns(sequence, reference, 2)
         told = store.stats()["residency"]
         assert told["direct_read_nbytes"] == told["filled_nbytes"] == 0
         assert told["cached_read_nbytes"] == 2 * UNITS * UNIT_NBYTES
-    with open_dual(folder / "a", engine=engine, capacity=None, residency="direct") as store:
+    with open_dual(folder / "a", engine=engine, capacity=None, policy="direct") as store:
         again = store.sequence("s")
         turns(again, reference, 2)
         assert store.paths.cache is None
@@ -379,7 +379,7 @@ def test_pagecache_writes_through_the_cache_and_direct_uses_none(folder: Path, e
 
 
 def test_paper_binds_the_first_layers_for_good(folder: Path) -> None:
-    with open_dual(folder, 3 * UNIT_NBYTES, residency="paper") as store:
+    with open_dual(folder, 3 * UNIT_NBYTES, policy="paper") as store:
         sequence, reference = filled(store)
         turns(sequence, reference, 2)
         assert paths(store) == list("CCCDDDDD")
@@ -409,9 +409,9 @@ def test_one_path_only_says_why(folder: Path, options: dict[str, str], reason: s
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"residency": "fast"}, "adaptive, paper, direct, pagecache"),
-        ({"page_cache": -1}, "negative|-1"),
-        ({"page_cache": "much"}, "much"),
+        ({"policy": "fast"}, "adaptive, paper, direct, pagecache"),
+        ({"memory": -1}, "negative|-1"),
+        ({"memory": "much"}, "much"),
     ],
 )
 def test_wrong_residency_is_refused_before_a_store_is_begun(
@@ -424,7 +424,7 @@ def test_wrong_residency_is_refused_before_a_store_is_begun(
 
 @pytest.mark.parametrize("given", ["3 MiB", 3 * 1024 * KIB])
 def test_page_cache_is_the_budget(folder: Path, given: str | int) -> None:
-    with open_store(folder, capacity="64 MiB", page_cache=given) as store:
+    with open_store(folder, capacity="64 MiB", memory=given) as store:
         sequence, reference = filled(store)
         turns(sequence, reference)
         told = store.stats()["residency"]

@@ -147,7 +147,7 @@ def test_bytes_are_those_appended_whatever_is_decided(
     engine: str, residency: str, granularity: str
 ) -> None:
     fields = {
-        "options": {"engine": engine, "residency": residency},
+        "options": {"engine": engine, "policy": residency},
         "granularity": granularity,
     }
     machine = type(f"Paths_{engine}_{residency}_{granularity}", (PathsMachine,), fields)
@@ -401,7 +401,7 @@ def test_a_demand_read_overtakes_a_long_prefetch(folder: Path, engine: str, budg
 
 
 def test_prefetched_layers_follow_the_path_of_each_half(folder: Path) -> None:
-    with open_dual(folder, residency="paper", budget=3 * UNIT_NBYTES) as store:
+    with open_dual(folder, policy="paper", budget=3 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
         turns(sequence, reference)
         assert paths(store) == list("CCCDDDDD")

@@ -121,7 +121,7 @@ def test_some_heads(store, granularity, heads):
 
 
 def test_heads_that_lie_apart_are_read_alone(folder):
-    with open_store(folder, capacity="64 MiB", residency="direct") as store:
+    with open_store(folder, capacity="64 MiB", policy="direct") as store:
         sequence, reference = begun(store, "head", [600])
         store.flush()
         before = store.stats()["transfers"]["read_nbytes"]
@@ -171,7 +171,7 @@ def test_changes_between_prefetch_and_read(store, granularity):
 
 
 def test_a_prefetch_is_read_once_and_not_again(folder):
-    with open_store(folder, capacity="64 MiB", residency="direct") as store:
+    with open_store(folder, capacity="64 MiB", policy="direct") as store:
         sequence, reference = begun(store, "layer", [600])
         store.flush()
         sequence.prefetch([0])

@@ -24,6 +24,7 @@ from engines.spdk import drives
 from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.store import KVStore
 from support.media import read, write
+from support.options import grouped
 
 FILE_ENGINES = ("uring", "threads", "pagecache")
 DATA_START = 1 << 20
@@ -46,13 +47,14 @@ def folder_fixture() -> Iterator[Path]:
 
 
 def open_store(where: Path | str, **options: Any) -> KVStore:
-    """A small store in a folder, or at a URI. With a target in the environment (drives.py) a
-    folder gets the index, and a namespace of the target the data."""
+    """A small store in a folder, or at a URI; ``options`` are flat, see :func:`grouped`. With a
+    target in the environment (drives.py) a folder gets the index, and a namespace of the target
+    the data."""
     wanted = SMALL | {"capacity": "16 MiB"} | options
     if drives.in_use() and "://" not in str(where):
-        return spdk_kv.open(**drives.instead_of(Path(where), wanted))
+        return spdk_kv.open(**grouped(drives.instead_of(Path(where), wanted)))
     location = where if isinstance(where, str) else f"file://{where}"
-    return spdk_kv.open(location, **wanted)
+    return spdk_kv.open(location, **grouped(wanted))
 
 
 def reopen(where: Path | str, **options: Any) -> KVStore:

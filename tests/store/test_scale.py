@@ -27,8 +27,9 @@ def resident():
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmRSS"))
 
 def open_it():
-    return spdk_kv.open(f"file://{sys.argv[1]}", capacity="512 MiB", engine="pagecache",
-                        depth=4, segment="64 KiB", flush_interval_s=None)
+    engine = spdk_kv.EngineOptions("pagecache", depth=4, segment="64 KiB")
+    return spdk_kv.open(f"file://{sys.argv[1]}", capacity="512 MiB", engine=engine,
+                        flush_interval_s=None)
 
 array = np.zeros(16, np.float16)
 with open_it() as store:  # what the first put of all brings into memory is not the blobs'

@@ -27,7 +27,7 @@ from spdk_kv.index import database as index_module
 from spdk_kv.index.database import Index
 from spdk_kv.placement import lock
 from spdk_kv.placement.superblock import COPY_OFFSETS
-from spdk_kv.store import opening
+from spdk_kv.store import parts
 from store.helpers import (
     assert_same,
     check_books,
@@ -237,7 +237,7 @@ def test_crashes_amid_opening_one_after_another_are_no_old_copies(folder, monkey
             reopen(store)
     # Then the index says that another is meant, and the data does not get it.
     with monkeypatch.context() as patch:
-        patch.setattr(opening, "_write_superblock", crash)
+        patch.setattr(parts, "_write_superblock", crash)
         with pytest.raises(SystemExit):
             reopen(store)
     with reopen(store) as opened:

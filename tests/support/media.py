@@ -14,11 +14,11 @@ import numpy as np
 
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import READ, WRITE
-from spdk_kv.engines import Engine, EngineOptions, open_engine, parse_location
+from spdk_kv.engines import Engine, QueueOptions, open_engine, parse_location
 from support import blockdev
 
 NBYTES = 8 << 20
-SMALL = EngineOptions(depth=4, segment_nbytes=48 << 10, hugepages=False)
+SMALL = QueueOptions(depth=4, segment_nbytes=48 << 10, hugepages=False)
 
 FILES = [f"{engine}-file" for engine in ("uring", "threads", "pagecache")]
 BLOCKS = ["uring-loop", "uring-partition", "threads-loop", "pagecache-loop"]
@@ -112,7 +112,7 @@ def image(folder: Path, nbytes: int = NBYTES) -> Path:
 
 
 @contextlib.contextmanager
-def medium(kind: str, folder: Path, options: EngineOptions = SMALL) -> Iterator[Medium]:
+def medium(kind: str, folder: Path, options: QueueOptions = SMALL) -> Iterator[Medium]:
     """``kind``: an engine's name, and after a dash what it stands on."""
     name, _, on = kind.partition("-")
     with contextlib.ExitStack() as stack:

@@ -151,7 +151,7 @@ def _run(
     """``limit``: of the cgroup; ``page_cache``: what the store is told instead. SpdkKvError."""
     from spdk_kv.measure import Case, run_apart
 
-    options = {} if page_cache is None or variant != "dual" else {"page_cache": page_cache}
+    options = {} if page_cache is None or variant != "dual" else {"memory": page_cache}
     with _group(page_cache is None) as group:
         case = Case(
             variant=variant,

@@ -20,7 +20,7 @@ from spdk_kv.terminal import console, json_option, on_terminal, print_json, prog
 from spdk_kv.units import GIB, KIB, MIB, align_down, format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
-    from spdk_kv.engines import Engine, EngineOptions
+    from spdk_kv.engines import Engine, QueueOptions
     from spdk_kv.measure import Measurement, Workload
 
 _OPS = ("read", "write", "randread")
@@ -103,12 +103,12 @@ def bench_io(
     afterwards, whatever happens; stores in that folder are not touched. A device is only read,
     unless its path or URI is repeated.
     """
-    from spdk_kv.engines import EngineOptions
+    from spdk_kv.engines import QueueOptions
     from spdk_kv.measure import Workload, measure
 
     try:
         place = parse_location(location)
-        options = EngineOptions(depth, segment_nbytes)
+        options = QueueOptions(depth, segment_nbytes)
     except ValueError as wrong:
         raise click.UsageError(str(wrong)) from wrong
     _check_memory(depth, segment_nbytes)
@@ -197,7 +197,7 @@ def _default_size(place: Location) -> int:
 
 @contextmanager
 def _opened(
-    place: Location, engine: str | None, options: EngineOptions, nbytes: int
+    place: Location, engine: str | None, options: QueueOptions, nbytes: int
 ) -> Iterator[Engine]:
     """The engine, over ``nbytes`` that were written before (a device: whatever is there)."""
     from spdk_kv.engines import open_engine

@@ -93,11 +93,11 @@ def _nvme_location(text: str) -> Location:
 
 def _check_location(place: Location) -> Check:
     """Connects to the drive for a moment."""
-    from spdk_kv.engines import EngineOptions, SpdkEngine, open_engine
+    from spdk_kv.engines import QueueOptions, SpdkEngine, open_engine
     from spdk_kv.errors import SpdkKvError
 
     try:
-        drive = open_engine(place, options=EngineOptions(depth=1, segment_nbytes=4096))
+        drive = open_engine(place, options=QueueOptions(depth=1, segment_nbytes=4096))
     except SpdkKvError as refused:
         return Check(str(place), "missing", str(refused))
     assert isinstance(drive, SpdkEngine)

@@ -10,7 +10,7 @@ import stat
 from dataclasses import replace
 
 from spdk_kv._native.transfer import DISCARD
-from spdk_kv.engines.base import EngineOptions
+from spdk_kv.engines.base import QueueOptions
 from spdk_kv.engines.pagecache.shared import SharedPageCacheEngine
 from spdk_kv.errors import EngineUnavailable
 from spdk_kv.units import format_nbytes
@@ -40,7 +40,7 @@ class CopyPageCacheEngine(SharedPageCacheEngine):
         EngineUnavailable: ``folder`` cannot be used; see :func:`check_page_cache_dir`.
     """
 
-    def __init__(self, folder: str, capacity_nbytes: int, options: EngineOptions) -> None:
+    def __init__(self, folder: str, capacity_nbytes: int, options: QueueOptions) -> None:
         self._file_nbytes = capacity_nbytes
         # Hugepages stay with the drive's engine, which may depend on them.
         super().__init__(folder, replace(options, hugepages=False, queue_pairs=1))
@@ -85,24 +85,24 @@ def check_page_cache_dir(folder: str) -> None:
 def _open_unnamed(folder: str) -> int:
     try:
         if not stat.S_ISDIR(os.stat(folder).st_mode):
-            raise EngineUnavailable(f"page_cache_dir has to be a folder; {folder} is none")
+            raise EngineUnavailable(f"the page cache's folder has to be a folder; {folder} is none")
         fd = _create(folder)
     except FileNotFoundError as missing:
         raise EngineUnavailable(
-            f"page_cache_dir {folder} does not exist: make it, on a drive with room for what the "
-            "page cache will hold"
+            f"the page cache's folder {folder} does not exist: make it, on a drive with room for "
+            "what the page cache will hold"
         ) from missing
     except OSError as refused:
         raise EngineUnavailable(
-            f"no file can be made in page_cache_dir {folder} ({refused.strerror}): use a folder "
-            "that this user may write to"
+            f"no file can be made in the page cache's folder {folder} ({refused.strerror}): use "
+            "one that this user may write to"
         ) from refused
     kind = _in_memory(fd)
     if kind is not None:
         os.close(fd)
         raise EngineUnavailable(
-            f"page_cache_dir {folder} is on {kind}, whose files are memory that the kernel cannot "
-            "take back, and no page cache: use a folder on a drive"
+            f"the page cache's folder {folder} is on {kind}, whose files are memory that the "
+            "kernel cannot take back, and no page cache: use a folder on a drive"
         )
     return fd
 

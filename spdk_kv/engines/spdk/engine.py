@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from spdk_kv._native.transfer import DISCARD, Queue, Transfer
-from spdk_kv.engines.base import Engine, EngineOptions, op_name
+from spdk_kv.engines.base import Engine, QueueOptions, op_name
 from spdk_kv.engines.location import Location
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
 from spdk_kv.engines.spdk import environment
@@ -94,7 +94,7 @@ class SpdkEngine(Engine):
     name = "spdk"
     direct = True
 
-    def __init__(self, location: Location, options: EngineOptions) -> None:
+    def __init__(self, location: Location, options: QueueOptions) -> None:
         super().__init__(str(location), options)
         self._transport_id = transport_id(location)
         spdk = environment.bindings()

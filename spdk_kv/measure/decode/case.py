@@ -30,12 +30,12 @@ from spdk_kv.measure.decode.load import Load, Noise
 from spdk_kv.measure.decode.replay import Device, KVPath, Moment, Replay, StorePath
 from spdk_kv.measure.touch_memory import touch_free_memory
 
-# Variant -> what spdk_kv.open is told. All other settings but hugepages are the defaults.
+# Variant -> fields of PageCacheOptions. All other settings but hugepages are the defaults.
 STORE_VARIANTS: dict[str, dict[str, Any]] = {
-    "direct": {"residency": "direct"},
-    "pagecache": {"residency": "pagecache"},
-    "paper": {"residency": "paper"},
-    "dual": {"residency": "adaptive"},
+    "direct": {"policy": "direct"},
+    "pagecache": {"policy": "pagecache"},
+    "paper": {"policy": "paper"},
+    "dual": {"policy": "adaptive"},
 }
 
 # Decode steps in which a path finds its place: units are promoted, and buffers are made.
@@ -50,7 +50,8 @@ Maker = Callable[["Case", Noise, Device, Path], KVPath]
 class Case:
     """``folder``: on the drive to be measured. ``group``: path of a memory cgroup to go into
     (empty: none), ``group_version`` of it, ``limit_nbytes`` its limit (None: none).
-    ``options``: more for :func:`spdk_kv.open`; ``ahead``: layers read ahead of the one in use.
+    ``options``: more fields of :class:`spdk_kv.PageCacheOptions`; ``ahead``: layers read ahead of
+    the one in use.
     ``drop_caches``: the machine's page cache is emptied first (needs root). ``seconds``: no further
     step is begun after so many, once there were three. ``changes``: step -> the limit from that
     step on."""

@@ -124,7 +124,7 @@ class StorePath:
     """spdk_kv itself: a temporary sequence, read ahead in the order of the layers.
 
     ``ahead``: layers asked for before they are needed (0: nothing is read ahead). ``options``:
-    those of :func:`spdk_kv.open` that choose the path.
+    fields of :class:`spdk_kv.PageCacheOptions`, which choose the path.
     """
 
     def __init__(
@@ -136,6 +136,7 @@ class StorePath:
         options: dict[str, Any],
         ahead: int = 2,
     ) -> None:
+        from spdk_kv.store import EngineOptions, PageCacheOptions
         from spdk_kv.store import open as open_store
 
         self._load = load
@@ -154,7 +155,12 @@ class StorePath:
         room = shape.nbytes + shape.layers * (1 << 20)
         # Without reserved hugepages: they count under no limit, and others may take them between a
         # run that measures what the variant needs beside the KV cache, and the next.
-        self._store = open_store(location, capacity=room, **({"hugepages": False} | options))
+        self._store = open_store(
+            location,
+            capacity=room,
+            engine=EngineOptions(hugepages=False),
+            page_cache=PageCacheOptions(**options),
+        )
         self._sequence = self._store.sequence("replay", shape, temporary=True)
         self._sequence.read_ahead = False
 

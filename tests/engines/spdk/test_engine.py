@@ -28,7 +28,7 @@ from engines.test_contract import (  # noqa: F401
     test_nothing_to_move_is_done_at_once,
 )
 from spdk_kv._native.transfer import READ, WRITE
-from spdk_kv.engines import EngineOptions, open_engine, parse_location
+from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.engines.spdk.engine import SpdkEngine
 from spdk_kv.errors import ClosedError, DeviceGone, EngineUnavailable
 from support.media import SMALL, Medium, address_of, memory, read, write
@@ -56,7 +56,7 @@ def connections(target: Target, namespaces: None) -> Iterator[None]:
         engine.close()
 
 
-def opened(target: Target, transport: str, nsid: int, options: EngineOptions = SMALL) -> SpdkEngine:
+def opened(target: Target, transport: str, nsid: int, options: QueueOptions = SMALL) -> SpdkEngine:
     engine = open_engine(parse_location(target.uri(transport, nsid)), options=options)
     assert isinstance(engine, SpdkEngine)
     return engine
@@ -129,7 +129,7 @@ def test_namespaces_of_one_controller_work_at_once(target, transport):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_thousand_transfers_at_depth_two(target, transport):
-    engine = opened(target, transport, 2, EngineOptions(depth=2, segment_nbytes=4096))
+    engine = opened(target, transport, 2, QueueOptions(depth=2, segment_nbytes=4096))
     source = memory(1000 * 4096)
     source[:] = np.frombuffer(np.random.default_rng(0).bytes(source.nbytes), np.uint8)
     running = []
@@ -148,7 +148,7 @@ def test_a_thousand_transfers_at_depth_two(target, transport):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_commands_larger_than_the_drive_takes_are_split(target, transport):
-    engine = opened(target, transport, 1, EngineOptions(depth=4, segment_nbytes=4 * MIB))
+    engine = opened(target, transport, 1, QueueOptions(depth=4, segment_nbytes=4 * MIB))
     assert engine.namespace["max_transfer_nbytes"] < 4 * MIB
     data = np.random.default_rng(7).bytes(7 * MIB)
     write(engine, 0, data)
@@ -187,7 +187,7 @@ def test_another_program_reads_the_same_bytes(target, tmp_path):
 
 def test_memory_comes_back(target):
     # Each takes 128 MiB of the 512 that there are.
-    large = EngineOptions(depth=16, segment_nbytes=4 * MIB)
+    large = QueueOptions(depth=16, segment_nbytes=4 * MIB)
     for _ in range(8):
         engine = opened(target, "vfiouser", 2, large)
         lease = engine.allocate(32 * MIB)
@@ -214,7 +214,7 @@ def test_what_is_not_there_is_refused(target):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_transfers_are_dealt_out_to_several_queue_pairs(target, transport):
-    options = EngineOptions(depth=4, segment_nbytes=64 << 10, queue_pairs=3)
+    options = QueueOptions(depth=4, segment_nbytes=64 << 10, queue_pairs=3)
     engine = opened(target, transport, 2, options)
     data = np.random.default_rng(5).bytes(4 * MIB)
     futures, sides = [], []
@@ -251,6 +251,6 @@ def test_transfers_are_dealt_out_to_several_queue_pairs(target, transport):
 
 def test_several_queue_pairs_are_for_nvme_only(tmp_path):
     with pytest.raises(ValueError, match="engine spdk"):
-        open_engine(parse_location("ram://"), options=EngineOptions(queue_pairs=2))
+        open_engine(parse_location("ram://"), options=QueueOptions(queue_pairs=2))
     with pytest.raises(ValueError, match="1 to 64"):
-        EngineOptions(queue_pairs=0)
+        QueueOptions(queue_pairs=0)

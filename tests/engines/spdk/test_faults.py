@@ -12,7 +12,7 @@ import pytest
 
 from engines.spdk.target import Target, target_fixture
 from spdk_kv._native.transfer import READ, WRITE, Transfer
-from spdk_kv.engines import EngineOptions, open_engine, parse_location
+from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.engines.spdk.engine import SpdkEngine
 from spdk_kv.errors import ClosedError, DeviceError, DeviceGone, DeviceTimeout, SpdkKvError
 from support.media import SMALL, address_of, memory, read, write
@@ -39,7 +39,7 @@ def namespaces(target: Target) -> None:
 
 
 def opened(target: Target, transport: str, nsid: int = 1, depth: int = 4) -> SpdkEngine:
-    options = EngineOptions(depth=depth, segment_nbytes=SMALL.segment_nbytes)
+    options = QueueOptions(depth=depth, segment_nbytes=SMALL.segment_nbytes)
     engine = open_engine(parse_location(target.uri(transport, nsid)), options=options)
     assert isinstance(engine, SpdkEngine)
     return engine

@@ -250,11 +250,11 @@ def _without_hugepages(uri):
 def test_too_little_memory_is_an_error_with_the_remedy(uri):
     script(
         """
-        from spdk_kv.engines import EngineOptions
+        from spdk_kv.engines import QueueOptions
         from spdk_kv.errors import EngineUnavailable
         environment.configure(LEAN)
         try:
-            open_engine(parse_location(uri), options=EngineOptions(64, 4 << 20))
+            open_engine(parse_location(uri), options=QueueOptions(64, 4 << 20))
         except EngineUnavailable as refused:
             assert "hugepages" in str(refused), refused
         else:

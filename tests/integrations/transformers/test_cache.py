@@ -24,7 +24,7 @@ from integrations.transformers.models import (
 )
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.integrations.transformers import OffloadedKVCache
-from spdk_kv.store import KVStore
+from spdk_kv.store import EngineOptions, KVStore
 from spdk_kv.store import open as open_store
 
 
@@ -38,7 +38,9 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[KVStore]:
-    with open_store(f"file://{tmp_path}/kv", capacity="256 MiB", segment="64 KiB") as opened:
+    with open_store(
+        f"file://{tmp_path}/kv", capacity="256 MiB", engine=EngineOptions(segment="64 KiB")
+    ) as opened:
         yield opened
 
 

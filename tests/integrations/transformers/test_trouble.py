@@ -22,7 +22,7 @@ from integrations.transformers.models import (
 )
 from spdk_kv.errors import CapacityError, CorruptionError, ShapeMismatch, SpdkKvError
 from spdk_kv.integrations.transformers.cache import CACHE_ARGUMENT, OffloadedKVCache, layer_windows
-from spdk_kv.store import KVStore
+from spdk_kv.store import EngineOptions, KVStore
 from spdk_kv.store import open as open_store
 
 
@@ -36,7 +36,9 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[KVStore]:
-    with open_store(f"file://{tmp_path}/kv", capacity="256 MiB", segment="64 KiB") as opened:
+    with open_store(
+        f"file://{tmp_path}/kv", capacity="256 MiB", engine=EngineOptions(segment="64 KiB")
+    ) as opened:
         yield opened
 
 

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from spdk_kv._native.transfer import READ, WRITE
-from spdk_kv.engines import Engine, EngineOptions, open_engine, parse_location
+from spdk_kv.engines import Engine, QueueOptions, open_engine, parse_location
 
 # A busy host may let the machine wait as long.
 PATIENCE_S = 300.0
@@ -16,7 +16,7 @@ PATIENCE_S = 300.0
 
 def open_drive(address: str, **options: Any) -> Engine:
     """The engine on namespace 1 of the drive at a PCI address."""
-    return open_engine(parse_location(f"spdk://{address}/1"), options=EngineOptions(**options))
+    return open_engine(parse_location(f"spdk://{address}/1"), options=QueueOptions(**options))
 
 
 def pattern(seed: int, nbytes: int) -> bytes:

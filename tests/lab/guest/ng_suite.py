@@ -37,7 +37,7 @@ from engines.test_contract import (  # noqa: E402, F401
     test_nothing_to_move_is_done_at_once,
 )
 from spdk_kv._native.transfer import READ  # noqa: E402
-from spdk_kv.engines import EngineOptions, open_engine, parse_location  # noqa: E402
+from spdk_kv.engines import QueueOptions, open_engine, parse_location  # noqa: E402
 from spdk_kv.errors import (  # noqa: E402
     DeviceError,
     EngineUnavailable,
@@ -94,7 +94,7 @@ def generic(serial: str) -> str:
     return node_of(serial).replace("/nvme", "/ng")
 
 
-def opened(serial: str, options: EngineOptions = SMALL):
+def opened(serial: str, options: QueueOptions = SMALL):
     return open_engine(parse_location(f"ng://{generic(serial)}"), options=options)
 
 
@@ -117,7 +117,7 @@ def blank(request: pytest.FixtureRequest) -> str:
 
 
 def test_a_drive_says_what_it_is():
-    engine = opened("LAB-N1", EngineOptions())
+    engine = opened("LAB-N1", QueueOptions())
     found = engine.namespace
     assert (found.serial, found.nsid, engine.capacity_nbytes) == ("LAB-N1", 1, SMALL_NBYTES)
     assert engine.identity.startswith("LAB-N1 ")
@@ -133,7 +133,7 @@ def test_a_drive_says_what_it_is():
 @pytest.mark.parametrize("serial", DRIVES)
 def test_the_largest_commands_carry_scattered_pages(serial):
     """Pages that lie beside each other in memory are one segment; these are made not to."""
-    engine = opened(serial, EngineOptions(depth=8, hugepages=False))
+    engine = opened(serial, QueueOptions(depth=8, hugepages=False))
     data = pattern(11, 8 * MIB)
     write(engine, MIB, data)
     scattered = memory(len(data) + BLOCK, 4)
@@ -164,7 +164,7 @@ def test_the_disk_is_held_meanwhile_and_free_afterwards():
 
 
 def test_a_lost_block_is_an_error_with_its_name():
-    engine = opened("LAB-BAD", EngineOptions(depth=4, segment_nbytes=64 << 10))
+    engine = opened("LAB-BAD", QueueOptions(depth=4, segment_nbytes=64 << 10))
     with pytest.raises(DeviceError, match="Unrecovered Read Error") as failed:
         read(engine, 4096 * 512, 512)  # BAD_BLOCKS of conftest.py
     assert (failed.value.op, failed.value.status) == ("read", 0x281)

@@ -13,7 +13,7 @@ import time
 from drive import address_of, node_of, take
 from engine import open_drive, pattern, read, tell, write
 
-from spdk_kv.engines import EngineOptions, open_engine, parse_location
+from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.errors import DeviceError
 
 MIB = 1 << 20
@@ -21,7 +21,7 @@ data = pattern(3, 8 * MIB)
 if "ng" in sys.argv:
     address = address_of(sys.argv[1])
     node = node_of(sys.argv[1]).replace("/nvme", "/ng")
-    engine = open_engine(parse_location(f"ng://{node}"), options=EngineOptions(16, 128 << 10))
+    engine = open_engine(parse_location(f"ng://{node}"), options=QueueOptions(16, 128 << 10))
 else:
     address = take(sys.argv[1])
     engine = open_drive(address, segment_nbytes=128 << 10)

@@ -56,7 +56,7 @@ class Apart:
         return self.index is not None
 
     def open(self, budget: int = PLENTY, **options: Any) -> KVStore:
-        wanted: dict[str, Any] = {"page_cache_dir": self.copies}
+        wanted: dict[str, Any] = {"folder": self.copies}
         if self.index is not None:
             wanted |= {"capacity": None, "index_dir": self.index, "create": not self.begun}
             self.begun = True

@@ -61,7 +61,7 @@ class ApartMachine(RuleBasedStateMachine):
         self.references = [Reference(LITTLE, seed) for seed in (0, 10**6)]
 
     def open(self) -> None:
-        options: dict[str, Any] = {"residency": self.residency}
+        options: dict[str, Any] = {"policy": self.residency}
         if not self.apart.lasting:
             options["capacity"] = "5 MiB"
         self.store = self.apart.open(**options)

@@ -50,7 +50,7 @@ def test_the_file_of_copies_has_no_name_and_is_nobody_elses(apart: Apart) -> Non
 
 @pytest.mark.parametrize("residency", ["adaptive", "paper", "pagecache"])
 def test_policies_decide_as_on_one_medium(apart: Apart, residency: str) -> None:
-    with apart.open(3 * UNIT_NBYTES, residency=residency) as store:
+    with apart.open(3 * UNIT_NBYTES, policy=residency) as store:
         sequence, reference = filled(store)
         fully(store, sequence, reference)
         turns(sequence, reference, 2)
@@ -61,14 +61,14 @@ def test_policies_decide_as_on_one_medium(apart: Apart, residency: str) -> None:
         assert (told["paths"], told["page_cache_dir"]) == (2, str(apart.copies))
     if apart.lasting:
         # The truth is on the drive: nothing else is needed to have it back.
-        with apart.open(page_cache_dir=None, create=False) as store:
+        with apart.open(folder=None, create=False) as store:
             turns(store.sequence("s"), reference)
             assert store.stats()["residency"]["page_cache_dir"] is None
             check_books(store)
 
 
 def test_direct_uses_no_folder(apart: Apart) -> None:
-    with apart.open(residency="direct") as store:
+    with apart.open(policy="direct") as store:
         sequence, reference = filled(store)
         turns(sequence, reference, 2)
         told = store.stats()["residency"]
@@ -92,16 +92,18 @@ def test_a_folder_is_refused_where_one_medium_has_both_paths(
     folder: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    with pytest.raises(ValueError, match="needs no page_cache_dir"):
-        spdk_kv.open(where.format(folder / "store"), page_cache_dir=folder)
+    with pytest.raises(ValueError, match="needs no folder for the page cache"):
+        spdk_kv.open(
+            where.format(folder / "store"), page_cache=spdk_kv.PageCacheOptions(folder=folder)
+        )
     assert list(folder.iterdir()) == []
 
 
 def test_a_folder_is_refused_where_there_is_nothing_to_copy_or_to_check(folder: Path) -> None:
     with pytest.raises(ValueError, match="keeps no bytes"):
-        open_store("null://", page_cache_dir=folder)
+        open_store("null://", folder=folder)
     with pytest.raises(ValueError, match="verify=True"):
-        open_store("ram://", page_cache_dir=folder, verify=False)
+        open_store("ram://", folder=folder, verify=False)
 
 
 def test_folders_that_will_not_do_are_refused_before_a_store_is_begun(
@@ -117,7 +119,7 @@ def test_folders_that_will_not_do_are_refused_before_a_store_is_begun(
         bad[Path("/dev/shm")] = "on tmpfs, whose files are memory"
     for where, complaint in bad.items():
         with pytest.raises(EngineUnavailable, match=complaint):
-            apart.open(page_cache_dir=where)
+            apart.open(folder=where)
     assert apart.index is None or not apart.index.exists()
     with apart.open(create=True) if apart.lasting else apart.open() as store:
         assert store.stats()["residency"]["paths"] == 2
@@ -128,7 +130,7 @@ def test_a_folder_that_may_not_be_written_is_refused(folder: Path) -> None:
         pytest.skip("root may write anywhere")
     folder.chmod(0o500)
     with pytest.raises(EngineUnavailable, match="Permission denied"):
-        open_store("ram://", page_cache_dir=folder)
+        open_store("ram://", folder=folder)
     folder.chmod(0o700)
 
 

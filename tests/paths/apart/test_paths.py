@@ -265,7 +265,7 @@ def test_damaged_copies_are_found_and_the_drive_delivers(
 def test_a_full_folder_means_reading_directly_and_is_told_once(
     apart: Apart, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with blockdev.ext4(folder, 8 * MIB) as small, apart.open(page_cache_dir=small) as store:
+    with blockdev.ext4(folder, 8 * MIB) as small, apart.open(folder=small) as store:
         sequence, reference = filled(store)
         turns(sequence, reference, 4)
         waited(store)
