@@ -4,7 +4,8 @@
     python bench/against_fio.py --fast-drive       on a simulated drive (needs root)
     python bench/against_fio.py --software         without a drive: our own cost alone
 
-Any of them together; --quick for a look in about a minute; --json FILE keeps every single figure.
+Any of them together; --quick for a look in about a minute; --json FILE keeps every single figure,
+as a list of records (record.py).
 Every round makes every run once, ours and fio's in turn and every other round in reverse; a ratio
 is taken within its round, so that what slows the machine for a while slows both sides of it.
 Ctrl-C ends it and removes its files.
@@ -13,7 +14,6 @@ Ctrl-C ends it and removes its files.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from contextlib import ExitStack
@@ -22,10 +22,11 @@ from pathlib import Path
 
 import fast_drive
 import machine
-import software_runs
-from drive_runs import TENSOR_NBYTES, Figure, drive_runs
+import record
+from runs import own_cost
+from runs.drive import TENSOR_NBYTES, Figure, drive_runs
+from runs.targets import COMPARISONS, COSTS, Comparison, Cost
 from spdk_kv.units import GIB, format_nbytes, parse_nbytes
-from targets import DRIVE_TARGETS, SOFTWARE_TARGETS, DriveTarget, SoftwareTarget
 
 Rounds = dict[str, list[Figure]]
 
@@ -61,34 +62,38 @@ def target_table(figures: Rounds) -> list[str]:
         "| what | ours | fio | compared, median (min to max) | target | |",
         "|---|---|---|---|---|---|",
     ]
-    return lines + [_target_row(target, figures) for target in DRIVE_TARGETS]
+    return lines + [_target_row(comparison, figures) for comparison in COMPARISONS]
 
 
-def _target_row(target: DriveTarget, figures: Rounds) -> str:
-    ours = [target.value(one) for one in figures[target.run]]
-    theirs = [target.value(one) for one in figures[target.yardstick]]
-    compared = [target.compare(a, b) for a, b in zip(ours, theirs, strict=True)]
+def _target_row(comparison: Comparison, figures: Rounds) -> str:
+    ours, theirs = _sides(comparison, figures)
+    found = comparison.compared(ours, theirs)
+    spread = "" if found.low is None else f" ({found.low:.3f} to {found.high:.3f})"
     cells = (
-        target.label,
-        f"{statistics.median(ours):.3g} {target.unit}",
+        comparison.label,
+        f"{statistics.median(ours):.3g} {comparison.unit}",
         f"{statistics.median(theirs):.3g}",
-        _spread(compared, 3),
-        target.wanted,
-        target.verdict(statistics.median(compared)),
+        f"{found.value:.3f}{spread}",
+        found.wanted,
+        found.verdict,
     )
     return f"| {' | '.join(cells)} |"
 
 
-def software_table(figures: dict[str, float]) -> list[str]:
+def _sides(comparison: Comparison, figures: Rounds) -> tuple[list[float], list[float]]:
+    ours = [comparison.value(one) for one in figures[comparison.run]]
+    return ours, [comparison.value(one) for one in figures[comparison.yardstick]]
+
+
+def cost_table(figures: dict[str, float]) -> list[str]:
     lines = ["| what | figure | target | |", "|---|---|---|---|"]
-    return lines + [_software_row(target, figures[target.figure]) for target in SOFTWARE_TARGETS]
+    return lines + [_cost_row(cost, figures[cost.figure]) for cost in COSTS]
 
 
-def _software_row(target: SoftwareTarget, figure: float) -> str:
-    if target.most is None:
-        return f"| {target.label} | {figure:.3g} {target.unit} | | |"
-    verdict = "met" if figure <= target.most else "missed"
-    return f"| {target.label} | {figure:.3g} {target.unit} | at most {target.most:g} | {verdict} |"
+def _cost_row(cost: Cost, figure: float) -> str:
+    found = cost.measured(figure)
+    cells = (cost.label, f"{figure:.3g} {cost.unit}", found.wanted, found.verdict)
+    return f"| {' | '.join(cells)} |"
 
 
 def _spread(values: list[float], digits: int) -> str:
@@ -111,7 +116,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="short runs, two rounds: a look only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the records there")
     words = parser.parse_args()
     if words.quick:
         words.seconds, words.rounds = 0.4, 2
@@ -124,38 +129,45 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     words = _arguments()
-    kept: dict[str, object] = {}
+    records: list[record.Record] = []
     with ExitStack() as undo:
         folders = [folder.resolve() for folder in words.dir]
         if words.fast_drive:
             # Three files, and what the filesystem and the blobs take.
             folders.append(undo.enter_context(fast_drive.fast_drive(3 * words.size + GIB)))
-        for folder in folders:
-            lines = machine.describe(folder)
-            print(f"\n## {machine.drive(folder)}\n")
-            print(*(f"- {line}" for line in lines), sep="\n")
-            print(
-                f"- method: {words.rounds} rounds of {words.seconds:g} s per run, files of "
-                f"{format_nbytes(words.size)}\n"
-            )
-            figures = measure_drive(folder, words.size, words.seconds, words.rounds)
-            print(*target_table(figures), "", *figure_table(figures), sep="\n", flush=True)
-            kept[str(folder)] = {
-                "machine": lines,
-                "runs": {name: [asdict(one) for one in seen] for name, seen in figures.items()},
-            }
+        records += [_against_fio(folder, words) for folder in folders]
         if words.software:
-            place = folders[-1] if folders else Path.cwd()
-            lines = machine.describe(place)
-            print("\n## Our own cost\n", *(f"- {line}" for line in lines), "", sep="\n")
-            costs = software_runs.null_engine(words.quick)
-            count = 20_000 if words.quick else 100_000
-            costs |= software_runs.many_blobs(place / "many-blobs", count)
-            print(f"{costs['blobs']:,.0f} blobs of 4 KiB, put in {costs['put_s']:.1f} s\n")
-            print(*software_table(costs), sep="\n")
-            kept["software"] = {"machine": lines, "figures": costs}
+            records.append(_own_cost(folders[-1] if folders else Path.cwd(), words.quick))
     if words.json:
-        words.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        record.write(words.json, records)
+
+
+def _against_fio(folder: Path, words: argparse.Namespace) -> record.Record:
+    """Measures on the drive under ``folder`` and prints the report."""
+    lines = machine.describe(folder)
+    method = (
+        f"{words.rounds} rounds of {words.seconds:g} s per run, files of "
+        f"{format_nbytes(words.size)}"
+    )
+    print(f"\n## {machine.drive(folder)}\n")
+    print(*(f"- {line}" for line in [*lines, f"method: {method}"]), "", sep="\n")
+    figures = measure_drive(folder, words.size, words.seconds, words.rounds)
+    print(*target_table(figures), "", *figure_table(figures), sep="\n", flush=True)
+    compared = [one.compared(*_sides(one, figures)) for one in COMPARISONS]
+    runs = {name: [asdict(one) for one in seen] for name, seen in figures.items()}
+    return record.today("fio", machine.label(folder), lines, method, compared, runs)
+
+
+def _own_cost(folder: Path, quick: bool) -> record.Record:
+    """Measures without a drive, but for the blobs in ``folder``, and prints the report."""
+    lines = machine.describe(folder)
+    print("\n## Our own cost\n", *(f"- {line}" for line in lines), "", sep="\n")
+    costs = own_cost.null_engine(quick)
+    costs |= own_cost.many_blobs(folder / "many-blobs", 20_000 if quick else 100_000)
+    method = f"{costs['blobs']:,.0f} blobs of 4 KiB, put in {costs['put_s']:.1f} s"
+    print(f"{method}\n", *cost_table(costs), sep="\n")
+    figures = [cost.measured(costs[cost.figure]) for cost in COSTS]
+    return record.today("own_cost", machine.label(folder), lines, method, figures, costs)
 
 
 if __name__ == "__main__":

@@ -5,270 +5,29 @@
 The drive is simulated: a target with its bytes in memory, on a core of its own, over vfio-user.
 Needs root, two cores, and SPDK's nvmf_tgt and spdk_nvme_perf on the PATH. Every round makes every
 run once, ours and perf's in turn; a ratio is taken within its round. Whatever else runs on the
-machine takes most of the speed away from both sides: look at the load that is printed.
+machine takes most of the speed away from both sides: check the load that is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import machine
-import spdk_kv
-from spdk_kv.engines import READ, Engine, QueueOptions, open_engine, parse_location
-from spdk_kv.measure import Load, filled_memory, measure
-from spdk_kv.units import GIB, KIB, MIB
+import record
+from runs.spdk import DRIVE_NBYTES, Figure, Row, fill, rows
+from spdk_kv.units import MIB
 from spdk_perf import LABEL, SimulatedDrive, simulated_drive
 
-DRIVE_NBYTES = GIB
-TENSOR_NBYTES = 64 * MIB
-DEPTH = 16
-RANDOM_DEPTH = 32
-RANDOM_SEGMENTS = 20_000
-SMALL = 4 * KIB
-# A PCIe 3.0 drive. The simulated one is bound by nothing but memory, which on a slow machine is no
-# faster than a PCIe 4.0 drive.
-LIMIT_MIB_S = 3072
+Rounds = dict[str, list[tuple[Figure, Figure]]]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """``value`` in ``unit`` (of the row); CPU-seconds per GiB, polling included, where it says
-    something."""
-
-    value: float
-    cpu_s_per_gib: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison. ``least``: what the ratio should reach; None: for information."""
-
-    label: str
-    unit: str
-    ours: Callable[[], Figure]
-    perf: Callable[[], Figure]
-    least: float | None = None
-
-
-def rows(drive: SimulatedDrive, seconds: float) -> list[Row]:
-    """All comparisons, in the order in which a round makes them."""
-    found = []
-    for op in ("read", "write"):
-        for size, name in ((128 * KIB, "128 KiB"), (MIB, "1 MiB")):
-            found.append(
-                Row(
-                    f"engine, {op} {name} x {DEPTH}",
-                    "GiB/s",
-                    lambda op=op, size=size: _engine(drive, op, size, seconds),
-                    lambda op=op, size=size: _perf(drive, op, size, seconds),
-                    0.97,
-                )
-            )
-    found.append(
-        Row(
-            f"engine, 4 KiB at random x {RANDOM_DEPTH}, one transfer",
-            "IOPS",
-            lambda: _one_transfer(drive, seconds),
-            lambda: Figure(drive.perf("randread", SMALL, RANDOM_DEPTH, seconds).iops),
-            0.90,
-        )
-    )
-    for verb, verify, least in (
-        ("get", True, 0.93),
-        ("put", True, 0.93),
-        ("get", False, None),
-        ("put", False, None),
-        ("put from its memory", True, None),
-    ):
-        op = verb.split()[0].replace("get", "read").replace("put", "write")
-        label = f"store.{verb}, 64 MiB{'' if verify else ', no checksum'}"
-        found.append(
-            Row(
-                label,
-                "GiB/s",
-                lambda verb=verb, verify=verify: _store(drive, verb, verify, seconds),
-                lambda op=op: _perf(drive, op, MIB, seconds),
-                least,
-            )
-        )
-        # perf moves the same 16 MiB of memory again and again, out of the caches' sight of DRAM.
-        # With as many buffers as a tensor has MiB, it meets the memory that a store meets.
-        found.append(
-            Row(
-                f"{label}; perf with 64 MiB of buffers",
-                "GiB/s",
-                lambda verb=verb, verify=verify: _store(drive, verb, verify, seconds),
-                lambda op=op: _perf(drive, op, MIB, seconds, TENSOR_NBYTES // MIB),
-            )
-        )
-    for verb, op in (("get", "read"), ("put", "write"), ("put from its memory", "write")):
-        found.append(
-            Row(
-                f"store.{verb}, 64 MiB; drive limited to {LIMIT_MIB_S / KIB:g} GiB/s",
-                "GiB/s",
-                lambda verb=verb: _limited(drive, lambda: _store(drive, verb, True, seconds)),
-                lambda op=op: _limited(drive, lambda: _perf(drive, op, MIB, seconds)),
-                0.93,
-            )
-        )
-    for quantile in (50, 99):
-        found.append(
-            Row(
-                f"store.get, 4 KiB x 1, p{quantile}",
-                "us",
-                lambda quantile=quantile: _small_gets(drive, quantile, seconds),
-                lambda quantile=quantile: _perf_latency(drive, quantile, seconds),
-            )
-        )
-    return found
-
-
-def _limited(drive: SimulatedDrive, run: Callable[[], Figure]) -> Figure:
-    drive.limit(LIMIT_MIB_S)
-    try:
-        return run()
-    finally:
-        drive.limit(0)
-
-
-def _perf(drive: SimulatedDrive, op: str, size: int, seconds: float, depth: int = DEPTH) -> Figure:
-    seen = drive.perf(op, size, depth, seconds)
-    return Figure(seen.gib_s, 1 / seen.gib_s)
-
-
-def _perf_latency(drive: SimulatedDrive, quantile: int, seconds: float) -> Figure:
-    seen = drive.perf("randread", SMALL, 1, seconds)
-    return Figure(seen.p50_us if quantile == 50 else seen.p99_us)
-
-
-def _open(drive: SimulatedDrive, size: int, depth: int) -> Engine:
-    return open_engine(parse_location(drive.uri), options=QueueOptions(depth, size))
-
-
-def _engine(drive: SimulatedDrive, op: str, size: int, seconds: float) -> Figure:
-    engine = _open(drive, size, DEPTH)
-    try:
-        seen = measure(engine, Load(op, size, DRIVE_NBYTES), seconds)
-    finally:
-        engine.close()
-    return Figure(seen.gib_s, seen.cpu_s_per_gib)
-
-
-def _one_transfer(drive: SimulatedDrive, seconds: float) -> Figure:
-    """Transfers of many random segments, one at a time: each fills the queue and drains it."""
-    engine = _open(drive, SMALL, RANDOM_DEPTH)
-    try:
-        memory = filled_memory(engine, RANDOM_DEPTH * SMALL)
-        slots = np.arange(RANDOM_SEGMENTS, dtype=np.uint64) % np.uint64(RANDOM_DEPTH)
-        addresses = np.uint64(memory.address) + slots * np.uint64(SMALL)
-        sizes = np.full(RANDOM_SEGMENTS, SMALL, dtype=np.uint64)
-        random = np.random.default_rng(1)
-        count = 0
-        began = time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < seconds:
-            offsets = random.integers(0, DRIVE_NBYTES // SMALL, RANDOM_SEGMENTS, dtype=np.uint64)
-            transfer = engine.transfer(READ)
-            transfer.keep(memory)
-            transfer.add_many(offsets * np.uint64(SMALL), addresses, sizes)
-            engine.run(transfer)
-            count += RANDOM_SEGMENTS
-    finally:
-        engine.close()
-    return Figure(count / elapsed)
-
-
-def _opened_store(drive: SimulatedDrive, folder: str) -> spdk_kv.KVStore:
-    """A new store, whatever was on the drive."""
-    _wipe(drive)
-    engine = spdk_kv.EngineOptions(staging="256 MiB")
-    return spdk_kv.open(
-        drive.uri, create=True, engine=engine, index_dir=folder, flush_interval_s=None
-    )
-
-
-def _store(drive: SimulatedDrive, verb: str, verify: bool, seconds: float) -> Figure:
-    """Tensors in turn; replaced ones free their extents with a commit, which is timed too.
-
-    ``verb``: get, put (from a tensor in ordinary memory, which the drive does not reach) or "put
-    from its memory" (from a tensor that was got, and lies where the drive reaches it).
-    """
-    tensor = torch.randint(0, 256, (TENSOR_NBYTES,), dtype=torch.uint8)
-    with tempfile.TemporaryDirectory() as folder, _opened_store(drive, folder) as store:
-        store.verify = verify
-        keys = [f"tensor-{number}" for number in range(6)]
-        for key in keys:
-            store.put(key, tensor)
-        if verb == "put from its memory":
-            tensor = store.get("tensor-0")
-            keys = keys[1:]
-        nbytes = 0
-        cpu, began = time.process_time(), time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < seconds:
-            key = keys[nbytes // TENSOR_NBYTES % len(keys)]
-            if verb == "get":
-                store.get(key)
-            else:
-                store.put(key, tensor)
-            nbytes += TENSOR_NBYTES
-        cpu = time.process_time() - cpu
-        return Figure(nbytes / GIB / elapsed, cpu / (nbytes / GIB))
-
-
-def _small_gets(drive: SimulatedDrive, quantile: int, seconds: float) -> Figure:
-    with tempfile.TemporaryDirectory() as folder, _opened_store(drive, folder) as store:
-        out = torch.zeros(SMALL, dtype=torch.uint8)
-        for number in range(1000):
-            store.put(f"small-{number}", out)
-        times = []
-        until = time.perf_counter() + seconds
-        while (began := time.perf_counter()) < until:
-            store.get(f"small-{len(times) * 7 % 1000}", out=out)
-            times.append(time.perf_counter() - began)
-        return Figure(float(np.percentile(times, quantile)) * 1e6)
-
-
-def _fill(drive: SimulatedDrive) -> None:
-    """Writes the whole drive once. What was never written lies in no memory: the kernel answers
-    with one page of zeros that is always in a cache, after a fault for each page of it."""
-    engine = _open(drive, MIB, DEPTH)
-    try:
-        memory = filled_memory(engine, MIB)
-        transfer = engine.transfer(spdk_kv.engines.base.WRITE)
-        transfer.keep(memory)
-        for offset in range(0, DRIVE_NBYTES, MIB):
-            transfer.add(offset, memory.address, MIB)
-        engine.run(transfer)
-    finally:
-        engine.close()
-
-
-def _wipe(drive: SimulatedDrive) -> None:
-    """A store is begun on blank drives only: both ends become that."""
-    engine = _open(drive, MIB, DEPTH)
-    try:
-        zeros = engine.allocate(MIB)
-        for offset in (0, DRIVE_NBYTES - MIB):
-            transfer = engine.transfer(spdk_kv.engines.base.WRITE)
-            transfer.keep(zeros)
-            transfer.add(offset, zeros.address, MIB)
-            engine.run(transfer)
-    finally:
-        engine.close()
-
-
-def table(compared: list[Row], figures: dict[str, list[tuple[Figure, Figure]]]) -> list[str]:
+def table(compared: list[Row], figures: Rounds) -> list[str]:
     lines = [
         "| what | ours | perf | ratio, median (min to max) | target | | CPU-s/GiB, ours and perf |",
         "|---|---|---|---|---|---|---|",
@@ -276,16 +35,15 @@ def table(compared: list[Row], figures: dict[str, list[tuple[Figure, Figure]]]) 
     for row in compared:
         pairs = figures[row.label]
         ours, perf = (statistics.median(pair[side].value for pair in pairs) for side in (0, 1))
-        ratios = [a.value / b.value for a, b in pairs]
-        middle = statistics.median(ratios)
-        verdict = "" if row.least is None else "met" if middle >= row.least else "missed"
+        found = row.compared(pairs)
+        spread = "" if found.low is None else f" ({found.low:.3f} to {found.high:.3f})"
         cells = (
             row.label,
             f"{ours:,.4g} {row.unit}" if row.unit != "IOPS" else f"{ours:,.0f} IOPS",
             f"{perf:,.4g}" if row.unit != "IOPS" else f"{perf:,.0f}",
-            f"{middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
-            "" if row.least is None else f"at least {row.least:g}",
-            verdict,
+            f"{found.value:.3f}{spread}",
+            found.wanted,
+            found.verdict,
             _cpu(pairs),
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -300,12 +58,29 @@ def _cpu(pairs: list[tuple[Figure, Figure]]) -> str:
     return " and ".join(f"{statistics.median(side):.3f}" for side in known)
 
 
+def measure_all(rounds: int, seconds: float, drive: SimulatedDrive) -> tuple[list[Row], Rounds]:
+    """Every row, and its pairs of figures in the order of the rounds."""
+    compared = rows(drive, seconds)
+    figures: Rounds = {row.label: [] for row in compared}
+    for number in range(rounds):
+        for row in compared:
+            if sys.stderr.isatty():
+                said = f"round {number + 1} of {rounds}: {row.label}"
+                print(f"\r\x1b[K{said}", end="", file=sys.stderr, flush=True)
+            if number % 2:
+                perf, ours = row.perf(), row.ours()
+            else:
+                ours, perf = row.ours(), row.perf()
+            figures[row.label].append((ours, perf))
+    return compared, figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one short round: a look only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the records there")
     words = parser.parse_args()
     if words.quick:
         words.seconds, words.rounds = 1.0, 1
@@ -314,35 +89,23 @@ def main() -> None:
         # perf has one core, and so have we: all our threads share it.
         os.sched_setaffinity(0, {drive.client_core})
         torch.set_num_threads(1)
-        _fill(drive)
-        compared = rows(drive, words.seconds)
-        figures: dict[str, list[tuple[Figure, Figure]]] = {row.label: [] for row in compared}
-        for number in range(words.rounds):
-            for row in compared:
-                if sys.stderr.isatty():
-                    said = f"round {number + 1} of {words.rounds}: {row.label}"
-                    print(f"\r\x1b[K{said}", end="", file=sys.stderr, flush=True)
-                if number % 2:
-                    perf, ours = row.perf(), row.ours()
-                else:
-                    ours, perf = row.ours(), row.perf()
-                figures[row.label].append((ours, perf))
-    print(f"\n## {LABEL}\n")
-    print(*(f"- {line}" for line in lines), sep="\n")
-    print(
-        f"- drive: {LABEL}, 1 GiB, blocks of 4 KiB; the target polls core {drive.drive_core}, "
+        fill(drive)
+        compared, figures = measure_all(words.rounds, words.seconds, drive)
+    lines.append(
+        f"drive: {LABEL}, 1 GiB, blocks of 4 KiB; the target polls core {drive.drive_core}, "
         f"whoever measures has core {drive.client_core}"
     )
-    print(
-        f"- method: {words.rounds} rounds of {words.seconds:g} s per run; perf polls all the time"
-    )
-    print("", *table(compared, figures), sep="\n")
+    method = f"{words.rounds} rounds of {words.seconds:g} s per run; perf polls all the time"
+    print(f"\n## {LABEL}\n")
+    print(*(f"- {line}" for line in [*lines, f"method: {method}"]), "", sep="\n")
+    print(*table(compared, figures), sep="\n")
     if words.json:
-        kept = {
+        found = [row.compared(figures[row.label]) for row in compared]
+        runs = {
             name: [[ours.value, perf.value] for ours, perf in pairs]
             for name, pairs in figures.items()
         }
-        words.json.write_text(json.dumps({"machine": lines, "runs": kept}, indent=2) + "\n")
+        record.write(words.json, [record.today("spdk_perf", LABEL, lines, method, found, runs)])
 
 
 if __name__ == "__main__":

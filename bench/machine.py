@@ -28,20 +28,20 @@ def describe(folder: Path | None, yardstick: str = "") -> list[str]:
         f"CPU: {_cpu()}, {os.cpu_count()} logical cores, {_memory()} of memory",
         f"kernel: {platform.release()}; load before: {os.getloadavg()[0]:.2f}",
         f"software: {yardstick}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"spdk_kv {spdk_kv.__version__} ({_commit()})",
+        f"spdk_kv {spdk_kv.__version__} (commit {commit()})",
     ]
     return lines if folder is None else [*lines, f"drive: {drive(folder)}"]
 
 
 def drive(folder: Path) -> str:
-    """The filesystem and the device under ``folder``, and whether they are real."""
+    """The filesystem and the drive under ``folder``, and whether that is simulated."""
     mount = _json("findmnt", "--json", "-o", "SOURCE,FSTYPE,OPTIONS", "-T", str(folder))
     if not mount:
         return f"unknown, under {folder}"
     found = mount["filesystems"][0]
     name = os.path.basename(found["source"])
     parts = [f"{found['fstype']} on {found['source']}"]
-    for label, path in (
+    for title, path in (
         ("model", "device/model"),
         ("read-ahead KiB", "queue/read_ahead_kb"),
         ("scheduler", "queue/scheduler"),
@@ -51,11 +51,30 @@ def drive(folder: Path) -> str:
                 text = Path(node, path).read_text().strip()
             except OSError:
                 continue
-            parts.append(f"{label} {text}")
+            parts.append(f"{title} {text}")
             break
     if name.startswith("loop"):
         parts.insert(0, fast_drive.LABEL)
     return ", ".join(parts)
+
+
+def commit() -> str:
+    """The checkout's commit, with ``-dirty`` where files were changed since; "unknown"."""
+    if shutil.which("git") is None:
+        return "unknown"
+    root = str(Path(__file__).resolve().parent.parent)
+    done = subprocess.run(
+        ["git", "-C", root, "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def label(folder: Path) -> str:
+    """What a record calls the drive under ``folder``: "disk", or what simulates one."""
+    return fast_drive.LABEL if drive(folder).startswith(fast_drive.LABEL) else "disk"
 
 
 def _cpu() -> str:
@@ -68,19 +87,6 @@ def _cpu() -> str:
 def _memory() -> str:
     nbytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return f"{nbytes / (1 << 30):.1f} GiB"
-
-
-def _commit() -> str:
-    if shutil.which("git") is None:
-        return "commit unknown"
-    root = str(Path(__file__).resolve().parent.parent)
-    done = subprocess.run(
-        ["git", "-C", root, "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "commit unknown"
 
 
 def _json(*words: str) -> dict[str, list[dict[str, str]]]:

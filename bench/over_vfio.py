@@ -19,16 +19,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import machine
+import record
 import spdk_kv
 from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.measure import Workload, fill, measure
 from spdk_kv.units import GIB, KIB, MIB
 
 ROOT = Path(__file__).resolve().parent.parent
+LABEL = "simulated (QEMU's NVMe drive, over VFIO)"
 SERIAL = "LAB-N0"
 DRIVE_NBYTES = 256 * MIB
 CORE = 1
-LEAST = 0.90
+TARGET = record.Target("at least", 0.90)
 # Operation, bytes, depth.
 RUNS = [
     ("read", 128 * KIB, 16),
@@ -106,8 +109,8 @@ def boot(rounds: int, seconds: float) -> tuple[str, list[list[tuple[float, float
     from labkit.hardware import Drive, Hardware
     from labkit.machine import Machine
 
-    with Machine(Hardware([Drive("n0", SERIAL, nbytes=DRIVE_NBYTES)])) as machine:
-        done = machine.run(
+    with Machine(Hardware([Drive("n0", SERIAL, nbytes=DRIVE_NBYTES)])) as lab:
+        done = lab.run(
             *(sys.executable, __file__, "--inside"),
             *("--rounds", rounds, "--seconds", seconds),
             timeout_s=60.0 + rounds * len(RUNS) * (2 * seconds + 30.0),
@@ -115,7 +118,17 @@ def boot(rounds: int, seconds: float) -> tuple[str, list[list[tuple[float, float
         )
         if done.status:
             raise RuntimeError(done.text()[-3000:])
-        return str(machine.accelerator), json.loads(done.text("out").splitlines()[-1])
+        return str(lab.accelerator), json.loads(done.text("out").splitlines()[-1])
+
+
+def compared(figures: list[list[tuple[float, float]]]) -> list[record.Figure]:
+    """The figure of each run, each round compared within itself."""
+    return [
+        record.figure(
+            f"{op} {nbytes // KIB} KiB x {depth}", [a / b for a, b in pairs], "of perf", TARGET
+        )
+        for (op, nbytes, depth), pairs in zip(RUNS, figures, strict=True)
+    ]
 
 
 def table(figures: list[list[tuple[float, float]]]) -> list[str]:
@@ -123,14 +136,12 @@ def table(figures: list[list[tuple[float, float]]]) -> list[str]:
         "| what | ours, GiB/s | perf | ratio, median (min to max) | |",
         "|---|---|---|---|---|",
     ]
-    for (op, nbytes, depth), pairs in zip(RUNS, figures, strict=True):
+    for found, pairs in zip(compared(figures), figures, strict=True):
         mine, theirs = (statistics.median(pair[side] for pair in pairs) / GIB for side in (0, 1))
-        ratios = [a / b for a, b in pairs]
-        middle = statistics.median(ratios)
-        verdict = "met" if middle >= LEAST else "missed"
+        spread = "" if found.low is None else f" ({found.low:.3f} to {found.high:.3f})"
         lines.append(
-            f"| {op} {nbytes // KIB} KiB x {depth} | {mine:.3g} | {theirs:.3g} | {middle:.3f} "
-            f"({min(ratios):.3f} to {max(ratios):.3f}) | at least {LEAST:.2f}: {verdict} |"
+            f"| {found.what} | {mine:.3g} | {theirs:.3g} | {found.value:.3f}{spread} | "
+            f"{found.wanted}: {found.verdict} |"
         )
     return lines
 
@@ -140,7 +151,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one short round: a look only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the records there")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     words = parser.parse_args()
@@ -154,11 +165,17 @@ def main() -> None:
         inside(words.rounds, words.seconds)
         return
     accelerator, figures = boot(words.rounds, words.seconds)
-    print(f"\n## Over VFIO, in the lab's machine ({accelerator}, 2 CPUs, a simulated drive)\n")
-    print(f"- {words.rounds} rounds of {words.seconds:g} s per run; perf on the same core\n")
+    method = (
+        f"{words.rounds} rounds of {words.seconds:g} s per run; perf on the same core; "
+        f"{accelerator}, 2 CPUs"
+    )
+    lines = machine.describe(None, "spdk_nvme_perf")
+    print(f"\n## Over VFIO, in the lab's machine: {LABEL}\n")
+    print(*(f"- {line}" for line in [*lines, f"method: {method}"]), "", sep="\n")
     print(*table(figures), sep="\n")
     if words.json:
-        words.json.write_text(json.dumps({"accelerator": accelerator, "runs": figures}) + "\n")
+        made = record.today("spdk_perf", LABEL, lines, method, compared(figures), figures)
+        record.write(words.json, [made])
 
 
 if __name__ == "__main__":

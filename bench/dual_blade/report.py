@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 import ablation
+import asked
 import change
 import plots
 from rows import VARIANTS, Row, Sample, load_of, make_rows, yardsticks_of
 
 from spdk_kv.units import MIB, format_nbytes
-
-# What the paper reports, and what is asked of this reproduction.
-DECODE_LOWER, DECODE_LOWER_BEST, PREFILL_LOWER, UTILISATION = 0.424, 0.60, 0.331, 2.2
-OF_BOUND, OF_BETTER, OF_FIO = 1.10, 1.03, 0.95
-TIGHT = 0.5
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -116,48 +115,12 @@ def _names(rows: Iterable[Row]) -> list[str]:
 
 def _verdicts(rows: Sequence[Row]) -> list[str]:
     lines = ["| rho | what | asked | reached | |", "|---|---|---|---|---|"]
-    lowest: list[float] = []
-    for rho in sorted({row["rho"] for row in rows}):
-        here = {r["variant"]: r for r in rows if r["rho"] == rho and r["decode_s_p50"] is not None}
-        dual, flex = here.get("dual"), here.get("flexllmgen")
-        if dual is None:
-            continue
-        ours = dual["decode_s_p50"]
-        lines.append(_verdict(rho, "decode / bound", dual["of_bound"], OF_BOUND, most=True))
-        others = [here[name]["decode_s_p50"] for name in ("direct", "pagecache") if name in here]
-        if others:
-            what = "decode / better of direct and pagecache"
-            lines.append(_verdict(rho, what, ours / min(others), OF_BETTER, most=True))
-        if flex is None:
-            continue
-        lower = 1 - ours / flex["decode_s_p50"]
-        lowest.append(lower)
-        if rho < 1:
-            what = "decode lower than flexllmgen's by"
-            lines.append(_verdict(rho, what, lower, DECODE_LOWER, most=False))
-        if rho < TIGHT:
-            lower = 1 - dual["prefill_s_p50"] / flex["prefill_s_p50"]
-            what = "prefill lower than flexllmgen's by"
-            lines.append(_verdict(rho, what, lower, PREFILL_LOWER, most=False))
-            if flex["utilisation"] and dual["utilisation"]:
-                what = "utilisation / flexllmgen's"
-                times = dual["utilisation"] / flex["utilisation"]
-                lines.append(_verdict(rho, what, times, UTILISATION, most=False))
-                lines.append(
-                    _verdict(rho, "utilisation of fio", dual["utilisation"], OF_FIO, most=False)
-                )
-    if lowest:
-        what = "decode lower than flexllmgen's, at the best budget"
-        lines.append(_verdict(None, what, max(lowest), DECODE_LOWER_BEST, most=False))
+    for rho, found in asked.of_budgets(rows):
+        budget = "" if rho is None else f"{rho:g}"
+        lines.append(
+            f"| {budget} | {found.what} | {found.wanted} | {found.value:.3f} | {found.verdict} |"
+        )
     return lines
-
-
-def _verdict(rho: float | None, what: str, reached: float, asked: float, *, most: bool) -> str:
-    met = reached <= asked if most else reached >= asked
-    side = "at most" if most else "at least"
-    budget = "" if rho is None else f"{rho:g}"
-    word = "met" if met else "missed"
-    return f"| {budget} | {what} | {side} {asked:g} | {reached:.3f} | {word} |"
 
 
 def write(samples: Sequence[Sample], out: Path, json_file: Path | None) -> tuple[list[Row], str]:

@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import ablation  # noqa: E402
+import asked  # noqa: E402
 import change  # noqa: E402
 import plots  # noqa: E402
 import report  # noqa: E402
@@ -39,6 +40,7 @@ from rows import VARIANTS, limit_nbytes  # noqa: E402
 
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
+import record  # noqa: E402
 from spdk_kv.binding import memory_group, why_impossible  # noqa: E402
 from spdk_kv.measure import Case, Load, Outcome, run_apart  # noqa: E402
 from spdk_kv.units import GIB, MIB, format_nbytes  # noqa: E402
@@ -303,13 +305,29 @@ def main() -> None:
             samples = Samples(path)
             _begin(samples, plan, folder)
             measure(plan, folder, samples)
-            _, text = report.write(samples.all, words.out, words.json)
+            rows, text = report.write(samples.all, words.out, words.json)
+            kept = _record(folder, samples, rows, plan)
+            record.write(words.out / "record.json", [kept])
         except (OSError, RuntimeError, ValueError) as failed:
             sys.exit(f"error: {failed}")
     print(text)
     if reason := plots.missing():
         _say(f"no plots: {reason}; then: report.py {path}")
     _say(f"{words.out / 'README.md'}, after {time.monotonic() - began:.0f} s")
+
+
+def _record(
+    folder: Path, samples: Samples, rows: list[dict[str, Any]], plan: Plan
+) -> record.Record:
+    """What RESULTS.md takes of this run; the rows and samples have every single figure."""
+    about = next(one for one in samples.all if one["kind"] == "about")
+    method = (
+        f"{plan.runs} interleaved runs, KV cache of {format_nbytes(plan.load.nbytes)} after the "
+        f"prompt, {plan.load.generate} tokens, link: {about['link_text']}"
+    )
+    return record.today(
+        "decode", machine.label(folder), about["machine"], method, asked.figures(rows)
+    )
 
 
 def _begin(samples: Samples, plan: Plan, folder: Path) -> None:

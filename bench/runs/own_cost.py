@@ -1,7 +1,9 @@
 """What our own code costs, with no drive or with very small blobs: time per call, memory.
 
-python bench/software_runs.py fill FOLDER COUNT      (used by against_fio.py: each in a
-python bench/software_runs.py reopen FOLDER           process of its own; prints JSON)
+    python bench/runs/own_cost.py fill FOLDER COUNT
+    python bench/runs/own_cost.py reopen FOLDER
+
+against_fio.py runs each of these in a process of its own; they print JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spdk_kv.engines import READ, QueueOptions, open_engine, parse_location
+from spdk_kv._native.transfer import READ
+from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.store import open as open_store
 from spdk_kv.units import MIB
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 import fio
-from spdk_kv.engines import READ, Engine, QueueOptions, open_engine, parse_location
+from spdk_kv._native.transfer import READ
+from spdk_kv.engines import Engine, QueueOptions, open_engine, parse_location
 from spdk_kv.measure import Workload, fill, filled_memory, measure
 from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
