@@ -9,7 +9,7 @@
 
 Runs as root from a checkout, with the system's Python and nothing installed. `bind` only says
 what it would do until --yes. Exit status: 0 done, 2 refused, 3 failed and rolled back.
-docs/binding.md explains what is refused and why.
+docs/reference/binding.md explains what is refused and why.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Everything that changes the machine: no other room writes to /sys or /proc.
 
 Most of it takes NVMe drives from the kernel and gives them back: `commands.py` is what
-scripts/setup_vfio.py and `spdk-kv device` run, and docs/binding.md says what is checked first.
+scripts/setup_vfio.py and `spdk-kv device` run; docs/reference/binding.md says what is checked.
 Measurements change the machine as well: `memory_limit.py` makes a cgroup with a limit, and
 `clean_start.py` empties the page cache. Standard library only. `devices/` is the room that looks.
 """

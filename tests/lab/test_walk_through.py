@@ -1,4 +1,4 @@
-"""The commands that README.md and docs/binding.md show, as a reader types them, on a drive that is
+"""The commands that the pages on binding a drive show, as a reader types them, on a drive that is
 free and on one that is in use: neither loses a byte, nor does any other drive."""
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import pytest
 from lab.binding_script import MKFS, driver, node
 from lab.conftest import MIB, PATIENCE_S, ROOT, SMALL, Drive, Hardware, Lab, boot
 
+GUIDE = "docs/how-to/spare-drive-for-spdk.md"
 PLACES = {
-    "README.md": "### A spare drive, there and back",
-    "docs/binding.md": "## In five commands",
+    GUIDE: "## There and back",
+    "docs/reference/binding.md": "## In five commands",
 }
 ADDRESS, SERIAL = "0000:01:00.0", "S5GXNX0R123456"  # those in the text
 # What the output of each kind of command says where all went well.
@@ -30,12 +31,11 @@ DONE = {
 
 
 def commands(page: str) -> list[str]:
-    """The lines of the code blocks below the heading, up to the next one, without comments."""
+    """The lines of the shell blocks below the heading, up to the next one, without comments."""
     text = (ROOT / page).read_text().partition(PLACES[page] + "\n")[2]
     text = re.split(r"^#+ ", text, maxsplit=1, flags=re.MULTILINE)[0]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    # What names a language is not for a shell.
-    lines = "".join(block for language, block in blocks if not language).splitlines()
+    lines = "".join(block for language, block in blocks if language == "sh").splitlines()
     typed = (line.partition("  #")[0].rstrip() for line in lines)
     return [line for line in typed if line]
 
@@ -105,7 +105,7 @@ def test_a_drive_in_use_is_not_touched_by_any_of_them(shell):
                 (f"ng://{disk.replace('/nvme', '/ng')}", disk.replace("/nvme", "/ng")),
             )
         ]
-        for command in [*commands("README.md"), *writes]:
+        for command in [*commands(GUIDE), *writes]:
             mine = command.replace(ADDRESS, address).replace(SERIAL, "LAB-WALK")
             status, said = type_in(shell, mine)
             # What only looks, or has nothing to do with the drive, may end well.

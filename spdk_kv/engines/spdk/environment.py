@@ -27,7 +27,7 @@ _LEVELS = {
 }
 _LEAST_HUGEPAGE_NBYTES = 128 << 20
 _INSTALL = (
-    "install SPDK's shared libraries (README.md says how it is found), then reinstall spdk_kv"
+    "install SPDK's shared libraries (docs/how-to/spare-drive-for-spdk.md), then reinstall spdk_kv"
 )
 
 
