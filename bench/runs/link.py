@@ -71,7 +71,7 @@ class Bench:
         self.host = filled_memory(engine, self.nbytes)
         self.registered = link.register(self.host)
         self.pipelines = {
-            f"fixed, {chunk // KIB} KiB": Pipeline(engine, link, "fixed", chunk_nbytes=chunk)
+            f"fixed, {chunk // KIB} KiB": Pipeline(engine, link, "fixed", segment_nbytes=chunk)
             for chunk in CHUNKS
         }
         self.pipelines["adaptive"] = Pipeline(engine, link)

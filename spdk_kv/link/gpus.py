@@ -1,4 +1,4 @@
-"""The torch devices that a store's engines reach over links, and tensors' memory on them."""
+"""The GPUs that a store's engines reach over links, and tensors' memory on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from spdk_kv._native.transfer import READ, Transfer
 from spdk_kv.engines import Engine, Link
 from spdk_kv.errors import EngineUnavailable
-from spdk_kv.link.pipeline import Pipeline, link_for
+from spdk_kv.link.cuda import link_for
+from spdk_kv.link.pipeline import Pipeline
 from spdk_kv.types import torch_dtypes
 
 if TYPE_CHECKING:
@@ -22,9 +23,12 @@ log = logging.getLogger(__name__)
 FindLink = Callable[[Any], tuple[Link | None, str]]
 
 
-class DeviceMemory:
-    """Bytes of torch's on a device, as one tensor; ``stream`` (a torch stream, or None) is the one
-    that they were allocated on, and that transfers are ordered with."""
+class GpuMemory:
+    """Bytes of torch's memory on a GPU, as one tensor.
+
+    ``stream``: the torch stream (or None) on which they were allocated, and with which transfers
+    are ordered.
+    """
 
     def __init__(self, tensor: torch.Tensor, stream: Any) -> None:
         self.tensor = tensor
@@ -33,7 +37,7 @@ class DeviceMemory:
         self.stream = stream
 
     def join(self) -> None:
-        """What the memory's stream waits for, torch's current one does from here on."""
+        """From here on torch's current stream waits for whatever the memory's stream waits for."""
         if self.stream is None:
             return
         import torch
@@ -44,12 +48,12 @@ class DeviceMemory:
             self.tensor.record_stream(current)
 
 
-class LinkedDevice:
-    """A torch device that ``engines`` reach over ``link``, chunk by chunk. Thread-safe.
+class LinkedGpu:
+    """A GPU that ``engines`` reach over ``link``. Thread-safe. :meth:`Links.gpu` makes it.
 
-    Made by :meth:`Links.device`. A device with streams (a GPU) is never waited for: what was
-    queued on torch's current stream comes before a transfer, and what is queued after waiting for
-    the transfer comes after it.
+    Nothing here waits for the GPU: a transfer comes after what was queued on torch's current
+    stream, and what is queued after waiting for the transfer comes after it. ``device`` is torch's
+    name for it; one without streams (the emulated link's "cpu") is served as well.
     """
 
     def __init__(self, device: torch.device, link: Link, engines: Iterable[Engine]) -> None:
@@ -57,12 +61,12 @@ class LinkedDevice:
         self.link = link
         self.pipelines = {engine: Pipeline(engine, link) for engine in engines}
 
-    def allocate(self, nbytes: int) -> DeviceMemory:
+    def allocate(self, nbytes: int) -> GpuMemory:
         """New memory of ``nbytes``. Raises torch.cuda.OutOfMemoryError."""
         import torch
 
         tensor = torch.empty(max(1, nbytes), dtype=torch.uint8, device=self.device)
-        return DeviceMemory(tensor, self.stream())
+        return GpuMemory(tensor, self.stream())
 
     def empty(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A new tensor. Raises torch.cuda.OutOfMemoryError."""
@@ -79,8 +83,8 @@ class LinkedDevice:
         return torch.cuda.current_stream(self.device)
 
     def on_this_stream(self) -> AbstractContextManager[Any]:
-        """For another thread: what it does in this context is in order with the current stream of
-        the thread that asked for it."""
+        """A context in which another thread's work is in order with this thread's current
+        stream."""
         import torch
 
         stream = self.stream()
@@ -89,8 +93,10 @@ class LinkedDevice:
     def transfer(
         self, engine: Engine, op: int, nbytes: int, stream: Any, **options: Any
     ) -> Transfer:
-        """An empty transfer for ``nbytes`` in all, in order with a stream of :meth:`stream`. Reads
-        are handed over: see :class:`Transfer`, and there for ``options``."""
+        """An empty transfer for ``nbytes`` in all, in order with a stream of :meth:`stream`.
+
+        Reads are handed over: see :class:`Transfer`, which also has the ``options``.
+        """
         return self.pipelines[engine].transfer(
             op,
             nbytes,
@@ -99,20 +105,20 @@ class LinkedDevice:
             **options,
         )
 
-    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a small CPU tensor on the device, made on the current stream; does not wait
-        for that. ``tensor`` may change at once."""
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a small host tensor on the GPU, made on the current stream and not waited for.
+        ``tensor`` may change at once."""
         import torch
 
-        # torch does not use pinned memory again before the copies from it are over. Its own, even
-        # where `tensor` is pinned already: that may change.
+        # torch reuses pinned memory only after the copies from it. A buffer of its own is needed
+        # even where `tensor` is pinned, since that may change.
         pinned = torch.empty(
             tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda"
         )
         return pinned.copy_(tensor).to(self.device, non_blocking=True)
 
     def stats(self) -> list[dict[str, Any]]:
-        """Of each engine's pipeline: see :meth:`Pipeline.stats`."""
+        """For each engine's pipeline: see :meth:`Pipeline.stats`."""
         return [
             {"device": str(self.device), "engine": engine.name, **pipeline.stats()}
             for engine, pipeline in self.pipelines.items()
@@ -120,19 +126,21 @@ class LinkedDevice:
 
 
 class Links:
-    """What ``engines`` reach over links. ``find(device)``: the link to a torch device, or None and
-    why there is none. Thread-safe."""
+    """The GPUs that ``engines`` reach over links. Thread-safe.
+
+    ``find(device)``: the link to a torch device, or None, and why there is none.
+    """
 
     def __init__(self, engines: Iterable[Engine], find: FindLink = link_for) -> None:
         self._engines = tuple(engines)
         self._find = find
         self._lock = threading.Lock()
-        self._devices: dict[torch.device, LinkedDevice | None] = {}
+        self._gpus: dict[torch.device, LinkedGpu | None] = {}
 
-    def device(self, device: Any) -> LinkedDevice | None:
-        """``device`` (whatever torch.device takes), or None where no link reaches it.
+    def gpu(self, device: Any) -> LinkedGpu | None:
+        """The GPU ``device`` (whatever torch.device takes), or None where no link reaches it.
 
-        The first time takes some tens of milliseconds.
+        The first call for a GPU takes some tens of milliseconds.
         """
         import torch
 
@@ -140,29 +148,29 @@ class Links:
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
         with self._lock:
-            if device not in self._devices:
-                self._devices[device] = self._reach(device)
-            return self._devices[device]
+            if device not in self._gpus:
+                self._gpus[device] = self._reach(device)
+            return self._gpus[device]
 
-    def of(self, tensors: Iterable[Any]) -> LinkedDevice | None:
-        """The one device that all ``tensors`` are on, if it is reached over a link."""
+    def of(self, tensors: Iterable[Any]) -> LinkedGpu | None:
+        """The one GPU that all ``tensors`` are on, if it is reached over a link."""
         import torch
 
         found = None
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
                 return None
-            device = self.device(tensor.device)
-            if device is None or found not in (None, device):
+            gpu = self.gpu(tensor.device)
+            if gpu is None or found not in (None, gpu):
                 return None
-            found = device
+            found = gpu
         return found
 
-    def _reach(self, device: torch.device) -> LinkedDevice | None:
+    def _reach(self, device: torch.device) -> LinkedGpu | None:
         link, why = self._find(device)
         if link is not None:
             try:
-                return LinkedDevice(device, link, self._engines)
+                return LinkedGpu(device, link, self._engines)
             except EngineUnavailable as refused:
                 why = str(refused)
         if device.type != "cpu":
@@ -170,8 +178,8 @@ class Links:
         return None
 
     def stats(self) -> list[dict[str, Any]]:
-        """What each pipeline in use chose and reached: ``device``, ``engine``, and the rest as
-        :meth:`Pipeline.stats` has it."""
+        """What each pipeline in use chose and reached: ``device``, ``engine``, and what
+        :meth:`Pipeline.stats` returns."""
         with self._lock:
-            devices = [device for device in self._devices.values() if device is not None]
-        return [found for device in devices for found in device.stats()]
+            gpus = [gpu for gpu in self._gpus.values() if gpu is not None]
+        return [found for gpu in gpus for found in gpu.stats()]

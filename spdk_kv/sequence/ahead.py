@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from spdk_kv.errors import SpdkKvError
-from spdk_kv.link import LinkedDevice
+from spdk_kv.link import LinkedGpu
 from spdk_kv.paths import Orchestrator, ScanOrder, UnitGroup
 from spdk_kv.sequence.layer import LayerCache
 
@@ -24,7 +24,7 @@ class ReadAhead:
     ) -> None:
         self.learns = True
         # Where the last read went, if over a link: what is read ahead goes there.
-        self.device: LinkedDevice | None = None
+        self.device: LinkedGpu | None = None
         self._paths = paths
         self._group = group
         self._layers = layers

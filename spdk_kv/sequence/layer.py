@@ -15,7 +15,7 @@ from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.transfer import PREFETCH, READ, WRITE, Transfer
 from spdk_kv.errors import ClosedError, CorruptionError, DeviceError, SpdkKvError
 from spdk_kv.index import UnitRecord
-from spdk_kv.link import LinkedDevice
+from spdk_kv.link import LinkedGpu
 from spdk_kv.paths import Orchestrator, TrackedUnit
 from spdk_kv.placement import SequenceLayout, StagingPool
 from spdk_kv.sequence.order import RowOrder
@@ -110,7 +110,7 @@ class LayerCache:
 
     # -- appending ------------------------------------------------------------------------------
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, device: LinkedDevice | None = None) -> None:
+    def append(self, k: torch.Tensor, v: torch.Tensor, device: LinkedGpu | None = None) -> None:
         """Adds tokens, ``[batch, kv_heads, tokens, head_dim]`` each. Starts writes; waits only
         while more than 64 MiB of this layer wait to be written. ``device``: where both are, if that
         is reached over a link.
@@ -143,7 +143,7 @@ class LayerCache:
             self._settle_oldest()
 
     def _prepare(
-        self, k: torch.Tensor, v: torch.Tensor, device: LinkedDevice | None
+        self, k: torch.Tensor, v: torch.Tensor, device: LinkedGpu | None
     ) -> Callable[[], None]:
         """Returns what adds the tokens. Changes nothing but the tails beyond their used bytes."""
         layout, used = self._layout, self._tail_nbytes
@@ -169,7 +169,7 @@ class LayerCache:
         total: int,
         k: torch.Tensor,
         v: torch.Tensor,
-        device: LinkedDevice | None,
+        device: LinkedGpu | None,
     ) -> Callable[[], None]:
         """The tail and the new tokens make whole chunks: returns what starts to write those and
         keeps the rest as tail. Nothing is changed before."""
@@ -243,7 +243,7 @@ class LayerCache:
         last: int,
         extents: range,
         spare: int,
-        device: LinkedDevice | None = None,
+        device: LinkedGpu | None = None,
     ) -> Reading:
         """Makes room for tokens ``[first, last)``, and ``spare`` more, of some extents: in staging
         memory, or on ``device``."""
@@ -312,7 +312,7 @@ class LayerCache:
         except CorruptionError as damage:
             raise CorruptionError(f"{self.name}: {damage}") from None
 
-    def prefetch(self, first: int, spare: int, device: LinkedDevice | None = None) -> None:
+    def prefetch(self, first: int, spare: int, device: LinkedGpu | None = None) -> None:
         """Starts to read all tokens from ``first`` on; :meth:`take_prefetched` hands them over.
 
         Takes the place of what was prefetched from elsewhere. Does not wait.

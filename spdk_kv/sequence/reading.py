@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from spdk_kv._native.transfer import READ, Transfer
 from spdk_kv.engines import Engine
 from spdk_kv.errors import CorruptionError, DeviceError, DeviceTimeout, SpdkKvError
-from spdk_kv.link import DeviceMemory, LinkedDevice
+from spdk_kv.link import GpuMemory, LinkedGpu
 from spdk_kv.paths import Orchestrator, TrackedUnit
 from spdk_kv.placement import StagingPool
 from spdk_kv.tensors import tensor_from
@@ -28,7 +28,7 @@ CRC_NBYTES = 4
 class Room:
     """Memory that a reading goes to: leased from ``staging``, or torch's on a linked ``device``."""
 
-    def __init__(self, staging: StagingPool, nbytes: int, device: LinkedDevice | None) -> None:
+    def __init__(self, staging: StagingPool, nbytes: int, device: LinkedGpu | None) -> None:
         self.device = device
         self.nbytes = nbytes
         self._memory: Any = device.allocate(nbytes) if device else staging.lease(max(1, nbytes))
@@ -40,7 +40,7 @@ class Room:
             transfer = engine.transfer(READ, **options)
             transfer.keep(self._memory)
         else:
-            memory: DeviceMemory = self._memory
+            memory: GpuMemory = self._memory
             transfer = self.device.transfer(engine, READ, nbytes, memory.stream, **options)
             transfer.keep(memory.tensor)
         return transfer
@@ -57,7 +57,7 @@ class Room:
         """A tensor on the CPU, or on a GPU, for a copy to this memory that nobody waits for."""
         if self.device is None or tensor.is_cuda:
             return tensor
-        return self.device.bring(tensor)
+        return self.device.upload(tensor)
 
 
 @dataclass

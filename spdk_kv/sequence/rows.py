@@ -11,7 +11,7 @@ import numpy as np
 
 from spdk_kv._native.transfer import WRITE, Transfer
 from spdk_kv.engines import Engine
-from spdk_kv.link import DeviceMemory, LinkedDevice
+from spdk_kv.link import GpuMemory, LinkedGpu
 from spdk_kv.placement import SequenceLayout, StagingPool
 from spdk_kv.tensors import tensor_from
 from spdk_kv.types import movable
@@ -83,7 +83,7 @@ class Write:
 
     def part(self, extents: range, start: int, end: int) -> torch.Tensor:
         """Bytes ``[start, end)`` of ``extents``, for torch's current stream."""
-        if isinstance(self.chunks.memory, DeviceMemory):
+        if isinstance(self.chunks.memory, GpuMemory):
             self.chunks.memory.join()
         lines = self.chunks.lines[extents.start : extents.stop]
         return lines[:, start - self.first : end - self.first]
@@ -96,7 +96,7 @@ def whole_chunks(
     tails: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    device: LinkedDevice | None,
+    device: LinkedGpu | None,
 ) -> Chunks:
     """``tails`` ([extents, bytes]) and new tokens behind them, in lines of whole chunks.
 
@@ -121,7 +121,7 @@ def whole_chunks(
         return Chunks(engine, lines, transfer, lease)
     lines = memory.tensor.view(extents, line)
     if used:
-        lines[:, :used] = device.bring(tails)
+        lines[:, :used] = device.upload(tails)
     lay_out(layout, lines, used, k, v)
     transfer = device.transfer(
         engine, WRITE, extents * line, memory.stream, checksum=True, chunk_nbytes=chunk

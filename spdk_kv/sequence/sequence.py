@@ -269,7 +269,7 @@ class Sequence:
         """
         cache = self._layer(layer)
         wanted = head_list(self.shape.kv_heads, heads)
-        linked = None if device is None else self._store.links.device(device)
+        linked = None if device is None else self._store.links.gpu(device)
         if device is not None and linked is None:
             self._store.staging.pin_for_gpu()
         self._ahead.device = linked
@@ -294,7 +294,7 @@ class Sequence:
         device: Any = None,
     ) -> Future[tuple[torch.Tensor, torch.Tensor]]:
         """As :meth:`read`, but returns a future."""
-        linked = None if device is None else self._store.links.device(device)
+        linked = None if device is None else self._store.links.gpu(device)
         here = nullcontext() if linked is None else linked.on_this_stream()
 
         def read() -> tuple[torch.Tensor, torch.Tensor]:

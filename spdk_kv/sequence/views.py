@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from spdk_kv.link import LinkedDevice
+from spdk_kv.link import LinkedGpu
 from spdk_kv.placement import SequenceLayout
 from spdk_kv.sequence.layer import LayerCache
 
@@ -20,7 +20,7 @@ def read_all(
     layout: SequenceLayout,
     first: int,
     last: int,
-    device: LinkedDevice | None = None,
+    device: LinkedGpu | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens ``[first, last)`` of all heads. Waits for the device; wants the layer's lock held.
 
@@ -44,7 +44,7 @@ def read_heads(
     first: int,
     last: int,
     wanted: list[int],
-    device: LinkedDevice | None = None,
+    device: LinkedGpu | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`read_all`, but of the heads ``wanted``, in that order. Where heads lie apart, only
     those are read."""

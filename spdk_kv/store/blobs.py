@@ -16,7 +16,7 @@ from spdk_kv.errors import (
     is_unreadable,
 )
 from spdk_kv.index import BlobRecord
-from spdk_kv.link import LinkedDevice
+from spdk_kv.link import LinkedGpu
 from spdk_kv.store.catalog import shown
 from spdk_kv.store.host import Host
 from spdk_kv.tensors import Destination, array_from, byte_view, destination, tensor_from
@@ -148,11 +148,11 @@ class BlobReader:
             self._unpin()
             raise
 
-    def _reached(self, outs: tuple[Any, ...] | None) -> LinkedDevice | None:
+    def _reached(self, outs: tuple[Any, ...] | None) -> LinkedGpu | None:
         """The device that everything goes to, if it is reached over a link."""
         if outs is None:
             wanted = self._device is not None and not self._as_numpy
-            return self._store.links.device(self._device) if wanted else None
+            return self._store.links.gpu(self._device) if wanted else None
         plain = all(place is not None and place.plain for place in self._destinations)
         return self._store.links.of(outs) if plain else None
 
@@ -265,7 +265,7 @@ class BlobReader:
 
 
 def _transfer(
-    engine: Engine, op: int, nbytes: int, linked: LinkedDevice | None, checksum: bool
+    engine: Engine, op: int, nbytes: int, linked: LinkedGpu | None, checksum: bool
 ) -> Transfer:
     """An empty transfer for ``nbytes`` in all, of host memory or of a linked device's."""
     if linked is None:

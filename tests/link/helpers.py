@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from spdk_kv._native.link.emulated import EmulatedLink
+from spdk_kv.link.cuda import link_for
 from spdk_kv.link.gpus import Links
-from spdk_kv.link.pipeline import link_for
 from spdk_kv.store import KVStore
 from store.helpers import check_books, open_store
 

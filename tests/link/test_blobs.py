@@ -54,7 +54,7 @@ def test_exact_bytes_both_ways(linked, nbytes):
     assert linked.carried() == (2 * nbytes, nbytes)
     seen = linked.store.stats()["pipelines"]
     assert seen[0]["read"]["depth"] >= 1
-    assert seen[0]["write"]["chunk_nbytes"] >= 4096
+    assert seen[0]["write"]["segment_nbytes"] >= 4096
 
 
 @pytest.mark.parametrize("dtype", sorted(torch_dtypes()))

@@ -20,7 +20,7 @@ from spdk_kv._native.link.cuda import CudaLink
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.errors import DeviceError, DeviceTimeout, EngineUnavailable
-from spdk_kv.link.pipeline import measured
+from spdk_kv.link.cuda import measured
 from support.media import KEEPING, address_of, medium
 from support.subprocesses import run_script
 

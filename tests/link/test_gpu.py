@@ -11,7 +11,8 @@ import torch
 from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.engines import QueueOptions
-from spdk_kv.link.pipeline import Pipeline, link_for, stream_of
+from spdk_kv.link.cuda import link_for, stream_of
+from spdk_kv.link.pipeline import Pipeline
 from support.media import EVERY, KEEPING, SMALL, address_of, medium
 
 MIB = 1 << 20

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from spdk_kv._native.link.emulated import EmulatedLink
 from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.engines import QueueOptions
-from spdk_kv.link.pipeline import Pipeline, link_for
+from spdk_kv.link.cuda import link_for
+from spdk_kv.link.pipeline import Pipeline
 from spdk_kv.link.planner import Cut, Limits, Planner, first_cut
 from spdk_kv.units import GIB, KIB, MIB
 from support.media import address_of, medium
 
-LIMITS = Limits(segment_nbytes=MIB, multiple_nbytes=4 * KIB, slots=32)
+LIMITS = Limits(max_segment_nbytes=MIB, multiple_nbytes=4 * KIB, slots=32)
 TENSOR = 64 * MIB
 
 
@@ -43,7 +44,7 @@ class Drive:
             took_s *= 1 + self.noise * self.random.normal() / 2
             if self.noise and self.random.random() < 0.03:
                 took_s *= 5
-            self.planner.saw(cut, self.nbytes, max(took_s, 1e-9))
+            self.planner.note(cut, self.nbytes, max(took_s, 1e-9))
             self.took_s += took_s
             self.used[cut] += 1
             last[cut] += 2 * turn >= transfers - 1
@@ -54,7 +55,7 @@ def prefers(chunk: int, depth: int, gib_s: float = 4.0, loss: float = 0.15):
     """A drive that does ``gib_s`` with that cut, and loses a part with every doubling away."""
 
     def s_per_byte(cut: Cut) -> float:
-        away = abs(math.log2(cut.chunk_nbytes / chunk)) + abs(math.log2(cut.depth / depth))
+        away = abs(math.log2(cut.segment_nbytes / chunk)) + abs(math.log2(cut.depth / depth))
         return (1 + loss * away) / (gib_s * GIB)
 
     return s_per_byte
@@ -78,8 +79,8 @@ def test_it_finds_what_is_best(chunk, depth, noise) -> None:
 def test_a_size_in_between_that_is_no_better_hides_nothing() -> None:
     drive = Drive(Planner(TENSOR, LIMITS), 0.1)
     speeds = {64 * KIB: 3, 128 * KIB: 5, 256 * KIB: 5.6, 512 * KIB: 4.3, MIB: 4.4}
-    best = drive.run(400, lambda cut: 1 / (speeds[cut.chunk_nbytes] * GIB))
-    assert best.chunk_nbytes == 256 * KIB
+    best = drive.run(400, lambda cut: 1 / (speeds[cut.segment_nbytes] * GIB))
+    assert best.segment_nbytes == 256 * KIB
 
 
 def test_behind_other_transfers_the_whole_depth_is_used() -> None:
@@ -138,7 +139,7 @@ def test_outcomes_that_never_come_do_not_stop_it() -> None:
     for _ in range(1500):
         cut = planner.next()
         if cut == best:
-            planner.saw(cut, TENSOR, 0.02)
+            planner.note(cut, TENSOR, 0.02)
         else:
             lost += 1
     assert 0 < lost < 150
@@ -160,12 +161,12 @@ def test_every_plan_keeps_to_the_limits_and_depends_on_nothing_else(
     for took_s, comes in took:
         cut = planner.next()
         assert cut == same.next()
-        assert 0 < cut.chunk_nbytes <= segment
-        assert cut.chunk_nbytes % multiple == 0
+        assert 0 < cut.segment_nbytes <= segment
+        assert cut.segment_nbytes % multiple == 0
         assert 1 <= cut.depth <= slots
         if comes:
-            planner.saw(cut, nbytes, took_s)
-            same.saw(cut, nbytes, took_s)
+            planner.note(cut, nbytes, took_s)
+            same.note(cut, nbytes, took_s)
     assert planner.why() == same.why()
 
 
@@ -191,8 +192,8 @@ def test_a_pipeline_moves_exact_bytes_while_it_learns(kind, tmp_path) -> None:
                 engine.run(transfer, timeout_s=60)
                 assert np.array_equal(side, data)
                 chosen = pipeline.stats()["write" if op == WRITE else "read"]
-                tried.add((op, chosen["chunk_nbytes"]))
-        assert len(tried) > 2, "it never tried another chunk"
+                tried.add((op, chosen["segment_nbytes"]))
+        assert len(tried) > 2, "it never tried another segment size"
         for op in ("read", "write"):
             assert "nothing" not in pipeline.stats()[op]["reason"]
         stats = pipeline.stats()
@@ -209,7 +210,7 @@ def test_a_fixed_pipeline_does_as_told(tmp_path) -> None:
     options = QueueOptions(depth=8, segment_nbytes=MIB, hugepages=False)
     with medium("ram", tmp_path, options) as found:
         link = EmulatedLink(20e9)
-        pipeline = Pipeline(found.engine, link, "fixed", chunk_nbytes=128 * KIB, depth=3)
+        pipeline = Pipeline(found.engine, link, "fixed", segment_nbytes=128 * KIB, depth=3)
         into = np.zeros(2 * MIB, np.uint8)
         transfer = pipeline.transfer(READ, len(into))
         transfer.keep(into)
@@ -217,9 +218,9 @@ def test_a_fixed_pipeline_does_as_told(tmp_path) -> None:
         found.engine.run(transfer)
         assert link.stats()["copies"] == 16
         assert pipeline.stats()["read"] == {
-            "chunk_nbytes": 128 * KIB, "depth": 3, "reason": "as given"
+            "segment_nbytes": 128 * KIB, "depth": 3, "reason": "as given"
         }  # fmt: skip
-        for wrong in ({"mode": "serial"}, {"chunk_nbytes": MIB}):
+        for wrong in ({"mode": "serial"}, {"segment_nbytes": MIB}):
             with pytest.raises(ValueError, match="mode"):
                 Pipeline(found.engine, link, **wrong)
 

@@ -84,7 +84,7 @@ def test_appends_of_any_size_read_back(linked, granularity):
     found = linked.store.stats()["pipelines"]
     assert {one["engine"] for one in found} == {e.name for e in linked.store.paths.engines}
     assert found[0]["device"].startswith(linked.device)
-    assert any(one.get("read", {}).get("chunk_nbytes", 0) >= 16384 for one in found)
+    assert any(one.get("read", {}).get("segment_nbytes", 0) >= 16384 for one in found)
 
 
 def test_both_paths_read_over_the_link(folder, device):
@@ -160,7 +160,7 @@ def test_a_full_device_holds_up_no_append_and_no_read_ahead(linked, monkeypatch)
     sequence, reference = begun(linked, "layer", [300], layers=4)
     for _ in range(2):
         reference.check(sequence, device=linked.device)
-    device = linked.store.links.device(linked.device)
+    device = linked.store.links.gpu(linked.device)
 
     def full(nbytes: int) -> Any:
         raise torch.cuda.OutOfMemoryError(f"no {nbytes} bytes")
