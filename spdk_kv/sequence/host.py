@@ -1,4 +1,4 @@
-"""What a sequence stands on: a store, seen from below."""
+"""What a sequence needs of the store that it belongs to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 from spdk_kv._native.transfer import Transfer
-from spdk_kv.engines import Engine
 from spdk_kv.index import SequenceRecord
 from spdk_kv.link import Links
 from spdk_kv.paths import Orchestrator
@@ -30,14 +29,16 @@ class Records(Protocol):
 
 
 class Host(Protocol):
-    """What a sequence stands on; a :class:`KVStore`."""
+    """The store, as far as a sequence sees it."""
 
-    engine: Engine
-    paths: Orchestrator
-    staging: StagingPool
-    links: Links
     verify: bool
 
+    @property
+    def paths(self) -> Orchestrator: ...
+    @property
+    def staging(self) -> StagingPool: ...
+    @property
+    def links(self) -> Links: ...
     @property
     def catalog(self) -> Records: ...
     def check_open(self) -> None: ...

@@ -1,4 +1,4 @@
-"""What is read ahead of one layer, until it is taken or nobody wants it any more."""
+"""What is read ahead of one layer, until it is taken or no longer needed."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from spdk_kv.sequence.reading import Reading
 
 
 class Prefetched:
-    """Room for one reading. Its memory counts as held ahead in ``paths``, for as long."""
+    """Holds at most one reading. ``paths`` counts its memory as held ahead while it is here."""
 
     def __init__(self, paths: Orchestrator) -> None:
         self._paths = paths
         self.reading: Reading | None = None
 
     def put(self, reading: Reading) -> None:
-        """Takes up a reading, in the place of another."""
+        """Holds ``reading``, in place of another."""
         self.drop()
         self.reading = reading
-        self._paths.hold_ahead(reading.room.nbytes)
+        self._paths.hold_ahead(reading.buffer.nbytes)
 
     def take(self) -> Reading | None:
         """Hands the reading over, if there is one."""
         reading, self.reading = self.reading, None
         if reading is not None:
-            self._paths.hold_ahead(-reading.room.nbytes)
+            self._paths.hold_ahead(-reading.buffer.nbytes)
         return reading
 
     def drop(self) -> None:
-        """Nobody wants it: what is not on its way yet is not read."""
+        """Cancels the reading: what is not under way yet is not read."""
         reading = self.take()
         if reading is not None:
             reading.cancel()

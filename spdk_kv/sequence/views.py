@@ -1,6 +1,6 @@
 """A layer's stored rows as K and V, ``[batch, kv_heads, tokens, head_dim]`` as transformers has it.
 
-What is joined or picked is so as bytes, for torch does neither with every dtype.
+Tensors are joined and indexed as bytes, since torch does neither with every dtype.
 """
 
 from __future__ import annotations
@@ -8,30 +8,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from spdk_kv.link import LinkedGpu
-from spdk_kv.placement import SequenceLayout
-from spdk_kv.sequence.layer import LayerCache
+from spdk_kv.sequence.layer import Layer
 
 if TYPE_CHECKING:
     import torch
 
 
 def read_all(
-    cache: LayerCache,
-    layout: SequenceLayout,
-    first: int,
-    last: int,
-    device: LinkedGpu | None = None,
+    layer: Layer, first: int, last: int, gpu: LinkedGpu | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens ``[first, last)`` of all heads. Waits for the device; wants the layer's lock held.
-
-    On ``device``, or where they were read ahead to.
-    """
-    reading = cache.take_prefetched(first)
+    """Tokens ``[first, last)`` of all heads, on ``gpu`` or in host memory; if they were read ahead,
+    where they were read to. Waits for the drive. The caller holds the layer's lock."""
+    reader, layout = layer.reader, layer.contents.layout
+    reading = reader.take_prefetched(first)
     if reading is None:
-        reading = cache.plan(first, last, range(len(cache.offsets)), 0, device)
-    cache.settle(wait=False)
-    cache.extend(reading, last)
-    rows = cache.finish(reading, last)
+        reading = reader.plan(first, last, layer.contents.extents, 0, gpu)
+    layer.settle(wait=False)
+    reader.extend(reading, last)
+    rows = reader.finish(reading, last)
     if layout.granularity == "head":
         heads = layout.shape.kv_heads
         return rows[:heads].permute(2, 0, 1, 3), rows[heads:].permute(2, 0, 1, 3)
@@ -39,35 +33,31 @@ def read_all(
 
 
 def read_heads(
-    cache: LayerCache,
-    layout: SequenceLayout,
-    first: int,
-    last: int,
-    wanted: list[int],
-    device: LinkedGpu | None = None,
+    layer: Layer, first: int, last: int, heads: list[int], gpu: LinkedGpu | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`read_all`, but of the heads ``wanted``, in that order. Where heads lie apart, only
-    those are read."""
+    """As :func:`read_all`, but only ``heads``, in that order. With granularity ``head`` only those
+    are read."""
     import torch
 
-    if layout.granularity == "layer" or not wanted:
-        whole = read_all(cache, layout, first, last, device)
-        index = torch.tensor(wanted, dtype=torch.long, device=whole[0].device)
+    reader, layout = layer.reader, layer.contents.layout
+    if layout.granularity == "layer" or not heads:
+        whole = read_all(layer, first, last, gpu)
+        index = torch.tensor(heads, dtype=torch.long, device=whole[0].device)
         k, v = (
             tensor.view(torch.uint8).index_select(1, index).view(tensor.dtype) for tensor in whole
         )
         return k, v
-    cache.settle()
+    layer.settle()
     readings = [
-        cache.plan(first, last, range(start + head, start + head + 1), 0, device)
+        reader.plan(first, last, range(start + head, start + head + 1), 0, gpu)
         for start in (0, layout.shape.kv_heads)
-        for head in wanted
+        for head in heads
     ]
     for reading in readings:
-        cache.extend(reading, last)
-    rows = [cache.finish(reading, last) for reading in readings]
+        reader.extend(reading, last)
+    rows = [reader.finish(reading, last) for reading in readings]
     k, v = (
         torch.cat([row.view(torch.uint8) for row in half]).view(rows[0].dtype)
-        for half in (rows[: len(wanted)], rows[len(wanted) :])
+        for half in (rows[: len(heads)], rows[len(heads) :])
     )
     return k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)

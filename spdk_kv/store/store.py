@@ -18,7 +18,7 @@ from spdk_kv.engines import PageCacheEngine
 from spdk_kv.errors import ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
 from spdk_kv.link import Links
 from spdk_kv.placement import StagingPool
-from spdk_kv.sequence import Sequence
+from spdk_kv.sequence import Sequence, create_sequence, restore_sequence
 from spdk_kv.store import background
 from spdk_kv.store.blobs import BlobReader, BlobWriter
 from spdk_kv.store.catalog import Catalog
@@ -225,13 +225,11 @@ class KVStore:
             if sequence is None or sequence.deleted:
                 record = self.catalog.sequences.get(name)
                 if record is not None:
-                    sequence = Sequence.restored(self, name, record)
+                    sequence = restore_sequence(self, name, record)
                 elif shape is None:
                     raise KeyNotFound(f"no sequence {name!r}")
                 else:
-                    sequence = Sequence.created(
-                        self, name, shape, granularity or "layer", temporary
-                    )
+                    sequence = create_sequence(self, name, shape, granularity or "layer", temporary)
                 self._sequences[name] = sequence
         if shape is not None and sequence.shape != shape:
             raise ShapeMismatch(f"sequence {name!r} has {sequence.shape}, not {shape}")

@@ -128,9 +128,9 @@ def test_what_is_read_ahead_goes_where_the_last_read_went(linked, granularity, m
     reference.check_layer(sequence, 0, device=linked.device)
     before = linked.carried()[0]
     sequence.prefetch([1], spare_tokens=1)
-    cache = sequence._layers[1]
-    assert cache.prefetched.reading.room.device is not None
-    for part in cache.prefetched.reading.parts:
+    reader = sequence._layers[1].reader
+    assert reader.prefetched.reading.buffer.gpu is not None
+    for part in reader.prefetched.reading.parts:
         part.engine.wait(part.transfer)
     assert linked.carried()[0] > before
     if more:
@@ -148,7 +148,7 @@ def test_layers_are_read_ahead_unasked(linked):
     sequence, reference = begun(linked, "layer", [300], layers=4)
     for _ in range(4):
         reference.check(sequence, device=linked.device)
-    assert any(cache.prefetched.reading for cache in sequence._layers)
+    assert any(layer.reader.prefetched.reading for layer in sequence._layers)
     reference.truncate(sequence, 150)
     reference.check(sequence, device=linked.device)
     reference.append(sequence, 77)
@@ -199,7 +199,7 @@ def test_a_damaged_chunk_is_never_returned(folder, device):
     with linked_store(folder, device, policy="direct") as linked:
         sequence, reference = begun(linked, "layer", [600])
         linked.store.flush()
-        flip(linked.store.engine.where, sequence._layers[1].offsets[1] + 20000)
+        flip(linked.store.engine.where, sequence._layers[1].contents.offsets[1] + 20000)
         reference.check_layer(sequence, 0, device=linked.device)
         for _ in range(2):
             with pytest.raises(CorruptionError, match="CRC32C"):
@@ -285,14 +285,15 @@ def test_what_was_read_ahead_is_dropped_in_flight(folder):
         try:
             copies = linked.link.stats()["copies"]
             sequence.prefetch([0])
-            memory = sequence._layers[0].prefetched.reading.room._memory.tensor.untyped_storage()
+            buffer = sequence._layers[0].reader.prefetched.reading.buffer
+            memory = buffer._memory.tensor.untyped_storage()
             reference_to_memory = memory._weak_ref()
-            del memory
+            del buffer, memory
             until = time.monotonic() + 60
             while linked.link.stats()["copies"] == copies and time.monotonic() < until:
                 time.sleep(0.001)
             reference.truncate(sequence, 500)
-            assert sequence._layers[0].prefetched.reading is None
+            assert sequence._layers[0].reader.prefetched.reading is None
             gc.collect()
             assert not _expired(reference_to_memory)
             # Dropped with the sequence, too.
@@ -333,7 +334,7 @@ def test_what_nobody_wants_any_more_is_not_read(folder, how):
                 case "too long":
                     more = torch.ones(1, 4, 1, 128)
                     sequence.append(0, more, more)
-                    sequence._layers[0].take_prefetched(0)
+                    sequence._layers[0].reader.take_prefetched(0)
         finally:
             linked.link.resume()
         until = time.monotonic() + 60
@@ -351,8 +352,8 @@ def test_what_is_on_its_way_directly_is_read_through_the_cache_once_promoted(fol
         sequence.read_ahead = False
         reference.check(sequence, device=linked.device)
         assert "C" not in paths(store)
-        layer = sequence._layers[0]
-        plan = layer.plan
+        reader = sequence._layers[0].reader
+        plan = reader.plan
 
         def planned(*how: Any) -> Any:
             linked.link.resume()
@@ -362,7 +363,7 @@ def test_what_is_on_its_way_directly_is_read_through_the_cache_once_promoted(fol
         otherwise = threading.Timer(20, linked.link.resume)
         otherwise.start()
         sequence.prefetch([0])
-        layer.plan = planned
+        reader.plan = planned
         set_budget(store, PLENTY)
         reference.check_layer(sequence, 0, device=linked.device)
         otherwise.cancel()
@@ -374,7 +375,7 @@ def test_what_is_on_its_way_directly_is_read_through_the_cache_once_promoted(fol
         set_budget(store, 0)
         reference.check(sequence, device=linked.device)
         sequence.prefetch([0])
-        for part in layer.prefetched.reading.parts:
+        for part in reader.prefetched.reading.parts:
             part.engine.wait(part.transfer)
         set_budget(store, PLENTY)
         directly = store.stats()["residency"]["direct_read_nbytes"]

@@ -238,7 +238,7 @@ def ahead(sequence: Any) -> list[int]:
     return [
         number
         for number, layer in enumerate(sequence._layers)
-        if layer.prefetched.reading is not None
+        if layer.reader.prefetched.reading is not None
     ]
 
 
@@ -389,7 +389,7 @@ def test_a_demand_read_overtakes_a_long_prefetch(folder: Path, engine: str, budg
         for _ in range(10):
             empty_cache(folder / "data")
             sequence.prefetch(range(SHAPE.layers))
-            last = sequence._layers[SHAPE.layers - 1].prefetched.reading.parts[-1].transfer
+            last = sequence._layers[SHAPE.layers - 1].reader.prefetched.reading.parts[-1].transfer
             reference.check_layer(small, 0)
             overtook = not last.done
             for layer in range(SHAPE.layers):
@@ -406,7 +406,9 @@ def test_prefetched_layers_follow_the_path_of_each_half(folder: Path) -> None:
         turns(sequence, reference)
         assert paths(store) == list("CCCDDDDD")
         sequence.prefetch([1])
-        engines_used = [part.engine.name for part in sequence._layers[1].prefetched.reading.parts]
+        engines_used = [
+            part.engine.name for part in sequence._layers[1].reader.prefetched.reading.parts
+        ]
         assert engines_used == ["pagecache", store.engine.name]
         reference.check_layer(sequence, 1)
         assert resident_nbytes(store) == 3 * UNIT_NBYTES

@@ -241,8 +241,8 @@ def test_a_damaged_tail_is_found_at_reopening_and_the_sequence_forgotten(folder,
     with open_store(folder, capacity="64 MiB") as store:
         sequence, _ = begun(store, granularity, [300])
         store.flush()
-        stored = sequence._layers[1].stored
-        offset = sequence._layers[1].offsets[-1] + stored + 10
+        contents = sequence._layers[1].contents
+        offset = contents.offsets[-1] + contents.stored_nbytes + 10
     with open(folder / "data", "r+b") as data:
         data.seek(offset)
         data.write(b"\xff\x00\xff")

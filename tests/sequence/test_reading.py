@@ -360,16 +360,16 @@ def test_deleting_while_others_read_gives_tokens_or_a_typed_error(folder):
 def test_a_layer_of_a_deleted_sequence_does_nothing_more(ram):
     # A thread may have come to it before it was deleted, and wait for its lock.
     sequence, reference = begun(ram, "layer", [100])
-    cache, (k, v) = sequence._layers[0], reference.tokens(100)
+    layer, (k, v) = sequence._layers[0], reference.tokens(100)
     sequence.delete()
     for call in (
-        lambda: cache.append(k, v),
-        cache.settle,
-        lambda: cache.truncate(0),
-        lambda: cache.reorder(torch.tensor([1, 0]).numpy()),
-        cache.write_tail,
-        lambda: read_all(cache, sequence._layout, 0, 100),
-        lambda: read_heads(cache, sequence._layout, 0, 100, [0]),
+        lambda: layer.append(k, v),
+        layer.settle,
+        lambda: layer.truncate(0),
+        lambda: layer.reorder(torch.tensor([1, 0]).numpy()),
+        layer.flush,
+        lambda: read_all(layer, 0, 100),
+        lambda: read_heads(layer, 0, 100, [0]),
     ):
         with pytest.raises(ClosedError):
             call()
@@ -379,7 +379,7 @@ def test_a_flipped_bit_of_a_unit_is_found_and_counted(folder):
     with open_store(folder, capacity="64 MiB") as store:
         sequence, reference = begun(store, "layer", [500])
         store.flush()
-        offset = sequence._layers[1].offsets[1]
+        offset = sequence._layers[1].contents.offsets[1]
         with open(folder / "data", "r+b") as data:
             data.seek(offset + 20_000)
             byte = data.read(1)[0]

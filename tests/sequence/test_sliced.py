@@ -10,7 +10,7 @@ import pytest
 
 from sequence.helpers import Reference, shape_of
 from spdk_kv.errors import DeviceError
-from spdk_kv.sequence import layer as sequence_layer
+from spdk_kv.sequence import writer as sequence_writer
 from store.helpers import open_store
 
 SLICE = 64 << 10
@@ -20,8 +20,8 @@ SHAPE = shape_of(max_tokens=6000)
 
 @pytest.fixture(autouse=True)
 def _small_slices(monkeypatch):
-    monkeypatch.setattr(sequence_layer, "_SLICE_NBYTES", SLICE)
-    monkeypatch.setattr(sequence_layer, "_MOST_PENDING_NBYTES", 3 * SLICE)
+    monkeypatch.setattr(sequence_writer, "_SLICE_NBYTES", SLICE)
+    monkeypatch.setattr(sequence_writer, "_MOST_PENDING_NBYTES", 3 * SLICE)
 
 
 @pytest.fixture
@@ -32,15 +32,15 @@ def store(tmp_path):
 
 def before_slice(monkeypatch, number: int, act: Callable[[], None]) -> list[int]:
     """Calls ``act`` before slice ``number`` is laid out; returns the tokens of every slice."""
-    lay_out, counts = sequence_layer.whole_chunks, []
+    lay_out, counts = sequence_writer.whole_chunks, []
 
-    def whole_chunks(layout, staging, engine, tails, k, v, device):
+    def whole_chunks(layout, staging, engine, start, tails, k, v, gpu):
         counts.append(k.shape[2])
         if len(counts) == number:
             act()
-        return lay_out(layout, staging, engine, tails, k, v, device)
+        return lay_out(layout, staging, engine, start, tails, k, v, gpu)
 
-    monkeypatch.setattr(sequence_layer, "whole_chunks", whole_chunks)
+    monkeypatch.setattr(sequence_writer, "whole_chunks", whole_chunks)
     return counts
 
 
@@ -63,13 +63,13 @@ def uses(sequence, store, k, v):
 def test_slices_are_what_was_appended_and_few_wait(store, monkeypatch):
     sequence, reference = store.sequence("s", SHAPE), Reference(SHAPE)
     reference.append(sequence, 7)
-    limit, pending = sequence_layer.LayerCache._limit_pending, []
+    limit, pending = sequence_writer.Writer.limit_pending, []
 
-    def limited(layer) -> None:
-        limit(layer)
-        pending.append(layer.pending_nbytes)
+    def limited(writer) -> None:
+        limit(writer)
+        pending.append(writer.pending_nbytes)
 
-    monkeypatch.setattr(sequence_layer.LayerCache, "_limit_pending", limited)
+    monkeypatch.setattr(sequence_writer.Writer, "limit_pending", limited)
     counts = before_slice(monkeypatch, 0, out_of_memory)
     reference.append(sequence, TOKENS)
     assert sum(counts) == TOKENS * SHAPE.layers

@@ -309,16 +309,16 @@ def test_a_part_asked_of_the_drive_is_delivered_by_a_copy_made_since(folder: Pat
         sequence, reference = filled(store)
         sequence.read_ahead = False
         sequence.prefetch([0])  # nothing is copied yet: all of it from the drive
-        prefetched = sequence._layers[0].prefetched.take()
+        prefetched = sequence._layers[0].reader.prefetched.take()
         for part in prefetched.parts:
             part.transfer.wait()
         fully(store, sequence, reference)
         assert apart.image is not None
         os.truncate(apart.image, min(unit.extents[0][0] for unit in units(store)))
-        for unit, line in zip(units(store)[:2], (range(1), range(1, 2)), strict=True):
-            prefetched.begin(unit, line, 0, store.engine, 0, unit.filled)
+        for unit, extent in zip(units(store)[:2], (range(1), range(1, 2)), strict=True):
+            prefetched.request(unit, extent, 0, store.engine, 0, unit.filled)
         del prefetched.parts[:-2]
-        prefetched.complete(store.paths, sequence._layers[0]._crcs)
+        prefetched.complete()
         assert store.stats()["residency"]["taken_over_nbytes"] == 2 * UNIT_NBYTES
         os.truncate(apart.image, 64 * MIB)
         sequence.delete()

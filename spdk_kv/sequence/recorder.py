@@ -1,0 +1,120 @@
+"""What makes a sequence last: its record in the index, and when a newer one has to be made."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from spdk_kv.errors import SpdkKvError
+from spdk_kv.index import SequenceRecord
+from spdk_kv.placement import SequenceLayout
+from spdk_kv.sequence.host import Records
+from spdk_kv.sequence.layer import Layer
+
+
+class Recorder:
+    """Makes the records of a sequence. A ``temporary`` one has none.
+
+    After a crash the last committed record still has to find its bytes on the drive. Where tokens
+    that it covers were forgotten since, nothing may be written in their place before a newer record
+    is committed: :attr:`must_record`.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        name: str,
+        layout: SequenceLayout,
+        layers: Sequence[Layer],
+        temporary: bool,
+    ) -> None:
+        self.temporary = temporary
+        self.deleted = False
+        """Set under ``lock``; nothing is recorded from then on."""
+        self.dirty = False
+        """Whether there are changes that no staged record has."""
+        self.must_record = False
+        self.lock = threading.RLock()
+        """Held while a record is made and while one is overtaken (truncate, delete). Taken before
+        any layer's lock."""
+        self._records = records
+        self._name = name
+        self._layout = layout
+        self._layers = layers
+        # Tokens of each layer that the last record covers.
+        self._recorded = [0] * len(layers)
+
+    def mark_dirty(self) -> None:
+        """Notes a change."""
+        self.dirty = not self.temporary
+
+    def mark_recorded(self) -> None:
+        """The last record covers all tokens that the layers have now."""
+        self._recorded = [layer.tokens for layer in self._layers]
+
+    @contextmanager
+    def forgetting(self, number: int, tokens: int) -> Iterator[None]:
+        """For a truncation of layer ``number`` to ``tokens``, which changes nothing if it raises
+        SpdkKvError. With ``lock`` and the layer's lock held."""
+        before = self.must_record
+        self.must_record |= tokens < self._recorded[number]
+        try:
+            yield
+        except SpdkKvError:
+            self.must_record = before
+            raise
+
+    def stage(self) -> None:
+        """Writes what is only in memory and gives the index the record for its next commit, if
+        anything changed. Waits for the drive; raises the errors of writes."""
+        with self.lock:
+            if self.temporary or self.deleted or not self.dirty:
+                return
+            self.dirty = False
+            try:
+                self._stage()
+            except BaseException:
+                self.dirty = True
+                raise
+
+    def _stage(self) -> None:
+        record, covered = self._record()
+        # First what guards the record, in case an interrupt comes between the two.
+        self._recorded = covered
+        self._records.publish_sequence(self._name, record)
+
+    def _record(self) -> tuple[SequenceRecord, list[int]]:
+        """The record, and how many tokens of each layer it covers."""
+        units, maps, covered = [], [], []
+        for layer in self._layers:
+            with layer.lock:
+                units += layer.flush()
+                maps.append(layer.row_map())
+                covered.append(layer.tokens)
+        layout = self._layout
+        if any(maps):
+            own = np.arange(layout.shape.batch, dtype="<i4")
+            maps = [
+                found or np.tile(own, (tokens, 1)).tobytes()
+                for found, tokens in zip(maps, covered, strict=True)
+            ]
+        record = SequenceRecord(
+            layout.shape,
+            layout.granularity,
+            layout.chunk_nbytes,
+            layout.extent_nbytes,
+            tuple(units),
+            b"".join(maps),
+        )
+        return record, covered
+
+    def commit_if_due(self) -> None:
+        """Commits a record of what is left, if the last one covers tokens forgotten since."""
+        with self.lock:
+            if self.must_record:
+                self.stage()
+                self._records.commit()
+                self.must_record = False
