@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from support.rounds import LONG
+
 for needed in ("build", "scikit_build_core", "Cython"):
     pytest.importorskip(needed, reason=f"building needs {needed}: pip install -e '.[test]'")
 
-# Each build compiles everything.
+# A build compiles everything.
 pytestmark = pytest.mark.timeout(1200)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,8 +102,10 @@ def source(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one wheel that the tests look at. Optimizing takes half of the time of a build."""
     out = tmp_path_factory.mktemp("wheel")
-    done = build("--wheel", "--outdir", out, source)
+    kind = "Release" if LONG else "Debug"
+    done = build("--wheel", "--outdir", out, source, "-C", f"cmake.build-type={kind}")
     assert done.returncode == 0, done.stdout
     return only(out, "*.whl")
 
@@ -186,6 +190,7 @@ def test_wheel_works_in_a_clean_venv(wheel: Path, use: Callable[[Path], Path]) -
     assert "Usage:" in done.stdout
 
 
+@pytest.mark.long
 def test_wheel_without_uring_and_pkg_config_works(
     source: Path, tmp_path: Path, use: Callable[[Path], Path]
 ) -> None:
@@ -193,7 +198,6 @@ def test_wheel_without_uring_and_pkg_config_works(
         *("--wheel", "--outdir", tmp_path, source),
         *("-C", f"build-dir={tmp_path}/build"),
         *("-C", "cmake.define.SPDK_KV_URING=OFF"),
-        # Without the minute of optimizing; that is the other wheel's.
         *("-C", "cmake.build-type=Debug"),
         # As where pkg-config is not installed; CMake looks for it beyond PATH.
         *("-C", "cmake.define.CMAKE_DISABLE_FIND_PACKAGE_PkgConfig=ON"),
@@ -204,6 +208,7 @@ def test_wheel_without_uring_and_pkg_config_works(
     use(wheel)
 
 
+@pytest.mark.long
 def test_asking_for_uring_without_liburing_names_the_package(source: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -234,6 +234,7 @@ def test_plots_are_pictures_or_there_are_none(parts: dict[str, ModuleType], tmp_
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.machine
 @pytest.mark.timeout(1200)
 def test_a_tiny_real_run(tmp_path: Path) -> None:
     if os.geteuid() != 0:

@@ -186,6 +186,7 @@ def group() -> Any:
     assert not made.path.exists()
 
 
+@pytest.mark.machine
 def test_a_group_limits_and_counts(group: MemoryGroup, tmp_path: Path) -> None:
     group.forbid_swap()
     group.limit(64 * MIB)
@@ -205,6 +206,7 @@ def test_a_group_limits_and_counts(group: MemoryGroup, tmp_path: Path) -> None:
     group.limit(None)
 
 
+@pytest.mark.machine
 def test_memory_that_does_not_fit_is_told(group: MemoryGroup, tmp_path: Path) -> None:
     case = Case(
         "direct", str(tmp_path), {"layers": 2, "hidden": 2048, "batch": 8, "prompt": 256},
@@ -213,6 +215,7 @@ def test_memory_that_does_not_fit_is_told(group: MemoryGroup, tmp_path: Path) ->
     assert run_apart(case).error == "killed: its memory did not fit into the limit"
 
 
+@pytest.mark.machine
 def test_x_follows_a_limit_that_changes_in_mid_run(group: MemoryGroup, tmp_path: Path) -> None:
     # What this machine's other programs do to its memory would keep X from rising.
     until = time.monotonic() + 120
@@ -331,6 +334,7 @@ def test_the_fastest_at_each_budget() -> None:
     assert bench_decode.fastest(rows) == {1: "b", 2: "a"}
 
 
+@pytest.mark.machine
 @pytest.mark.timeout(1200)
 def test_a_short_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_decode, "_VARIANTS", ("dual",))  # each takes seconds

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from spdk_kv.store import open as open_store
 from spdk_kv.types import KVShape
 from support.places import ROOT
 from support.subprocesses import interruptible_fixture
+from support.terminal import read_terminal
 
 interruptible = interruptible_fixture
 COMMAND = [sys.executable, "-m", "spdk_kv", "demo"]
@@ -118,10 +117,10 @@ def test_interrupt_ends_cleanly(environment: dict[str, str]) -> None:
         env=environment | {"TERM": "xterm"}, stdout=subprocess.PIPE, stderr=secondary,
     )  # fmt: skip
     os.close(secondary)
-    shown = read_until(primary, b"on the drive")
+    shown = read_terminal(primary, lambda shown: b"on the drive" in shown)
     assert left_over(environment) != []
     process.send_signal(signal.SIGINT)
-    shown += read_until(primary, b"interrupted")
+    shown += read_terminal(primary, lambda shown: b"interrupted" in shown)
     assert process.wait(timeout=60) == 130
     assert b"in memory" in shown  # the bar: standard error was a terminal
     assert b"Traceback" not in shown
@@ -130,15 +129,6 @@ def test_interrupt_ends_cleanly(environment: dict[str, str]) -> None:
     assert process.stdout.read() == b""
     process.stdout.close()
     os.close(primary)
-
-
-def read_until(terminal: int, wanted: bytes, timeout_s: float = 180) -> bytes:
-    shown, deadline = b"", time.monotonic() + timeout_s
-    while wanted not in shown:
-        assert time.monotonic() < deadline, shown
-        if select.select([terminal], [], [], 1)[0]:
-            shown += os.read(terminal, 65536)
-    return shown
 
 
 @pytest.fixture(scope="module")

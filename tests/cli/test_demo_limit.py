@@ -31,6 +31,7 @@ def groups() -> None:
         pytest.skip(why)
 
 
+@pytest.mark.machine
 @pytest.mark.timeout(1200)
 def test_only_offloaded_and_mapped_survive_and_tokens_are_equal(
     environment: dict[str, str], groups: None
@@ -38,15 +39,12 @@ def test_only_offloaded_and_mapped_survive_and_tokens_are_equal(
     words = ["--memory-limit", "64MiB", "--prompt-tokens", "1000", "--new-tokens", "3", "--json"]
     # Under a limit of cgroup v1 nobody who writes is slowed down: if the disk is busy with what
     # other tests left to be written, the kernel may find nothing to reclaim, and kill.
-    for _ in range(3):
-        os.sync()
-        result = subprocess.run(
-            [*COMMAND, *words], env=environment, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr
-        found = json.loads(result.stdout)
-        if found["runs"][2]["ended"] == "finished":
-            break
+    os.sync()
+    result = subprocess.run(
+        [*COMMAND, *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr
+    found = json.loads(result.stdout)
     assert set(found) == {
         *("limit_nbytes", "kv_nbytes", "model", "rows", "prompt_tokens", "new_tokens"),
         *("tokens_equal", "residency", "runs"),

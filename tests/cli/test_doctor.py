@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from spdk_kv.devices.io_uring import IoUringStatus
 from spdk_kv.devices.nvme import Namespace, NvmeDrive
 from spdk_kv.memory.budget import CgroupLimit, MemorySnapshot
 from support.subprocesses import interruptible_fixture
+from support.terminal import run_on_terminal
 
 interruptible = interruptible_fixture
 MIB = 1 << 20
@@ -81,29 +81,6 @@ def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, check=False, **options
     )
-
-
-def on_terminal(*words: str, width: int = 80) -> str:
-    """What the command shows on a terminal of ``width`` columns (stdout and stderr together)."""
-    primary, secondary = pty.openpty()
-    env = {key: value for key, value in os.environ.items() if key not in ("CI", "NO_COLOR")}
-    process = subprocess.Popen(
-        [sys.executable, *words], stdout=secondary, stderr=secondary,
-        env=env | {"TERM": "xterm", "COLUMNS": str(width)},
-    )  # fmt: skip
-    os.close(secondary)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(primary, 65536)
-        except OSError:  # Linux says EIO once the last writer is gone
-            break
-        if not piece:
-            break
-        shown += piece
-    os.close(primary)
-    assert process.wait(timeout=30) == 0, shown
-    return shown.decode().replace("\r\n", "\n")
 
 
 @pytest.fixture
@@ -209,7 +186,7 @@ def test_reader_that_goes_away_makes_no_noise(endings: str) -> None:
 def test_progress_bar_is_for_terminals_only(endings: str) -> None:
     piped = python(endings, "bar", env=os.environ | {"FORCE_COLOR": "1"})
     assert (piped.stdout, piped.stderr) == ("done\n", "")
-    assert "reading drive" in on_terminal(endings, "bar")
+    assert "reading drive" in run_on_terminal([sys.executable, endings, "bar"])
 
 
 # --- the doctor as a whole
@@ -241,7 +218,7 @@ def test_report_is_whole_in_a_pipe_and_on_a_narrow_terminal() -> None:
     piped = python("-m", "spdk_kv", "doctor", env=os.environ | {"FORCE_COLOR": "1"})
     assert piped.returncode == 0, piped.stderr
     assert "\x1b" not in piped.stdout
-    shown = on_terminal("-m", "spdk_kv", "doctor")
+    shown = run_on_terminal([sys.executable, "-m", "spdk_kv", "doctor"])
     assert "\x1b[" in shown
     assert "…" not in shown + piped.stdout
     for check in checks:

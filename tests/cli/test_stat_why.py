@@ -33,6 +33,7 @@ from store.helpers import folder_fixture, open_store
 from support import blockdev
 from support.places import TESTS
 from support.subprocesses import run_script
+from support.waiting import wait_until
 
 folder = folder_fixture
 
@@ -44,15 +45,6 @@ def why(*words: str) -> dict[str, Any]:
     return found
 
 
-def until(true: Any, what: str) -> Any:
-    """What ``true()`` returns, once it is no longer false."""
-    last = time.monotonic() + 30
-    while not (found := true()):
-        assert time.monotonic() < last, what
-        time.sleep(0.02)
-    return found
-
-
 def told(folder: Path, **wanted: Any) -> dict[str, Any]:
     """What the store tells, once it has the ``wanted`` fields."""
 
@@ -61,7 +53,7 @@ def told(folder: Path, **wanted: Any) -> dict[str, Any]:
         fits = found is not None and all(found[name] == wanted[name] for name in wanted)
         return found if fits else None
 
-    found: dict[str, Any] = until(look, f"no {wanted} in {read_why(str(folder))}")
+    found: dict[str, Any] = wait_until(look, f"no {wanted} are told")
     return found
 
 
@@ -132,7 +124,7 @@ def test_the_file_is_private_and_whole_at_every_moment(folder: Path) -> None:
         with open_dual(folder) as store:
             sequence, reference = filled(store)
             turns(sequence, reference)
-            until((folder / FILE_NAME).exists, "no file")
+            wait_until((folder / FILE_NAME).exists, "no file")
             assert stat.S_IMODE((folder / FILE_NAME).stat().st_mode) == 0o600
     finally:
         os.umask(before)
@@ -149,7 +141,7 @@ def test_changes_are_written_at_most_once_a_second_and_never_lost(tmp_path: Path
         if found:
             written.add(found["count"])
         time.sleep(0.002)
-    until(lambda: (read_why(str(tmp_path)) or {}).get("count") == 199, "the last one is lost")
+    wait_until(lambda: (read_why(str(tmp_path)) or {}).get("count") == 199, "the last one is lost")
     assert len(written) <= 1 + (time.monotonic() - began)
     file.close()
     file.changed()

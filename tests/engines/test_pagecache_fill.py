@@ -22,6 +22,8 @@ from spdk_kv.units import KIB, MIB
 from store.helpers import folder_fixture
 from support.places import ROOT
 
+# Exact counts: whatever takes memory meanwhile may have a page of the file.
+pytestmark = pytest.mark.machine
 disk = folder_fixture
 
 FILE_NBYTES = 32 * MIB

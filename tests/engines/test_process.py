@@ -118,12 +118,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 engine = opened(name, path)
 write(engine, 0, b"\\x62" * MIB)
 rng = random.Random(1)
-slowest = 0
+most = 0
 for round in range(rounds):
     shots = []
     def shoot(delay):
         time.sleep(delay)
-        shots.append(time.monotonic())
+        shots.append(engine.stats()["ios"])
         os.kill(os.getpid(), signal.SIGINT)
     shooter = threading.Thread(target=shoot, args=(rng.random() * 0.02,))
     # Summed and copied, so that the loop always has something at hand; or read as it is.
@@ -134,13 +134,14 @@ for round in range(rounds):
             engine.run(long)
             long = reading(engine, MIB, 3000, checksum=round % 2, shift=round % 2)
     except KeyboardInterrupt:
-        slowest = max(slowest, time.monotonic() - shots[0])
+        most = max(most, engine.stats()["ios"] - shots[0])
     shooter.join()
     assert not long.in_flight
     del long
     if round % 5 == 0:
         assert read(engine, 0, MIB) == b"\\x62" * MIB
-assert slowest < 2, slowest
+# Of the 64,000 of one transfer: the interrupt did not wait for all of them.
+assert most < 32_000, most
 assert engine.queue.active == 0
 engine.close()
 """

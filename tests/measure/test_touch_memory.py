@@ -12,6 +12,8 @@ from spdk_kv.binding.memory_limit import memory_group, why_impossible
 from spdk_kv.measure.touch_memory import touch_free_memory
 from support.subprocesses import run_script
 
+# Empties the page cache of all, and needs memory that is free.
+pytestmark = pytest.mark.machine
 MIB = 1 << 20
 
 _RESIDENT = """

@@ -18,6 +18,8 @@ from spdk_kv.memory.budget import MemoryReader
 from spdk_kv.units import MIB
 from support.places import ROOT
 
+# What the kernel reclaims, and when, depends on what else runs.
+pytestmark = pytest.mark.machine
 # A process that does one thing for each line it is given, and answers in one line.
 CHILD = """
 import json, os, sys

@@ -34,6 +34,8 @@ from spdk_kv.units import KIB
 from store.helpers import folder_fixture, open_store
 from support.subprocesses import run_script
 
+# The pages are the real ones: whatever takes memory meanwhile may have them.
+pytestmark = pytest.mark.machine
 folder = folder_fixture
 engines = pytest.mark.parametrize("engine", DIRECT_ENGINES)
 

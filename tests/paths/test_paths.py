@@ -374,6 +374,7 @@ def test_prefetched_memory_is_given_back_with_the_sequence(folder: Path) -> None
             store.stats()
 
 
+@pytest.mark.machine
 @engines
 @pytest.mark.parametrize("budget", [0, PLENTY])
 def test_a_demand_read_overtakes_a_long_prefetch(folder: Path, engine: str, budget: int) -> None:
@@ -400,6 +401,7 @@ def test_a_demand_read_overtakes_a_long_prefetch(folder: Path, engine: str, budg
         pytest.fail("a read on demand waited for all that was to be read ahead")
 
 
+@pytest.mark.machine
 def test_prefetched_layers_follow_the_path_of_each_half(folder: Path) -> None:
     with open_dual(folder, policy="paper", budget=3 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)

@@ -87,6 +87,7 @@ def drive(request: pytest.FixtureRequest, folder: Path) -> Iterator[Drive]:
             store.close()
 
 
+@pytest.mark.machine
 def test_both_paths_of_a_device(drive: Drive) -> None:
     set_budget(drive.store, 5 * UNIT_NBYTES)
     turns(drive.sequence, drive.reference, 3)

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import pytest
 
 from engines.spdk.drives import NQN, SETTINGS, drives, rpc
 from spdk_kv.engines.spdk import environment
-from spdk_kv.errors import EngineUnavailable
+from spdk_kv.errors import DeviceGone, EngineUnavailable
+from support.waiting import wait_until
 
 SERIAL = "SPDKKV01"
 # Of linux/mman.h.
@@ -61,6 +62,18 @@ def drives_fixture(target: Target) -> Iterator[None]:
     target.listen()
     with drives(target.folder, target.rpc_path, target.uri("vfiouser").removesuffix("/1")):
         yield
+
+
+def wait_until_back(use: Callable[[], object]) -> None:
+    """Waits until ``use`` of a drive that went away succeeds."""
+
+    def is_back() -> bool:
+        with contextlib.suppress(DeviceGone):
+            use()
+            return True
+        return False
+
+    wait_until(is_back, "the drive does not come back")
 
 
 @contextlib.contextmanager

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from engines.spdk.target import Target, target_fixture
+from engines.spdk.target import Target, target_fixture, wait_until_back
 from spdk_kv._native.transfer import READ, WRITE, Transfer
 from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.engines.spdk.engine import SpdkEngine
 from spdk_kv.errors import ClosedError, DeviceError, DeviceGone, DeviceTimeout, SpdkKvError
 from support.media import SMALL, address_of, memory, read, write
+from support.waiting import wait_until
 
 MIB = 1 << 20
 TRANSPORTS = ("vfiouser", "tcp")
@@ -77,10 +78,7 @@ def ends(engine: SpdkEngine, transfers: list[Transfer]) -> Counter[str]:
 
 
 def wait_until_drained(engine: SpdkEngine) -> None:
-    deadline = time.monotonic() + 60
-    while engine.queue.active:
-        assert time.monotonic() < deadline, "the device still holds memory"
-        time.sleep(0.01)
+    wait_until(lambda: not engine.queue.active, "the drive still holds memory")
 
 
 def test_a_media_error_names_the_status_and_the_block(engine):
@@ -219,14 +217,7 @@ def test_a_target_killed_amid_a_transfer_and_started_again(target, transport):
         opened(target, transport)
     target.restart()
     fill(target)
-    until = time.monotonic() + 60
-    while True:
-        try:
-            write(engine, 0, b"again")
-            break
-        except DeviceGone:
-            assert time.monotonic() < until, "it does not come back"
-            time.sleep(0.1)
+    wait_until_back(lambda: write(engine, 0, b"again"))
     assert read(engine, 0, 5) == b"again"
     assert not engine.gone
     engine.close()
@@ -252,14 +243,13 @@ def test_another_namespace_in_its_place_is_not_touched(target):
     for number in (1, 2):
         target.add_namespace(16 * MIB, 512, nsid=number)
     target.listen()
-    until = time.monotonic() + 60
-    while True:
+
+    def is_found_out() -> bool:
         with pytest.raises(DeviceGone) as caught:
             write(engine, 0, b"lost")
-        if "another namespace" in str(caught.value):
-            break
-        assert time.monotonic() < until
-        time.sleep(0.1)
+        return "another namespace" in str(caught.value)
+
+    wait_until(is_found_out, "the other namespace is taken for its own")
     engine.close()
     fresh = opened(target, "tcp", 2)
     assert read(fresh, 0, 4096) == bytes(4096)

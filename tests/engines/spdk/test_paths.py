@@ -8,15 +8,15 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from engines.spdk.target import Target, target_fixture
+from engines.spdk.target import Target, target_fixture, wait_until_back
 from paths.apart.helpers import DRIVE_NBYTES, Apart, copied, folder_for_copies, fully, waited
 from paths.apart.test_model import (
     churn,
@@ -49,6 +49,7 @@ from spdk_kv.cli import main
 from spdk_kv.errors import DeviceGone
 from store.helpers import check_books, folder_fixture
 from support.places import TESTS
+from support.waiting import wait_until
 
 folder = folder_fixture
 target = target_fixture
@@ -168,12 +169,7 @@ def test_a_drive_that_goes_away_leaves_what_was_copied(target: Target, tmp_path:
         target.namespaces = nsid - 1
         assert target.add_file(image) == nsid
         target.listen()
-        for _ in range(600):
-            try:
-                turns(sequence, reference)
-                break
-            except DeviceGone:
-                time.sleep(0.1)
+        wait_until_back(lambda: turns(sequence, reference))
         turns(sequence, reference)
         set_budget(store, PLENTY)
         fully(store, sequence, reference)
@@ -205,19 +201,18 @@ def test_stat_why_tells_of_the_copies(apart: Apart) -> None:
     with apart.open(5 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
         fully(store, sequence, reference)
-        time.sleep(1.2)  # the note is written once a second
         set_budget(store, 4 * UNIT_NBYTES)
         turns(sequence, reference, 2)
         words = ["stat", apart.uri, "--index-dir", str(apart.index), "--why"]
-        until = time.monotonic() + 10
-        while True:
+
+        def told() -> dict[str, Any] | None:
             found = CliRunner().invoke(main, [*words, "--json"])
             assert found.exit_code == 0, found.output
             decision = json.loads(found.stdout)["decision"]
-            if decision and decision["copied_nbytes"] == 3 * UNIT_NBYTES:
-                break
-            assert time.monotonic() < until, decision
-            time.sleep(0.1)
+            fits = decision is not None and decision["copied_nbytes"] == 3 * UNIT_NBYTES
+            return decision if fits else None
+
+        decision = wait_until(told, "the note never tells of 3 units")
         assert decision["page_cache_dir"] == str(apart.copies)
         found = CliRunner().invoke(main, words)
         text = " ".join(found.stdout.split())

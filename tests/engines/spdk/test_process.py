@@ -164,6 +164,7 @@ def test_log_lines_go_through_logging_and_nothing_is_printed(uri):
     assert printed == ""
 
 
+@pytest.mark.machine
 def test_no_sockets_and_no_files_are_left_by_a_killed_process(uri):
     def leftovers() -> set[str]:
         found = {str(path) for path in Path("/dev/hugepages").glob("*")}
@@ -206,6 +207,7 @@ def test_a_process_opens_no_socket_for_telemetry(uri):
     )
 
 
+@pytest.mark.machine
 def test_without_hugepages_it_goes_on_or_says_what_to_do(uri):
     # So that there are some to take.
     with hugepages(160 * MIB):

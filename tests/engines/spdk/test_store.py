@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 
 import spdk_kv
-from engines.spdk.target import SERIAL, Target, target_fixture
+from engines.spdk.target import SERIAL, Target, target_fixture, wait_until_back
 from integrations.transformers.models import assert_same as assert_same_tokens
 from integrations.transformers.models import model_of, prompt
 from spdk_kv.cli import main
@@ -277,12 +276,8 @@ def test_a_drive_that_went_away_comes_back_to_its_store(target, tmp_path):
     target.namespaces = nsid - 1
     assert target.add_file(image) == nsid
     target.listen()
-    for _ in range(600):
-        try:
-            assert version_of("key", store.get("key", as_numpy=True)) == 1
-            break
-        except DeviceGone:
-            time.sleep(0.1)
+    wait_until_back(lambda: store.get("key"))
+    assert version_of("key", store.get("key", as_numpy=True)) == 1
     store.put("key", payload("key", 2))
     store.close()
     with place.open() as store:

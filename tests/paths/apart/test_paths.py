@@ -61,6 +61,7 @@ def damage(store: KVStore, nbytes: int = 64) -> None:
 # -- what is copied -------------------------------------------------------------------------------
 
 
+@pytest.mark.machine
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 def test_what_is_read_of_the_page_cache_path_is_copied_and_then_read_there(
     apart: Apart, granularity: str
@@ -83,6 +84,7 @@ def test_what_is_read_of_the_page_cache_path_is_copied_and_then_read_there(
         assert told["missed_nbytes"] == told["taken_over_nbytes"] == 0
 
 
+@pytest.mark.machine
 def test_who_leaves_the_page_cache_path_leaves_nothing_there(apart: Apart) -> None:
     with apart.open() as store:
         sequence, reference = filled(store)
@@ -217,6 +219,7 @@ def test_copies_that_have_to_wait_are_made_later(
 # -- what the kernel and the media do -------------------------------------------------------------
 
 
+@pytest.mark.machine
 def test_what_the_kernel_evicts_comes_back_from_the_copys_own_drive(apart: Apart) -> None:
     with apart.open(2 * UNITS * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
