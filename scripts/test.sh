@@ -59,6 +59,9 @@ cd "$root"
 step 'ruff check' ruff check
 step 'ruff format' ruff format --check
 step 'mypy' mypy
+# Whether the stubs say what the extensions that were built are.
+step 'stubtest' mypy.stubtest spdk_kv._native --ignore-unused-allowlist \
+    --allowlist cython_src/stubtest_allowlist.txt
 
 SPDK_KV_TEST_SUMMARY=$(mktemp)
 export SPDK_KV_TEST_SUMMARY

@@ -1,6 +1,8 @@
 from collections.abc import Collection
 from typing import Any
 
+from typing_extensions import Self, disjoint_base
+
 READ: int
 WRITE: int
 FLUSH: int
@@ -8,12 +10,18 @@ DISCARD: int
 DEMAND: int
 PREFETCH: int
 
+@disjoint_base
 class Queue:
-    closed: bool
-    pid: int
-    depth: int
-    def __init__(
-        self,
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @depth.setter
+    def depth(self, depth: int) -> None: ...
+    def __new__(
+        cls,
         backend: Any,
         keep: object,
         *,
@@ -23,7 +31,7 @@ class Queue:
         align_nbytes: int,
         slots: Collection[int],
         pid: int,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def segment_nbytes(self) -> int: ...
     @property
@@ -39,12 +47,15 @@ class Queue:
     def outcomes(self, since: int) -> tuple[int, list[tuple[int, int, int]]]: ...
     def close(self, timeout_s: float = 30.0) -> bool: ...
 
+@disjoint_base
 class Transfer:
-    queue: Queue
+    @property
+    def queue(self) -> Queue: ...
     on_done: Any
-    link: Any
-    def __init__(
-        self,
+    @property
+    def link(self) -> Any: ...
+    def __new__(
+        cls,
         queue: Queue,
         op: int,
         *,
@@ -56,7 +67,7 @@ class Transfer:
         link: Any = None,
         stream: int | None = None,
         hand_over: bool = False,
-    ) -> None: ...
+    ) -> Self: ...
     def keep(self, thing: object) -> None: ...
     def add(self, offset: int, address: int, nbytes: int, capacity: int = 0) -> None: ...
     def add_many(self, offsets: Any, addresses: Any, nbytes: Any) -> None: ...

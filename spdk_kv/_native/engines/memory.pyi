@@ -1,5 +1,9 @@
 from typing import Any
 
+from typing_extensions import Self, disjoint_base
+
+@disjoint_base
 class MemoryBackend:
-    backend: Any
-    def __init__(self, nbytes: int) -> None: ...
+    @property
+    def backend(self) -> Any: ...
+    def __new__(cls, nbytes: int) -> Self: ...

@@ -1,8 +1,12 @@
 from typing import Any
 
+from typing_extensions import Self, disjoint_base
+
+@disjoint_base
 class UringBackend:
-    backend: Any
-    def __init__(self, fd: int, entries: int) -> None: ...
+    @property
+    def backend(self) -> Any: ...
+    def __new__(cls, fd: int, entries: int) -> Self: ...
     @property
     def fixed_file(self) -> bool: ...
     @property
