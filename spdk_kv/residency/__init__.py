@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from spdk_kv.residency.policies import Observation, Policy, Unit, make_policy
+from spdk_kv.residency.policies import Decision, Observation, Policy, Unit, make_policy
 
-__all__ = ["Observation", "Policy", "Unit", "make_policy"]
+__all__ = ["Decision", "Observation", "Policy", "Unit", "make_policy"]

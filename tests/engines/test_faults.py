@@ -20,8 +20,9 @@ from spdk_kv._native.transfer import FLUSH, PREFETCH, READ, WRITE
 from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.engines.uring import why_unavailable
 from spdk_kv.errors import CapacityError, CorruptionError, DeviceError, DeviceGone, DeviceTimeout
+from spdk_kv.testing import SMALL, address_of, memory, read, write
 from support import blockdev
-from support.media import SMALL, address_of, image, medium, memory, read, write
+from support.media import image, medium
 from support.subprocesses import run_script
 
 BLOCK = 4096

@@ -17,8 +17,8 @@ from spdk_kv._native.transfer import DISCARD, FLUSH, READ, WRITE, Queue, Transfe
 from spdk_kv.engines import engine_status, open_engine, parse_location
 from spdk_kv.engines.ng import Limits, parse_identify, read_limits, why_unavailable
 from spdk_kv.errors import DeviceError, DeviceGone, EngineUnavailable
+from spdk_kv.testing import address_of, memory
 from support import blockdev
-from support.media import address_of, memory
 
 KIB = 1 << 10
 PARTS = 100

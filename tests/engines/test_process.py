@@ -19,7 +19,7 @@ from support.subprocesses import run_script
 PREAMBLE = """
 import faulthandler, gc, os, random, signal, sys, threading, time
 import numpy as np
-from support.media import SMALL, address_of, memory, read, write
+from spdk_kv.testing import SMALL, address_of, memory, read, write
 from spdk_kv._native.memory import Pool
 from spdk_kv._native.transfer import FLUSH, PREFETCH, READ, WRITE
 from spdk_kv.engines import QueueOptions, open_engine, parse_location

@@ -19,7 +19,8 @@ from spdk_kv._native.memory import Pool
 from spdk_kv._native.transfer import PREFETCH, READ, WRITE, Queue
 from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.errors import ClosedError, DeviceError
-from support.media import EVERY, KEEPING, SMALL, Medium, address_of, medium, memory
+from spdk_kv.testing import SMALL, Medium, address_of, memory
+from support.media import EVERY, KEEPING, medium
 
 BLOCK = 4096
 SEGMENT = SMALL.segment_nbytes

@@ -21,7 +21,8 @@ from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.errors import DeviceError, DeviceTimeout, EngineUnavailable
 from spdk_kv.link.cuda import measured
-from support.media import KEEPING, address_of, medium
+from spdk_kv.testing import address_of
+from support.media import KEEPING, medium
 from support.subprocesses import run_script
 
 LAUNCH_FAILED, OUT_OF_MEMORY = 719, 2
@@ -353,7 +354,7 @@ def test_many_threads_on_two_engines(tmp_path, link, driver) -> None:
 def test_the_interpreter_may_exit_in_mid_copy(library) -> None:
     script = f"""
         import numpy as np
-        from support.media import SMALL
+        from spdk_kv.testing import SMALL
         from spdk_kv.engines import open_engine, parse_location
         from link.test_cuda import *
         engine = open_engine(parse_location("ram://"), engine="ram", capacity_nbytes=8 * MIB,

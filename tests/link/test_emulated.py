@@ -17,7 +17,8 @@ from spdk_kv._native.link.emulated import EmulatedLink
 from spdk_kv._native.transfer import DISCARD, FLUSH, PREFETCH, READ, WRITE
 from spdk_kv.engines import QueueOptions
 from spdk_kv.errors import DeviceError
-from support.media import EVERY, KEEPING, Medium, address_of, medium
+from spdk_kv.testing import Medium, address_of
+from support.media import EVERY, KEEPING, medium
 from support.rounds import examples
 
 

@@ -14,7 +14,8 @@ from spdk_kv._native.link.emulated import EmulatedLink
 from spdk_kv._native.memory import Pool
 from spdk_kv._native.transfer import READ
 from spdk_kv.errors import ClosedError
-from support.media import Medium, medium
+from spdk_kv.testing import Medium
+from support.media import medium
 from support.subprocesses import run_script
 
 

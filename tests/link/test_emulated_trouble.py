@@ -17,8 +17,9 @@ from spdk_kv._native.memory import Pool
 from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.errors import DeviceError, DeviceTimeout
+from spdk_kv.testing import SMALL, Medium
 from support import blockdev
-from support.media import KEEPING, SMALL, Medium, medium
+from support.media import KEEPING, medium
 
 
 @pytest.fixture(params=[k for k in KEEPING if not k.endswith("partition")])

@@ -13,7 +13,8 @@ from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.engines import QueueOptions
 from spdk_kv.link.cuda import link_for, stream_of
 from spdk_kv.link.pipeline import Pipeline
-from support.media import EVERY, KEEPING, SMALL, address_of, medium
+from spdk_kv.testing import SMALL, address_of
+from support.media import EVERY, KEEPING, medium
 
 MIB = 1 << 20
 LINK, WHY_NOT = link_for("cuda") if torch.cuda.is_available() else (None, "torch finds no GPU")

@@ -18,8 +18,9 @@ from spdk_kv.engines import QueueOptions
 from spdk_kv.link.cuda import link_for
 from spdk_kv.link.pipeline import Pipeline
 from spdk_kv.link.planner import Cut, Limits, Planner, first_cut
+from spdk_kv.testing import address_of
 from spdk_kv.units import GIB, KIB, MIB
-from support.media import address_of, medium
+from support.media import medium
 
 LIMITS = Limits(max_segment_nbytes=MIB, multiple_nbytes=4 * KIB, slots=32)
 TENSOR = 64 * MIB

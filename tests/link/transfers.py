@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spdk_kv._native.transfer import READ
-from support.media import SMALL, address_of, memory
+from spdk_kv.testing import SMALL, address_of, memory
 
 BLOCK = 4096
 MIB = 1 << 20

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from spdk_kv._native.memory import Pool, Region
 from spdk_kv._native.transfer import READ
 from spdk_kv.engines.uring import why_unavailable
-from support.media import address_of, medium, read, write
+from spdk_kv.testing import address_of, read, write
+from support.media import medium
 from support.rounds import examples
 
 PAGE = 4096

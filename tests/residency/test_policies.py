@@ -1,4 +1,4 @@
-"""Residency policies as pure functions of what they are told."""
+"""Residency policies, pure functions: the published contract, the order, what each does alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spdk_kv.residency.order import prefix, priority, spread
@@ -16,14 +16,15 @@ from spdk_kv.residency.policies import (
     Adaptive,
     AllDirect,
     AllPageCache,
-    Decision,
     Observation,
     PaperPolicy,
+    Policy,
     Unit,
     make_policy,
 )
+from spdk_kv.testing import PolicyContract
+from spdk_kv.testing.policies import unit_lists
 from spdk_kv.units import GIB, MIB
-from support.rounds import examples
 
 NAMES = ("adaptive", "paper", "direct", "pagecache")
 NONE: frozenset[object] = frozenset()
@@ -39,45 +40,30 @@ def layers(count: int, nbytes: int = 64 * MIB, sequence: int = 0) -> list[Unit]:
     ]
 
 
-unit_lists = st.lists(
-    st.builds(
-        Unit,
-        st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 1)),
-        sizes,
-        st.sampled_from([0.0, 0.5, 1.0, 7.0]),
-        st.integers(0, 300),
-        sizes,
-        st.integers(0, 3),
-    ),
-    max_size=24,
-    unique_by=lambda unit: unit.key,
-)
-observations = st.builds(
-    Observation, sizes, sizes, sizes, st.floats(0, 100, width=32), st.none() | sizes
-)
+class TestAdaptive(PolicyContract):
+    def make_policy(self) -> Policy:
+        return make_policy("adaptive")
 
 
-@pytest.mark.parametrize("name", NAMES)
-@given(st.lists(st.tuples(unit_lists, observations, st.booleans()), max_size=8))
-@settings(max_examples=examples(60))
-def test_whatever_it_is_told(name: str, steps: list[tuple[list[Unit], Observation, bool]]) -> None:
-    policy, same = make_policy(name), make_policy(name)
-    cached = NONE
-    for units, seen, follow in steps:
-        decision = policy.decide(units, cached, seen)
-        assert decision == same.decide(units, cached, seen)  # the same calls, the same answers
-        sizes = {unit.key: unit.nbytes for unit in units}
-        assert decision.cached <= sizes.keys()
-        if name != "paper":  # binds by final sizes, and these are anything here
-            assert sum(sizes[key] for key in decision.cached) <= decision.limit_nbytes
-        if name == "adaptive":
-            assert decision.limit_nbytes <= seen.budget_nbytes
-        assert "\n" not in decision.reason
-        for unit in units:
-            path = "page cache: " if unit.key in decision.cached else "direct: "
-            assert policy.why(unit).startswith(path)
-        if follow:  # else the caller could not do what was decided
-            cached = decision.cached
+class TestPaper(PolicyContract):
+    # Binds units for good by their final sizes, under the X of the first decision.
+    holds_limit = False
+    holds_budget = False
+
+    def make_policy(self) -> Policy:
+        return make_policy("paper")
+
+
+class TestDirect(PolicyContract):
+    def make_policy(self) -> Policy:
+        return make_policy("direct")
+
+
+class TestPageCache(PolicyContract):
+    holds_budget = False  # takes every unit, whatever the budget
+
+    def make_policy(self) -> Policy:
+        return make_policy("pagecache")
 
 
 @given(sizes, sizes)
@@ -233,12 +219,6 @@ def test_policies_by_name() -> None:
         make_policy("paper", -1)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_units_with_one_key_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="'a' comes twice"):
-        make_policy(name).decide([Unit("a", 1), Unit("a", 2)], NONE, Observation(5))
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -269,9 +249,3 @@ def test_impossible_units_are_refused(wrong: dict[str, float]) -> None:
 def test_impossible_observations_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"not negative|percentage"):
         Observation(**({"budget_nbytes": 1} | wrong))
-
-
-def test_keys_that_are_gone_from_the_units_are_ignored() -> None:
-    decision = Adaptive().decide([], frozenset({"gone"}), Observation(GIB, missed_nbytes=GIB))
-    assert isinstance(decision, Decision)
-    assert decision.cached == NONE

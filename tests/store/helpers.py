@@ -23,7 +23,7 @@ import spdk_kv
 from engines.spdk import drives
 from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.store import KVStore
-from support.media import read, write
+from spdk_kv.testing import read, write
 from support.options import grouped
 
 FILE_ENGINES = ("uring", "threads", "pagecache")

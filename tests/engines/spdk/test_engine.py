@@ -13,25 +13,11 @@ import numpy as np
 import pytest
 
 from engines.spdk.target import NQN, SERIAL, Target, target_fixture
-
-# The engine contract itself, run here with the fixtures below.
-from engines.test_contract import (  # noqa: F401
-    test_a_read_brings_its_bytes_and_touches_no_others,
-    test_a_transfer_is_cut_at_the_segment_size,
-    test_a_write_puts_its_bytes_and_zeros_to_the_end_of_its_block,
-    test_checksums_combine_over_segments,
-    test_chunk_checksums_are_those_of_the_chunks,
-    test_flush_and_discard,
-    test_many_pieces_go_where_each_belongs,
-    test_memory_the_device_reaches_is_not_copied,
-    test_misuse_is_refused_before_any_io,
-    test_nothing_to_move_is_done_at_once,
-)
 from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.engines.spdk.engine import SpdkEngine
 from spdk_kv.errors import ClosedError, DeviceGone, EngineUnavailable
-from support.media import SMALL, Medium, address_of, memory, read, write
+from spdk_kv.testing import SMALL, EngineContract, Medium, address_of, memory, read, write
 
 MIB = 1 << 20
 TRANSPORTS = ("vfiouser", "tcp")
@@ -62,22 +48,20 @@ def opened(target: Target, transport: str, nsid: int, options: QueueOptions = SM
     return engine
 
 
-@pytest.fixture(
-    params=[(transport, nsid) for transport in TRANSPORTS for nsid in (1, 2)],
-    ids=["vfiouser-512", "vfiouser-4096", "tcp-512", "tcp-4096"],
-)
-def keeping(request: pytest.FixtureRequest, target: Target) -> Iterator[Medium]:
-    """What is written over one transport is looked at over the other: by a second initiator."""
-    transport, nsid = request.param
-    other = opened(target, TRANSPORTS[transport == "vfiouser"], nsid)
-    engine = opened(target, transport, nsid)
-    assert engine.block_nbytes == (512, 4096)[nsid - 1]
-    yield Medium(engine, "", other)
-    engine.close()
-    other.close()
-
-
-any_engine = keeping
+class TestSpdk(EngineContract):
+    @pytest.fixture(
+        params=[(transport, nsid) for transport in TRANSPORTS for nsid in (1, 2)],
+        ids=["vfiouser-512", "vfiouser-4096", "tcp-512", "tcp-4096"],
+    )
+    def medium(self, request: pytest.FixtureRequest, target: Target) -> Iterator[Medium]:
+        """What is written over one transport is looked at over the other: by a second initiator."""
+        transport, nsid = request.param
+        other = opened(target, TRANSPORTS[transport == "vfiouser"], nsid)
+        engine = opened(target, transport, nsid)
+        assert engine.block_nbytes == (512, 4096)[nsid - 1]
+        yield Medium(engine, "", other)
+        engine.close()
+        other.close()
 
 
 def test_a_drive_says_what_it_is(target):

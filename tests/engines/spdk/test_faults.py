@@ -15,7 +15,7 @@ from spdk_kv._native.transfer import READ, WRITE, Transfer
 from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.engines.spdk.engine import SpdkEngine
 from spdk_kv.errors import ClosedError, DeviceError, DeviceGone, DeviceTimeout, SpdkKvError
-from support.media import SMALL, address_of, memory, read, write
+from spdk_kv.testing import SMALL, address_of, memory, read, write
 from support.waiting import wait_until
 
 MIB = 1 << 20

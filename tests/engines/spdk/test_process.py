@@ -22,7 +22,7 @@ target = target_fixture
 
 _PREAMBLE = """
 import os, signal, sys
-from support.media import SMALL, read, write
+from spdk_kv.testing import SMALL, read, write
 from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.engines.spdk import environment
 from spdk_kv.engines.spdk.environment import SpdkSettings

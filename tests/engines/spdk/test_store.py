@@ -22,8 +22,8 @@ from integrations.transformers.models import model_of, prompt
 from spdk_kv.cli import main
 from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.errors import DeviceGone, KeyNotFound, StoreLocked, StoreMismatch
+from spdk_kv.testing import read, write
 from store.helpers import assert_same, check_books, open_store, payload, tensor_of, version_of
-from support.media import read, write
 from support.places import TESTS
 
 MIB = 1 << 20

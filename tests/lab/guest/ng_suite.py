@@ -24,18 +24,6 @@ from drive import controller_of, give_back, node_of, take  # noqa: E402
 from engine import pattern  # noqa: E402
 
 import spdk_kv  # noqa: E402
-from engines.test_contract import (  # noqa: E402, F401
-    test_a_read_brings_its_bytes_and_touches_no_others,
-    test_a_transfer_is_cut_at_the_segment_size,
-    test_a_write_puts_its_bytes_and_zeros_to_the_end_of_its_block,
-    test_checksums_combine_over_segments,
-    test_chunk_checksums_are_those_of_the_chunks,
-    test_flush_and_discard,
-    test_many_pieces_go_where_each_belongs,
-    test_memory_the_device_reaches_is_not_copied,
-    test_misuse_is_refused_before_any_io,
-    test_nothing_to_move_is_done_at_once,
-)
 from spdk_kv._native.transfer import READ  # noqa: E402
 from spdk_kv.engines import QueueOptions, open_engine, parse_location  # noqa: E402
 from spdk_kv.errors import (  # noqa: E402
@@ -45,6 +33,7 @@ from spdk_kv.errors import (  # noqa: E402
     StoreLocked,
     StoreMismatch,
 )
+from spdk_kv.testing import SMALL, EngineContract, Medium, address_of, memory, read, write  # noqa: E402
 from store.helpers import (  # noqa: E402
     assert_same,
     check_books,
@@ -53,7 +42,6 @@ from store.helpers import (  # noqa: E402
     tensor_of,
     version_of,
 )
-from support.media import SMALL, Medium, address_of, memory, read, write  # noqa: E402
 
 MIB = 1 << 20
 SMALL_NBYTES = 40 * MIB  # of both: SMALL of conftest.py
@@ -98,15 +86,13 @@ def opened(serial: str, options: QueueOptions = SMALL):
     return open_engine(parse_location(f"ng://{generic(serial)}"), options=options)
 
 
-@pytest.fixture(params=DRIVES)
-def keeping(request: pytest.FixtureRequest) -> Iterator[Medium]:
-    engine = opened(request.param)
-    assert (engine.name, engine.block_nbytes) == ("ng", DRIVES[request.param])
-    yield Past(engine, node_of(request.param))
-    engine.close()
-
-
-any_engine = keeping
+class TestNg(EngineContract):
+    @pytest.fixture(params=DRIVES)
+    def medium(self, request: pytest.FixtureRequest) -> Iterator[Medium]:
+        engine = opened(request.param)
+        assert (engine.name, engine.block_nbytes) == ("ng", DRIVES[request.param])
+        yield Past(engine, node_of(request.param))
+        engine.close()
 
 
 @pytest.fixture(params=DRIVES)
