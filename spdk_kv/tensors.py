@@ -1,4 +1,4 @@
-"""Tensors as bytes, and bytes as tensors; copied only where there is no other way."""
+"""Tensors as bytes, and bytes as tensors; copied only where it cannot be avoided."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NUMPY_ALONE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ByteView:
-    """A tensor's bytes where they are: valid while ``keep`` is alive."""
+    """A tensor's bytes where they lie; valid while ``keep`` is alive."""
 
     address: int
     nbytes: int
@@ -30,17 +30,17 @@ class ByteView:
 
 
 def byte_view(tensor: Any, *, on_cpu: bool = True) -> ByteView:
-    """The bytes of a torch tensor or numpy array in C order; in CPU memory, or (without
-    ``on_cpu``) on the tensor's own device.
+    """The bytes of a torch tensor or numpy array in C order: in host memory, or (without
+    ``on_cpu``) where the tensor is.
 
-    Copies only what is not contiguous, not there, or a lazy conjugate. ShapeMismatch for
+    Copies only what is not contiguous, elsewhere, or a lazy conjugate. Raises ShapeMismatch for
     what has no plain bytes (sparse, quantised, objects, foreign byte order).
     """
     if isinstance(tensor, np.ndarray):
         name = _numpy_name(tensor.dtype)
         array = np.ascontiguousarray(tensor)
-        # ascontiguousarray makes 0-d arrays 1-d; the shape recorded is the caller's. The view
-        # holds the export: the array cannot be resized under the device.
+        # ascontiguousarray makes 0-d arrays 1-d; the shape recorded is the caller's. While the view
+        # holds the export, numpy refuses to resize the array under a running transfer.
         export = array.reshape(-1).view(np.uint8).data if array.size else None
         return ByteView(array.ctypes.data, array.nbytes, name, tensor.shape, (array, export))
     import torch
@@ -67,7 +67,7 @@ def _numpy_name(dtype: np.dtype[Any]) -> str:
 
 
 def tensor_from(buffer: Any, dtype: str, shape: tuple[int, ...], offset: int = 0) -> torch.Tensor:
-    """A torch tensor over ``buffer`` from byte ``offset``; it owns the buffer's export."""
+    """A torch tensor over ``buffer`` from byte ``offset``; it keeps the buffer alive."""
     import torch
 
     count = 1
@@ -80,7 +80,7 @@ def tensor_from(buffer: Any, dtype: str, shape: tuple[int, ...], offset: int = 0
 
 
 def array_from(buffer: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """A numpy array over ``buffer``. ShapeMismatch for dtypes that numpy does not have."""
+    """A numpy array over ``buffer``. Raises ShapeMismatch for dtypes that numpy lacks."""
     if dtype not in _NUMPY_ALONE:
         raise ShapeMismatch(f"numpy has no dtype {dtype}; get it as a torch tensor")
     count = 1
@@ -95,8 +95,8 @@ def array_from(buffer: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray[An
 class Destination:
     """Where a get puts its bytes when the caller gave ``out``.
 
-    ``direct``: the device may write to ``view`` itself; otherwise ``out`` is filled by a copy.
-    ``plain``: its bytes are those to be written, in order, wherever they are.
+    ``view``: the bytes of ``out``, if the drive may write there; otherwise ``out`` is filled by a
+    copy. ``plain``: its bytes are the stored ones, in order, on whatever device.
     """
 
     out: Any
@@ -105,6 +105,7 @@ class Destination:
 
     @property
     def direct(self) -> bool:
+        """Whether the drive may write to ``out`` itself."""
         return self.view is not None
 
     def fill(self, tensor: torch.Tensor) -> Any:
@@ -119,7 +120,7 @@ class Destination:
 
 
 def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
-    """Checks ``out`` against what is stored; ShapeMismatch before any I/O."""
+    """Checks ``out`` against what is stored. Raises ShapeMismatch."""
     if isinstance(out, np.ndarray):
         _check_same(_numpy_name(out.dtype), out.shape, dtype, shape)
         if not out.flags.writeable:
@@ -142,8 +143,8 @@ def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
     plain = contiguous and not (out.is_conj() or out.is_neg())
     if not plain or out.device.type != "cpu":
         return Destination(out, None, plain)
-    # What byte_view would find after six operations of torch's. The alias keeps the memory where
-    # the caller gives `out` other memory meanwhile.
+    # byte_view would find the same by six torch operations. The alias keeps the memory alive even
+    # if the caller points `out` elsewhere meanwhile.
     nbytes = out.numel() * out.element_size()
     return Destination(out, ByteView(out.data_ptr(), nbytes, dtype, shape, out.detach()), plain)
 

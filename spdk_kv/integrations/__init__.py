@@ -1,2 +1,4 @@
-"""Plug-ins for programs that run models. Each module imports its host when it is imported itself,
-and nothing else in the package imports any of them; what several need is in ``layer_stream``."""
+"""Plug-ins for programs that run models, a folder each.
+
+Each imports its host when it is imported itself, so that nobody needs a host to use the others.
+"""

@@ -1,4 +1,4 @@
-"""What callers give to a sequence, checked before anything is changed."""
+"""The arguments of a sequence's methods, checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def check_tokens(shape: KVShape, k: torch.Tensor, v: torch.Tensor) -> None:
-    """ShapeMismatch unless both are ``[batch, kv_heads, tokens, head_dim]`` of ``shape``, and of
-    equally many tokens."""
+    """Raises ShapeMismatch unless both are ``[batch, kv_heads, tokens, head_dim]`` of ``shape``,
+    with as many tokens each."""
     for name, tensor in (("k", k), ("v", v)):
         found = tuple(tensor.shape)
         if len(found) != 4 or (*found[:2], found[3]) != (
@@ -26,7 +26,7 @@ def check_tokens(shape: KVShape, k: torch.Tensor, v: torch.Tensor) -> None:
             shape.head_dim,
         ):
             raise ShapeMismatch(
-                f"{name} is {list(found)}; wanted is [batch={shape.batch}, "
+                f"{name} is {list(found)}, not [batch={shape.batch}, "
                 f"kv_heads={shape.kv_heads}, tokens, head_dim={shape.head_dim}]"
             )
         if dtype_name(tensor.dtype) != shape.dtype:
@@ -36,7 +36,8 @@ def check_tokens(shape: KVShape, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def token_range(count: int, tokens: slice | None) -> tuple[int, int]:
-    """First and last of the ``tokens`` of ``count``; ShapeMismatch where they are not in a row."""
+    """The slice ``tokens`` of ``count`` tokens as (first, end). Raises ShapeMismatch where it has
+    gaps."""
     if tokens is None:
         return 0, count
     first, last, step = tokens.indices(count)
@@ -46,19 +47,19 @@ def token_range(count: int, tokens: slice | None) -> tuple[int, int]:
 
 
 def head_list(count: int, heads: Iterable[int] | slice | None) -> list[int] | None:
-    """``heads`` of ``count`` one by one; None is all of them, as they lie."""
+    """``heads`` of ``count`` as numbers; None stands for all, in their order."""
     if heads is None:
         return None
     if isinstance(heads, slice):
         return list(range(*heads.indices(count)))
-    wanted = [operator.index(head) for head in heads]
-    if any(not 0 <= head < count for head in wanted):
-        raise ShapeMismatch(f"heads are 0 to {count - 1}, not {wanted}")
-    return wanted
+    chosen = [operator.index(head) for head in heads]
+    if any(not 0 <= head < count for head in chosen):
+        raise ShapeMismatch(f"heads are 0 to {count - 1}, not {chosen}")
+    return chosen
 
 
 def batch_order(batch: int, rows: Iterable[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """``rows`` as an index; ShapeMismatch unless there is one row of the batch for each."""
+    """``rows`` as an index. Raises ShapeMismatch unless it names one row for each batch row."""
     index = np.asarray([operator.index(row) for row in rows], dtype=np.int64)
     if index.shape != (batch,) or index.min() < 0 or index.max() >= batch:
         raise ShapeMismatch(f"reorder takes {batch} rows from 0 to {batch - 1}, not {index}")

@@ -1,4 +1,7 @@
-"""transformers: a KV cache for `generate` that lies on the drive."""
+"""transformers: a KV cache for `generate` that is kept on the drive.
+
+`cache.py` is what transformers sees, `stream.py` moves the layers.
+"""
 
 from __future__ import annotations
 

@@ -23,34 +23,43 @@ from spdk_kv.store import KVStore
 from spdk_kv.types import Granularity
 
 CACHE_ARGUMENT = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
-"""What ``generate`` of the installed transformers calls the cache; newer releases warn of the old
-name."""
+"""The name of ``generate``'s argument for the cache in the installed release of transformers. Newer
+ones warn of the old name."""
 
 
 class OffloadedKVCache(Cache):  # type: ignore[misc]
     """The KV cache of one ``generate`` at a time, on the drive instead of in memory.
 
-    ``model.generate(..., past_key_values=OffloadedKVCache(store, model.config))`` gives the tokens
-    that DynamicCache gives; newer releases say ``cache=`` (:data:`CACHE_ARGUMENT`). Every new
-    token's K/V goes to a sequence of ``store``; while a layer computes, the next one's K/V is
-    read. Greedy, sampling, beam search, assisted decoding, padded batches, chunked prefill, and
-    full, sliding-window and chunked attention, in any mixture.
+    ``model.generate(..., past_key_values=OffloadedKVCache(store, model.config))`` returns the
+    tokens that DynamicCache would; newer releases of transformers say ``cache=``
+    (:data:`CACHE_ARGUMENT`). The K/V of every new token goes to a sequence of ``store``; while one
+    layer computes, the next one's K/V is read. It serves greedy decoding, sampling, beam search,
+    assisted decoding, padded batches, chunked prefill, and full, sliding-window and chunked
+    attention in any mixture.
 
-    ``config``: the model's. ``max_tokens``: capacity per row of the batch, reserved on the store
-    at the first use and fixed from then on; by default the model's ``max_position_embeddings``,
-    or as many as half of the store's capacity holds. ``resident_layers``: layers whose K/V may
-    be in memory at once, the one being computed and the one being read ahead included; with more
-    than two, the first ``resident_layers - 2`` stay in memory. (Besides, each layer keeps its
-    unfinished last chunks in memory, 16 KiB of K and of V.) ``name``: makes the cache last: it is
-    recorded by ``store.flush()`` or ``close()``, and taken up again by the next cache of that name;
-    the caller sees to it that model and text are the same. Without it, the cache is gone with
-    :meth:`close`, or with the last reference to it. ``granularity``: of a new sequence.
+    Blocks in the model's attention while the drive reads. Batch, dtype and device are those of the
+    first forward pass until :meth:`reset`. A context manager. Not thread-safe.
 
-    Blocks in the model's attention while the drive reads. Batch, dtype and device are those of
-    the first forward pass; :meth:`reset` makes them free again. Raises ShapeMismatch for a model
-    that it cannot serve (see :func:`layer_windows`) and for other shapes than at first,
-    CapacityError beyond ``max_tokens`` and where the store has no room for it, and the store's
-    errors. Not thread-safe. A context manager.
+    Args:
+        store: Where the tokens go.
+        config: The model's configuration.
+        max_tokens: Capacity in tokens per row of the batch, reserved on the store at the first use
+            and fixed from then on. By default the model's ``max_position_embeddings``, or as many
+            as half of the store's capacity holds.
+        resident_layers: Layers whose K/V may be in memory at once, including the one being
+            computed and the one being read ahead. With more than two, the first
+            ``resident_layers - 2`` stay in memory. Each layer's unfinished chunks, 16 KiB of K and
+            of V, stay there in any case.
+        name: Makes the cache last: ``store.flush()`` or ``close()`` records it, and the next cache
+            of that name takes it up again. The caller makes sure that model and text are the same.
+            Without a name the cache is gone with :meth:`close`, or with the last reference to it.
+        granularity: Of a new sequence: ``layer`` or ``head``.
+
+    Raises:
+        ShapeMismatch: The model cannot be served (see :func:`layer_windows`), or a tensor has
+            another shape than at first.
+        CapacityError: There are more than ``max_tokens`` tokens, or the store has no room.
+        SpdkKvError: Whatever else the store raises.
     """
 
     def __init__(
@@ -70,7 +79,7 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         text_config = config.get_text_config(decoder=True)
         options = StreamOptions(
             windows=layer_windows(config),
-            most_tokens=getattr(text_config, "max_position_embeddings", None),
+            model_tokens=getattr(text_config, "max_position_embeddings", None),
             max_tokens=max_tokens,
             resident_layers=resident_layers,
             name=name,
@@ -87,9 +96,13 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         return self._stream.sequence
 
     def stats(self) -> dict[str, Any]:
-        """Layers in memory now and at most so far (``resident_layers``, ``resident_layers_peak``),
-        layers that stay there (``kept_layers``), ``prefetch_hits`` and ``prefetch_misses``, bytes
-        of K/V appended and read back, and ``read_wait_s``, spent waiting for reads."""
+        """What the cache holds and did.
+
+        Returns:
+            ``resident_layers`` (in memory now), ``resident_layers_peak``, ``kept_layers`` (those
+            that stay there), ``prefetch_hits``, ``prefetch_misses``, ``appended_nbytes`` and
+            ``read_nbytes`` of K/V, and ``read_wait_s``, the seconds spent waiting for reads.
+        """
         return {
             "resident_layers": self._stream.resident_layers,
             "kept_layers": self._stream.kept_layers,
@@ -103,9 +116,15 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         self._stream.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest ``-tokens_to_remove`` tokens (0 or negative, as in transformers).
+        """Removes the newest tokens. Blocks on the drive.
 
-        Reaches back past a sliding window: the drive has every token. Blocks on the drive.
+        Reaches back past a sliding window, since the drive has every token.
+
+        Args:
+            tokens_to_remove: Minus the number of tokens to remove, as in transformers.
+
+        Raises:
+            ShapeMismatch: The number is positive.
         """
         if tokens_to_remove > 0:
             raise ShapeMismatch(
@@ -118,13 +137,13 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         self._stream.select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row of the batch ``repeats`` times. Copies the cache on the drive, and needs its
-        room twice meanwhile."""
+        """Repeats every row of the batch ``repeats`` times. Copies the cache on the drive, which
+        needs room for both meanwhile."""
         self._stream.select([row for row in range(self._batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows ``indices`` (numbers or a mask). Copies the cache unless their number
-        stays the same."""
+        """Keeps the rows ``indices`` (numbers or a mask). Copies the cache unless the number of
+        rows stays the same."""
         self._stream.select(torch.arange(self._batch)[indices.cpu()].tolist())
 
     @property
@@ -135,8 +154,8 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
     # -- the end --------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Gives memory back and deletes the tokens, unless the cache has a name. May be called
-        twice; another forward pass would begin a new cache."""
+        """Frees the memory, and deletes the tokens unless the cache has a name. May be called
+        twice. Another forward pass begins a new cache."""
         self._stream.release()
 
     def __enter__(self) -> OffloadedKVCache:
@@ -152,13 +171,13 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedKVCache:
         raise TypeError(
-            "an OffloadedKVCache lives on the drive and is not copied with copy.deepcopy; crop() "
-            "goes back to a shared prompt"
+            "an OffloadedKVCache is on the drive and not copied by copy.deepcopy; crop() goes back "
+            "to a shared prompt"
         )
 
 
 class OffloadedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of an :class:`OffloadedKVCache`: what models and masks ask of it.
+    """One layer of an :class:`OffloadedKVCache`, as models and masks see it.
 
     It holds no tensors; ``keys`` and ``values`` are always None.
     """
@@ -191,7 +210,8 @@ class OffloadedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._stream.tokens(self._number)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tokens that attention sees after ``query_length`` new ones, and the first one's place."""
+        """How many tokens attention sees after ``query_length`` new ones, and the position of the
+        first."""
         past = self.get_seq_length()
         window = self._stream.options.windows[self._number]
         first = 0 if window is None else max(0, past - window + 1)
@@ -209,11 +229,12 @@ class OffloadedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def layer_windows(config: Any) -> tuple[int | None, ...]:
-    """Per layer of the model, the tokens that its attention sees at most, or None for all.
+    """For each layer of the model, how many tokens its attention sees at most, or None for all.
 
-    Raises ShapeMismatch for models that one sequence cannot hold: encoder-decoders, layers with
-    recurrent or convolutional state, with an indexer, without a cache of their own (K/V shared
-    between layers), or with unlike numbers of KV heads.
+    Raises:
+        ShapeMismatch: One sequence cannot hold the model's K/V: it is an encoder-decoder, or has
+            layers with recurrent or convolutional state, with an indexer, without a cache of their
+            own (K/V shared between layers), or with different numbers of KV heads.
     """
     name = getattr(config, "model_type", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
@@ -222,9 +243,11 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
     for field in ("num_key_value_heads", "head_dim"):
         layers = getattr(text_config, "per_layer_config", ())
         if len({getattr(layer, field, None) for layer in layers}) > 1:
-            raise ShapeMismatch(f"{name} has layers with unlike {field}: use DynamicCache for it")
+            raise ShapeMismatch(
+                f"{name} has layers that differ in {field}: use DynamicCache for it"
+            )
     windows: list[int | None] = []
-    # DynamicCache decides what each layer is, so that the two can never differ.
+    # DynamicCache decides what each layer is, so that the two always agree.
     for number, layer in enumerate(DynamicCache(config=text_config).layers):
         if type(layer) is DynamicLayer:
             windows.append(None)

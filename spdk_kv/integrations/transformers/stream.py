@@ -28,14 +28,15 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class StreamOptions:
     """How a :class:`LayerStream` is laid out.
 
-    ``windows``: per layer, the tokens that its attention sees, the newest one included, or None
-    for all. ``most_tokens``: what the model can attend to at most, or None. ``max_tokens``: the
-    capacity, or None: ``most_tokens``, or as many as half of the store's capacity holds.
-    ``resident_layers``: layers whose K/V may be in memory at once. ``name``: of a lasting sequence.
+    ``windows``: for each layer, how many tokens its attention sees, the newest one included, or
+    None for all. ``model_tokens``: how many tokens the model can attend to, or None if it has no
+    limit. ``max_tokens``: the capacity; None for ``model_tokens``, or as many as half of the
+    store's capacity holds. ``resident_layers``: layers whose K/V may be in memory at once.
+    ``name``: of a lasting sequence.
     """
 
     windows: tuple[int | None, ...]
-    most_tokens: int | None
+    model_tokens: int | None
     max_tokens: int | None
     resident_layers: int
     name: str | None
@@ -44,8 +45,8 @@ class StreamOptions:
 
 @dataclass
 class StreamCounters:
-    """What a stream did. ``prefetch_hits``: reads of a layer that had been asked for ahead;
-    ``read_wait_s``: seconds spent waiting in reads; the bytes are those of K and V."""
+    """What a stream did. ``prefetch_hits``: reads of a layer that had been prefetched;
+    ``read_wait_s``: seconds spent waiting in reads; bytes are those of K and V together."""
 
     resident_layers_peak: int = 0
     prefetch_hits: int = 0
@@ -58,10 +59,10 @@ class StreamCounters:
 class LayerStream:
     """K and V of all layers in one sequence, created at the first :meth:`update`.
 
-    Layers are updated in order, again and again. Of ``n`` resident layers one is the layer being
-    computed and one the layer being read ahead. The first ``n - 2`` stay in memory for good: the
-    scan is cyclic, so keeping the last ones used would never hit. With one there is no reading
-    ahead, and with as many as there are layers nothing is read back. For one thread at a time.
+    Every scan updates the layers in order. Of ``n`` resident layers one is being computed and one
+    being read ahead; the first ``n - 2`` stay in memory for good. Keeping the layers used last
+    instead would never hit, since scans are cyclic. With one resident layer there is no reading
+    ahead, and with as many as the model has nothing is read back. For one thread at a time.
     """
 
     def __init__(self, store: KVStore, options: StreamOptions) -> None:
@@ -79,7 +80,7 @@ class LayerStream:
         if options.name is not None and options.name in store.sequences():
             self._resume(options.name)
 
-    # -- what it is -----------------------------------------------------------------------------
+    # -- properties -----------------------------------------------------------------------------
 
     @property
     def layers(self) -> int:
@@ -96,7 +97,7 @@ class LayerStream:
 
     @property
     def resident_layers(self) -> int:
-        """Layers whose K/V is in memory just now: kept, lent to the model, or read ahead."""
+        """Layers whose K/V is in memory now: kept, lent to the model, or read ahead."""
         self._lent = {n: ks for n, ks in self._lent.items() if any(k() is not None for k in ks)}
         ahead = () if self._ahead is None else (self._ahead,)
         return len({*self._kept, *self._lent, *ahead})
@@ -107,15 +108,15 @@ class LayerStream:
         """Adds tokens, ``[batch, kv_heads, tokens, head_dim]`` each, and returns what the layer's
         attention sees: the window (all tokens where there is none) before them, and them.
 
-        On the device of ``k``; the strides are those of token-major memory. Blocks on the drive
-        for what was not read ahead, and for the write of the layer before. Raises CapacityError
-        and ShapeMismatch before anything is changed, and the store's errors.
+        They are on the device of ``k``, with the strides of token-major memory. Blocks on the
+        drive for what was not read ahead, and for the write of the layer before. Raises
+        CapacityError and ShapeMismatch before anything is changed, and the store's errors.
         """
         sequence = self._sequence or self._create(k, v)
         past, count = sequence.tokens(layer), k.shape[2]
         self._check(layer, sequence, past, k)
         if self._written is not None and self._written != layer:
-            # Two layers in memory leave no room for a third that is still being written.
+            # Its memory is given back first: two resident layers leave no room for a third.
             sequence.settle(self._written)
         sequence.append(layer, k, v)
         self._written = layer
@@ -171,7 +172,7 @@ class LayerStream:
     def truncate(self, count: int) -> None:
         """Forgets the newest ``count`` tokens of all layers. Blocks on the drive.
 
-        Also brings layers back into step after a forward pass that ended half-way.
+        Also evens out the layers after a forward pass that ended half way.
         """
         if self._sequence is None:
             return
@@ -179,7 +180,7 @@ class LayerStream:
         left = max(0, min(lengths[0] - count, *lengths))
         if left == max(lengths):
             return
-        # What is kept of a windowed layer does not reach back far enough: it is read again.
+        # What is kept of a windowed layer does not reach back far enough, so it is read again.
         self._drop_resident()
         self._sequence.truncate(left)
         self._read_ahead(self._sequence, self.layers - 1, 1)
@@ -194,10 +195,10 @@ class LayerStream:
             self._kept[layer] = (k.index_select(0, index), v.index_select(0, index))
 
     def select(self, rows: Rows[int]) -> None:
-        """The batch becomes the ``rows`` of what it was, as many as are given, in their order.
+        """The batch becomes the ``rows`` of what it was, in that order.
 
-        Another number of rows wants another layout: everything is copied on the drive, layer by
-        layer, and needs its room twice meanwhile. Raises CapacityError, and ShapeMismatch for a
+        Another number of rows needs another layout: everything is copied on the drive, layer by
+        layer, which needs room for both meanwhile. Raises CapacityError, and ShapeMismatch for a
         lasting sequence.
         """
         old = self._sequence
@@ -225,7 +226,7 @@ class LayerStream:
         self._take(new)
 
     def clear(self) -> None:
-        """Deletes the sequence; the next :meth:`update` begins another one, of any batch."""
+        """Deletes the sequence; the next :meth:`update` creates another one, of any batch."""
         self._drop_resident()
         sequence, self._sequence = self._sequence, None
         if sequence is not None:
@@ -238,7 +239,7 @@ class LayerStream:
             self.clear()
             return
         if self._ahead is not None:
-            # Nobody will take it: a prefetch of nothing in its place gives the memory back.
+            # It will not be taken: a prefetch of nothing in its place frees the memory.
             self._sequence.prefetch([self._ahead], first_token=self.tokens(self._ahead))
         self._drop_resident()
         self._sequence = None
@@ -260,9 +261,9 @@ class LayerStream:
         one = KVShape(self.layers, heads, head_dim, k.dtype, 1, batch)
         tokens = self.options.max_tokens
         if tokens is None:
-            # Of the capacity, not of what is free: room is made by eviction, and by commits.
+            # Half of the capacity, not of what is free: evictions and commits make room.
             half = self._store.stats()["capacity_nbytes"] // 2 // one.nbytes
-            tokens = max(count, min(half, self.options.most_tokens or half))
+            tokens = max(count, min(half, self.options.model_tokens or half))
         sequence = self._open(replace(one, max_tokens=tokens))
         self._take(sequence)
         return sequence
@@ -296,14 +297,14 @@ class LayerStream:
                 f"sequence {name!r} was made for {shape.max_tokens} tokens, not {wanted}"
             )
         self._take(sequence)
-        # A crash may have come between two layers of one forward pass.
+        # A crash may have come between two layers of a forward pass.
         self.truncate(0)
 
     def _take(self, sequence: Sequence) -> None:
         self._sequence = sequence
-        sequence.read_ahead = False  # what is in memory is counted here
+        sequence.read_ahead = False  # this class decides which layers are in memory
         if sequence.temporary:
-            self._finalizer = weakref.finalize(self, _delete_aside, sequence)
+            self._finalizer = weakref.finalize(self, _delete_in_thread, sequence)
             self._finalizer.atexit = False  # closing the store deletes it
 
     def _detach(self) -> None:
@@ -315,8 +316,8 @@ class LayerStream:
         room, count = sequence.shape.max_tokens, k.shape[2]
         if past + count > room:
             raise CapacityError(
-                f"the cache has room for {room} tokens per row, and {past + count} are wanted: "
-                f"make it with max_tokens={past + count} or more"
+                f"the cache has room for {room} tokens per row, not for {past + count}: make it "
+                f"with max_tokens={past + count} or more"
             )
         before, wanted = (layer - 1, past + count) if layer else (self.layers - 1, past)
         if self.layers > 1 and sequence.tokens(before) != wanted:
@@ -342,15 +343,15 @@ def _joined(kept: Pair, new: Pair, past: int) -> Pair:
 
 
 def _outside_inference(make: Callable[[], Sequence]) -> Sequence:
-    # A tensor made in inference mode can never be changed outside it, and the sequence's
-    # unfinished chunks live longer than one call of the model.
+    # A tensor made in inference mode cannot be changed outside it, and a sequence's tails live
+    # longer than one call of the model.
     with torch.inference_mode(False):
         return make()
 
 
-def _delete_aside(sequence: Sequence) -> None:
+def _delete_in_thread(sequence: Sequence) -> None:
     """Deletes the sequence of a stream that was dropped without :meth:`LayerStream.release`."""
-    # On a thread of its own: the garbage collector may run while this one holds the store's locks.
+    # The garbage collector may run in a thread that holds the store's locks.
     threading.Thread(target=_delete, args=(sequence,), name="spdk_kv-delete", daemon=True).start()
 
 

@@ -180,7 +180,7 @@ def test_begun_in_inference_mode_and_continued_without(store: KVStore) -> None:
     [
         ("t5", "encoder-decoder"),
         ("mamba", "no layers|cached as"),
-        ("gemma4_text", "unlike|cached as"),
+        ("gemma4_text", "differ in|cached as"),
         ("qwen3_next", "cached as LinearAttention"),
     ],
 )
