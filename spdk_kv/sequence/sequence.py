@@ -31,9 +31,8 @@ T = TypeVar("T")
 class Sequence:
     """The KV cache of one request or batch; :meth:`KVStore.sequence` makes one.
 
-    Every layer holds K and V, appended in the order of the tokens. Layers are independent of each
-    other: they may hold different numbers of tokens, and threads that use different layers run in
-    parallel. All methods are thread-safe.
+    Layers are independent of each other: they may hold different numbers of tokens, and threads
+    that use different layers run in parallel. All methods are thread-safe.
 
     A layer whose write failed raises that error from then on, and so does one in which a change
     was interrupted half way (Ctrl-C): delete the sequence and compute it again.
@@ -100,7 +99,7 @@ class Sequence:
 
     @property
     def read_ahead(self) -> bool:
-        """Whether layers are read ahead unasked, in the order of the last scans; may be set.
+        """Whether layers are read ahead unasked, in the order of the last scans; may be set, and
         :meth:`prefetch` turns it off."""
         return self._ahead.learns
 
@@ -259,9 +258,9 @@ class Sequence:
         Returns:
             A future of K and V.
         """
+        gpu = self._gpu(device)
         return self._in_background(
-            self._gpu(device),
-            lambda: self.read(layer, tokens=tokens, heads=heads, device=device),
+            gpu, lambda: self.read(layer, tokens=tokens, heads=heads, device=device)
         )
 
     def prefetch(
@@ -378,13 +377,8 @@ class Sequence:
             self._host.catalog.drop_sequence(self.name, self._offsets, writes)
             self._host.forget_sequence(self)
 
-    # -- for the store --------------------------------------------------------------------------
-
     def stage_for_commit(self) -> None:
-        """Writes what is only in memory and gives the index the record for its next commit.
-
-        Part of :meth:`KVStore.flush`. Blocks on the drive.
-        """
+        """For :meth:`KVStore.flush`: see :meth:`Recorder.stage`. Blocks on the drive."""
         self._recorder.stage()
 
     # -- arguments ------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class Tail:
             transfer.add(offset + self._contents.stored_nbytes, address, nbytes, chunk)
 
     def checksums(self) -> list[bytes]:
-        """Of each extent, as the index keeps them; b"" where nothing is in use."""
+        """One for each extent, as the index keeps them; b"" where nothing is in use."""
         nbytes = self._contents.tail_nbytes
         chunks = self.buffer.numpy()
         return [_CRC.pack(crc32c(chunk[:nbytes])) if nbytes else b"" for chunk in chunks]

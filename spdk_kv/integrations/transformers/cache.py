@@ -53,7 +53,7 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         name: Makes the cache last: ``store.flush()`` or ``close()`` records it, and the next cache
             of that name takes it up again. The caller makes sure that model and text are the same.
             Without a name the cache is gone with :meth:`close`, or with the last reference to it.
-        granularity: Of a new sequence: ``layer`` or ``head``.
+        granularity: ``layer`` or ``head``, for a new sequence.
 
     Raises:
         ShapeMismatch: The model cannot be served (see :func:`layer_windows`), or a tensor has

@@ -59,8 +59,8 @@ class StreamCounters:
 class LayerStream:
     """K and V of all layers in one sequence, created at the first :meth:`update`.
 
-    Every scan updates the layers in order. Of ``n`` resident layers one is being computed and one
-    being read ahead; the first ``n - 2`` stay in memory for good. Keeping the layers used last
+    Every scan updates the layers in order. With ``n`` resident layers one is being computed and
+    one being read ahead; the first ``n - 2`` stay in memory for good. Keeping the layers used last
     instead would never hit, since scans are cyclic. With one resident layer there is no reading
     ahead, and with as many as the model has nothing is read back. For one thread at a time.
     """
