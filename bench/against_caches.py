@@ -102,16 +102,17 @@ def decode(name: str, folder: Path, tokens: int, new: int) -> dict[str, Any]:
         for _ in range(new):
             token = out.logits[:, -1:].argmax(-1)
             chosen.append(int(token))
-            begin = time.perf_counter()
+            begin, spent = time.perf_counter(), time.process_time()
             out = model(token, **{CACHE_ARGUMENT: cache})
-            steps.append(time.perf_counter() - begin)
+            steps.append((time.perf_counter() - begin, time.process_time() - spent))
     peak = _peak_nbytes() - before
     if store is not None:
         cache.close()
         store.close()
     return {
         "prefill_s": prefill_s,
-        "tokens_per_s": 1 / median(steps),
+        "tokens_per_s": 1 / median(wall for wall, _ in steps),
+        "cpu_ms_per_token": 1e3 * median(cpu for _, cpu in steps),
         "peak_nbytes": peak,
         "tokens": chosen,
     }
@@ -239,6 +240,7 @@ def _short(seen: dict[str, Any]) -> str:
 Cell = tuple[str, str, float]
 DECODE_CELLS: tuple[Cell, ...] = (
     ("tokens/s", "tokens_per_s", 1),
+    ("CPU ms per token", "cpu_ms_per_token", 1),
     ("prefill s", "prefill_s", 1),
     ("memory MiB", "peak_nbytes", MIB),
 )
@@ -272,8 +274,8 @@ def _cell(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dir", type=Path, default=Path(), help="a folder on the drive")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the prompt")
-    parser.add_argument("--new", type=int, default=24, help="tokens decoded")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the prompt")
+    parser.add_argument("--new", type=int, default=16, help="tokens decoded")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lmcache", default="", help="the program lmcache, where it is installed")
     parser.add_argument("--out", type=Path, help="a folder for the report; none without it")
