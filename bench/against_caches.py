@@ -2,13 +2,16 @@
 
     python bench/against_caches.py --dir DIR [--rounds N] [--lmcache PROGRAM] [--out DIR]
 
-Two questions. How fast does a model with random weights decode, and how much memory does its cache
-take: transformers' DynamicCache, the same with offloading=True (needs a GPU), spdk_kv as it comes,
-and spdk_kv past the page cache. And how fast is a prompt's K/V stored and read back, with the page
-cache emptied of it: spdk_kv, accelerate's disk offload, LMCache's `fs_native` adapter (with
---lmcache: a separate installation's `lmcache`). Every run is a process of its own; rounds
-interleave the runs, and every other round goes backwards. Prints the tables; --out keeps them with
-every figure.
+How fast does a model with random weights decode, and how much memory does its cache take? Compared:
+transformers' DynamicCache and StaticCache, DynamicCache with offloading=True (needs a GPU), spdk_kv
+as it comes, and spdk_kv past the page cache.
+
+How fast is a prompt's K/V stored, and read back with the page cache emptied of it? Compared:
+spdk_kv, accelerate's disk offload, and LMCache's `fs_native` adapter (with --lmcache: the program
+`lmcache` of another installation).
+
+Every run is a process of its own; rounds interleave the runs, and every other round goes backwards.
+Prints the tables; --out keeps them with every figure.
 """
 
 from __future__ import annotations
@@ -33,7 +36,13 @@ import machine
 GIB, MIB = 1 << 30, 1 << 20
 LAYERS, HEADS, DIM = 8, 8, 64
 REPEATS = 3
-DECODERS = ("DynamicCache", "DynamicCache, offloading=True", "spdk_kv", "spdk_kv, direct")
+DECODERS = (
+    "DynamicCache",
+    "StaticCache",
+    "DynamicCache, offloading=True",
+    "spdk_kv",
+    "spdk_kv, direct",
+)
 STORES = ("spdk_kv", "accelerate", "LMCache fs_native")
 
 
@@ -74,7 +83,7 @@ def _peak_nbytes(reset: bool = False) -> int:
 def decode(name: str, folder: Path, tokens: int, new: int) -> dict[str, Any]:
     """Prefill and greedy decode with the cache ``name``."""
     import torch
-    from transformers import DynamicCache
+    from transformers import DynamicCache, StaticCache
 
     import spdk_kv
     from spdk_kv.integrations.transformers import CACHE_ARGUMENT, OffloadedKVCache
@@ -91,6 +100,8 @@ def decode(name: str, folder: Path, tokens: int, new: int) -> dict[str, Any]:
             path = spdk_kv.PageCacheOptions(policy=policy)
             store = spdk_kv.open(f"file://{folder}/kv", capacity="2 GiB", page_cache=path)
             cache: Any = OffloadedKVCache(store, model.config, max_tokens=tokens + new)
+        elif name == "StaticCache":
+            cache = StaticCache(config=model.config, max_cache_len=tokens + new)
         else:
             cache = DynamicCache(config=model.config, offloading=name.endswith("True"))
         begin = time.perf_counter()
