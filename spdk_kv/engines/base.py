@@ -79,9 +79,9 @@ class QueueOptions:
 
 
 class Engine:
-    """One device or file, and the queue that reaches it. Thread-safe.
+    """One drive or file, and the queue that reaches it. Thread-safe.
 
-    A subclass opens the device, then calls :meth:`_start`. Attributes: ``name``; ``where`` (for
+    A subclass opens the drive, then calls :meth:`_start`. Attributes: ``name``; ``where`` (for
     messages); ``direct`` (past the page cache); ``block_nbytes`` (offsets of writes are multiples
     of it) and ``align_nbytes`` (of addresses, to go without a copy); ``segment_nbytes`` (the
     largest command); ``persistent`` (bytes outlive the process); ``keeps_bytes`` (false for null).
@@ -125,7 +125,7 @@ class Engine:
         )
 
     def _allocate_slots(self) -> list[int]:
-        # Twice the depth: while one half is copied out of, the device fills the other.
+        # Twice the depth: while one half is copied out of, the drive fills the other.
         count = 2 * self.options.depth
         self._slots = self.allocate(count * self.segment_nbytes)
         return [self._slots.address + i * self.segment_nbytes for i in range(count)]
@@ -170,9 +170,13 @@ class Engine:
         return [self.queue]
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Waits for what is in flight and gives the device back. May be called twice.
+        """Waits for what is in flight and gives the drive back. May be called twice.
 
-        DeviceTimeout if the device does not let go; its memory is then never reused.
+        Args:
+            timeout_s: How long to wait, in seconds.
+
+        Raises:
+            DeviceTimeout: The drive does not let go in time. Its memory is then never reused.
         """
         with self._lock:
             if self._closed:
@@ -200,7 +204,7 @@ class Engine:
     # -- memory ---------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> Any:
-        """Memory that the device reaches without a copy: an object with ``address`` and
+        """Memory that the drive reaches without a copy: an object with ``address`` and
         ``nbytes``, freed with its last reference. Raises MemoryError."""
         return Region(nbytes, self.options.hugepages)
 
@@ -290,7 +294,7 @@ class Engine:
             transfer.on_done = None
             try:
                 result = finish(transfer)
-            except BaseException as failure:  # whatever it is belongs to whoever waits
+            except BaseException as failure:  # raised again by whoever waits for the future
                 future.set_exception(failure)
             else:
                 future.set_result(result)
@@ -307,7 +311,7 @@ class Engine:
         if transfer.status == errno.ETIMEDOUT:
             return DeviceTimeout(
                 f"{op} of {transfer.nbytes} bytes on {self.where} passed its deadline; its memory "
-                "stays out of use until the device lets go",
+                "stays out of use until the drive lets go",
                 op=op,
                 offset=offset,
                 nbytes=transfer.nbytes,
@@ -325,7 +329,7 @@ class Engine:
             )
         return device_error(op, offset, nbytes, transfer.status, self.where)
 
-    # -- the device -----------------------------------------------------------------------------
+    # -- the drive ------------------------------------------------------------------------------
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Blocks until everything written before is on the medium."""
@@ -334,9 +338,9 @@ class Engine:
         self.run(transfer, timeout_s)
 
     def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> None:
-        """Tells the device that a range holds nothing worth keeping (TRIM, or a hole).
+        """Marks a range as unused (TRIM, or a hole in a file). Blocks until it is done.
 
-        Where the filesystem or the drive knows no such thing, nothing happens.
+        Does nothing where neither the filesystem nor the drive supports it.
         """
         transfer = self.transfer(DISCARD)
         transfer.add(offset, 0, nbytes)
@@ -344,16 +348,16 @@ class Engine:
             raise self.error(transfer)
 
     def ensure(self, nbytes: int) -> None:
-        """Makes sure that the device reaches to ``nbytes``; CapacityError where it cannot."""
+        """Grows the file to at least ``nbytes``; CapacityError where it cannot."""
 
     @property
     def capacity_nbytes(self) -> int | None:
-        """The device's size, or None where it grows."""
+        """The drive's size in bytes, or None where a file grows."""
         return None
 
     @property
     def identity(self) -> str:
-        """What tells this device from another one (serial, size), or nothing."""
+        """What distinguishes this drive from others (serial, namespace), or ""."""
         return ""
 
     @property

@@ -18,7 +18,7 @@ from spdk_kv.errors import EngineUnavailable
 log = logging.getLogger(__name__)
 
 _FILE_ENGINES = {"uring": UringEngine, "threads": ThreadsEngine, "pagecache": PageCacheEngine}
-_told: set[str] = set()
+_logged: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EngineStatus:
 
 
 def engine_status() -> list[EngineStatus]:
-    """What every engine that this build knows can do on this machine."""
+    """Every engine of this build, and whether it can run on this machine."""
     missing = uring.why_unavailable()
     found = [EngineStatus("uring", missing is None, *(missing or ("", "")))]
     missing = ng.why_unavailable()
@@ -43,9 +43,9 @@ def engine_status() -> list[EngineStatus]:
     return found
 
 
-def _tell_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
         log.warning("%s", message)
 
 
@@ -104,5 +104,5 @@ def open_engine(
     else:
         opened = PageCacheEngine(path, options)
     if refusals:
-        _tell_once(f"engine {opened.name} serves {location}: {refusals[-1]}")
+        _log_once(f"engine {opened.name} serves {location}: {refusals[-1]}")
     return opened

@@ -15,7 +15,7 @@ from spdk_kv.engines.base import Engine, QueueOptions
 from spdk_kv.errors import CapacityError, EngineUnavailable, StoreLocked, device_error
 from spdk_kv.units import align_up, format_nbytes
 
-# Direct I/O is aligned to this; every drive's logical block divides it.
+# Alignment of direct I/O: a page, which every drive's logical block (512 or 4096 bytes) divides.
 DIRECT_BLOCK_NBYTES = 4096
 # The data file grows by this much, so that writes seldom wait for the filesystem.
 _GROWTH_NBYTES = 256 << 20
@@ -34,7 +34,7 @@ class FileEngine(Engine):
     """A regular file or a block device, through one descriptor."""
 
     exclusive = True
-    """Whether a block device is taken for this engine alone."""
+    """Whether a block device is opened exclusively (O_EXCL)."""
 
     def __init__(self, path: str, options: QueueOptions) -> None:
         super().__init__(path, options)
@@ -46,12 +46,12 @@ class FileEngine(Engine):
             self._backend = self._open_backend()
             self._start(self._backend.backend, self._backend)
         except BaseException:
-            # The next engine tried may want the device, which is open exclusively.
+            # The next engine that is tried opens the drive too, and it is open exclusively here.
             self._close_files()
             raise
 
     def _open_file(self, path: str) -> int:
-        """A descriptor of what ``path`` names; a typed error where there is none to be had."""
+        """Opens what ``path`` names, or raises a typed error."""
         return _open(path, self.direct, self.name, self.exclusive)
 
     def _open_backend(self) -> Any:
@@ -119,10 +119,10 @@ class FileEngine(Engine):
 
 
 def _direct_alignment(fd: int) -> tuple[int, int]:
-    """What direct I/O wants of offsets and of addresses, in bytes.
+    """The alignment of offsets and of addresses that direct I/O needs, in bytes.
 
-    Kernels from 6.1 on say it (statx with STATX_DIOALIGN). An NVMe drive wants addresses on 4
-    bytes only, and then any tensor goes without a copy; unknown means a page.
+    Linux 6.1 and newer report it (statx with STATX_DIOALIGN). An NVMe drive needs addresses aligned
+    to 4 bytes only, so that no tensor has to be copied. Unknown counts as a page.
     """
     answer = ctypes.create_string_buffer(_STATX_NBYTES)
     statx = getattr(ctypes.CDLL(None), "statx", None)
@@ -136,7 +136,7 @@ def _direct_alignment(fd: int) -> tuple[int, int]:
 
 def _open(path: str, direct: bool, name: str, exclusive: bool) -> int:
     flags = os.O_RDWR | os.O_CLOEXEC
-    # A device that is not there must not become a file in /dev; /dev/shm is for files.
+    # A missing device node must not become a file in /dev; /dev/shm is for files.
     create = not path.startswith("/dev/") or path.startswith("/dev/shm/")
     try:
         if stat.S_ISBLK(os.stat(path).st_mode):

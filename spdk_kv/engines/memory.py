@@ -1,4 +1,4 @@
-"""Engines `ram` and `null`: no device at all."""
+"""Engines `ram` and `null`: no drive at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from spdk_kv.engines.base import Engine, QueueOptions
 
 
 class RamEngine(Engine):
-    """Memory as a device: for tests, and for a store that need not outlive its process."""
+    """Memory as a drive: for tests, and for a store that need not outlive its process."""
 
     name = "ram"
     persistent = False

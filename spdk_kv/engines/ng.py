@@ -34,7 +34,7 @@ IORING_SETUP_CQE32), which NVMe commands need, came with Linux 5.19."""
 
 _NODE = re.compile(r"ng\d+n\d+")
 _ROOT = Path("/")
-# Identify: what is asked for (NVMe Base 2.0, figure 273).
+# CNS of an Identify command: what is asked for (NVMe Base 2.0, figure 273).
 _IDENTIFY_NAMESPACE, _IDENTIFY_CONTROLLER = 0, 1
 _PAGE_NBYTES = 4096
 # A DMA address has whole dwords; kernels before 6.0 copy what is not aligned to a sector.
@@ -79,7 +79,7 @@ def _ring_refusal(refused: OSError) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Namespace:
-    """What Identify tells, in bytes. ``max_transfer_nbytes``: 0 for no limit of the drive's own."""
+    """What Identify answers, in bytes. ``max_transfer_nbytes``: 0 if the drive has no limit."""
 
     nsid: int
     serial: str
@@ -161,7 +161,7 @@ class NgEngine(Engine):
 
     The kernel guards that node against nobody, so the disk beside it is held exclusively for as
     long as this is open: nothing can be mounted, swapped on or built on it or on a partition.
-    ``namespace`` holds what the drive told of itself. Raises StoreLocked where the drive is in
+    ``namespace`` holds the drive's answers to Identify. Raises StoreLocked where the drive is in
     use, EngineUnavailable, DeviceError.
     """
 
@@ -213,8 +213,8 @@ class NgEngine(Engine):
             raise EngineUnavailable(f"{self.where} takes only {most} bytes at once")
 
     def _try_a_command(self, backend: Any) -> None:
-        """Whether this process may send commands shows only now: reads one block, by a queue of
-        its own."""
+        """Reads one block by a queue of its own: only this shows whether the process may send
+        commands."""
         segment_nbytes = max(_PAGE_NBYTES, self.block_nbytes)
         memory = Region(3 * segment_nbytes, False)
         queue = Queue(
@@ -233,7 +233,7 @@ class NgEngine(Engine):
         status = transfer.run(60.0)
         queue.close(30.0)
         if not status or is_nvme_status(status):
-            return  # that the drive cannot read its first block is for whoever wants it
+            return  # a drive that cannot read its first block is reported when that is read
         if status in (errno.EACCES, errno.EPERM):
             raise EngineUnavailable(f"engine ng: {_permission(self.where, self._disk)}")
         if status == errno.EOPNOTSUPP:
@@ -249,7 +249,7 @@ class NgEngine(Engine):
 
     @property
     def identity(self) -> str:
-        """As the spdk engine has it: a store may move from one to the other with its drive."""
+        """Equal to the spdk engine's, so that a store can move between the two with its drive."""
         found = self.namespace
         names = (found.serial, found.nguid, found.eui64, f"ns{found.nsid}")
         return " ".join(name for name in names if name)
@@ -260,7 +260,7 @@ class NgEngine(Engine):
         try:
             state = Path(f"/sys/class/block/{self._disk}/device/state").read_text().strip()
         except FileNotFoundError:
-            # Behind several paths the device is a subsystem, which has no state.
+            # With multipath the disk belongs to a subsystem, which has no state file.
             return not Path(f"/sys/class/nvme-generic/{self._node}").exists()
         except OSError:
             return True
@@ -312,14 +312,14 @@ def _names(path: str) -> tuple[str, str]:
 
 
 def _hold(disk: str, path: str, undo: ExitStack) -> None:
-    """Claims the disk, then makes sure that nobody had it before. StoreLocked where one has."""
+    """Claims the disk, then checks that nobody used it before. StoreLocked where somebody does."""
     kernel = Kernel()
     try:
         stack = read_namespace(_ROOT, disk)
         claims = undo.enter_context(claim(_ROOT, kernel, stack.disks))
         users = _users(kernel, disk)
     except (Unreadable, OSError) as failed:
-        raise EngineUnavailable(f"{path}: who uses it cannot be told: {failed}") from failed
+        raise EngineUnavailable(f"{path}: its users cannot be determined: {failed}") from failed
     if users:
         raise StoreLocked(f"{path} is in use: {'; '.join(users)}")
     if not claims.refusals:
@@ -333,8 +333,8 @@ def _hold(disk: str, path: str, undo: ExitStack) -> None:
 
 
 def _users(kernel: Kernel, disk: str) -> list[str]:
-    """What the kernel does with the disk. An ordinary user cannot look into all of it: for what
-    he does not see the claim alone has to serve."""
+    """What the kernel uses the disk for. An ordinary user cannot see all of that; for the rest the
+    claim alone has to do."""
     found = []
     try:
         seen = Sightings(_ROOT, kernel)

@@ -74,7 +74,7 @@ _LOST = {(0, 0x08), (3, 0x60), (3, 0x70)}
 
 
 def is_nvme_status(status: int) -> bool:
-    """Whether a transfer's status is a code of the device, and not an errno."""
+    """Whether a transfer's status is a status code of the drive, and not an errno."""
     return bool(status & _FLAG)
 
 
@@ -88,7 +88,7 @@ def status_name(status: int) -> str:
 def nvme_error(
     op: str, offset: int, nbytes: int, status: int, where: str, block_nbytes: int
 ) -> SpdkKvError:
-    """The typed error for a command that the device ended with ``status``."""
+    """The typed error for a command that the drive ended with ``status``."""
     kind, code = status >> 8 & 7, status & 0xFF
     message = (
         f"{op} of {nbytes} bytes at LBA {offset // block_nbytes} (offset {offset}) of {where} "

@@ -60,11 +60,11 @@ def ring_refusal(refused: OSError) -> tuple[str, str]:
 
 
 class _RegisteredRegion:
-    """A region that the ring knows; taken out of its table before it is freed.
+    """A region that is registered with the ring, and is unregistered before it is freed.
 
-    ``held`` keeps the region until then: an exception here (Ctrl-C) is swallowed, and were the
-    memory unmapped with its entry left, reads into whatever is mapped there next would go to the
-    old pages. So it is rather never freed.
+    ``held`` keeps the region until then. An exception in ``__del__`` (Ctrl-C) is swallowed; were
+    the memory unmapped while its entry is left, reads into whatever is mapped there next would go
+    to the old pages. So in that case the region is never freed.
     """
 
     def __init__(self, region: Region, backend: Any, held: dict[int, Region]) -> None:
@@ -79,7 +79,7 @@ class _RegisteredRegion:
 
 
 class UringEngine(FileEngine):
-    """See the module. ``registered_buffers`` tells whether device memory is registered."""
+    """io_uring with O_DIRECT. ``registered_buffers``: whether its memory is registered."""
 
     name = "uring"
     direct = True

@@ -26,15 +26,15 @@ class PageCacheEngine(FileEngine):
 
     def _open_backend(self) -> PoolBackend:
         # The loop reads ahead itself, by its depth. The kernel's read-ahead follows one stream per
-        # descriptor, is lost where several threads read in turn, and fetches what nobody wants.
+        # descriptor, is lost where several threads read in turn, and reads what nobody asked for.
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
         threads = min(self.options.depth, _MOST_THREADS)
         self._mapped_fd = self._open_mapped()
         return PoolBackend(self.fd, threads, buffered=True, mapped_fd=self._mapped_fd)
 
     def _open_mapped(self) -> int:
-        """Another descriptor, through which large folios can be brought in; -1 where that would
-        read more than was asked for: see cython_src/engines/pool_fill.pxi."""
+        """A second descriptor, for reading in large folios; -1 where that would read more than was
+        asked for (see cython_src/engines/pool_fill.pxi)."""
         device = os.fstat(self.fd)
         number = device.st_rdev if stat.S_ISBLK(device.st_mode) else device.st_dev
         bdi = f"/sys/class/bdi/{os.major(number)}:{os.minor(number)}/read_ahead_kb"

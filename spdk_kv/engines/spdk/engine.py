@@ -69,7 +69,7 @@ def _release(name: str) -> None:
 
 
 class _Reachable:
-    """SPDK's memory, known to the queue pairs until it is freed."""
+    """Memory of SPDK, registered with the queue pairs until it is freed."""
 
     def __init__(self, region: Any, pairs: list[Any]) -> None:
         self._region = region
@@ -145,7 +145,7 @@ class SpdkEngine(Engine):
         except MemoryError as none_left:
             if self._queue is None:
                 return self._allocate_at_opening(nbytes)
-            # Slower, since what lies here is copied; but whoever holds many tensors still gets one.
+            # Slower, because these bytes are copied, but the caller gets one more tensor.
             log.info("%s: ordinary memory instead", none_left)
             return super().allocate(nbytes)
 

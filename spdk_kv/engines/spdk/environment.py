@@ -37,7 +37,7 @@ class SpdkSettings:
 
     ``core``: the CPU that SPDK's set-up thread counts as its own (None: the last that this process
     may use); nothing is pinned to it. ``hugepages``: None uses reserved ones where enough are
-    free. ``memory_nbytes``: device memory without hugepages, taken at once.
+    free. ``memory_nbytes``: DMA memory without hugepages, taken at once.
     """
 
     core: int | None = None
@@ -80,7 +80,7 @@ def why_unavailable() -> tuple[str, str] | None:
 def bindings() -> ModuleType:
     """The compiled bindings, with the environment set up. Blocks for up to seconds the first time.
 
-    EngineUnavailable where SPDK or the memory it wants is missing; ClosedError after a fork.
+    EngineUnavailable where SPDK or the memory it needs is missing; ClosedError after a fork.
     """
     global _bindings, _pid
     with _lock:
@@ -113,8 +113,8 @@ def _set_up(settings: SpdkSettings) -> ModuleType:
         hugepages = free_nbytes >= _LEAST_HUGEPAGE_NBYTES
     elif hugepages and not free_nbytes:
         raise EngineUnavailable(
-            "engine spdk: hugepages are asked for and none is free; at least "
-            f"{_LEAST_HUGEPAGE_NBYTES >> 20} MiB are wanted: `spdk-kv doctor` has the command"
+            "engine spdk: hugepages were requested and none is free; at least "
+            f"{_LEAST_HUGEPAGE_NBYTES >> 20} MiB are needed: `spdk-kv doctor` has the command"
         )
     core = settings.core if settings.core is not None else max(os.sched_getaffinity(0))
     reader, writer = os.pipe()
