@@ -4,21 +4,25 @@
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.pycapsule cimport PyCapsule_New
-from libc.errno cimport EAGAIN, EIO
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.errno cimport EAGAIN, EINTR, EIO, errno
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset, strerror
 
 from backend cimport (
     SKV_BACKEND_CAPSULE, SKV_DISCARD, SKV_FLUSH, SKV_NVME_STATUS, SKV_READ, SKV_WRITE,
     skv_backend, skv_io,
 )
+from engines.ring cimport Ring, cancel_in_ring, close_ring, open_ring, poll_ring, wake_ring
 from liburing cimport *
 from nvme_ioctl cimport *
+
+cdef extern from "<unistd.h>" nogil:
+    int getpid()
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long request, ...)
 
-include "ring.pxi"
 
 # NVM Command Set 1.0, figure 22; NVMe Base 2.0, figure 138.
 DEF OP_FLUSH = 0x00
@@ -169,6 +173,10 @@ def identify(int fd, uint32_t nsid, uint32_t cns):
         free(answer)
 
 
+cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
+    return poll_ring(self, done, most, wait_ns, _complete)
+
+
 @cython.no_gc_clear
 cdef class NgBackend:
     """A ring of ``entries`` on ``fd``, a namespace's generic node, which stays the caller's.
@@ -194,13 +202,13 @@ cdef class NgBackend:
         p.range_of = <skv_io **>calloc(entries, sizeof(skv_io *))
         if p.ranges == NULL or p.range_of == NULL:
             raise MemoryError()
-        _open_ring(&p.common, fd, entries, IORING_SETUP_SQE128 | IORING_SETUP_CQE32)
+        open_ring(&p.common, fd, entries, IORING_SETUP_SQE128 | IORING_SETUP_CQE32)
         p.closed = False
         p.backend.self = p
         p.backend.submit = _submit
         p.backend.poll = _poll
-        p.backend.wake = _wake
-        p.backend.cancel = _cancel
+        p.backend.wake = wake_ring
+        p.backend.cancel = cancel_in_ring
         self.backend = PyCapsule_New(&p.backend, SKV_BACKEND_CAPSULE, NULL)
 
     @property
@@ -211,7 +219,7 @@ cdef class NgBackend:
         """Gives the ring back; nothing may be in flight."""
         if not self._p.closed:
             self._p.closed = True
-            _close_ring(&self._p.common, self._pid == getpid())
+            close_ring(&self._p.common, self._pid == getpid())
 
     def __dealloc__(self):
         self.close()

@@ -70,6 +70,7 @@ cdef struct ThreadPool:
     int count
 
 
+# Included, because it works on this pool's structure and is of no use to any other engine.
 include "pool_fill.pxi"
 
 

@@ -1,4 +1,4 @@
-# What of a read is not in the page cache, and bringing that in, in large folios where there are some.
+# Counts what the page cache lacks of a read, and fetches it, in large folios where the kernel has them.
 
 cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ
@@ -24,7 +24,7 @@ DEF PAGE_NBYTES = 4096
 
 cdef inline int64_t _cold_nbytes(int fd, uint64_t offset, uint64_t nbytes) noexcept nogil:
     """Bytes of a range that the page cache lacks, in whole pages; negative where the kernel does not
-    say (one that does reads large folios, too). Nothing is read."""
+    say (one that does also reads large folios). Nothing is read."""
     cdef uint64_t wanted[2]  # struct cachestat_range: offset, length
     cdef uint64_t counts[5]  # struct cachestat: nr_cache comes first
     cdef int64_t cached

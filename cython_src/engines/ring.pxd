@@ -1,9 +1,12 @@
-# What the io_uring engines share: a ring on one descriptor, with a wake-up in it. Whoever includes
-# this has a struct that begins with a Ring, and says with _complete what a command's `res` means.
+# A ring on one descriptor, with a wake-up in it: what the io_uring engines share. Their structs begin
+# with a Ring. All inline, so that each engine has its own copy and no call goes through a pointer.
 
 from libc.errno cimport EINTR, ENOSYS, errno
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset, strerror
+
+from backend cimport skv_io
+from liburing cimport *
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned initial, int flags)
@@ -14,10 +17,14 @@ cdef extern from "<unistd.h>" nogil:
     int close(int fd)
     int getpid()
 
-# user_data of completions that are not commands.
-DEF WAKE_TAG = 0
-DEF CANCEL_TAG = 1
+# user_data of completions that are not commands; a command's is its address.
+cdef enum:
+    WAKE_TAG = 0
+    CANCEL_TAG = 1
 
+# Completions taken at once: as many as the transfer loop takes (BATCH in transfer/types.pxd).
+cdef enum:
+    MOST_CQES = 64
 
 cdef struct Ring:
     io_uring ring
@@ -28,7 +35,23 @@ cdef struct Ring:
     bint fixed_file
 
 
-cdef _open_ring(Ring *r, int fd, unsigned entries, unsigned flags):
+# Sets a command's result from its completion's `res`, which each engine reads in its own way.
+ctypedef void (*complete_fn)(Ring *, skv_io *, int) noexcept nogil
+
+
+cdef inline void close_ring(Ring *r, bint owner) noexcept nogil:
+    """Gives the ring back. `owner`: false in a forked child, which leaves the parent's alone."""
+    if owner and r.fixed_file:
+        # The kernel takes a ring apart later, in a thread of its own; until then the device
+        # would stay open, exclusively.
+        io_uring_unregister_files(&r.ring)
+    io_uring_queue_exit(&r.ring)
+    if r.wake_fd >= 0:
+        close(r.wake_fd)
+        r.wake_fd = -1
+
+
+cdef inline open_ring(Ring *r, int fd, unsigned entries, unsigned flags):
     """Sets up the ring; OSError where the kernel or a container's rules refuse it."""
     cdef io_uring_params parameters
     cdef int rc
@@ -46,26 +69,14 @@ cdef _open_ring(Ring *r, int fd, unsigned entries, unsigned flags):
     if r.wake_fd >= 0 and parameters.features & IORING_FEAT_EXT_ARG:
         r.fixed_file = io_uring_register_files(&r.ring, &fd, 1) == 0
         return
-    _close_ring(r, True)
+    close_ring(r, True)
     if parameters.features & IORING_FEAT_EXT_ARG:
         raise OSError(rc, f"eventfd: {strerror(rc).decode()}")
     # Without it liburing's timed wait puts commands of its own among ours.
     raise OSError(ENOSYS, "io_uring_setup: no wait with a timeout (IORING_FEAT_EXT_ARG)")
 
 
-cdef void _close_ring(Ring *r, bint owner) noexcept nogil:
-    """Gives the ring back. `owner`: false in a forked child, which leaves the parent's alone."""
-    if owner and r.fixed_file:
-        # The kernel takes a ring apart later, in a thread of its own; until then the device
-        # would stay open, exclusively.
-        io_uring_unregister_files(&r.ring)
-    io_uring_queue_exit(&r.ring)
-    if r.wake_fd >= 0:
-        close(r.wake_fd)
-        r.wake_fd = -1
-
-
-cdef void _arm_wake(Ring *r) noexcept nogil:
+cdef inline void arm_wake(Ring *r) noexcept nogil:
     cdef io_uring_sqe *sqe = io_uring_get_sqe(&r.ring)
     if sqe != NULL:
         io_uring_prep_read(sqe, r.wake_fd, &r.wake_count, 8, 0)
@@ -73,35 +84,36 @@ cdef void _arm_wake(Ring *r) noexcept nogil:
         r.wake_armed = True
 
 
-cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
+cdef inline int poll_ring(void *self, skv_io **done, int most, int64_t wait_ns,
+                              complete_fn complete) noexcept nogil:
     cdef Ring *r = <Ring *>self
-    cdef io_uring_cqe *cqes[64]
+    cdef io_uring_cqe *cqes[MOST_CQES]
     cdef io_uring_cqe *first
     cdef __kernel_timespec timeout
     cdef unsigned seen, i
     cdef int n = 0, rc = 0
     cdef uint64_t tag
     if not r.wake_armed:
-        _arm_wake(r)
-    seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, 64))
+        arm_wake(r)
+    seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, MOST_CQES))
     if seen == 0 and wait_ns:
         timeout.tv_sec = wait_ns // 1000000000
         timeout.tv_nsec = wait_ns % 1000000000
         # One system call submits and waits.
         rc = io_uring_submit_and_wait_timeout(&r.ring, &first, 1, &timeout, NULL)
-        seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, 64))
+        seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, MOST_CQES))
     elif io_uring_sq_ready(&r.ring):
         # A busy kernel (-EBUSY, -EAGAIN) keeps the entries; they go with the next call.
         io_uring_submit(&r.ring)
         if seen == 0:
-            seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, 64))
+            seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, MOST_CQES))
     for i in range(seen):
         tag = cqes[i].user_data
         if tag == WAKE_TAG:
             r.wake_armed = False
         elif tag != CANCEL_TAG:
             done[n] = <skv_io *><size_t>tag
-            _complete(r, done[n], cqes[i].res)
+            complete(r, done[n], cqes[i].res)
             n += 1
     io_uring_cq_advance(&r.ring, seen)
     if seen == 0 and rc == -EINTR:
@@ -109,12 +121,12 @@ cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept no
     return n
 
 
-cdef void _wake(void *self) noexcept nogil:
+cdef inline void wake_ring(void *self) noexcept nogil:
     cdef uint64_t one = 1
     write((<Ring *>self).wake_fd, &one, 8)
 
 
-cdef void _cancel(void *self, skv_io *io) noexcept nogil:
+cdef inline void cancel_in_ring(void *self, skv_io *io) noexcept nogil:
     cdef Ring *r = <Ring *>self
     cdef io_uring_sqe *sqe = io_uring_get_sqe(&r.ring)
     if sqe != NULL:

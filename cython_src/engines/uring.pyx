@@ -5,11 +5,12 @@ file where the machine allows them, and without them where it does not."""
 cimport cython
 from cpython.pycapsule cimport PyCapsule_New
 from libc.errno cimport EAGAIN, EBADF, ENOSPC
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from backend cimport (
     SKV_BACKEND_CAPSULE, SKV_FLUSH, SKV_READ, SKV_WRITE, skv_backend, skv_io,
 )
+from engines.ring cimport Ring, cancel_in_ring, close_ring, open_ring, poll_ring, wake_ring
 from liburing cimport *
 from pthreads cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
@@ -19,11 +20,13 @@ from pthreads cimport (
 cdef extern from "<errno.h>" nogil:
     int EOPNOTSUPP
 
+cdef extern from "<unistd.h>" nogil:
+    int getpid()
+
 cdef extern from "<fcntl.h>" nogil:
     int FALLOC_FL_PUNCH_HOLE
     int FALLOC_FL_KEEP_SIZE
 
-include "ring.pxi"
 
 # Slots in the ring's table of registered buffers; a region takes one.
 DEF BUFFERS = 1024
@@ -142,6 +145,10 @@ cdef void _complete(Ring *r, skv_io *io, int res) noexcept nogil:
     io.result = res
 
 
+cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
+    return poll_ring(self, done, most, wait_ns, _complete)
+
+
 @cython.no_gc_clear
 cdef class UringBackend:
     """A ring of ``entries`` on the descriptor ``fd``, which stays the caller's.
@@ -158,14 +165,14 @@ cdef class UringBackend:
         pthread_mutex_init(&self._r.registering, NULL)
         self._pid = getpid()
         self._r.closed = True
-        _open_ring(&self._r.common, fd, entries, 0)
+        open_ring(&self._r.common, fd, entries, 0)
         self._r.closed = False
         self._r.fixed_buffers = io_uring_register_buffers_sparse(&self._r.common.ring, BUFFERS) == 0
         self._r.backend.self = &self._r
         self._r.backend.submit = _submit
         self._r.backend.poll = _poll
-        self._r.backend.wake = _wake
-        self._r.backend.cancel = _cancel
+        self._r.backend.wake = wake_ring
+        self._r.backend.cancel = cancel_in_ring
         self.backend = PyCapsule_New(&self._r.backend, SKV_BACKEND_CAPSULE, NULL)
 
     @property
@@ -220,7 +227,7 @@ cdef class UringBackend:
             if self._r.fixed_buffers and self._pid == getpid():
                 # Or memory would stay pinned until the kernel takes the ring apart, later.
                 io_uring_unregister_buffers(&self._r.common.ring)
-            _close_ring(&self._r.common, self._pid == getpid())
+            close_ring(&self._r.common, self._pid == getpid())
 
     def __dealloc__(self):
         self.close()

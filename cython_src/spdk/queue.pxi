@@ -1,5 +1,5 @@
 # An I/O queue pair as the backend of a transfer queue. While it has something in flight, only the
-# queue's driver touches it; spdk_types.pxi says what holds otherwise.
+# queue's driver touches it; types.pxd says what holds otherwise.
 
 # Polls between two looks at the clock.
 DEF POLLS = 256

@@ -1,4 +1,4 @@
-# A PCIe drive that goes away: pulled out of its slot, or wanted back by the kernel, which then waits
+# A PCIe drive that goes away: pulled out of its slot, or claimed back by the kernel, which then waits
 # for as long as this process holds it.
 
 # When the kernel asks, what is in flight has this long to complete; the drive still answers then.
@@ -40,7 +40,7 @@ cdef void _look_for_removal(Admin *a) noexcept nogil:
     if not dead and now - a.gone_at_ns < DRAIN_NS:
         return
     _cut_off(a)
-    # So that SPDK, too, sends it nothing any more; not even a farewell when it is closed.
+    # SPDK then sends it nothing more either, not even a shutdown when it is closed.
     memset(&transport, 0, sizeof(transport))
     spdk_nvme_trid_populate_transport(&transport, SPDK_NVME_TRANSPORT_PCIE)
     spdk_nvme_scan_attached(&transport)

@@ -23,12 +23,14 @@ from pthreads cimport (
     pthread_mutex_unlock, pthread_t, start_thread, wait_until,
 )
 from libspdk cimport *
+from spdk.types cimport *
 
 SPDK_VERSION = SPDK_VERSION_STRING.decode()
 
+# Included, not compiled on their own: a statically linked SPDK has its state in the extension, and so
+# have the mutexes and lists here; a second extension would have another copy of all of it.
 include "sigbus.pxi"
 include "env.pxi"
-include "types.pxi"
 include "removal.pxi"
 include "recovery.pxi"
 include "controller.pxi"

@@ -5,6 +5,13 @@
 # long as a call takes. When a controller has to be reset or connected anew, its thread first lets
 # every driver with commands in flight park; then all pairs are its own.
 
+from libc.stdint cimport uint32_t, uint64_t
+
+from backend cimport skv_backend, skv_io
+from libspdk cimport *
+from pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
+
+
 cdef struct Reachable:
     size_t address
     size_t nbytes

@@ -199,7 +199,7 @@ cdef class Queue:
         cdef Queue_ *q = self._q
         cdef Outcome kept[OUTCOMES]
         cdef uint64_t i, count, first
-        # Nothing of Python's while the mutex is held: freeing a transfer takes it, too.
+        # No Python objects while the mutex is held: freeing a transfer takes it as well.
         pthread_mutex_lock(&q.mutex)
         count = q.outcomes_count
         first = max(since, count - min(count, <uint64_t>OUTCOMES))

@@ -1,5 +1,5 @@
 # What the driver does with one segment: prepare, submit, complete, follow up. Without the GIL, in
-# the one thread that holds the queue.
+# the one thread that drives the queue.
 
 
 cdef inline void _todo_push(Queue_ *q, Transfer_ *t) noexcept nogil:
@@ -298,7 +298,7 @@ cdef void _refill(Queue_ *q) noexcept nogil:
         if q.retry == s:
             return
         if bounced_write:
-            # Copying it took as long as the device may take for it: off with it, then the next.
+            # Copying took about as long as the drive needs for it: submit it before the next copy.
             q.more = 1
             return
 

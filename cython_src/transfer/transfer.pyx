@@ -32,6 +32,7 @@ from crc32c cimport skv_crc32c, skv_crc32c_combine
 from gpu_link cimport (
     SKV_FROM_DEVICE, SKV_LINK_CAPSULE, SKV_LINK_STATUS, SKV_TO_DEVICE, skv_copy, skv_link,
 )
+from transfer.types cimport *
 from pthreads cimport (
     init_cond, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
     pthread_cond_wait, pthread_detach, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
@@ -111,7 +112,8 @@ DISCARD = SKV_DISCARD
 DEMAND = 0
 PREFETCH = 1
 
-include "types.pxi"
+# Included, not compiled on their own: the loop's functions call each other for every segment, and the
+# two classes call the loop; between extensions such calls would go through pointers, not inlined.
 include "segments.pxi"
 include "copies.pxi"
 include "loop.pxi"

@@ -1,25 +1,32 @@
-# The structures of the loop. Plain C, because the driver runs without the GIL.
+# The structures of the loop, and its constants. Plain C, because the driver runs without the GIL.
+from cpython.ref cimport PyObject
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-# How long a driver that Python lent its thread to goes on before it looks for signals.
-DEF SLICE_NS = 50_000_000
-# Bytes copied, then summed. Processors fetch ahead by themselves to the end of a page and no further,
-# so it is there that the next one is asked for.
-DEF COPY_BLOCK_NBYTES = 4096
-# Bytes moved by one memcpy.
-DEF MOVE_NBYTES = 4096
-# Completions taken from the engine at once.
-DEF BATCH = 64
-# Between two looks at a copy that should be over, at least and at most.
-DEF LOOK_NS = 50_000
-DEF LOOK_MOST_NS = 1_000_000
-# Commands submitted by one look at the clock, which takes as long as a fifth of a small command.
-DEF CLOCK_USES = 8
-# A sleep shorter than this would last longer than asked for.
-DEF NAP_NS = 20_000
-# Outcomes of transfers over links that are kept until somebody asks.
-DEF OUTCOMES = 256
-# Transfers looked at for one that can go on while others wait for a slot.
-DEF PASSED_BY = 64
+from backend cimport SKV_BUCKETS, skv_backend, skv_io
+from gpu_link cimport skv_copy, skv_link
+from pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
+
+cdef enum:
+    # How long a driver that Python lent its thread to goes on before it looks for signals.
+    SLICE_NS = 50_000_000
+    # Bytes copied, then summed. Processors fetch ahead by themselves to the end of a page and no further,
+    # so it is there that the next one is asked for.
+    COPY_BLOCK_NBYTES = 4096
+    # Bytes moved by one memcpy.
+    MOVE_NBYTES = 4096
+    # Completions taken from the engine at once.
+    BATCH = 64
+    # Between two looks at a copy that should be over, at least and at most.
+    LOOK_NS = 50_000
+    LOOK_MOST_NS = 1_000_000
+    # Commands submitted by one look at the clock, which takes as long as a fifth of a small command.
+    CLOCK_USES = 8
+    # A sleep shorter than this would last longer than asked for.
+    NAP_NS = 20_000
+    # Outcomes of transfers over links that are kept until somebody asks.
+    OUTCOMES = 256
+    # Transfers looked at for one that can go on while others wait for a slot.
+    PASSED_BY = 64
 
 
 cdef struct Segment:
