@@ -47,7 +47,7 @@ def make(nbytes: int) -> Path:
         os.truncate(handle, nbytes)
         os.close(handle)
         device = _run("losetup", "--direct-io=on", "--find", "--show", image)
-        # Detaching a device in use means: when its last user goes.
+        # A device in use is detached when its last user goes.
         undo.callback(_run, "losetup", "--detach", device)
         # What an NVMe drive has; a loop device's differs from one time to the next.
         _run("blockdev", "--setra", _READ_AHEAD_SECTORS, device)

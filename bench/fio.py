@@ -2,7 +2,7 @@
 
     python bench/fio.py FILE --rw read --bs 1MiB --depth 16 [--seconds 5] [--plain] [--huge]
 
-The file has to exist and to have been written: fio is told to leave its size as it is.
+The file has to exist and to have been written before: fio leaves its size as it is.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """What each part gives, at one budget: the paths by themselves, both, and reading ahead; and the
-paper's X, swept by hand, beside the X that is found.
+paper's budget (its X), swept by hand, beside the one that is found.
 
 ``samples`` and rows of kind ``ablation``.
 """
@@ -23,8 +23,8 @@ _SWEEP = (0.0, 0.22, 0.33, 0.44, 0.55, 0.66)
 
 @dataclass(frozen=True)
 class Setting:
-    """``variant``: of spdk_kv.measure.decode.case; ``ahead``: layers read ahead; ``x_share``: X
-    as a share of the KV cache, None where the store finds it."""
+    """``variant``: of spdk_kv.measure.decode.case; ``ahead``: layers read ahead; ``x_share``: the
+    budget as a share of the KV cache, None where the store finds it."""
 
     label: str
     variant: str
@@ -80,14 +80,18 @@ def tables(rows: Sequence[Row]) -> list[str]:
     sweep = [row for row in rows if row["x_share"] is not None]
     lines = [f"At rho {RHO:g}, the same memory limit for all.", "", *_table(parts)]
     if sweep:
-        lines += ["", "The paper's policy with X as told, and the X that is found:", ""]
+        lines += [
+            "",
+            "The paper's policy with budgets set by hand, and the budget that is found:",
+            "",
+        ]
         lines += _table([*sweep, *found])
     return lines
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| | X (MiB) | s per token | / bound | first token (s) | hit rate |",
+        "| | budget (MiB) | s per token | / bound | first token (s) | hit rate |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -151,7 +151,7 @@ def _step_table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         by_step.setdefault(row["step"], {})[row["variant"]] = row
     lines = [
-        f"| step | rho | bound | {' | '.join(names)} | X of dual (MiB) |",
+        f"| step | rho | bound | {' | '.join(names)} | budget of dual (MiB) |",
         "|---" * (len(names) + 4) + "|",
     ]
     for step, here in by_step.items():

@@ -92,7 +92,7 @@ def _mib(nbytes: float | None) -> str:
 def _table(rows: Sequence[Row], cell: Callable[[Row], str]) -> list[str]:
     """Budgets downwards, variants across."""
     names = _names(rows)
-    titles = [*names, "X of dual (MiB)"]
+    titles = [*names, "budget of dual (MiB)"]
     lines = [f"| rho | bound | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for rho in sorted({row["rho"] for row in rows}):
         here = {row["variant"]: row for row in rows if row["rho"] == rho}

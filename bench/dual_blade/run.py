@@ -230,7 +230,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 _PART_WORDS = {
     "budgets": "every variant at every budget",
     "change": "a budget that changes in mid-run",
-    "ablation": "the parts one by one, and a sweep of X",
+    "ablation": "the parts one by one, and a sweep of budgets",
 }
 
 
@@ -255,7 +255,7 @@ def _arguments() -> argparse.Namespace:
                         help="an emulated link to a GPU, in times of the drive's best")  # fmt: skip
     parser.add_argument("--fio-seconds", type=float, help="of each fio job (3; quick: 1)")
     parser.add_argument("--out", type=Path, default=Path("dual_blade"), help="folder of the report")
-    parser.add_argument("--samples", type=Path, help="default: OUT/samples.jsonl, begun anew")
+    parser.add_argument("--samples", type=Path, help="default: OUT/samples.jsonl, started afresh")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the rows there as well")
     words = parser.parse_args()
     unknown = set(words.variants or ()) - {*VARIANTS, "paper"}

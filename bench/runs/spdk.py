@@ -192,7 +192,7 @@ def _opened_store(drive: SimulatedDrive, folder: str) -> spdk_kv.KVStore:
 
 
 def _store(drive: SimulatedDrive, verb: str, verify: bool, seconds: float) -> Figure:
-    """Tensors in turn; replaced ones free their extents with a commit, which is timed too.
+    """Tensors in turn; replaced ones free their extents with a commit, which is timed as well.
 
     ``verb``: get, put (from a tensor in ordinary memory, which the drive does not reach) or "put
     from its memory" (from a tensor that was got, and lies where the drive reaches it).

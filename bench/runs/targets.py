@@ -61,7 +61,7 @@ class Cost:
 def _comparisons() -> tuple[Comparison, ...]:
     found = []
     for op in ("read", "write"):
-        # Our buffers are on hugepages; fio's are not unless it is told to. Against both.
+        # Our buffers are on hugepages; fio's are not by default. Compared with both.
         for yardstick in (f"fio {op}", f"fio {op}, hugepages"):
             label = f"{op} 1 MiB x 16" + (", fio on hugepages" if "huge" in yardstick else "")
             found.append(Comparison(label, f"uring {op}", yardstick, "speed", 0.95))
