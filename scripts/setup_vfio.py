@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Takes an NVMe drive from the kernel for vfio-pci, and gives it back.
+"""Takes an NVMe drive from the kernel for vfio-pci, or gives it back.
 
     setup_vfio.py status [--json]
     setup_vfio.py bind BDF SERIAL [--yes] [--i-know-this-destroys SERIAL] [--persist] [--json]
@@ -7,8 +7,8 @@
     setup_vfio.py hugepages N|SIZE [--json]
     setup_vfio.py permissions --group NAME BDF [--json]
 
-Runs as root from a checkout, with the system's Python and nothing installed. `bind` only says
-what it would do until --yes. Exit status: 0 done, 2 refused, 3 failed and rolled back.
+Runs as root from a checkout, with the system's Python and nothing installed. Without --yes, `bind`
+only shows what it would do. Exit status: 0 done, 2 refused, 3 failed and rolled back.
 docs/reference/binding.md explains what is refused and why.
 """
 
@@ -18,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-# The checkout, or whatever package this script was handed out with.
+# The checkout, or the package that this script came with.
 _CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_CHECKOUT))
 # Root must not leave files in a user's checkout.
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> Report:
-    # -I: neither the environment nor the folder it is called from may put modules in its way.
+    # -I: at a boot, neither the environment nor the current folder may provide modules.
     program = [sys.executable, "-I", str(Path(__file__).resolve())]
     tool = Tool(Path(arguments.root), program)
     if arguments.command == "status":
@@ -61,9 +61,9 @@ def _run(arguments: argparse.Namespace) -> Report:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # No abbreviations: --i must not stand for --i-know-this-destroys.
+    # No abbreviations, so that --i is not accepted for --i-know-this-destroys.
     parser = argparse.ArgumentParser(
-        description="Takes an NVMe drive from the kernel for vfio-pci, and gives it back.",
+        description="Takes an NVMe drive from the kernel for vfio-pci, or gives it back.",
         epilog="Exit status: 0 done, 2 refused, 3 failed and rolled back.",
         allow_abbrev=False,
     )
@@ -75,26 +75,30 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print one JSON object")
         return command
 
-    add("status", "Show every NVMe drive, who uses it, and why it may or may not be taken.")
-    bind = add("bind", "Take a drive from the kernel; a dry run until --yes.")
-    bind.add_argument("bdf", metavar="BDF", help="its full PCI address, like 0000:01:00.0")
-    bind.add_argument("serial", metavar="SERIAL", help="its serial, as status shows it")
-    bind.add_argument("--yes", action="store_true", help="do it")
+    add("status", "Show every NVMe drive, what uses it, and whether it may be taken.")
+    bind = add("bind", "Take a drive from the kernel. Without --yes this is a dry run.")
+    bind.add_argument("bdf", metavar="BDF", help="full PCI address, such as 0000:01:00.0")
+    bind.add_argument("serial", metavar="SERIAL", help="serial of the drive, as status shows it")
+    bind.add_argument("--yes", action="store_true", help="do it; otherwise nothing is changed")
     bind.add_argument(
         "--i-know-this-destroys",
         dest="destroys",
         metavar="SERIAL",
-        help="after its contents were listed: they may all go",
+        help="accept the loss of the contents that were listed",
     )
-    bind.add_argument("--persist", action="store_true", help="look and bind at every boot")
-    restore = add("restore", "Give back the drive, or all that this tool has bound.")
+    bind.add_argument(
+        "--persist", action="store_true", help="check and bind it again at every boot"
+    )
+    restore = add("restore", "Give back the drive at BDF, or every drive that was bound.")
     restore.add_argument("bdf", metavar="BDF", nargs="?")
-    hugepages = add("hugepages", "Raise the number of hugepages; never lowers it.")
-    hugepages.add_argument("amount", metavar="N|SIZE", help="a number of pages, or like 2GiB")
-    permissions = add("permissions", "Let a group use the VFIO node of a bound drive.")
+    hugepages = add("hugepages", "Raise the number of hugepages. Never lowers it.")
+    hugepages.add_argument(
+        "amount", metavar="N|SIZE", help="number of pages, or a size such as 2GiB"
+    )
+    permissions = add("permissions", "Let a group use the bound drive at BDF.")
     permissions.add_argument("--group", metavar="NAME", required=True)
     permissions.add_argument("bdf", metavar="BDF")
-    add("rebind", "At boot: bind what --persist has recorded, with all checks.")
+    add("rebind", "Bind the drives that --persist has recorded; run at boot.")
     return parser
 
 

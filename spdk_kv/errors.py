@@ -1,4 +1,7 @@
-"""Every error that spdk_kv raises on purpose, and the one door from status codes to them."""
+"""Every error that spdk_kv raises, when it is raised, and what to do about it.
+
+:func:`device_error` turns an errno into one of them.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,47 @@ import os
 
 
 class SpdkKvError(Exception):
-    """Base of all errors of spdk_kv."""
+    """The base of all errors of spdk_kv; catch it to catch them all."""
 
 
 class KeyNotFound(SpdkKvError, KeyError):
-    """No blob or sequence of that name is stored."""
+    """No blob or sequence of that name is stored.
+
+    Raised where something is to be read or deleted, also if it was evicted meanwhile. Remedy: treat
+    it as a cache miss, and compute and store the data again.
+    """
 
     def __str__(self) -> str:  # KeyError would show the repr of its argument
         return str(self.args[0]) if self.args else "key not found"
 
 
 class ShapeMismatch(SpdkKvError, ValueError):
-    """A tensor's shape, dtype or size does not fit; raised before any I/O."""
+    """A tensor's shape, dtype or size does not fit.
+
+    Raised before any I/O, so nothing was changed. Remedy: pass what the message says is expected.
+    """
 
 
 class CapacityError(SpdkKvError):
-    """The store, the drive or the memory pool has no room for what was asked."""
+    """The store, the drive or the memory pool has no room for what was asked.
+
+    Nothing is evicted for a request that cannot be met even then. Remedy: delete sequences or
+    blobs, free space on the filesystem, or open the store with a larger ``capacity`` or
+    ``staging``.
+    """
 
 
 class DeviceError(SpdkKvError):
-    """The device failed a command.
+    """The drive, or the kernel on its behalf, failed a command.
 
-    Attributes: ``op``, ``offset`` and ``nbytes`` of the command (None where there is no single
-    one), and ``status``, an errno or the device's own status code.
+    Remedy: the message has a hint where there is one; `dmesg` and the drive's SMART log say more.
+    Reads that failed because of damaged media will fail again; store the data anew.
+
+    Attributes:
+        op: "read", "write" and the like; None where there is no single command, as for the others.
+        offset: byte offset of the command.
+        nbytes: its length in bytes.
+        status: an errno, or the drive's own status code.
     """
 
     def __init__(
@@ -49,21 +70,35 @@ class DeviceError(SpdkKvError):
 
 
 class DeviceTimeout(DeviceError, TimeoutError):
-    """A transfer outlived its deadline; its memory stays out of use until the device lets go."""
+    """A transfer outlived its deadline.
+
+    Its memory stays in quarantine until the drive lets go of it. Remedy: try again, or pass a
+    longer ``timeout_s``; if it recurs, the drive hangs or is overloaded.
+    """
 
 
 class DeviceGone(DeviceError):
-    """The device was removed, or stopped answering for good."""
+    """The drive was removed, or stopped answering for good.
+
+    Remedy: close the store, bring the drive back, and open the store again.
+    """
 
 
 class CorruptionError(SpdkKvError):
-    """Stored bytes are not the bytes that were put: a checksum or a count does not match."""
+    """Stored bytes are not the bytes that were put: a checksum or a count does not match.
+
+    Raised instead of returning other bytes. Remedy: delete the blob or sequence, and store it
+    again; if it recurs, suspect the drive or the memory.
+    """
 
 
 class StoreLocked(SpdkKvError):
-    """Another process (or another store object of this one) owns the store.
+    """Another process, or another store object of this process, has the store or drive open.
 
-    Attribute: ``pid`` of the owner, or None where it is not known.
+    Remedy: close it there, or end that process.
+
+    Attributes:
+        pid: process ID of the owner, or None where it is not known.
     """
 
     def __init__(self, message: str, *, pid: int | None = None) -> None:
@@ -72,40 +107,63 @@ class StoreLocked(SpdkKvError):
 
 
 class StoreMismatch(SpdkKvError):
-    """The data and the index, or the device and its superblock, do not belong together."""
+    """What was found is not the store that was asked for.
+
+    Raised when the data and the index, or the drive and its superblock, do not belong together, and
+    where a store is missing that must exist. Nothing is overwritten. Remedy: check the location and
+    ``index_dir``; to give up what is there, remove the index and clear the drive's superblocks.
+    """
 
 
 class EngineUnavailable(SpdkKvError):
-    """An engine cannot run here; the message says what is missing and what mends it."""
+    """An engine cannot run here.
+
+    Remedy: the message says what is missing, and the command that adds it; `spdk-kv doctor` shows
+    all engines at once.
+    """
 
 
 class ClosedError(SpdkKvError):
-    """The store, sequence or engine was closed, or belongs to the process before a fork."""
+    """The store, sequence or engine was closed, or was opened before a fork.
+
+    Remedy: open it again; a child process opens its own.
+    """
 
 
 _HINTS = {
     errno.ENOSPC: "the filesystem is full: free space or lower the store's capacity",
     errno.EIO: "the drive reported a failed read or write: look at `dmesg` and its SMART log",
-    errno.EINVAL: "offset, length or address is not aligned as the device wants it",
+    errno.EINVAL: "offset, length or address is not aligned as the drive requires",
     errno.ENOMEM: "not enough memory, or RLIMIT_MEMLOCK is too low: see `spdk-kv doctor`",
     errno.EROFS: "the filesystem is mounted read-only",
     errno.EACCES: "permission denied: see `spdk-kv doctor`",
     errno.EPERM: "not permitted here: see `spdk-kv doctor`",
 }
 _GONE = {errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ENOTCONN}
-# What the kernel makes of a drive's failed read of its medium; the rest may be better next time.
+# Errors that say that the stored bytes cannot be read; after any other a second try may succeed.
 _UNREADABLE = {errno.EIO, errno.EREMOTEIO, errno.EILSEQ, errno.EBADMSG}
 
 
 def is_unreadable(failure: BaseException) -> bool:
-    """Whether a read failed because the stored bytes are lost, damaged or cannot be read."""
+    """Whether a read failed because the stored bytes are lost, damaged or unreadable."""
     return isinstance(failure, CorruptionError) or (
         type(failure) is DeviceError and failure.status in _UNREADABLE
     )
 
 
 def device_error(op: str, offset: int, nbytes: int, status: int, where: str = "") -> SpdkKvError:
-    """The error for a command that ended with errno ``status`` (positive)."""
+    """The error for a command that failed.
+
+    Args:
+        op: what was done, for the message: "read", "open" ...
+        offset: byte offset of the command.
+        nbytes: its length in bytes.
+        status: a positive errno.
+        where: name of the drive or file.
+
+    Returns:
+        The error, to be raised: CapacityError, DeviceGone, DeviceTimeout or DeviceError.
+    """
     name = errno.errorcode.get(status, str(status))
     place = f" of {where}" if where else ""
     message = (

@@ -1,4 +1,4 @@
-"""What commands share for their output: results to stdout, progress and errors to stderr."""
+"""Output of the commands: results go to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
@@ -17,29 +17,33 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """``value`` as one indented JSON object on stdout. Raises TypeError for what JSON lacks."""
+    """Prints ``value`` as one indented JSON object. Raises TypeError if JSON cannot hold it."""
     click.echo(json.dumps(value, indent=2))
 
 
-def on_terminal() -> bool:
-    """Whether stdout is a terminal: tables and colours there, plain lines in a pipe."""
-    # Not Console.is_terminal: CI sets FORCE_COLOR, which would put tables into pipes.
+def is_terminal() -> bool:
+    """Whether stdout is a terminal, which gets tables and colours; a pipe gets plain lines."""
+    # Not rich's Console.is_terminal: under FORCE_COLOR, which CI sets, it is true for a pipe.
     return sys.stdout.isatty()
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console on today's stdout or stderr, so that redirections made later count."""
-    from rich.console import Console  # a tenth of a second: not for `--help`
+    """A rich console on stdout or stderr as they are now, so that later redirections count."""
+    from rich.console import Console  # takes a tenth of a second, too much for `--help`
 
     return Console(file=sys.stderr if stderr else sys.stdout, highlight=False)
 
 
 @contextmanager
 def progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, shown only if that is a terminal, and removed at the end.
+    """A progress bar on stderr, shown only on a terminal and removed at the end.
 
-    Yields ``advance(n)``, which may be called from any thread; ``total`` and ``n`` count in one
-    unit of the caller's choice.
+    Args:
+        total: the full count, in any unit.
+        description: text in front of the bar.
+
+    Yields:
+        ``advance(n)``, to add to the count. Any thread may call it.
     """
     from rich.progress import Progress
 
@@ -51,7 +55,7 @@ def progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
 
 
 class CommandFailed(click.ClickException):
-    """A command ended with one of spdk_kv's errors: one line on stderr, exit status 1."""
+    """Ends a command with one line on stderr and exit status 1."""
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(f"error: {self.format_message()}", file=file, err=file is None)

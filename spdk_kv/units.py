@@ -28,9 +28,13 @@ _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_nbytes(value: int | str) -> int:
-    """``64 GiB``, ``64G``, ``500 MB`` or a plain count, as bytes. Raises ValueError."""
+    """Parses a byte count: ``64 GiB``, ``64G``, ``500 MB`` or a plain number.
+
+    K, M, G and T are powers of 1024, as are KiB, MiB, GiB and TiB; KB, MB, GB and TB are powers of
+    1000. Raises ValueError.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"a byte count is an int or text like '64 GiB', not {value!r}")
+        raise ValueError(f"a byte count is an int or a string like '64 GiB', not {value!r}")
     if isinstance(value, int):
         nbytes = value
     else:
@@ -38,15 +42,15 @@ def parse_nbytes(value: int | str) -> int:
         factor = _FACTORS.get(match[2].upper()) if match else None
         if match is None or factor is None:
             raise ValueError(f"not a byte count: {value!r} (write it like '64 GiB', '512 MiB')")
-        # Integers go through exactly; only a fraction needs floating point.
+        # Integers stay exact; only a fraction needs floating point.
         nbytes = int(match[1]) * factor if "." not in match[1] else int(float(match[1]) * factor)
     if nbytes < 0:
-        raise ValueError(f"a byte count is not negative: {value!r}")
+        raise ValueError(f"a byte count cannot be negative: {value!r}")
     return nbytes
 
 
 def format_nbytes(nbytes: float) -> str:
-    """``68719476736`` as ``64.0 GiB``."""
+    """Formats a byte count: ``68719476736`` becomes ``64.0 GiB``."""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
@@ -56,10 +60,10 @@ def format_nbytes(nbytes: float) -> str:
 
 
 def align_down(value: int, alignment: int) -> int:
-    """The largest multiple of ``alignment`` that is not above ``value``."""
+    """The largest multiple of ``alignment`` that is at most ``value``."""
     return value - value % alignment
 
 
 def align_up(value: int, alignment: int) -> int:
-    """The smallest multiple of ``alignment`` that is not below ``value``."""
+    """The smallest multiple of ``alignment`` that is at least ``value``."""
     return -(-value // alignment) * alignment

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from spdk_kv.measure import Bytes, Device, Load, Noise
+from spdk_kv.measure import Bytes, Load, Noise, SimulatedGpu
 
 THREADS = 4
 
@@ -23,8 +23,8 @@ THREADS = 4
 class Medium(Protocol):
     """How bytes get to the drive and back. Called by several threads, one unit each."""
 
-    def load(self, unit: int, nbytes: int, relay: torch.Tensor, device: Device) -> float:
-        """The unit's first ``nbytes`` into ``relay``, and on to the device; returns when the last
+    def load(self, unit: int, nbytes: int, relay: torch.Tensor, gpu: SimulatedGpu) -> float:
+        """The unit's first ``nbytes`` into ``relay``, and on to the GPU; returns when the last
         of them will be there."""
 
     def store(self, unit: int, offset: int, data: torch.Tensor) -> None:
@@ -75,11 +75,11 @@ class ScheduledPath:
     """A KVPath (see decode_replay) of a medium under FlexLLMGen's schedule."""
 
     def __init__(
-        self, load: Load, noise: Noise, device: Device, medium: Medium, relay_nbytes: int | None
+        self, load: Load, noise: Noise, gpu: SimulatedGpu, medium: Medium, relay_nbytes: int | None
     ) -> None:
         self._load = load
         self._noise = noise
-        self._device = device
+        self._gpu = gpu
         self._medium = medium
         # A relay holds one unit, the check's step included. By default FlexLLMGen's is 2 GiB, of
         # which no more than that would ever be touched.
@@ -89,10 +89,10 @@ class ScheduledPath:
     def prefill(self) -> None:
         for layer in range(self._load.layers):
             # Attention; then the MLP, during which its cache is stored.
-            self._device.compute(0.5)
+            self._gpu.compute(0.5)
             for unit in (2 * layer, 2 * layer + 1):
                 self._store(unit, 0, self._noise.prompt(unit))
-            self._device.compute(0.5)
+            self._gpu.compute(0.5)
             self._threads.join()
 
     def step(self, step: int, see: Callable[[int, Bytes], None] | None) -> None:
@@ -103,12 +103,12 @@ class ScheduledPath:
         self._load_layer(0, stored * row)
         self._threads.join()
         for layer in range(layers):
-            self._device.compute(0.5)  # attention: neither its neighbours have a cache
+            self._gpu.compute(0.5)  # attention: neither its neighbours have a cache
             if layer + 1 < layers:
                 self._load_layer(layer + 1, stored * row)
             for unit in (2 * layer, 2 * layer + 1):
                 self._store(unit, stored * row, self._noise.token(unit, step))
-            self._device.compute(0.5)
+            self._gpu.compute(0.5)
             self._threads.join()
 
     def _load_layer(self, layer: int, nbytes: int) -> None:
@@ -116,8 +116,8 @@ class ScheduledPath:
             self._threads.submit(lambda relay, unit=unit: self._load_unit(unit, nbytes, relay))
 
     def _load_unit(self, unit: int, nbytes: int, relay: torch.Tensor) -> None:
-        arrived = self._medium.load(unit, nbytes, relay[:nbytes], self._device)
-        self._device.wait(arrived)
+        arrived = self._medium.load(unit, nbytes, relay[:nbytes], self._gpu)
+        self._gpu.wait(arrived)
         if self._see is not None:
             self._see(unit, relay[:nbytes].numpy())
 
@@ -125,7 +125,7 @@ class ScheduledPath:
         def job(relay: torch.Tensor) -> None:
             # The copy out of the GPU is the link's; without a link the bytes are here already, as
             # FlexLLMGen uses no relay between two places in host memory.
-            self._device.wait(self._device.copy(data.nbytes, "out"))
+            self._gpu.wait(self._gpu.copy(data.nbytes, "out"))
             self._medium.store(unit, offset, torch.from_numpy(data))
 
         self._threads.submit(job)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spdk_kv.measure import HEAD_DIM, Device, Load
+from spdk_kv.measure import HEAD_DIM, Load, SimulatedGpu
 
 
 class NumpyFiles:
@@ -29,10 +29,10 @@ class NumpyFiles:
                 shape=(load.tokens + 1, load.batch * load.heads, HEAD_DIM),
             )
 
-    def load(self, unit: int, nbytes: int, relay: torch.Tensor, device: Device) -> float:
+    def load(self, unit: int, nbytes: int, relay: torch.Tensor, gpu: SimulatedGpu) -> float:
         mapped = self._open(unit)[: nbytes // self._row_nbytes]
         relay.view(torch.float16).view(mapped.shape).copy_(mapped)
-        return device.copy(nbytes)
+        return gpu.copy(nbytes)
 
     def store(self, unit: int, offset: int, data: torch.Tensor) -> None:
         first = offset // self._row_nbytes

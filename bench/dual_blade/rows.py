@@ -120,7 +120,7 @@ def _figures(outcomes: Sequence[Outcome], rho: float, sticks: Yardsticks) -> Row
     one_after_other, side_by_side = sticks.bounds_s(nbytes, rho)
     p25, p50, p75 = quartiles([one.step_s for one in outcomes])
     prefill = quartiles([one.prefill_s for one in outcomes])
-    device_bytes_s = _middle(one.device_bytes_s for one in outcomes)
+    device_bytes_s = _middle(one.drive_bytes_s for one in outcomes)
     device_gib_s = None if device_bytes_s is None else device_bytes_s / GIB
     residency = [one.explained.get("residency") or {} for one in outcomes]
     figures = (

@@ -42,7 +42,7 @@ import fast_drive  # noqa: E402
 import machine  # noqa: E402
 import record  # noqa: E402
 from spdk_kv.binding import memory_group, why_impossible  # noqa: E402
-from spdk_kv.measure import Case, Load, Outcome, run_apart  # noqa: E402
+from spdk_kv.measure import Case, Load, Outcome, run_in_subprocess  # noqa: E402
 from spdk_kv.units import GIB, MIB, format_nbytes  # noqa: E402
 
 # The simulated drive's: the kernel's default for most NVMe drives. A loop device's own depends on
@@ -120,7 +120,7 @@ class Rig:
                 drop_caches=True,
                 **more,
             )
-            return run_apart(case, HERE / "child.py")
+            return run_in_subprocess(case, HERE / "child.py")
 
 
 def measure(plan: Plan, folder: Path, samples: Samples) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from spdk_kv.measure import Device, Load
+from spdk_kv.measure import Load, SimulatedGpu
 
 _REQUEST_NBYTES = 8 << 20
 
@@ -25,7 +25,7 @@ class OneFile:
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.posix_fallocate(self._fd, 0, load.units * self._stride)
 
-    def load(self, unit: int, nbytes: int, relay: torch.Tensor, device: Device) -> float:
+    def load(self, unit: int, nbytes: int, relay: torch.Tensor, gpu: SimulatedGpu) -> float:
         memory = memoryview(relay.numpy())
         done, arrived = 0, 0.0
         while done < nbytes:
@@ -34,7 +34,7 @@ class OneFile:
             if not got:
                 raise OSError(f"{self._path} ends in unit {unit}")
             # The link takes a piece while the next one is read.
-            arrived = device.copy(got)
+            arrived = gpu.copy(got)
             done += got
         return arrived
 

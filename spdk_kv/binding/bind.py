@@ -1,4 +1,4 @@
-"""The command ``bind``: looks, claims, looks again, takes; and puts back what did not work."""
+"""The command ``bind``: checks the drive, claims it, checks again, takes it; undoes a failure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spdk_kv.binding.journal import BINDING, BOUND, Journal, Record, read_boot_i
 from spdk_kv.binding.kernel import WritableKernel
 from spdk_kv.binding.persist import Persistence
 from spdk_kv.binding.report import DONE, FAILED, Report, refusal
-from spdk_kv.binding.vfio import VFIO_DRIVER, bind_steps, give_back_steps, signals_later
+from spdk_kv.binding.vfio import VFIO_DRIVER, bind_steps, give_back_steps, signals_deferred
 from spdk_kv.devices.inspection import (
     BDF,
     CONTENT_CODES,
@@ -32,8 +32,13 @@ from spdk_kv.devices.inspection import (
 class BindRequest:
     """What the user typed.
 
-    ``destroys``: the serial after --i-know-this-destroys. ``kinds``: for a boot, the kinds of
-    contents that were consented to when the binding was made persistent.
+    Attributes:
+        bdf: full PCI address.
+        serial: serial of the drive that is meant.
+        yes: do it; otherwise this is a dry run.
+        destroys: the serial after --i-know-this-destroys.
+        persist: bind again at every boot.
+        kinds: at a boot, the kinds of contents that the user consented to; None otherwise.
     """
 
     bdf: str
@@ -47,13 +52,13 @@ class BindRequest:
 def bind(
     root: Path, kernel: WritableKernel, request: BindRequest, persistence: Persistence
 ) -> Report:
-    """Takes the drive, or without ``yes`` says whether and how it would. Raises Refused."""
+    """Takes the drive, or without ``yes`` reports what it would do. Raises Refused."""
     check_bdf(request.bdf)
     if request.destroys not in (None, request.serial):
         found = f"--i-know-this-destroys names {request.destroys!r}, not {request.serial!r}"
         raise refuse(Code.SERIAL_MISMATCH, found)
     if not kernel.is_root():
-        raise refuse(Code.NOT_ROOT, "only root sees what every process uses")
+        raise refuse(Code.NOT_ROOT, "only root can see what every process uses")
     if request.persist:
         persistence.check()
     journal = Journal(root)
@@ -66,7 +71,7 @@ def bind(
         if consent:
             reasons = without_contents(reasons)
         elif request.destroys is not None and reasons != without_contents(reasons):
-            found = "this list is shown for the first time: read it, then give the same command"
+            found = "this list is shown for the first time: read it, then repeat the command"
             reasons = (*reasons, Reason(Code.NOT_SHOWN, found))
         if reasons:
             return _refused(reasons, before)
@@ -82,8 +87,8 @@ def check_bdf(bdf: str) -> None:
         raise refuse(Code.NOT_FOUND, found)
 
 
-def is_same_device(root: Path, record: Record) -> bool:
-    """Whether what ``record`` tells of is still there: same boot, never unplugged since."""
+def is_same_drive(root: Path, record: Record) -> bool:
+    """Whether ``record`` still applies: it is of this boot, and the drive was never unplugged."""
     try:
         inode = (root / "sys/bus/pci/devices" / record.bdf).stat().st_ino
     except FileNotFoundError:
@@ -93,17 +98,17 @@ def is_same_device(root: Path, record: Record) -> bool:
 
 def _already_bound(root: Path, journal: Journal, request: BindRequest) -> Report | None:
     record = next((r for r in journal.records() if r.bdf == request.bdf), None)
-    if record is None or not is_same_device(root, record):
-        return None  # a record of an earlier boot or of an unplugged drive is overwritten
+    if record is None or not is_same_drive(root, record):
+        return None  # a record of an earlier boot or an unplugged drive will be overwritten
     if record.serial != request.serial:
         found = f"{record.bdf} was bound as {record.serial!r}, not {request.serial!r}"
         raise refuse(Code.SERIAL_MISMATCH, found)
     if record.state != BOUND or read_driver(root, record.bdf) != VFIO_DRIVER:
         raise refuse(Code.UNFINISHED, f"give it back first: restore {record.bdf}")
     if request.persist:
-        found = "it is bound already: restore it, then bind it with --persist"
+        found = "it is already bound: restore it, then bind it with --persist"
         raise refuse(Code.UNFINISHED, found)
-    line = f"{record.bdf} ({record.serial}) is bound to {VFIO_DRIVER} already"
+    line = f"{record.bdf} ({record.serial}) is already bound to {VFIO_DRIVER}"
     return Report(DONE, [line], _fields(record, "bound"))
 
 
@@ -130,8 +135,8 @@ def _refused(reasons: tuple[Reason, ...], facts: Facts) -> Report:
     if others:
         return report
     hint = (
-        "Binding erases nothing, but what then uses the drive will overwrite this. If all of it "
-        f"may go: --i-know-this-destroys {facts.serial}"
+        "Binding erases nothing, but whatever then uses the drive will overwrite this. If all of "
+        f"it may be lost, add --i-know-this-destroys {facts.serial}"
     )
     return replace(report, lines=[*report.lines, hint])
 
@@ -142,8 +147,8 @@ def _plan(request: BindRequest, facts: Facts) -> Report:
         f"{facts.bdf}: {facts.model}, serial {facts.serial}, {sizes} bytes, "
         f"IOMMU group {facts.group}",
         *([facts.contents.note] if facts.contents and facts.contents.note else []),
-        f"would take it from the driver {facts.driver} for {VFIO_DRIVER}",
-        "dry run, nothing was changed: give --yes to do it",
+        f"would move it from the driver {facts.driver} to {VFIO_DRIVER}",
+        "dry run, nothing was changed: add --yes to do it",
     ]
     fields = {"bdf": facts.bdf, "serial": facts.serial, "state": "free", "dry_run": True}
     return Report(DONE, lines, fields)
@@ -175,14 +180,14 @@ def _take(
         if claims.refusals:
             return _refused(tuple(claims.refusals), before)
         look_again = _second_look(root, kernel, request, before, consent)
-        with signals_later():
+        with signals_deferred():
             try:
                 for step in bind_steps(root, kernel, journal, record, look_again):
                     if step == "probe":
-                        claims.release()  # the old driver has let go
+                        claims.release()  # the old driver has released the drive
                 if request.persist:
                     kinds = before.contents.kinds if before.contents and consent else set()
-                    # Who lets everything go now will find unknown data there at the next boot.
+                    # After all contents were given up, a boot will find unknown data there.
                     persistence.add(request.serial, kinds | {"data"} if consent else kinds)
             except Refused as error:
                 claims.release()
@@ -190,7 +195,7 @@ def _take(
                 if trouble is None:
                     return refusal(error.reasons)
                 return _failed(record, str(error), trouble)
-            except Exception as error:  # whatever it is, the drive goes back
+            except Exception as error:  # whatever failed, the drive goes back to the kernel
                 claims.release()
                 return _failed(record, str(error), _undo(root, kernel, journal, record))
     lines = [
@@ -198,7 +203,7 @@ def _take(
         f"open it as spdk://{record.bdf}/1; give it back with: restore {record.bdf}",
     ]
     if request.persist:
-        lines.append("it will be looked at and bound again at every boot")
+        lines.append("it will be checked and bound again at every boot")
     return Report(DONE, lines, _fields(record, "bound"))
 
 
@@ -210,7 +215,7 @@ def _second_look(
         reasons = reasons_against(now, request.serial)
         if consent:
             reasons = without_contents(reasons)
-        if now.override != VFIO_DRIVER:  # as we have just set it
+        if now.override != VFIO_DRIVER:  # which bind_steps has just set
             found = f"its driver_override is {now.override!r}, not {VFIO_DRIVER!r}"
             reasons = (*reasons, Reason(Code.CHANGED, found))
         now = replace(now, override=before.override)
@@ -222,7 +227,7 @@ def _second_look(
 
 
 def _undo(root: Path, kernel: WritableKernel, journal: Journal, record: Record) -> str | None:
-    """Puts everything back. What went wrong with that, None if nothing did."""
+    """Puts everything back. Returns why that failed, None if it did not."""
     try:
         for _ in give_back_steps(root, kernel, journal, record):
             pass
@@ -236,7 +241,7 @@ def _failed(record: Record, failure: str, trouble: str | None) -> Report:
     if trouble is None:
         lines.append(f"rolled back: the driver {record.former_driver} has {record.bdf} again")
     else:
-        lines += [f"could not be rolled back: {trouble}", f"try: restore {record.bdf}"]
+        lines += [f"rollback failed: {trouble}", f"try: restore {record.bdf}"]
     fields = _fields(record, "unfinished" if trouble else "free")
     return Report(FAILED, lines, fields | {"failure": failure, "rolled_back": trouble is None})
 

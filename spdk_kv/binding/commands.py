@@ -1,4 +1,4 @@
-"""The commands of the binding script, for its two doors: scripts/setup_vfio.py and `spdk-kv`."""
+"""The commands, as scripts/setup_vfio.py and `spdk-kv device` call them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class Tool:
-    """Every command returns a :class:`Report`, also of a refusal.
+    """The commands. Each returns a :class:`Report`, even for a refusal.
 
-    ``root``: what stands for ``/``. ``program``: the command line that a boot would run.
+    Args:
+        root: the folder that stands for ``/``.
+        program: the command line that a boot would run, without a subcommand.
+        kernel: another kernel, for tests.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class Tool:
         self._persistence = Persistence(root, program, _PACKAGE)
 
     def status(self) -> Report:
-        """Every NVMe function, and why it may or may not be taken."""
+        """Reports every NVMe function, and why it may or may not be taken."""
         return reported(lambda: status(self._root, self._kernel))
 
     def bind(
@@ -43,16 +46,16 @@ class Tool:
         destroys: str | None = None,
         persist: bool = False,
     ) -> Report:
-        """Takes one drive; a dry run until ``yes``."""
+        """Takes one drive; a dry run unless ``yes``."""
         request = BindRequest(bdf, serial, yes=yes, destroys=destroys, persist=persist)
         return reported(lambda: bind(self._root, self._kernel, request, self._persistence))
 
     def restore(self, bdf: str | None = None) -> Report:
-        """Gives back one drive, or all that were bound."""
+        """Gives back one drive, or every drive that was bound."""
         return reported(lambda: restore(self._root, self._kernel, bdf, self._persistence))
 
     def rebind(self) -> Report:
-        """At boot: binds what was made persistent."""
+        """Binds what was made persistent; run at boot."""
         return reported(lambda: rebind(self._root, self._kernel, self._persistence))
 
     def hugepages(self, amount: str) -> Report:

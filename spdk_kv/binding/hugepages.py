@@ -14,17 +14,21 @@ from spdk_kv.units import KIB, align_up, format_nbytes, parse_nbytes
 
 
 def hugepages(root: Path, kernel: WritableKernel, amount: str) -> Report:
-    """Sees to it that there are ``amount`` hugepages of the default size.
+    """Raises the number of hugepages of the default size to ``amount``. Raises Refused.
 
-    ``amount``: a number of pages, or a size with its unit, as ``2 GiB``. Raises Refused. Pages
-    that the kernel could not find at once stay out; those that it found are kept even then, as
-    someone may use them already.
+    If the kernel cannot find as many, those that it found are kept, as some process may already use
+    them.
+
+    Args:
+        root: the folder that stands for ``/``.
+        kernel: what writes.
+        amount: a number of pages, or a size with a unit such as ``2 GiB``.
     """
     if not kernel.is_root():
         raise refuse(Code.NOT_ROOT, "only root may reserve hugepages")
     page = read_meminfo(root).get("Hugepagesize")
     if not page:
-        raise Unreadable(f"{root / 'proc/meminfo'}: does not tell the size of a hugepage")
+        raise Unreadable(f"{root / 'proc/meminfo'}: does not show the size of a hugepage")
     wanted = _pages(amount, page)
     attribute = root / f"sys/kernel/mm/hugepages/hugepages-{page // KIB}kB/nr_hugepages"
     with Journal(root).locked():
@@ -41,8 +45,8 @@ def hugepages(root: Path, kernel: WritableKernel, amount: str) -> Report:
     if now < wanted:
         lines = [
             f"failed: {now} hugepages of {size}, not {wanted}: memory is too fragmented",
-            "those there are stay (this tool never lowers the number); try after a reboot, or "
-            f"put hugepages={wanted} on the kernel's command line",
+            "those that were found stay reserved; try again right after a boot, or put "
+            f"hugepages={wanted} on the kernel's command line",
         ]
         return Report(FAILED, lines, fields | {"failure": "not enough contiguous memory"})
     change = f"{before} before" if now != before else "as before"
@@ -50,14 +54,14 @@ def hugepages(root: Path, kernel: WritableKernel, amount: str) -> Report:
 
 
 def memlock_lines(group: str | None) -> list[str]:
-    """How much memory a process may lock, which is as much as it may give a drive for DMA."""
+    """How much memory this process may lock, which limits what it may give to a drive for DMA."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     shown = "unlimited" if soft == resource.RLIM_INFINITY else format_nbytes(soft)
     who = f"@{group}" if group else "USER"
     return [
-        f"locked memory: {shown} for this process; others need room for all that they give to "
-        f"the drive: '{who} - memlock unlimited' in /etc/security/limits.d/spdk_kv.conf, or "
-        "LimitMEMLOCK=infinity in their unit"
+        f"locked memory: {shown} for this process; whatever drives a drive needs enough for all "
+        f"its DMA memory: '{who} - memlock unlimited' in /etc/security/limits.d/spdk_kv.conf, or "
+        "LimitMEMLOCK=infinity in its systemd unit"
     ]
 
 
@@ -71,10 +75,10 @@ def _pages(amount: str, page: int) -> int:
 
 
 def _check_memory(root: Path, page: int, more: int) -> None:
-    """Hugepages are taken from all others at once: too many and the machine is out of memory."""
-    available = read_meminfo(root).get("MemAvailable")
-    if available is None:
-        raise Unreadable(f"{root / 'proc/meminfo'}: does not tell the memory available")
-    if more * page > available:
-        found = f"{format_nbytes(more * page)} more are asked for, {format_nbytes(available)} free"
+    """Raises Refused for more than the memory available, which would leave the machine without."""
+    free = read_meminfo(root).get("MemAvailable")
+    if free is None:
+        raise Unreadable(f"{root / 'proc/meminfo'}: does not show the memory available")
+    if more * page > free:
+        found = f"needs {format_nbytes(more * page)} more, of {format_nbytes(free)} available"
         raise refuse(Code.NOT_POSSIBLE, found)

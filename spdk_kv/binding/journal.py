@@ -1,7 +1,7 @@
-"""What this tool has bound and not given back: one small file per drive, for root alone.
+"""The record of what this tool has bound and not given back: a small file per drive.
 
-It lives in /run: a binding ends with the boot, and so does its record. Where /run outlives the
-boot, the boot's ID in the record tells.
+Only root may read it. It is in /run, because a binding ends with the boot. Where /run outlives the
+boot, the record's boot ID shows that it is stale.
 """
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ _RECORD = re.compile(r"bound-(.+)\.json")
 
 @dataclass(frozen=True)
 class Record:
-    """``state``: binding, bound or restoring: before, between and after the changes.
+    """One drive that was taken, or is about to be.
 
-    ``inode``: of the function's sysfs directory, to know it from one plugged in later.
+    Attributes:
+        bdf: PCI address.
+        former_driver, former_override: what restore puts back.
+        group: IOMMU group.
+        inode: of the function's sysfs directory, which tells it from a drive plugged in later.
+        state: "binding", "bound" or "restoring".
     """
 
     bdf: str
@@ -54,16 +59,16 @@ def read_boot_id(root: Path) -> str:
 
 
 class Journal:
-    """The folder of records. Every change of it is on the medium when the call returns."""
+    """The folder of records. Every change is on the medium when the call returns."""
 
     def __init__(self, root: Path) -> None:
         self._folder = root / FOLDER
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder, checks that it is root's alone, and keeps other runs out.
+        """Makes the folder, checks that only root has access, and keeps other runs out.
 
-        Raises Refused, with ``busy`` where another run is under way.
+        Raises Refused, with the code ``busy`` while another run is under way.
         """
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -86,7 +91,8 @@ class Journal:
         private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
         if not private or found.st_uid != os.geteuid():
             found_as = f"{stat.filemode(found.st_mode)}, owner {found.st_uid}"
-            raise refuse(Code.JOURNAL, f"{self._folder} is not root's alone: {found_as}")
+            message = f"{self._folder} is accessible to others than root: {found_as}"
+            raise refuse(Code.JOURNAL, message)
 
     def records(self) -> list[Record]:
         """Every record, by BDF. Raises Refused if one cannot be read or trusted."""
@@ -110,28 +116,28 @@ class Journal:
                 if not isinstance(values[field], accepted):  # type: ignore[arg-type]
                     raise ValueError(f"{field} is {values[field]!r}")
             if record.bdf != bdf or record.state not in _STATES or record.version != _VERSION:
-                raise ValueError("fields do not fit")
+                raise ValueError("its fields contradict each other")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise refuse(Code.JOURNAL, f"{path}: {error}") from error
         return record
 
     def write(self, record: Record) -> None:
-        """Puts ``record`` in place of the one of the same drive. Raises OSError."""
+        """Writes ``record``, replacing that of the same drive. Raises OSError."""
         self._replace(f"bound-{record.bdf}.json", asdict(record))
 
     def remove(self, bdf: str) -> None:
-        """Drops the record of ``bdf`` and the list that was shown of it. Raises OSError."""
+        """Removes the record of ``bdf`` and the list of contents shown. Raises OSError."""
         for name in (f"bound-{bdf}.json", f"shown-{bdf}.json"):
             (self._folder / name).unlink(missing_ok=True)
         self._sync_folder()
 
     def write_shown(self, bdf: str, serial: str, boot_id: str, shown: list[str]) -> None:
-        """Remembers which list of contents the user was shown. Raises OSError."""
+        """Records which list of contents the user was shown. Raises OSError."""
         values = {"serial": serial, "boot_id": boot_id, "shown": shown}
         self._replace(f"shown-{bdf}.json", values)
 
     def was_shown(self, bdf: str, serial: str, boot_id: str, shown: list[str]) -> bool:
-        """Whether exactly this list was shown of this drive, in this boot."""
+        """Whether exactly this list was shown for this drive in this boot."""
         try:
             values = json.loads((self._folder / f"shown-{bdf}.json").read_bytes())
         except (OSError, ValueError):
@@ -146,7 +152,7 @@ class Journal:
 
 
 def replace_file(path: Path, text: str, mode: int) -> None:
-    """Puts a file with ``text`` at ``path``: all of it or, after a crash, what was there before."""
+    """Replaces the file at ``path`` atomically: a crash leaves the old text or the new."""
     fresh = path.with_name(f".{path.name}.new")
     fresh.unlink(missing_ok=True)
     fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -160,7 +166,7 @@ def replace_file(path: Path, text: str, mode: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames and removals in ``folder`` last."""
+    """Makes renames and removals in ``folder`` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

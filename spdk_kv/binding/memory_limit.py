@@ -1,6 +1,6 @@
-"""A memory cgroup made for one measurement: a limit that page cache and buffers share.
+"""A memory cgroup for one measurement: a limit that the page cache and all other memory share.
 
-Both versions of the memory controller. Making one needs root, or a delegated part of the tree.
+Works with both versions of the memory controller. It needs root or a delegated part of the tree.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ class LimitUnavailable(SpdkKvError):
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What a group's processes hold, and its page faults that had to read, at one moment.
+    """What a group holds at one moment.
 
-    ``cache_nbytes``: page cache, shared memory left out; ``other_nbytes``: all the rest, anonymous
-    and pinned memory and the kernel's own on their behalf.
+    Attributes:
+        cache_nbytes: page cache, without shared memory.
+        other_nbytes: all the rest: anonymous and pinned memory, and the kernel's on their behalf.
+        major_faults: page faults so far that had to read from storage.
     """
 
     cache_nbytes: int
@@ -38,21 +40,23 @@ class MemoryUse:
 
 
 class MemoryGroup:
-    """One memory cgroup, below this process's own (v1) or beside it (v2)."""
+    """One memory cgroup: a child of this process's own (v1), or a sibling of it (v2)."""
 
     def __init__(self, path: Path, version: int) -> None:
         self.path = path
         self.version = version
 
     def limit(self, nbytes: int | None) -> None:
-        """Sets the limit; None lifts it. Blocks while the kernel reclaims what is above it.
-        LimitUnavailable where the kernel refuses (it could not reclaim enough)."""
+        """Sets the limit; None lifts it. Blocks while the kernel reclaims what exceeds it.
+
+        Raises LimitUnavailable if the kernel could not reclaim enough.
+        """
         name = "memory.max" if self.version == 2 else "memory.limit_in_bytes"
         none = "max" if self.version == 2 else "-1"
         self._write(name, none if nbytes is None else str(nbytes))
 
     def forbid_swap(self) -> None:
-        """What does not fit is page cache dropped, never anonymous memory swapped."""
+        """Makes the kernel drop page cache at the limit, and never swap anonymous memory."""
         with suppress(LimitUnavailable):  # a kernel without swap accounting has no such file
             if self.version == 2:
                 self._write("memory.swap.max", "0")
@@ -60,11 +64,11 @@ class MemoryGroup:
                 self._write("memory.swappiness", "0")
 
     def add(self, pid: int) -> None:
-        """Moves a process in; what it held before stays charged to where it was."""
+        """Moves a process in. What it held before stays charged to its former group."""
         self._write("cgroup.procs", str(pid))
 
     def use(self) -> MemoryUse:
-        """What the group holds now. Cheap: two small files."""
+        """What the group holds now; reads two small files."""
         stat = self.stat()
         if self.version == 2:
             cache = stat.get("file", 0) - stat.get("shmem", 0)
@@ -76,13 +80,15 @@ class MemoryGroup:
         return MemoryUse(cache, max(0, (used or 0) - cache), faults)
 
     def peak_nbytes(self) -> int | None:
-        """The most that the group ever held, page cache included; None where the kernel does not
-        say (v2 before 5.19)."""
+        """The most that the group ever held, page cache included.
+
+        None where the kernel does not record it (v2 before Linux 5.19).
+        """
         name = "memory.peak" if self.version == 2 else "memory.max_usage_in_bytes"
         return read_count(self.path / name)
 
     def stat(self) -> dict[str, int]:
-        """The fields of ``memory.stat``; what is no count is left out."""
+        """The fields of ``memory.stat`` that are counts."""
         fields = {}
         for line in (read_text(self.path / "memory.stat") or "").splitlines():
             name, _, text = line.partition(" ")
@@ -91,7 +97,7 @@ class MemoryGroup:
         return fields
 
     def remove(self) -> None:
-        """Removes the group; its processes must have ended. LimitUnavailable if it stays."""
+        """Removes the group, whose processes must have ended. Raises LimitUnavailable."""
         until = time.monotonic() + _REMOVE_TIMEOUT_S
         while True:
             try:
@@ -100,9 +106,11 @@ class MemoryGroup:
             except FileNotFoundError:
                 return
             except OSError as refused:
-                # A process that was waited for may still count for a moment.
+                # The kernel may count a process for a moment after it was waited for.
                 if time.monotonic() > until:
-                    raise LimitUnavailable(f"{self.path} stays: {refused.strerror}") from refused
+                    raise LimitUnavailable(
+                        f"cannot remove {self.path}: {refused.strerror}"
+                    ) from refused
             time.sleep(0.02)
 
     def _write(self, name: str, text: str) -> None:
@@ -116,7 +124,7 @@ def make_group(root: Path = Path("/")) -> MemoryGroup:
     """A new, empty group without a limit. Raises LimitUnavailable."""
     version, parents = _parents(root)
     name = f"spdk_kv-{os.getpid()}-{next(_numbers)}"
-    why = "no memory controller that could be used"
+    why = "there is no usable memory controller"
     for parent in parents:
         try:
             if version == 2:
@@ -136,7 +144,7 @@ def make_group(root: Path = Path("/")) -> MemoryGroup:
 
 @contextmanager
 def memory_group() -> Iterator[MemoryGroup]:
-    """A new group as long as the block lasts."""
+    """A new group that is removed at the end of the block. Raises LimitUnavailable."""
     group = make_group()
     try:
         yield group
@@ -145,7 +153,7 @@ def memory_group() -> Iterator[MemoryGroup]:
 
 
 def why_impossible() -> str | None:
-    """Why no group can be made by this process, or None."""
+    """Why this process can make no group; None if it can."""
     try:
         make_group().remove()
     except LimitUnavailable as reason:
@@ -154,7 +162,7 @@ def why_impossible() -> str | None:
 
 
 def _parents(root: Path) -> tuple[int, list[Path]]:
-    """The version, and where a group may be made, the best place first."""
+    """The controller's version, and where a group may be made, the best place first."""
     version, path = _membership(read_text(root / "proc/self/cgroup") or "")
     mount = _controller_mount(read_mounts(root), version)
     if mount is None:
@@ -162,9 +170,9 @@ def _parents(root: Path) -> tuple[int, list[Path]]:
     top = root / mount.mount_point.lstrip("/")
     own = top / os.path.relpath(path, mount.root)
     if ".." in own.relative_to(top).parts or not own.exists():
-        own = top  # outside of what is mounted here, as in some containers
+        own = top  # the group lies outside of what is mounted here, as in some containers
     above = [parent for parent in own.parents if parent.is_relative_to(top)]
-    # v2: a group with processes of its own can have no children with controllers (the root can).
+    # v2: a group that has processes can have no children with controllers, unless it is the root.
     return (1, [own, *above]) if version == 1 else (2, [*above, own])
 
 

@@ -1,7 +1,7 @@
-"""The command ``permissions``: lets a group use exactly one VFIO group node, by a udev rule.
+"""The command ``permissions``: gives a group access to exactly one VFIO node, by a udev rule.
 
-The rule lives in /run: after a boot the same number may stand for another device. A binding that
-is made again at boot gets its rule again.
+The rule is in /run, because after a boot the node's number may belong to another PCI function. A
+binding that is made again at boot gets a new rule.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from spdk_kv.binding.bind import check_bdf, is_same_device
+from spdk_kv.binding.bind import check_bdf, is_same_drive
 from spdk_kv.binding.hugepages import memlock_lines
 from spdk_kv.binding.journal import BOUND, Journal, Record, replace_file
 from spdk_kv.binding.persist import Persistence
@@ -52,11 +52,11 @@ def _grant(root: Path, kernel: Kernel, bdf: str, group: str, persistence: Persis
         f"# {bdf}, serial {record.serial}: written by spdk_kv; restore removes it.\n"
         f'SUBSYSTEM=="vfio", KERNEL=="{record.group}", GROUP="{group}", MODE="{_MODE:04o}"\n'
     )
-    persistence.entries()  # refuses while nothing is changed yet
+    persistence.entries()  # may refuse, so it comes before the first change
     try:
         rule.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         replace_file(rule, text, 0o644)
-        # At once and without udev; the rule serves a node that is made anew.
+        # Takes effect at once and without udev; the rule is for when the node is created anew.
         os.chown(node, -1, gid, follow_symlinks=False)
         os.chmod(node, _MODE)
         persistent = persistence.set_group(record.serial, group)
@@ -77,14 +77,14 @@ def _put_back(rule: Path, node: Path, before: os.stat_result, failure: OSError) 
         os.chown(node, -1, before.st_gid, follow_symlinks=False)
         os.chmod(node, before.st_mode & 0o7777)
     except OSError as error:
-        lines = [f"failed: {failure}", f"could not be rolled back: {error}; look at {node}"]
+        lines = [f"failed: {failure}", f"rollback failed: {error}; check {node}"]
         return Report(FAILED, lines, {"failure": str(failure), "rolled_back": False})
     lines = [f"failed: {failure}", "rolled back"]
     return Report(FAILED, lines, {"failure": str(failure), "rolled_back": True})
 
 
 def withdraw(root: Path, kernel: Kernel, bdf: str) -> None:
-    """Removes the rule for ``bdf``; its node has gone with the binding. Raises OSError."""
+    """Removes the rule for ``bdf``; its node is gone with the binding. Raises OSError."""
     rule = root / _RULES / _rule_name(bdf)
     if rule.exists():
         rule.unlink()
@@ -97,21 +97,21 @@ def _rule_name(bdf: str) -> str:
 
 def _bound_record(root: Path, bdf: str) -> Record:
     record = next((r for r in Journal(root).records() if r.bdf == bdf), None)
-    if record is None or record.state != BOUND or not is_same_device(root, record):
+    if record is None or record.state != BOUND or not is_same_drive(root, record):
         raise refuse(Code.NOT_OURS, f"this tool has not bound {bdf}")
     group = optional_link_name(function_path(root, bdf) / "iommu_group")
     if read_driver(root, bdf) != "vfio-pci" or group != record.group:
-        raise refuse(Code.CHANGED, f"{bdf} is not bound as this tool has bound it")
+        raise refuse(Code.CHANGED, f"{bdf} is no longer bound the way this tool bound it")
     members = listing(root / "sys/kernel/iommu_groups" / record.group / "devices")
     if members != (bdf,):
-        raise refuse(Code.IOMMU_SHARED, f"group {record.group} holds {', '.join(members)}")
+        raise refuse(Code.IOMMU_SHARED, f"IOMMU group {record.group} holds {', '.join(members)}")
     if not (root / "dev/vfio" / record.group).exists():
-        raise refuse(Code.NOT_FOUND, f"/dev/vfio/{record.group} is not there")
+        raise refuse(Code.NOT_FOUND, f"/dev/vfio/{record.group} does not exist")
     return record
 
 
 def _gid(kernel: Kernel, group: str) -> int:
-    # As groupadd(8) takes it: the name goes into a rule that root's udev reads.
+    # What groupadd(8) accepts: the name goes into a rule that udev reads as root.
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", group):
         raise refuse(Code.NOT_FOUND, f"{group!r} is not the name of a group")
     try:
@@ -121,6 +121,6 @@ def _gid(kernel: Kernel, group: str) -> int:
 
 
 def _reload(kernel: Kernel) -> None:
-    # Without udev there is nobody to tell.
+    # Without udev there is nothing to reload.
     with suppress(ToolMissing, OSError):
         kernel.run(["udevadm", "control", "--reload"])

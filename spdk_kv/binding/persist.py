@@ -1,7 +1,7 @@
 """Bindings that outlast a boot: a list of serials, and a systemd unit that binds them again.
 
-By serial, because addresses change with every card that is plugged in; through the same command
-with the same checks, because a drive may have got another use since.
+Drives are listed by serial because addresses change as cards are added. They are bound by the same
+command with the same checks because a drive may have another use by then.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ WantedBy=multi-user.target
 
 @dataclass(frozen=True)
 class Entry:
-    """``kinds``: the contents that were consented to. ``group``: of `permissions`, or None."""
+    """One drive to bind at every boot.
+
+    Attributes:
+        serial: its serial.
+        kinds: kinds of contents that the user consented to.
+        group: the group that `permissions` was given, or None.
+    """
 
     serial: str
     kinds: tuple[str, ...]
@@ -44,7 +50,13 @@ class Entry:
 
 
 class Persistence:
-    """``program``: the absolute command line that runs this tool, without a subcommand."""
+    """The list and the unit.
+
+    Args:
+        root: the folder that stands for ``/``.
+        program: the absolute command line that runs this tool, without a subcommand.
+        package: the package's folder, which that program imports.
+    """
 
     def __init__(self, root: Path, program: Sequence[str], package: Path) -> None:
         self._root = root
@@ -53,14 +65,15 @@ class Persistence:
         self._list = root / _LIST
 
     def check(self) -> None:
-        """Raises Refused unless a boot could safely run this tool."""
+        """Raises Refused unless it is safe for root to run this tool at boot."""
         self.entries()
         if not (self._root / "run/systemd/system").is_dir():
-            raise refuse(Code.NOT_POSSIBLE, "--persist needs systemd, which does not run here")
+            raise refuse(Code.NOT_POSSIBLE, "--persist needs systemd, which is not running")
         for path in self._program_files():
             writer = _writable_by_others(path)
             if writer:
-                found = f"--persist would have root run {path}, which {writer}: install it for root"
+                found = f"--persist would make root run {path}, which {writer}; "
+                found += "install it where only root can write"
                 raise refuse(Code.NOT_POSSIBLE, found)
 
     def _program_files(self) -> Iterator[Path]:
@@ -72,7 +85,7 @@ class Persistence:
         yield from self._package.rglob("*.py")
 
     def entries(self) -> list[Entry]:
-        """What is to be bound at boot. Raises Refused if the list cannot be trusted."""
+        """The drives to bind at boot. Raises Refused if the list cannot be trusted."""
         try:
             found = os.stat(self._list)
             text = self._list.read_text(encoding="utf-8")
@@ -81,7 +94,7 @@ class Persistence:
         except OSError as error:
             raise refuse(Code.JOURNAL, f"{self._list}: {error.strerror}") from error
         if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            raise refuse(Code.JOURNAL, f"{self._list} can be written by others than root")
+            raise refuse(Code.JOURNAL, f"{self._list} is writable by others than root")
         try:
             return [
                 Entry(str(drive["serial"]), tuple(map(str, drive["kinds"])), drive.get("group"))
@@ -91,7 +104,7 @@ class Persistence:
             raise refuse(Code.JOURNAL, f"{self._list}: {error!r}") from error
 
     def add(self, serial: str, kinds: set[str]) -> None:
-        """Puts the drive on the list, and the unit in its place. Raises OSError, Refused."""
+        """Adds the drive to the list, and installs the unit. Raises OSError, Refused."""
         others = [entry for entry in self.entries() if entry.serial != serial]
         unit, wants = self._root / _UNIT, self._root / _WANTS
         command = " ".join(_quoted(word) for word in self._program)
@@ -101,7 +114,7 @@ class Persistence:
             if not wants.is_symlink():
                 wants.symlink_to(f"../{unit.name}")
             sync_folder(wants.parent)
-            # Last: until the list names the drive, the unit does nothing to it.
+            # Comes last: the unit does nothing to the drive until the list names it.
             self._write([*others, Entry(serial, tuple(sorted(kinds)))])
         except OSError:
             if not others:
@@ -113,7 +126,7 @@ class Persistence:
         (self._root / _UNIT).unlink(missing_ok=True)
 
     def set_group(self, serial: str, group: str) -> bool:
-        """Gives ``group`` access at every boot, if the drive is on the list; whether it is."""
+        """Gives ``group`` access at every boot. Returns whether the drive is on the list."""
         entries = self.entries()
         if all(entry.serial != serial for entry in entries):
             return False
@@ -121,7 +134,7 @@ class Persistence:
         return True
 
     def remove(self, serial: str) -> bool:
-        """Takes the drive off the list; with the last one, the unit too. Whether it was on it."""
+        """Removes the drive, and with the last one the unit. Returns whether it was listed."""
         entries = self.entries()
         others = [entry for entry in entries if entry.serial != serial]
         if len(others) == len(entries):
@@ -142,14 +155,14 @@ def _writable_by_others(path: Path) -> str | None:
     found = os.lstat(path)
     if found.st_uid not in (0, os.geteuid()):
         return f"belongs to user {found.st_uid}"
-    # The mode of a link says nothing.
+    # The mode of a link means nothing.
     if not path.is_symlink() and found.st_mode & 0o022:
-        return "others than root can write"
+        return "is writable by others than root"
     return None
 
 
 def _quoted(word: str) -> str:
-    # systemd.service(5), "Command lines": % and $ are its own.
+    # systemd.service(5), "Command lines": systemd expands % and $.
     for sign, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
         word = word.replace(sign, escaped)
     return f'"{word}"'

@@ -1,4 +1,4 @@
-"""How a command of the binding script ended: its exit status, lines for people, fields for JSON."""
+"""How a command ended: exit status, lines for people, and fields for JSON."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ _OUTCOMES = {DONE: "done", REFUSED: "refused", FAILED: "failed"}
 
 @dataclass(frozen=True)
 class Report:
-    """``status``: 0 done, 2 refused, 3 failed and rolled back."""
+    """How a command ended.
+
+    Attributes:
+        status: the exit status: 0 done, 2 refused, 3 failed and rolled back.
+        lines: text for people.
+        fields: what JSON has besides ``outcome`` and ``reasons``.
+    """
 
     status: int
     lines: Sequence[str]
     fields: dict[str, Any] = field(default_factory=dict)
 
     def text(self) -> str:
-        """For a terminal. What drives and files say of themselves cannot steer it."""
+        """The lines, without control characters that a drive's or file's name may contain."""
         return "\n".join("".join(_printable(c) for c in line) for line in self.lines)
 
     def json(self) -> str:
-        """The same for programs: ``outcome``, ``reasons`` and the command's own fields."""
+        """The report for programs: ``outcome``, ``reasons`` and the command's own fields."""
         values = {"outcome": _OUTCOMES[self.status], "reasons": [], **self.fields}
         return json.dumps(values, indent=2)
 
@@ -36,7 +42,7 @@ def _printable(character: str) -> str:
 
 
 def refusal(reasons: Sequence[Reason], head: str = "refused, nothing was changed:") -> Report:
-    """Exit status 2, with what was found."""
+    """A report with exit status 2 that lists ``reasons``."""
     lines = [head, *(f"  {reason.code.value}: {reason.found}" for reason in reasons)]
     return Report(REFUSED, lines, {"reasons": [reason.fields() for reason in reasons]})
 
@@ -44,7 +50,7 @@ def refusal(reasons: Sequence[Reason], head: str = "refused, nothing was changed
 def reported(command: Callable[[], Report]) -> Report:
     """Runs ``command``; a missing tool or an unreadable answer becomes a refusal.
 
-    Commands let these escape only before their first change.
+    Commands let such errors escape only before their first change.
     """
     try:
         return command()

@@ -1,4 +1,4 @@
-"""The commands ``restore`` and ``rebind``: giving drives back, and taking them again at a boot."""
+"""The commands ``restore``, which gives drives back, and ``rebind``, which a boot runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spdk_kv.binding.bind import (
     BindRequest,
     bind,
     check_bdf,
-    is_same_device,
+    is_same_drive,
 )
 from spdk_kv.binding.journal import Journal, Record
 from spdk_kv.binding.kernel import WritableKernel
@@ -20,7 +20,7 @@ from spdk_kv.binding.vfio import (
     VFIO_DRIVER,
     check_serial,
     give_back_steps,
-    signals_later,
+    signals_deferred,
     take_again_steps,
 )
 from spdk_kv.devices.inspection import (
@@ -38,18 +38,18 @@ from spdk_kv.devices.inspection import (
 def restore(
     root: Path, kernel: WritableKernel, bdf: str | None, persistence: Persistence
 ) -> Report:
-    """Gives back the drive at ``bdf``, or every one that this tool has bound. Raises Refused."""
+    """Gives back the drive at ``bdf``, or every drive that this tool has bound. Raises Refused."""
     if bdf is not None:
         check_bdf(bdf)
     if not kernel.is_root():
-        raise refuse(Code.NOT_ROOT, "only root may change which driver has a drive")
+        raise refuse(Code.NOT_ROOT, "only root may change a drive's driver")
     journal = Journal(root)
     with journal.locked():
         records = journal.records()
         if bdf is None:
             reports = [_restore_one(root, kernel, journal, r, persistence) for r in records]
             if not reports:
-                return Report(DONE, ["nothing to give back: this tool has bound no drive"])
+                return Report(DONE, ["nothing to restore: this tool has bound no drive"])
             return _combined(reports)
         record = next((record for record in records if record.bdf == bdf), None)
         if record is None:
@@ -58,7 +58,7 @@ def restore(
 
 
 def rebind(root: Path, kernel: WritableKernel, persistence: Persistence) -> Report:
-    """Binds every drive of the list that --persist has made, with all checks. Raises Refused."""
+    """Binds every drive that --persist has recorded, after all checks. Raises Refused."""
     reports = []
     for entry in persistence.entries():
         reports.append(reported(_rebind_command(root, kernel, entry, persistence)))
@@ -75,8 +75,9 @@ def _rebind_command(
             if read_serial(root, bdf) == entry.serial
         ]
         if len(found) != 1:
-            places = ", ".join(found) or "no drive"
-            raise refuse(Code.NOT_FOUND, f"serial {entry.serial}: {places}, not one drive")
+            found_at = ", ".join(found) or "there is none"
+            message = f"serial {entry.serial} is not that of exactly one drive: {found_at}"
+            raise refuse(Code.NOT_FOUND, message)
         request = BindRequest(found[0], entry.serial, yes=True, kinds=frozenset(entry.kinds))
         report = bind(root, kernel, request, persistence)
         if report.status != DONE or entry.group is None:
@@ -86,15 +87,15 @@ def _rebind_command(
         )
         if granted.status == DONE:
             return report
-        # Bound it is, so this is no refusal.
-        lines = [*report.lines, "but its permissions could not be given:", *granted.lines]
+        # The drive is bound, so this is not a refusal.
+        lines = [*report.lines, "but its permissions could not be set:", *granted.lines]
         return Report(FAILED, lines, {**report.fields, **granted.fields})
 
     return command
 
 
 def _combined(reports: list[Report]) -> Report:
-    # A failure weighs more than a refusal.
+    # max: a failure outranks a refusal.
     return Report(
         max(report.status for report in reports),
         [line for report in reports for line in report.lines],
@@ -117,7 +118,7 @@ def _restore_one(
             if persistence.remove(record.serial):
                 lines.append("it will not be bound again at the next boot")
         except (Refused, OSError) as error:
-            # Given back it is, so this is no refusal.
+            # The drive was given back, so this is not a refusal.
             return Report(FAILED, [*lines, f"but: {error}"], fields | {"failure": str(error)})
     elif report.status == REFUSED:
         lines[0] = f"{record.bdf}: {lines[0]}"
@@ -125,20 +126,20 @@ def _restore_one(
 
 
 def _give_back(root: Path, kernel: WritableKernel, journal: Journal, record: Record) -> Report:
-    if not is_same_device(root, record):
-        # A boot or an unplugging has given it back; whatever is there now is not ours to touch.
+    if not is_same_drive(root, record):
+        # A reboot or unplugging has given it back; what is there now is not this tool's.
         journal.remove(record.bdf)
-        line = f"{record.bdf} ({record.serial}) was given back by a reboot or an unplugging"
+        line = f"{record.bdf} ({record.serial}) was given back by a reboot or by being unplugged"
         return Report(DONE, [line], {"state": "gone"})
     _check_unused(root, kernel, record)
     driver = read_driver(root, record.bdf)
-    with signals_later():
+    with signals_deferred():
         try:
             for _ in give_back_steps(root, kernel, journal, record):
                 pass
         except Refused:
-            raise  # before the first step: someone else has changed it
-        except Exception as error:  # whatever it is, the drive gets a driver again
+            raise  # comes only before the first step, if someone else has changed it
+        except Exception as error:  # whatever failed, the drive must not be left without a driver
             return _take_again(root, kernel, journal, record, driver, str(error))
     try:
         trouble = check_serial(root, record)
@@ -152,14 +153,14 @@ def _give_back(root: Path, kernel: WritableKernel, journal: Journal, record: Rec
 
 
 def _check_unused(root: Path, kernel: WritableKernel, record: Record) -> None:
-    """Raises Refused while a process drives it: the kernel would wait for that process to end."""
+    """Raises Refused while a process uses it: the kernel would wait for that process to end."""
     nodes = {f"/dev/vfio/{record.group}"}
-    # The newer interface (iommufd) has a node per device.
+    # The newer interface, iommufd, has a node per function.
     for name in listing(root / "sys/bus/pci/devices" / record.bdf / "vfio-dev"):
         nodes.add(f"/dev/vfio/devices/{name}")
     found = [reason.found for reason in check_nodes_open(root, kernel, nodes)]
     if found:
-        raise refuse(Code.IN_USE, f"{record.bdf} is being driven: {', '.join(found)}: end it first")
+        raise refuse(Code.IN_USE, f"{record.bdf} is in use; end this first: {', '.join(found)}")
 
 
 def _take_again(
@@ -171,9 +172,9 @@ def _take_again(
     failure: str,
 ) -> Report:
     lines = [f"failed: {failure}"]
-    trouble: str | None = "it was with no driver before"
+    trouble: str | None = "it had no driver before"
     if read_driver(root, record.bdf) == record.former_driver:
-        trouble = f"the driver {record.former_driver} has it already"
+        trouble = f"the driver {record.former_driver} already has it"
     elif driver == VFIO_DRIVER:
         try:
             for _ in take_again_steps(root, kernel, journal, record):

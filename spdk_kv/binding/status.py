@@ -1,4 +1,4 @@
-"""The command ``status``: every NVMe function, who uses it, and why it may or may not be taken."""
+"""The command ``status``: every NVMe function, what uses it, and whether it may be taken."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _COLUMNS = ("BDF", "SERIAL", "MODEL", "SIZE", "DRIVER", "GROUP", "NUMA", "STATE"
 
 
 def status(root: Path, kernel: Kernel) -> Report:
-    """Reads only. Looks into drives that nothing uses; never opens one that something uses."""
+    """Reports every drive. Reads only, and never opens a drive that something uses."""
     trouble: list[Reason] = []
     records: dict[str, Record] = {}
-    if kernel.is_root():  # the journal is root's alone
+    if kernel.is_root():  # only root may read the journal
         try:
             records = {record.bdf: record for record in Journal(root).records()}
         except Refused as error:
             trouble = list(error.reasons)
-    # One look at the processes for all of them: it is what takes long.
+    # Reading what all processes use takes seconds, so it is done once for all drives.
     seen = Sightings(root, kernel)
     drives = [
         _drive(root, kernel, drive, records.get(drive.bdf), seen) for drive in list_drives(root)
@@ -79,7 +79,7 @@ def _unfinished(bdf: str) -> Reason:
 
 
 def _refined(state: str, reasons: Sequence[Reason]) -> str:
-    """``refused`` rather than ``in-use`` where nothing uses it, but something stands against it."""
+    """``refused`` instead of ``in-use`` where nothing uses it, but there are other reasons."""
     if state == "in-use" and not any(reason.code in USE_CODES for reason in reasons):
         return "refused"
     return state

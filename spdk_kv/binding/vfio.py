@@ -1,7 +1,7 @@
-"""Taking a function from the nvme driver for vfio-pci, and giving it back: the steps.
+"""The steps that move a PCI function from the nvme driver to vfio-pci, and back.
 
-Both are generators that yield the name of each step before it is made, so that what a crash
-leaves between any two steps can be made and mended in a test. Decisions stand elsewhere.
+They are generators that yield the name of each step before it is done, so that tests can stop
+between any two steps, as a crash would, and restore from there. Decisions are made elsewhere.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from spdk_kv.devices.inspection import (
 )
 
 VFIO_DRIVER = "vfio-pci"
-_SETTLE_S = 10.0  # a controller may take seconds until it answers Identify (CAP.TO)
+_SETTLE_S = 10.0  # a controller may take seconds to become ready (NVMe Base, CAP.TO)
 
 
 def bind_steps(
@@ -36,11 +36,11 @@ def bind_steps(
     record: Record,
     look_again: Callable[[], None],
 ) -> Iterator[str]:
-    """From the nvme driver to vfio-pci.
+    """Moves the function from the nvme driver to vfio-pci.
 
-    ``look_again`` raises Refused if the drive may not be taken any more; nothing stands between
-    it and the unbind. Raises also StepFailed and OSError; :func:`give_back_steps` undoes whatever
-    was done until then.
+    ``look_again`` raises Refused if the drive may no longer be taken; it is called immediately
+    before the unbind. Also raises StepFailed and OSError. :func:`give_back_steps` undoes whatever
+    was done by then.
     """
     drivers = root / "sys/bus/pci/drivers"
     yield "journal"
@@ -50,7 +50,7 @@ def bind_steps(
         done = kernel.run(["modprobe", VFIO_DRIVER])
         if done.status != 0:
             raise StepFailed(f"modprobe {VFIO_DRIVER}: {done.error.strip()}")
-    # Before the unbind: from then on no other driver, nvme included, may take the function.
+    # Set before the unbind, after which no other driver, nvme included, may take the function.
     yield "override"
     kernel.write(function_path(root, record.bdf) / "driver_override", VFIO_DRIVER)
     yield "look-again"
@@ -63,7 +63,7 @@ def bind_steps(
     _expect_driver(root, record.bdf, VFIO_DRIVER)
     node = root / "dev/vfio" / record.group
     if not _settles(node.exists):
-        raise StepFailed(f"/dev/vfio/{record.group} does not appear")
+        raise StepFailed(f"/dev/vfio/{record.group} did not appear")
     yield "done"
     journal.write(replace(record, state=BOUND))
 
@@ -71,9 +71,10 @@ def bind_steps(
 def give_back_steps(
     root: Path, kernel: WritableKernel, journal: Journal, record: Record
 ) -> Iterator[str]:
-    """From wherever a bind, or an earlier restore, has left the function to its former driver.
+    """Returns the function to its former driver, from wherever a bind or restore has left it.
 
-    Raises Refused, with ``changed``, if someone else has changed it since; StepFailed; OSError.
+    Raises Refused, with the code ``changed``, if someone else has changed it since; StepFailed and
+    OSError.
     """
     function = function_path(root, record.bdf)
     drivers = root / "sys/bus/pci/drivers"
@@ -82,7 +83,8 @@ def give_back_steps(
     if driver != record.former_driver:
         yield "journal"
         journal.write(replace(record, state=RESTORING))
-        # By name, not just "any": an ID added to vfio-pci would make it take the drive again.
+        # Names the driver instead of clearing: an ID added to vfio-pci (new_id) would make that
+        # driver take the function again.
         yield "override"
         kernel.write(function / "driver_override", record.former_driver)
         if driver == VFIO_DRIVER:
@@ -94,7 +96,7 @@ def give_back_steps(
         _expect_driver(root, record.bdf, record.former_driver)
     if read_override(root, record.bdf) != record.former_override:
         yield "clear-override"
-        # The kernel takes a lone newline for "none".
+        # A lone newline clears it (driver_override_store in drivers/pci/pci-sysfs.c).
         kernel.write(function / "driver_override", record.former_override or "\n")
     yield "done"
     journal.remove(record.bdf)
@@ -103,7 +105,7 @@ def give_back_steps(
 def take_again_steps(
     root: Path, kernel: WritableKernel, journal: Journal, record: Record
 ) -> Iterator[str]:
-    """Undoes a restore that failed on its way: the drive is bound to vfio-pci again."""
+    """Undoes a restore that failed halfway: binds the drive to vfio-pci again."""
     yield "override"
     kernel.write(function_path(root, record.bdf) / "driver_override", VFIO_DRIVER)
     if read_driver(root, record.bdf) is None:
@@ -116,8 +118,8 @@ def take_again_steps(
 
 
 def check_serial(root: Path, record: Record) -> str | None:
-    """After a restore: what is wrong with the drive's serial, None if it is the one recorded."""
-    # Before its controller has answered, the kernel's file says "(efault)".
+    """What is wrong with the drive's serial after a restore; None if it is the one recorded."""
+    # Until its controller has answered, the attribute reads "(efault)".
     if _settles(lambda: read_serial(root, record.bdf) == record.serial):
         return None
     serial = read_serial(root, record.bdf)
@@ -128,9 +130,9 @@ def check_serial(root: Path, record: Record) -> str | None:
 
 def _check_ours(record: Record, driver: str | None, override: str | None) -> None:
     if driver not in (record.former_driver, VFIO_DRIVER, None):
-        raise refuse(Code.CHANGED, f"{record.bdf}: the driver {driver} has it now")
+        raise refuse(Code.CHANGED, f"{record.bdf} now has the driver {driver}")
     if override not in (record.former_override, VFIO_DRIVER, record.former_driver):
-        raise refuse(Code.CHANGED, f"{record.bdf}: its driver_override is {override!r} now")
+        raise refuse(Code.CHANGED, f"{record.bdf} now has the driver_override {override!r}")
 
 
 def _expect_driver(root: Path, bdf: str, name: str) -> None:
@@ -148,11 +150,12 @@ def _settles(condition: Callable[[], bool]) -> bool:
 
 
 @contextmanager
-def signals_later() -> Iterator[None]:
-    """Holds signals back: one in between would leave a drive between two drivers.
+def signals_deferred() -> Iterator[None]:
+    """Defers signals, one of which could leave a drive between two drivers.
 
-    Masked in this thread, for a program that has no other; and where Python runs handlers, in its
-    main thread, noted and sent again at the end, for another thread may take what this one masks.
+    They are masked in this thread, which suffices for a program without others. Another thread may
+    still receive them, so in the main thread their handlers only note them, and they are raised
+    again at the end.
     """
     held = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     arrived: list[int] = []
@@ -165,7 +168,7 @@ def signals_later() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            # None: a handler that C installed, which Python cannot put back.
+            # None is a handler that was installed from C, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for got in arrived:

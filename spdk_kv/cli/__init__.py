@@ -1,4 +1,4 @@
-"""The command line: one small module per command, loaded when it is called."""
+"""The command line: one module or folder per command, loaded when it is called."""
 
 from __future__ import annotations
 

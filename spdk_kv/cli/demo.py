@@ -32,11 +32,16 @@ if TYPE_CHECKING:
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _COUNT = click.IntRange(min=1)
-_LEAST_LIMIT_NBYTES = 64 * MIB
+_LEAST_LIMIT_NBYTES = 64 * MIB  # one forward pass needs more than half of it
 
 
 class _Place(NamedTuple):
-    """The store to use: None for a temporary one; and the folder of its PageCacheOptions."""
+    """Which store to use.
+
+    Attributes:
+        location: its URI; None for a temporary one.
+        page_cache_dir: the folder of its PageCacheOptions.
+    """
 
     location: str | None
     page_cache_dir: Path | None
@@ -50,18 +55,28 @@ class _Place(NamedTuple):
     type=_FOLDER,
     help="Folder of a transformers model.  [default: a small one with random weights]",
 )
-@click.option("--location", help="Store to use, e.g. file:///DIR.  [default: a temporary folder]")
+@click.option(
+    "--location", help="URI of the store, such as file:///DIR.  [default: a temporary folder]"
+)
 @click.option(
     "--page-cache-dir",
     type=_FOLDER,
-    help="Folder on another drive for the page cache of a store at spdk:// or ng://.",
+    help="Folder on another drive for the page cache of an spdk:// or ng:// store.",
 )
-@click.option("--prompt-tokens", type=_COUNT, default=2048, show_default=True)
-@click.option("--new-tokens", type=_COUNT, default=32, show_default=True)
+@click.option(
+    "--prompt-tokens",
+    type=_COUNT,
+    default=2048,
+    show_default=True,
+    help="Tokens of the text to begin with.",
+)
+@click.option(
+    "--new-tokens", type=_COUNT, default=32, show_default=True, help="Tokens to generate."
+)
 @click.option(
     "--memory-limit",
     metavar="SIZE",
-    help="Show who decodes with so much memory beside the model, e.g. 128MiB, and how fast.",
+    help="Compare ways to keep the KV cache under a memory limit, such as 128MiB.",
 )
 @json_option
 def demo(
@@ -76,17 +91,17 @@ def demo(
 ) -> None:
     """Let a model decode with its KV cache on the drive.
 
-    It continues a text twice, with the cache in memory and on the drive, and compares. Exit
-    status 1 if the tokens differ. Nothing is left behind; a store at --location stays, without
-    the demo's data.
+    A model continues a text twice, with its KV cache in memory and on the drive, and the results
+    are compared. The exit status is 1 if the tokens differ. Nothing is left behind; a store at
+    --location is kept, without the demo's data.
 
-    With --memory-limit the batch is so large that its K/V takes one and a half times that, and the
-    text is continued in processes of their own in a memory cgroup: with the cache on the drive, in
-    mapped files, and in memory. Exit status 1 if the first does not end with the tokens that there
-    are without a limit.
+    With --memory-limit the batch is so large that its K/V takes 1.5 times the limit. The text is
+    then continued under the limit (a memory cgroup) with the cache on the drive, in mapped files,
+    and in memory, each in a process of its own. The exit status is 1 if the first of them does not
+    give the same tokens as without a limit.
     """
     if page_cache_dir is not None and location is None:
-        raise click.UsageError("--page-cache-dir is for a store at --location")
+        raise click.UsageError("--page-cache-dir requires --location")
     place = _Place(location, page_cache_dir)
     if memory_limit is not None:
         _limited(text, folder, place, prompt_tokens, new_tokens, memory_limit, as_json)
@@ -113,7 +128,7 @@ def _limited(
     limit: str,
     as_json: bool,
 ) -> None:
-    from spdk_kv.demo import Task, print_limited, require_groups, run_all
+    from spdk_kv.demo import Task, print_limited, require_memory_cgroup, run_limited
 
     try:
         limit_nbytes = parse_nbytes(limit)
@@ -121,16 +136,16 @@ def _limited(
         raise click.BadParameter(str(wrong), param_hint="'--memory-limit'") from wrong
     if limit_nbytes < _LEAST_LIMIT_NBYTES:
         raise click.BadParameter(
-            f"{format_nbytes(limit_nbytes)} are fewer than one forward pass takes; at least "
+            f"{format_nbytes(limit_nbytes)} is less than one forward pass needs; it takes at least "
             f"{format_nbytes(_LEAST_LIMIT_NBYTES)}",
             param_hint="'--memory-limit'",
         )
     read_text(text)
-    require_groups()
+    require_memory_cgroup()
     require_transformers()
     place = _temporary_folder()
     try:
-        report = run_all(
+        report = run_limited(
             Task(
                 variant="",
                 folder=place,
@@ -158,7 +173,7 @@ def _compare(
 ) -> Report:
     from transformers import DynamicCache
 
-    from spdk_kv.demo import run
+    from spdk_kv.demo import generate
     from spdk_kv.integrations.transformers import OffloadedKVCache
 
     most = prompt_count + new_tokens
@@ -166,16 +181,16 @@ def _compare(
     prompt = prompt_tokens(chosen.tokenizer, text, prompt_count)
     model, config = chosen.model, chosen.model.config
     with _store(place, kv_nbytes(chosen, most)) as store:
-        # Once for nothing: the first pass also sets up torch's threads and kernels.
-        run(model, prompt[:, :512], 2, DynamicCache(config=config), lambda count: None)
+        # A warm-up: the first pass also sets up torch's threads and kernels.
+        generate(model, prompt[:, :512], 2, DynamicCache(config=config), lambda count: None)
         with progress(new_tokens, "in memory") as advance:
-            memory = run(model, prompt, new_tokens, DynamicCache(config=config), advance)
+            memory = generate(model, prompt, new_tokens, DynamicCache(config=config), advance)
         before = store.stats()
         with (
             OffloadedKVCache(store, config, max_tokens=most) as cache,
             progress(new_tokens, "on the drive") as advance,
         ):
-            offloaded = run(model, prompt, new_tokens, cache, advance)
+            offloaded = generate(model, prompt, new_tokens, cache, advance)
             sequence = cache.sequence
             assert sequence is not None
             shape, nbytes, stats = sequence.shape, sequence.nbytes, cache.stats()
@@ -210,14 +225,14 @@ def _check_length(chosen: DemoModel, tokens: int) -> None:
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and tokens > most:
         raise click.BadParameter(
-            f"with the new tokens that makes {tokens}, but {chosen.label} reads {most} at most",
+            f"with the new tokens this makes {tokens}, but {chosen.label} takes at most {most}",
             param_hint="'--prompt-tokens'",
         )
 
 
 @contextmanager
 def _store(place: _Place, kv_nbytes: int) -> Iterator[KVStore]:
-    """The store at ``place``, or a new one in a folder that is removed again."""
+    """The store at ``place``, or a new one in a folder that is removed at the end."""
     from spdk_kv.store import PageCacheOptions
     from spdk_kv.store import open as open_store
 
@@ -232,7 +247,7 @@ def _store(place: _Place, kv_nbytes: int) -> Iterator[KVStore]:
         return
     folder = _temporary_folder()
     try:
-        # Some room more: extents are whole chunks, and the store needs its own.
+        # More room than that: extents are whole chunks, and the store needs some for itself.
         with open_store(
             f"file://{folder}", capacity=kv_nbytes + kv_nbytes // 8 + 64 * MIB
         ) as store:
@@ -242,13 +257,13 @@ def _store(place: _Place, kv_nbytes: int) -> Iterator[KVStore]:
 
 
 def _temporary_folder() -> str:
-    # Not /tmp: often that is memory, where nothing would be read from a drive.
+    # Not /tmp: it is often in memory, and nothing would be read from a drive.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spdk_kv"
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         return tempfile.mkdtemp(prefix="demo-", dir=cache)
     except OSError as error:
         raise CommandFailed(
-            f"no temporary folder in {cache}: {error.strerror}; name another place with "
+            f"cannot make a temporary folder in {cache}: {error.strerror}; name another place with "
             "--location file:///DIR"
         ) from error

@@ -13,9 +13,10 @@ from spdk_kv.terminal import CommandFailed
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module only to run it or to show its own help.
+    """A group that imports a command's module only to run it or to show its help.
 
-    ``commands_at``: name -> (module:attribute, line in the group's help).
+    Args:
+        commands_at: name -> (module:attribute, line in the group's help).
     """
 
     def __init__(

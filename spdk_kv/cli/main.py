@@ -1,4 +1,4 @@
-"""``spdk-kv``: the command line. Each command lives in a module of its own, loaded when called."""
+"""``spdk-kv``: the command line. Each command is in a module of its own, loaded when called."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ try:
 except PackageNotFoundError:  # a checkout that was never installed
     VERSION = "0.0.0+uninstalled"
 
-# Name -> (module:attribute, line in the help). The line is kept here because asking the command
-# for it would import the command, and with it torch: seconds for a `--help`.
+# Name -> (module:attribute, line in the help). The line stands here because asking the command for
+# it would import the command and torch, which takes seconds.
 COMMANDS = {
     "bench": ("spdk_kv.cli.bench.group:bench", "Measure a drive, an engine or a policy."),
     "demo": ("spdk_kv.cli.demo:demo", "Let a model decode with its KV cache on the drive."),
-    "device": ("spdk_kv.cli.device:device", "Take a drive from the kernel, and give it back."),
+    "device": ("spdk_kv.cli.device:device", "Take a drive from the kernel, or give it back."),
     "doctor": (
         "spdk_kv.cli.doctor.command:doctor",
-        "Show what this machine offers and what to mend.",
+        "Show what this machine offers and how to fix what is missing.",
     ),
     "stat": ("spdk_kv.cli.stat.command:stat", "Show what a store holds."),
 }
@@ -34,7 +34,7 @@ COMMANDS = {
 def main(verbose: int) -> None:
     """Keep KV caches of large language models on an NVMe drive."""
     if verbose:
-        # Only our own logger: at the root, torch and its friends would talk as well.
+        # Only this package's logger: the root logger would also show those of torch and others.
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         logger = logging.getLogger("spdk_kv")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from spdk_kv.demo.generation import run
-from spdk_kv.demo.limit import print_limited, require_groups, run_all
-from spdk_kv.demo.limited import Task
+from spdk_kv.demo.generation import generate
+from spdk_kv.demo.limited.comparison import print_limited, require_memory_cgroup, run_limited
+from spdk_kv.demo.limited.task import Task
 from spdk_kv.demo.model import (
     DemoModel,
     kv_nbytes,
@@ -20,6 +20,7 @@ __all__ = [
     "DemoModel",
     "Report",
     "Task",
+    "generate",
     "kv_nbytes",
     "load_model",
     "print_limited",
@@ -27,8 +28,7 @@ __all__ = [
     "prompt_tokens",
     "random_model",
     "read_text",
-    "require_groups",
+    "require_memory_cgroup",
     "require_transformers",
-    "run",
-    "run_all",
+    "run_limited",
 ]

@@ -1,4 +1,4 @@
-"""The demo's measurement: one generation with one cache."""
+"""One measured generation with one cache."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Run:
-    """``tokens``: the new ones, row after row. ``prompt_s``: until the first of them;
-    ``decode_s``: for all the others. ``peak_rss_nbytes``: the process's most resident memory during
-    the run."""
+class Generation:
+    """New tokens and what they took.
+
+    Attributes:
+        tokens: the new tokens, row after row.
+        prompt_s: seconds until the first of them.
+        decode_s: seconds for all the others.
+        peak_rss_nbytes: the process's peak resident memory meanwhile.
+        rows: rows of the batch.
+    """
 
     tokens: list[int]
     prompt_s: float
@@ -30,46 +36,54 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoding speed, the prompt not counted (unless there is only its one token)."""
+        """Decoding speed without the prompt (with it, if there is only one token per row)."""
         if len(self.tokens) <= self.rows:
             return len(self.tokens) / self.prompt_s
         return (len(self.tokens) - self.rows) / self.decode_s
 
 
 class _Stopwatch:
-    """A streamer for ``generate``: notes when tokens arrive."""
+    """A streamer for transformers' ``generate``: notes when tokens arrive."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self.times: list[float] = []
         self._advance = advance
 
     def put(self, tokens: torch.Tensor) -> None:
-        # The first call has the prompt, before anything was computed.
+        # The first call passes the prompt, before anything is computed.
         self.times.append(time.perf_counter())
         if len(self.times) > 1:
             self._advance(1)
 
     def end(self) -> None:
-        """Nothing is left to be told."""
+        """transformers requires it; there is nothing left to do."""
 
 
-def run(
+def generate(
     model: Any,
     prompt: torch.Tensor,
     new_tokens: int,
     cache: Any,
     advance: Callable[[int], None],
     chunk_tokens: int | None = None,
-) -> Run:
-    """Continues ``prompt``, ``[rows, tokens]``, greedily, with ``cache``. ``advance(1)`` is called
-    for every token. ``chunk_tokens``: of the prompt, computed at once; None: all."""
+) -> Generation:
+    """Continues ``prompt`` greedily, with its KV cache in ``cache``. Blocks.
+
+    Args:
+        model: a causal language model of transformers.
+        prompt: token ids, ``[rows, tokens]``.
+        new_tokens: tokens to add to each row.
+        cache: an empty cache of transformers.
+        advance: called with 1 for every new token.
+        chunk_tokens: tokens of the prompt to compute at once; None for all.
+    """
     import torch
 
     from spdk_kv.integrations.transformers import CACHE_ARGUMENT
 
     reset_peak_rss()
     watch = _Stopwatch(advance)
-    told = model.generate(
+    output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         **{CACHE_ARGUMENT: cache},
@@ -80,8 +94,8 @@ def run(
         prefill_chunk_size=chunk_tokens,
     )
     begin, first, last = watch.times[0], watch.times[1], watch.times[-1]
-    tokens = told[:, prompt.shape[1] :].flatten().tolist()
-    return Run(tokens, first - begin, last - first, _peak_rss_nbytes(), len(prompt))
+    tokens = output[:, prompt.shape[1] :].flatten().tolist()
+    return Generation(tokens, first - begin, last - first, _peak_rss_nbytes(), len(prompt))
 
 
 def _peak_rss_nbytes() -> int:

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 _SEED = 0
 _LAYERS = 8
-# Wide enough that the text does not run into a loop of one byte; a trained model spreads more.
+# Wide enough that the text does not end in a loop of one byte, as it does at transformers' 0.02.
 _INITIALIZER_RANGE = 0.08
 
 
 class Tokenizer(Protocol):
-    """What the demo asks of a tokenizer; those of transformers have it."""
+    """What the demo needs of a tokenizer; those of transformers have it."""
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
@@ -53,7 +53,7 @@ def require_transformers() -> None:
         import transformers
     except ImportError as error:
         raise CommandFailed(
-            f"the demo runs a model of transformers, which does not load ({error}): "
+            f"the demo needs transformers, which does not load ({error}): "
             "pip install 'spdk_kv[transformers]'"
         ) from error
     transformers.logging.set_verbosity_error()
@@ -84,7 +84,7 @@ def random_model(most_tokens: int, layers: int = _LAYERS) -> DemoModel:
 
 
 def load_model(folder: Path) -> DemoModel:
-    """The model and tokenizer that lie in ``folder``, on the CPU. CommandFailed."""
+    """The model and tokenizer in ``folder``, on the CPU. Raises CommandFailed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").is_file():
@@ -92,7 +92,7 @@ def load_model(folder: Path) -> DemoModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
-    # Whatever a file in there is broken by: missing, not JSON, not safetensors, unknown model.
+    # transformers has no common error for a missing file, broken JSON and an unknown model.
     except Exception as error:
         raise CommandFailed(
             f"{folder} does not hold a model and tokenizer that transformers can load: "
@@ -102,7 +102,10 @@ def load_model(folder: Path) -> DemoModel:
 
 
 def read_text(path: Path | None) -> str:
-    """The text in ``path``, or the demo's own. click.BadParameter if it is empty or no UTF-8."""
+    """The text in ``path``, or the demo's own story.
+
+    Raises click.BadParameter if it is empty or not UTF-8.
+    """
     if path is None:
         return (files("spdk_kv.demo") / "text.txt").read_text(encoding="utf-8")
     try:
@@ -119,21 +122,24 @@ def read_text(path: Path | None) -> str:
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: str, count: int) -> torch.Tensor:
-    """The first ``count`` tokens of ``text``, ``[1, count]``. click.BadParameter if too short."""
+    """The first ``count`` tokens of ``text``, ``[1, count]``.
+
+    Raises click.BadParameter if the text is too short.
+    """
     import torch
 
     tokens = tokenizer.encode(text)
     if len(tokens) < count:
         raise click.BadParameter(
-            f"the text has {len(tokens)} tokens, fewer than {count}: lower it to {len(tokens)}, "
-            "or give a longer text with --text",
+            f"the text has only {len(tokens)} tokens, not {count}; lower it to {len(tokens)}, or "
+            "name a longer text with --text",
             param_hint="'--prompt-tokens'",
         )
     return torch.tensor([tokens[:count]])
 
 
 def kv_nbytes(chosen: DemoModel, tokens: int) -> int:
-    """At most what the K/V of ``tokens`` of one row takes."""
+    """Bytes of K and V that ``tokens`` of one row take at most."""
     config = chosen.model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

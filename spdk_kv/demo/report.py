@@ -1,4 +1,4 @@
-"""What the demo found, for people and as JSON."""
+"""The demo's result, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spdk_kv.terminal import console
 from spdk_kv.units import GIB, format_nbytes
 
 if TYPE_CHECKING:
-    from spdk_kv.demo.generation import Run
+    from spdk_kv.demo.generation import Generation
     from spdk_kv.demo.model import DemoModel
     from spdk_kv.types import KVShape
 
@@ -20,16 +20,20 @@ _TEXT_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class Report:
-    """Both runs and what went to and came from the drive. ``written_nbytes`` and ``read_nbytes``
-    are the store's, ``cached_read_nbytes`` what of the latter came through the page cache;
-    ``kv_nbytes`` is the K/V of all tokens in all layers."""
+    """Both runs, and what went to and came from the drive.
+
+    Attributes:
+        kv_nbytes: K and V of all tokens in all layers.
+        written_nbytes, read_nbytes: what the store wrote and read.
+        cached_read_nbytes: the part of ``read_nbytes`` that came through the page cache.
+    """
 
     chosen: DemoModel
     parameters: int
     shape: KVShape
     prompt_tokens: int
-    memory: Run
-    offloaded: Run
+    memory: Generation
+    offloaded: Generation
     kv_nbytes: int
     resident_layers: int
     prefetch_hits: int
@@ -47,7 +51,7 @@ class Report:
 
     @property
     def equal_tokens(self) -> int:
-        """How many tokens agree before the first that does not."""
+        """The number of tokens before the first that differs."""
         pairs = zip(self.memory.tokens, self.offloaded.tokens, strict=False)
         return next(
             (number for number, (ours, theirs) in enumerate(pairs) if ours != theirs),
@@ -56,13 +60,13 @@ class Report:
 
     @property
     def read_gib_s(self) -> float:
-        """Bytes read over the time of decoding: what drive and page cache had to keep up."""
+        """Bytes read per second of decoding, from the drive and the page cache together."""
         seconds = self.offloaded.decode_s
         return self.read_nbytes / GIB / seconds if seconds > 0 else 0.0
 
     @property
     def resident_kv_nbytes(self) -> int:
-        """K/V in memory at most, when offloaded."""
+        """The most K and V in memory at once while they were offloaded."""
         return self.kv_nbytes // self.shape.layers * self.resident_layers
 
     def fields(self) -> dict[str, Any]:
@@ -94,11 +98,11 @@ class Report:
 
 
 def print_report(report: Report) -> None:
-    """The report on stdout: the same lines on a terminal, coloured, and in a pipe."""
+    """Prints the report: the same lines on a terminal, where they are coloured, and in a pipe."""
     out = console()
 
     def line(text: str = "", style: str = "") -> None:
-        # Left to wrap itself: the columns are shorter than any terminal, and text is wrapped here.
+        # The columns are narrower than any terminal, and long text is wrapped below.
         out.print(text, style=style or None, markup=False, soft_wrap=True)
 
     memory, offloaded, shape = report.memory, report.offloaded, report.shape
@@ -107,7 +111,7 @@ def print_report(report: Report) -> None:
     line()
     line(f"  model   {report.chosen.label}: {report.parameters / 1e6:.0f} M parameters,")
     line(f"          {shape.layers} layers, {shape.kv_heads} KV heads of {shape.head_dim}")
-    line(f"  prompt  {report.prompt_tokens} tokens, and {len(offloaded.tokens)} new ones")
+    line(f"  tokens  {report.prompt_tokens} in the prompt, {len(offloaded.tokens)} new")
     line(f"  store   {place}, engine {report.engine}")
     line()
     line(_row("", "in memory", "on the drive"), "bold")
@@ -123,17 +127,17 @@ def print_report(report: Report) -> None:
     line(
         _wrapped(
             f"  {format_nbytes(report.written_nbytes)} of K/V were written to the drive, and "
-            f"{format_nbytes(report.read_nbytes)} read back at {report.read_gib_s:.2f} GiB/s "
-            f"({format_nbytes(report.cached_read_nbytes)} of it through the page cache): for "
-            "every new token each layer reads all of its K/V, one layer while the one before it "
-            f"computes. Decoding waited {report.read_wait_s:.2f} s for the drive in all."
+            f"{format_nbytes(report.read_nbytes)} were read back at {report.read_gib_s:.2f} GiB/s, "
+            f"{format_nbytes(report.cached_read_nbytes)} of it through the page cache. For every "
+            "new token each layer needs all of its K/V, which is read while the layer before it "
+            f"computes. In all, decoding waited {report.read_wait_s:.2f} s for reads."
         )
     )
     if offloaded.tokens_per_s > memory.tokens_per_s:
         line(
             _wrapped(
-                "  Memory may well be slower: there transformers copies the whole cache to append "
-                "a token."
+                "  In memory it was slower because transformers copies the whole cache to append a "
+                "token."
             )
         )
     line()
@@ -147,7 +151,7 @@ def print_report(report: Report) -> None:
     if not report.chosen.trained:
         line(
             _wrapped(
-                "  The text is gibberish, for the weights are random: `--model DIR` takes a real "
+                "  The text is gibberish because the weights are random; `--model DIR` runs a real "
                 "model."
             ),
             "dim",
@@ -165,7 +169,7 @@ def _wrapped(text: str) -> str:
 
 
 def _readable(text: str) -> str:
-    """``text`` on one line of a terminal: nothing in it may move the cursor."""
+    """``text`` on one line, without characters that would move a terminal's cursor."""
     shown = "".join(
         character if character.isprintable() and character != "\ufffd" else "\N{MIDDLE DOT}"
         for character in " ".join(text.split())

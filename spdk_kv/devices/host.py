@@ -1,4 +1,4 @@
-"""What the host gives to direct I/O: hugepages, locked memory, IOMMU, VFIO, io_uring."""
+"""What the host offers for direct I/O: hugepages, locked memory, IOMMU, VFIO, io_uring."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONTAINER_CGROUP = re.compile(r"docker|containerd|kubepods|libpod|lxc|crio")
 
 @dataclass(frozen=True)
 class HugepagePool:
-    """The hugepages of one size; ``free`` leaves out those promised to someone already."""
+    """The hugepages of one size; ``free`` excludes those that are already reserved."""
 
     page_nbytes: int
     total: int
@@ -34,10 +34,13 @@ class HugepagePool:
 class Host:
     """A snapshot of the machine.
 
-    ``memlock_nbytes``: the soft RLIMIT_MEMLOCK, None for unlimited; ``memlock_exempt``: whether
-    CAP_IPC_LOCK lifts it. ``hugepage_nbytes``: the size that vm.nr_hugepages counts.
-    ``vfio_pci``: the driver is loaded (or built in), only available as a module, or missing.
-    ``container_hints``: the signs of a container that were seen; a hint, not a proof.
+    Attributes:
+        hugepage_nbytes: the default page size, which vm.nr_hugepages counts.
+        memlock_nbytes: the soft RLIMIT_MEMLOCK; None for unlimited.
+        memlock_exempt: whether CAP_IPC_LOCK lifts that limit.
+        iommu_units: IOMMUs that the kernel has found.
+        vfio_pci: whether the driver is loaded (or built in), available as a module, or missing.
+        container_hints: signs of a container; they are no proof.
     """
 
     kernel: str
@@ -56,18 +59,18 @@ class Host:
 
     @property
     def iommu(self) -> bool:
-        """Whether the kernel uses an IOMMU: a unit without groups protects no device."""
+        """Whether the kernel uses an IOMMU; an IOMMU without groups protects nothing."""
         return self.iommu_groups > 0
 
 
 def read_host(root: Path = Path("/")) -> Host:
-    """Reads the machine; the limits and io_uring are always those of this very process."""
+    """Reads the machine; limits and io_uring are always those of this process."""
     kernel = read_text(root / "proc/sys/kernel/osrelease") or os.uname().release
     memory = read_meminfo(root)
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return Host(
         kernel=kernel,
-        # The CPUs that this process may run on, which in a container are often fewer.
+        # The CPUs that this process may run on; in a container often fewer than there are.
         cpu_count=len(os.sched_getaffinity(0)),
         available_nbytes=memory.get("MemAvailable"),
         hugepage_nbytes=memory.get("Hugepagesize"),
@@ -84,7 +87,7 @@ def read_host(root: Path = Path("/")) -> Host:
 
 
 def read_meminfo(root: Path = Path("/")) -> dict[str, int]:
-    """The fields of /proc/meminfo that are sizes, in bytes; those that do not parse are absent."""
+    """The fields of /proc/meminfo that are sizes, in bytes."""
     sizes: dict[str, int] = {}
     for line in (read_text(root / "proc/meminfo") or "").splitlines():
         name, _, value = line.partition(":")
@@ -117,7 +120,7 @@ def _has_capability(root: Path, number: int) -> bool:
 
 def vfio_pci_state(root: Path, kernel: str) -> VfioState:
     """Whether the kernel of release ``kernel`` has the driver vfio-pci, or could load it."""
-    # The driver's directory is there for the module and for a built-in alike.
+    # A module and a built-in driver both have this directory.
     if exists(root / "sys/bus/pci/drivers/vfio-pci"):
         return "loaded"
     listing = read_text(root / "lib/modules" / kernel / "modules.dep") or ""
@@ -127,7 +130,7 @@ def vfio_pci_state(root: Path, kernel: str) -> VfioState:
 def _container_hints(root: Path) -> tuple[str, ...]:
     files = (".dockerenv", "run/.containerenv", "run/systemd/container")
     hints = [f"/{name}" for name in files if exists(root / name)]
-    # Process 1's cgroup: ours may be named after a container manager on a plain host as well.
+    # Of process 1: on a plain host too, our own cgroup may be named after a container manager.
     if _CONTAINER_CGROUP.search(read_text(root / "proc/1/cgroup") or ""):
         hints.append("/proc/1/cgroup")
     return tuple(hints)

@@ -1,4 +1,4 @@
-"""Whether this process may use io_uring: asked of the kernel, not guessed from its version."""
+"""Whether this process may use io_uring, found by trying rather than from the kernel's version."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 
 from spdk_kv.devices.sysfs import read_count
 
-# io_uring_setup has this number on every architecture with the common syscall table (all but
-# alpha, which Python on Linux hardly meets).
+# The number of io_uring_setup on every architecture except alpha (asm-generic/unistd.h).
 _IO_URING_SETUP = 425
 # struct io_uring_params (linux/io_uring.h): 10 u32, then two offset tables of 40 bytes.
 _PARAMS_NBYTES = 120
@@ -18,9 +17,11 @@ _PARAMS_NBYTES = 120
 
 @dataclass(frozen=True)
 class IoUringStatus:
-    """``error``: the errno of the refusal, None when available.
+    """Whether io_uring is available, and if not, why.
 
-    ``sysctl``: kernel.io_uring_disabled (0 for all, 1 privileged only, 2 off), None before 6.6.
+    Attributes:
+        error: the errno of the refusal; None if available.
+        sysctl: kernel.io_uring_disabled: 0 for all, 1 privileged only, 2 off; None before 6.6.
     """
 
     available: bool
@@ -29,7 +30,7 @@ class IoUringStatus:
 
     @property
     def reason(self) -> str:
-        """In words, what the kernel answered."""
+        """What the kernel answered, in words."""
         if self.error is None:
             return "io_uring_setup works"
         return f"io_uring_setup failed: {os.strerror(self.error)}"

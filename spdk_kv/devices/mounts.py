@@ -15,8 +15,10 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 class Mount:
     """One mounted filesystem.
 
-    ``device``: "major:minor" as stat(2) shows it. ``root``: the part of the filesystem that is
-    mounted. ``options``: those of the superblock, not of this mount.
+    Attributes:
+        device: device number, "major:minor", as stat(2) shows it.
+        root: the folder of the filesystem that is mounted.
+        options: of the superblock, not of this mount.
     """
 
     device: str
@@ -28,18 +30,18 @@ class Mount:
 
 
 def read_mounts(root: Path = Path("/")) -> tuple[Mount, ...]:
-    """Every mount that this process sees; lines of another form are left out."""
+    """Every mount that this process sees; lines of an unknown form are left out."""
     return parse_mounts(read_text(root / "proc/self/mountinfo") or "")
 
 
 def parse_mounts(text: str) -> tuple[Mount, ...]:
-    """The mounts in ``text``, the content of a mountinfo; lines of another form are left out."""
+    """The mounts in ``text``, a mountinfo file; lines of an unknown form are left out."""
     return tuple(mount for line in text.split("\n") if (mount := _parse(line)) is not None)
 
 
 def _parse(line: str) -> Mount | None:
-    # A hyphen ends the optional fields, whose number varies: "36 35 8:1 / /mnt rw shared:1 - ext4
-    # /dev/sda1 rw".
+    # A hyphen ends the optional fields, whose number varies:
+    # "36 35 8:1 / /mnt rw shared:1 - ext4 /dev/sda1 rw".
     left, hyphen, right = line.partition(" - ")
     head, tail = left.split(" "), right.split(" ")
     if not hyphen or len(head) < 6 or len(tail) < 3:
@@ -55,5 +57,5 @@ def _parse(line: str) -> Mount | None:
 
 
 def unescape(field: str) -> str:
-    """``field`` as it was: the kernel writes space, tab, newline, backslash and # in octal."""
+    """Undoes the octal escapes with which the kernel writes space, tab, newline, \\ and #."""
     return _OCTAL.sub(lambda match: chr(int(match[1], 8)), field)

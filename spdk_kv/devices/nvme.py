@@ -22,10 +22,13 @@ _SECTOR_NBYTES = 512
 class Namespace:
     """One namespace that the kernel drives.
 
-    ``block_node`` and ``generic_node``: its nodes under /dev, None where the kernel made none.
-    ``nbytes``: its size; ``block_nbytes``: its LBA size. ``holders``: the dm and md devices on
-    it or its partitions, at any depth. ``mount_points``: where it, a partition or a holder is
-    mounted, in this process's mount namespace. A btrfs of several drives names one of them only.
+    Attributes:
+        block_node, generic_node: its nodes under /dev; None where the kernel made none.
+        nbytes: its size.
+        block_nbytes: its logical block size.
+        holders: dm and md devices on it or its partitions, at any depth.
+        mount_points: where it, a partition or a holder is mounted, as this process sees it. A btrfs
+            of several drives shows up on only one of them.
     """
 
     name: str
@@ -42,10 +45,14 @@ class Namespace:
 class NvmeDrive:
     """One NVMe PCI function.
 
-    ``bdf``: its address, like 0000:01:00.0. ``serial``, ``model``, ``firmware`` and
-    ``namespaces`` are known only while the kernel's nvme driver has it. ``driver``: None when
-    none is bound. ``iommu_group_members``: the BDFs of its IOMMU group, itself among them.
-    ``numa_node``: None where the machine has no such notion.
+    ``serial``, ``model``, ``firmware`` and ``namespaces`` are known only while the kernel's nvme
+    driver has it.
+
+    Attributes:
+        bdf: its PCI address, such as 0000:01:00.0.
+        driver: the driver that has it; None for none.
+        iommu_group_members: BDFs of all functions in its IOMMU group, itself included.
+        numa_node: None on a machine without NUMA.
     """
 
     bdf: str
@@ -60,7 +67,7 @@ class NvmeDrive:
 
     @property
     def nbytes(self) -> int | None:
-        """Bytes of all namespaces together; None where the size of one, or all, is not known."""
+        """Bytes of all namespaces together; None where any size is unknown, or there are none."""
         sizes = [namespace.nbytes for namespace in self.namespaces]
         known = [size for size in sizes if size is not None]
         return sum(known) if known and len(known) == len(sizes) else None
@@ -72,7 +79,7 @@ class NvmeDrive:
 
     @property
     def mounted(self) -> bool:
-        """Whether anything on the drive is mounted. False does not mean unused: see holders."""
+        """Whether anything on the drive is mounted. A drive that is not may still have holders."""
         return bool(self.mount_points)
 
     @property
@@ -82,7 +89,7 @@ class NvmeDrive:
 
 
 def list_drives(root: Path = Path("/")) -> list[NvmeDrive]:
-    """Every NVMe PCI function, by BDF. Does not block on the device: reads sysfs only."""
+    """Every NVMe PCI function, by BDF. Reads only sysfs, so it never waits for a drive."""
     functions = root / "sys/bus/pci/devices"
     mounts = read_mounts(root)
     return [
@@ -112,7 +119,7 @@ def _read_drive(root: Path, function: Path, mounts: tuple[Mount, ...]) -> NvmeDr
         driver=link_name(function / "driver"),
         iommu_group=link_name(function / "iommu_group"),
         iommu_group_members=entries(function / "iommu_group/devices"),
-        # -1 means "no NUMA node", and is no count.
+        # It is -1 without NUMA, which read_count turns into None.
         numa_node=read_count(function / "numa_node"),
         namespaces=tuple(_read_namespace(root, name, mounts) for name in sorted(namespaces)),
     )
@@ -150,7 +157,7 @@ def _mount_points(
     block: Path, devices: tuple[str, ...], mounts: tuple[Mount, ...]
 ) -> tuple[str, ...]:
     numbers = {read_text(block / device / "dev") for device in devices}
-    # btrfs shows a device number of its own, so the source's name is matched as well.
+    # btrfs shows a device number of its own, so source names are compared as well.
     sources = {f"/dev/{device}" for device in devices}
     sources |= {
         f"/dev/mapper/{name}"

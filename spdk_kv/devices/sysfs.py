@@ -1,4 +1,4 @@
-"""Small attribute files and links of sysfs and procfs; what cannot be read is None."""
+"""Lenient readers of sysfs and procfs, for display: what cannot be read is None."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ def read_text(path: Path) -> str | None:
 
 
 def exists(path: Path) -> bool:
-    """Whether ``path`` is there; False where that may not be asked."""
+    """Whether ``path`` exists; False where permission to check is missing."""
     return os.path.exists(path)  # Path.exists() raises PermissionError
 
 
 def parse_count(text: str | None) -> int | None:
-    """``text`` as a count, or None where it is not plain decimal digits of at most 64 bits."""
-    # int() alone would take "1_000", "-5" and digits of other scripts.
+    """``text`` as a number; None unless it is at most 20 decimal digits, as 64 bits need."""
+    # int() would also accept "1_000", "-5" and digits of other scripts.
     if text is None or not (text.isascii() and text.isdigit()) or len(text) > 20:
         return None
     return int(text)
 
 
 def read_count(path: Path) -> int | None:
-    """The content of ``path`` as a count, or None where it cannot be read or is not one."""
+    """The content of ``path`` as a number; None where it cannot be read or is not one."""
     return parse_count(read_text(path))
 
 
 def link_name(path: Path) -> str | None:
-    """The last component of what the link ``path`` points to (a driver, a group), or None."""
+    """The last component of the target of link ``path`` (a driver, a group), or None."""
     try:
         return path.readlink().name
     except OSError:
@@ -44,7 +44,7 @@ def link_name(path: Path) -> str | None:
 
 
 def entries(path: Path) -> tuple[str, ...]:
-    """The sorted names in directory ``path``; empty where there is none or it is unreadable."""
+    """The sorted names in folder ``path``; empty where it is missing or unreadable."""
     try:
         return tuple(sorted(entry.name for entry in path.iterdir()))
     except OSError:

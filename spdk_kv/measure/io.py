@@ -1,6 +1,6 @@
-"""The measuring kernel of `spdk-kv bench` and of bench/: one engine under a steady load.
+"""One engine under a steady load, for `spdk-kv bench io` and bench/.
 
-Built like fio's io_uring job of the same block size and depth: as many buffers as commands in
+Modelled on fio's io_uring job of the same block size and depth: as many buffers as commands in
 flight, used over and over, so that both sides see the same caches.
 """
 
@@ -22,11 +22,11 @@ from spdk_kv.units import GIB, MIB
 
 OPS = {"read": READ, "write": WRITE, "randread": READ}
 
-# With three transfers queued, the queue is still full while Python waits for its turn to add one.
+# With three transfers queued, the engine stays busy while Python waits for the GIL to add another.
 _QUEUED_TRANSFERS = 3
 # A transfer costs Python about the same however many segments it has, and on one core the queue
-# stands still for that time: so it has a thousand of them, unless they would then take so long that
-# the clock is not looked at often enough. That shows from the first ones, which are short.
+# stands still meanwhile. It therefore gets up to 1024 segments, unless it would then take so long
+# that the clock is read too rarely; the first transfers are short, and show how long they take.
 _MOST_SEGMENTS = 1024
 _TRANSFER_NBYTES = 16 * MIB
 _TRANSFER_S = 0.05
@@ -36,8 +36,15 @@ Offsets = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Workload:
-    """What to ask of an engine: ``op`` (read, write, randread) on its first ``span_nbytes``, in
-    commands of ``segment_nbytes``; ``checksum``: CRC32C over every byte, as the store does it."""
+    """What to ask of an engine.
+
+    Attributes:
+        op: "read", "write" or "randread".
+        segment_nbytes: bytes per command.
+        span_nbytes: the engine's first bytes, over which the commands go.
+        checksum: compute CRC32C over every byte, as the store does.
+        seed: of the random offsets.
+    """
 
     op: str
     segment_nbytes: int
@@ -50,16 +57,18 @@ class Workload:
             raise ValueError(f"op is one of {', '.join(OPS)}, not {self.op!r}")
         if self.span_nbytes < self.segment_nbytes:
             raise ValueError(
-                f"{self.span_nbytes} bytes do not hold one segment of {self.segment_nbytes}"
+                f"{self.span_nbytes} bytes cannot hold one segment of {self.segment_nbytes}"
             )
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was seen. Times in seconds, latencies in microseconds (to within 6.25 %).
+    """What was measured: times in seconds, latencies in microseconds (to within 6.25 %).
 
-    ``cpu_s_per_gib``: of all threads of this process; the kernel's own threads are not in it.
-    ``depth_achieved``: commands in flight on average while there were any.
+    Attributes:
+        ios: commands completed.
+        cpu_s_per_gib: CPU time of all threads of this process; the kernel's threads do not count.
+        depth_achieved: commands in flight on average, while there were any.
     """
 
     nbytes: int
@@ -79,8 +88,8 @@ def measure(
 ) -> Measurement:
     """Keeps ``engine`` busy for ``seconds``, then waits for what is in flight.
 
-    ``tick(elapsed_s)`` is called now and then. Blocks; an exception (KeyboardInterrupt) comes out
-    once nothing is in flight. Raises what the engine raises.
+    Blocks. ``tick`` is called now and then with the seconds elapsed. Raises what the engine
+    raises; any exception, KeyboardInterrupt included, leaves only once nothing is in flight.
     """
     memory = filled_memory(engine, engine.depth * load.segment_nbytes)
     plan = _Plan(engine, load, memory)
@@ -103,7 +112,7 @@ def measure(
             if tick is not None:
                 tick(elapsed)
     finally:
-        # What is not yet submitted never will be; the counters know what was.
+        # Segments that were not submitted yet are dropped; the counters hold what was done.
         for transfer in queued:
             transfer.cancel()
         for transfer in queued:
@@ -114,8 +123,11 @@ def measure(
 
 
 def fill(engine: Engine, nbytes: int, advance: Callable[[int], None] | None = None) -> None:
-    """Writes the first ``nbytes`` (whole blocks) with noise, onto the medium: reads of what was
-    only allocated would not reach the drive, and zeros would flatter one that compresses."""
+    """Fills the first ``nbytes`` (whole blocks) with noise, and flushes them to the medium.
+
+    Reads of space that is only allocated would not reach the drive, and zeros would flatter a drive
+    that compresses. Blocks; ``advance`` is called with the bytes of each transfer.
+    """
     memory = filled_memory(engine, min(nbytes, _TRANSFER_NBYTES))
     for offset in range(0, nbytes, memory.nbytes):
         transfer = engine.transfer(WRITE)
@@ -129,8 +141,10 @@ def fill(engine: Engine, nbytes: int, advance: Callable[[int], None] | None = No
 
 
 def filled_memory(engine: Engine, nbytes: int) -> Any:
-    """The engine's own memory (``address``, ``nbytes``), at least ``nbytes``, full of noise: its
-    pages are there before anything is timed."""
+    """At least ``nbytes`` of the engine's own memory, filled with noise.
+
+    Writing to it makes its pages exist before anything is timed.
+    """
     memory = engine.allocate(nbytes)
     piece = np.random.default_rng(0).bytes(min(MIB, memory.nbytes))
     for at in range(0, memory.nbytes, len(piece)):
@@ -139,31 +153,31 @@ def filled_memory(engine: Engine, nbytes: int) -> Any:
 
 
 class _Plan:
-    """Transfers of many segments without end, ready to be submitted."""
+    """An endless supply of transfers of many segments, ready to be submitted."""
 
     def __init__(self, engine: Engine, load: Workload, memory: Any) -> None:
         self._engine = engine
         self._load = load
         self._memory = memory
-        # Twice the depth: a transfer's last segments leave room for the next one's first.
+        # Twice the depth, so that one transfer's last segments overlap the next one's first.
         self._least = 2 * engine.depth
-        self._count = self._whole(_TRANSFER_NBYTES // load.segment_nbytes)
+        self._count = self._whole_rounds(_TRANSFER_NBYTES // load.segment_nbytes)
         self._segments = load.span_nbytes // load.segment_nbytes
         self._random = np.random.default_rng(load.seed)
         self._at = 0
 
-    def _whole(self, count: int) -> int:
+    def _whole_rounds(self, count: int) -> int:
         count = min(_MOST_SEGMENTS, count)
         return max(self._least, count - count % self._engine.depth)
 
     def lengthen(self) -> None:
-        """Further transfers have twice as many segments, if that is not too many."""
-        self._count = self._whole(2 * self._count)
+        """Doubles the segments of further transfers, up to the most allowed."""
+        self._count = self._whole_rounds(2 * self._count)
 
     def transfer(self) -> Transfer:
         count, size = self._count, np.uint64(self._load.segment_nbytes)
-        # A buffer may be in use by two commands when completions overtake each other; their bytes
-        # are not looked at.
+        # Two commands may use one buffer when completions overtake each other. That does no harm,
+        # as nobody reads their bytes.
         slots = np.arange(count, dtype=np.uint64) % np.uint64(self._engine.depth)
         transfer = self._engine.transfer(OPS[self._load.op], checksum=self._load.checksum)
         transfer.keep(self._memory)
@@ -175,7 +189,7 @@ class _Plan:
         return transfer
 
     def _offsets(self, count: int) -> Offsets:
-        """In segments."""
+        """Offsets of the next ``count`` commands, in segments."""
         if self._load.op == "randread":
             chosen = self._random.integers(0, self._segments, count, dtype=np.uint64)
         else:
@@ -211,7 +225,7 @@ def _result(
 
 
 def _percentile(latencies: Mapping[int, int], share: float) -> float:
-    """In microseconds, from a histogram in nanoseconds."""
+    """A percentile in microseconds, from a histogram in nanoseconds."""
     wanted = share * sum(latencies.values())
     seen = 0
     for ns in sorted(latencies):

@@ -1,4 +1,4 @@
-"""Free memory that is there: before a measurement, so that it is not one of the host's memory."""
+"""Touches free memory before a measurement, so that a virtual machine's host has provided it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from spdk_kv.memory import page_cache_budget, read_memory
 from spdk_kv.units import KIB, MIB
 
 _MEM_FREE = re.compile(r"^MemFree:\s*([0-9]+) kB$", re.MULTILINE)
-# Left free, so that nobody has to wait, and nothing is reclaimed, for what is touched.
+# Left free, so that touching causes no reclaim and no other process has to wait.
 _RESERVE_NBYTES = 512 * MIB
 
 
 def touch_free_memory(nbytes: int) -> int:
-    """Takes ``nbytes`` of free memory, or what there is of it, writes to every page, and gives it
-    back. Blocks, for up to seconds per GiB.
+    """Writes to every page of up to ``nbytes`` of free memory, and gives it back.
 
-    The host of a virtual machine may take back what its guest has left free for a few seconds, and
-    then gives it again page by page, when it is touched. Whoever is measured next would pay for
-    that: 2 GiB brought into the page cache took 4.5 s instead of 1.1 s on such a machine.
+    The host of a virtual machine may reclaim memory that its guest has left free for a few seconds,
+    and then provides it again page by page as it is touched. The next measurement would pay for
+    that: on such a machine, 2 GiB were read into the page cache in 4.5 s instead of 1.1 s.
 
-    Returns the bytes touched: nothing is pushed out of memory for them.
+    Blocks, for up to seconds per GiB. Nothing is pushed out of memory.
+
+    Returns:
+        The bytes touched.
     """
     free = _MEM_FREE.search(read_text(Path("/proc/meminfo")) or "")
     room = min(
@@ -37,7 +39,7 @@ def touch_free_memory(nbytes: int) -> int:
     if touched <= 0:
         return 0
     with mmap.mmap(-1, touched, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        with suppress(AttributeError, OSError):  # a kernel without them
+        with suppress(AttributeError, OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
         pages = np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE]
         pages[:] = 1

@@ -17,7 +17,7 @@ import pytest
 from spdk_kv.binding.memory_limit import why_impossible
 from spdk_kv.measure.decode.case import Outcome
 from spdk_kv.measure.decode.load import Load, Noise
-from spdk_kv.measure.decode.replay import Device, Replay
+from spdk_kv.measure.decode.replay import Replay, SimulatedGpu
 from support.places import ROOT
 
 FOLDER = ROOT / "bench" / "dual_blade"
@@ -191,10 +191,10 @@ def test_the_ablation_has_a_row_per_setting(parts: dict[str, ModuleType]) -> Non
 def test_the_baselines_replay(
     parts: dict[str, ModuleType], tmp_path: Path, baseline: str, link: float | None
 ) -> None:
-    noise, device = Noise(LOAD), Device(1e-4, link)
+    noise, gpu = Noise(LOAD), SimulatedGpu(1e-4, link)
     files = {"flexllmgen": "NumpyFiles", "strong": "OneFile"}
     medium = getattr(parts[baseline], files[baseline])(tmp_path, LOAD)
-    path = parts["copy_threads"].ScheduledPath(LOAD, noise, device, medium, None)
+    path = parts["copy_threads"].ScheduledPath(LOAD, noise, gpu, medium, None)
     try:
         replay = Replay(LOAD, noise, path)
         replay.prefill()

@@ -244,7 +244,7 @@ def test_permissions_that_fail_at_boot_are_a_failure_not_a_refusal(systemd: Mach
     systemd.write("run/udev", "in the way")
     report = systemd.tool().rebind()
     assert report.status == 3
-    assert "permissions could not be given" in report.text()
+    assert "permissions could not be set" in report.text()
     assert systemd.driver_name() == "vfio-pci"
 
 

@@ -111,7 +111,7 @@ def test_size_is_cut_to_whole_segments_and_refused_when_too_small() -> None:
     assert report("--location", "null://", "--size", "2500KiB")["size_nbytes"] == 2 * MIB
     small = bench("--location", "null://", "--size", "512KiB")
     assert small.exit_code == 2
-    assert "do not hold one segment" in small.output
+    assert "cannot hold one segment" in small.output
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_size_is_cut_to_whole_segments_and_refused_when_too_small() -> None:
         (["--location", "null://", "--depth", "4096", "--segment-nbytes", "1GiB"], "of memory"),
         (
             ["--location", "ram://", "--i-know-this-destroys", "/dev/x"],
-            "for block://, ng:// and spdk:// alone",
+            "only for block://, ng:// and spdk://",
         ),
         (["--location", "block:///etc/hostname"], "not a block device"),
     ],
@@ -319,7 +319,7 @@ def test_transfers_grow_on_a_fast_device() -> None:
 def test_a_load_is_checked() -> None:
     with pytest.raises(ValueError, match="op is one of"):
         Workload("erase", 4096, 4096)
-    with pytest.raises(ValueError, match="do not hold one segment"):
+    with pytest.raises(ValueError, match="cannot hold one segment"):
         Workload("read", 8192, 4096)
 
 

@@ -26,9 +26,15 @@ from spdk_kv.binding.memory_limit import (
 from spdk_kv.cli import main
 from spdk_kv.cli.bench import decode as bench_decode
 from spdk_kv.errors import CorruptionError
-from spdk_kv.measure.decode.case import Case, DeviceCounters, Outcome, outcome_from, run_apart
+from spdk_kv.measure.decode.case import (
+    Case,
+    DriveCounters,
+    Outcome,
+    outcome_from,
+    run_in_subprocess,
+)
 from spdk_kv.measure.decode.load import Bytes, Load, Noise
-from spdk_kv.measure.decode.replay import Device, Replay, StorePath
+from spdk_kv.measure.decode.replay import Replay, SimulatedGpu, StorePath
 from spdk_kv.memory.budget import read_memory
 from support.subprocesses import interruptible_fixture
 
@@ -153,8 +159,8 @@ def test_no_path_can_cheat(spoil: Callable[[int, bytearray], None], complaint: s
 def test_the_store_replays(tmp_path: Path, residency: str, link: float | None) -> None:
     noise = Noise(SMALL)
     options = {"policy": residency, "memory": SMALL.nbytes // 2}
-    device = Device(compute_s=1e-4, link_bytes_s=link)
-    path = StorePath(SMALL, noise, device, f"file://{tmp_path / 'store'}", options)
+    gpu = SimulatedGpu(compute_s=1e-4, link_bytes_s=link)
+    path = StorePath(SMALL, noise, gpu, f"file://{tmp_path / 'store'}", options)
     try:
         replay = Replay(SMALL, noise, path)
         replay.prefill()
@@ -167,11 +173,11 @@ def test_the_store_replays(tmp_path: Path, residency: str, link: float | None) -
 
 
 def test_a_link_is_one_queue_per_direction() -> None:
-    device = Device(link_bytes_s=1000.0)
-    first = device.copy(500)
-    assert device.copy(250) == pytest.approx(first + 0.25)
-    assert device.copy(250, "out") < first
-    assert Device().copy(10**12) < first
+    gpu = SimulatedGpu(link_bytes_s=1000.0)
+    first = gpu.copy(500)
+    assert gpu.copy(250) == pytest.approx(first + 0.25)
+    assert gpu.copy(250, "out") < first
+    assert SimulatedGpu().copy(10**12) < first
 
 
 # --- memory cgroups
@@ -212,7 +218,7 @@ def test_memory_that_does_not_fit_is_told(group: MemoryGroup, tmp_path: Path) ->
         "direct", str(tmp_path), {"layers": 2, "hidden": 2048, "batch": 8, "prompt": 256},
         group=str(group.path), group_version=group.version, limit_nbytes=8 * MIB,
     )  # fmt: skip
-    assert run_apart(case).error == "killed: its memory did not fit into the limit"
+    assert run_in_subprocess(case).error == "killed: its memory did not fit into the limit"
 
 
 @pytest.mark.machine
@@ -225,7 +231,7 @@ def test_x_follows_a_limit_that_changes_in_mid_run(group: MemoryGroup, tmp_path:
         "dual", str(tmp_path), asdict(SMALL), group=str(group.path), group_version=group.version,
         limit_nbytes=1024 * MIB, changes={"1": 512 * MIB, "3": 1024 * MIB},
     )  # fmt: skip
-    outcome = run_apart(case)
+    outcome = run_in_subprocess(case)
     assert not outcome.error
     assert outcome.explained["residency"]["limited_by"] == "the memory cgroup of the run"
     before, halved, still, doubled = outcome.steps_limit_nbytes
@@ -294,7 +300,7 @@ def test_what_a_group_uses(tmp_path: Path, version: int) -> None:
 
 def test_a_case_that_fails_says_why(tmp_path: Path) -> None:
     case = Case("direct", str(tmp_path / "missing"), {"prompt": 4})
-    assert "FileNotFoundError" in run_apart(case).error
+    assert "FileNotFoundError" in run_in_subprocess(case).error
 
 
 def test_outcomes_of_other_versions_are_read() -> None:
@@ -309,19 +315,19 @@ def test_the_first_steps_do_not_count() -> None:
         steps_device_nbytes=[10, 20, 10, 20, 5],
     )  # fmt: skip
     assert (outcome.step_s, outcome.step_nbytes) == (2.0, 40)
-    assert outcome.device_bytes_s == 5.0
+    assert outcome.drive_bytes_s == 5.0
     assert outcome.hit_rate == pytest.approx(1 - 35 / 120)
     assert Outcome("dual", None, steps_s=[3.0, 5.0]).step_s == 4.0
 
 
 def test_counters_of_a_block_device(tmp_path: Path) -> None:
-    seen = DeviceCounters(tmp_path).read()
+    seen = DriveCounters(tmp_path).read()
     if seen is None:
         pytest.skip(f"{tmp_path} is on no single block device")
     (tmp_path / "file").write_bytes(os.urandom(MIB))
     with (tmp_path / "file").open() as file:
         os.fsync(file.fileno())
-    after = DeviceCounters(tmp_path).read()
+    after = DriveCounters(tmp_path).read()
     assert after is not None
     assert after[1] - seen[1] >= MIB
 

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from spdk_kv.cli import main
-from spdk_kv.demo.generation import Run
+from spdk_kv.demo.generation import Generation
 from spdk_kv.demo.model import ByteTokenizer, read_text
 from spdk_kv.demo.report import Report, print_report
 from spdk_kv.store import open as open_store
@@ -177,14 +177,14 @@ def test_bad_arguments(environment: dict[str, str], model_folder: Path, tmp_path
         (["--text", str(tmp_path)], 2, "is a directory"),
         (["--text", str(empty)], 2, "holds no text"),
         (["--text", str(binary)], 2, "not UTF-8 text (byte 2)"),
-        (["--text", str(short)], 2, "has 3 tokens, fewer than 2048: lower it to 3"),
+        (["--text", str(short)], 2, "has only 3 tokens, not 2048; lower it to 3"),
         (["--model", str(tmp_path / "none")], 2, "does not exist"),
         (["--model", str(hollow)], 1, "has no config.json"),
         (["--model", str(broken)], 1, "can load"),
-        (["--model", str(model_folder)], 2, "reads 400 at most"),
+        (["--model", str(model_folder)], 2, "takes at most 400"),
         (["--new-tokens", "0"], 2, "not in the range"),
         (["--location", "nonsense://x", *SMALL], 2, "ram://"),
-        (["--page-cache-dir", str(tmp_path)], 2, "is for a store at --location"),
+        (["--page-cache-dir", str(tmp_path)], 2, "--page-cache-dir requires --location"),
         (
             ["--location", f"file://{tmp_path}/kv", "--page-cache-dir", str(tmp_path), *SMALL],
             2,
@@ -218,7 +218,7 @@ def test_differing_tokens_are_reported_with_status_1(environment: dict[str, str]
 
 def test_report_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     tokens = list(b"a\x1b[2Jb\r\nc [bold] \x07\xff")
-    run = Run(tokens, 1.0, 1.0, 1 << 20)
+    run = Generation(tokens, 1.0, 1.0, 1 << 20)
     model: Any = type("Chosen", (), {"label": "x", "tokenizer": ByteTokenizer(), "trained": True})
     report = Report(
         chosen=model, parameters=1, shape=KVShape(4, 1, 8, "float32", 10), prompt_tokens=3,

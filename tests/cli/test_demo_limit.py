@@ -1,4 +1,4 @@
-"""`spdk-kv demo --memory-limit`: who decodes under a limit, told truly."""
+"""`spdk-kv demo --memory-limit`: what survives a limit, and that the report says so."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cli.test_demo import environment as environment_fixture
 from cli.test_demo import left_over
 from spdk_kv.binding.memory_limit import why_impossible
 from spdk_kv.cli import main
-from spdk_kv.demo import limit as demo_limit
-from spdk_kv.demo.limited import Task, run_apart
-from spdk_kv.demo.mapped import mapped_cache
+from spdk_kv.demo.limited import comparison
+from spdk_kv.demo.limited.mapped import mapped_cache
+from spdk_kv.demo.limited.task import Task, run_in_subprocess
 
 environment = environment_fixture
 COMMAND = [sys.executable, "-m", "spdk_kv", "demo"]
@@ -81,13 +81,13 @@ def test_lines_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         "residency": {"cached_read_nbytes": 1, "direct_read_nbytes": 2, "reason": "X is [bold]"},
         "runs": [{"name": "a", **run}, {"name": "b", **killed}, {"name": "c", **other}],
     }  # fmt: skip
-    demo_limit.print_limited(report)
+    comparison.print_limited(report)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["a", "12.3", "tokens/s", "1.0", "s", "64.0", "MiB"] in lines
     assert ["b", "killed", "64.0", "MiB", "no", "more", "memory"] in lines
     assert ["c", "12.3", "tokens/s", "1.0", "s", "other", "tokens"] in lines
     assert ["X", "is", "[bold]."] in lines
-    assert any("did not give the tokens" in " ".join(line) for line in lines)
+    assert any("gave other tokens" in " ".join(line) for line in lines)
 
 
 def test_mapped_files_hold_what_was_given(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_mapped_files_hold_what_was_given(tmp_path: Path) -> None:
 
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
     task = Task("in memory", str(tmp_path), "", None, str(tmp_path), 10, 2, 64 * MIB)
-    found = run_apart(task)
+    found = run_in_subprocess(task)
     assert found.ended == "failed"
     assert "config.json" in found.why
 
@@ -120,7 +120,7 @@ def test_without_cgroups_it_says_what_is_missing(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if os.geteuid() == 0:
-        monkeypatch.setattr(demo_limit, "why_impossible", lambda: "no cgroup can be made here")
+        monkeypatch.setattr(comparison, "why_impossible", lambda: "no cgroup can be made here")
     result = CliRunner().invoke(main, ["demo", "--memory-limit", "64MiB"], env=environment)
     assert result.exit_code == 1
     assert "--memory-limit needs a memory cgroup of its own" in result.output

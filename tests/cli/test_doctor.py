@@ -327,7 +327,7 @@ def test_memory_is_limited_only_by_a_cgroup_that_is_tighter() -> None:
     tight = replace(wide, limits=(*wide.limits, CgroupLimit("/c/d", 4 * GIB, GIB, 0)))
     check = judge.check_memory(tight)
     assert check.status == "limited"
-    assert "3.0 GiB of them" in check.found
+    assert "the page cache may use 3.0 GiB" in check.found
     assert "/c/d" in check.found
     assert "MemoryMax=" in check.remedy
     assert judge.check_memory(replace(wide, available_nbytes=None)).remedy
@@ -343,7 +343,7 @@ def test_drive_line_says_what_holds_it() -> None:
     )  # fmt: skip
     (check,) = judge.check_drives([drive])
     assert check.name == "nvme 0000:01:00.0"
-    for fact in ("S1", "1.0 GiB", "/dev/nvme0n1", "/home", "held by dm-0", "with 0000:01:00.1"):
+    for fact in ("S1", "1.0 GiB", "/dev/nvme0n1", "/home", "used by dm-0", "with 0000:01:00.1"):
         assert fact in check.found
     free = replace(drive, namespaces=(replace(namespace, holders=(), mount_points=()),))
     assert "not mounted" in judge.check_drives([free])[0].found

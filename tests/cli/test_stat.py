@@ -130,8 +130,8 @@ def test_no_store_is_an_error_and_none_is_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["ram://"], "holds nothing once its process is over"),
-        (["null://"], "holds nothing once its process is over"),
+        (["ram://"], "holds nothing once its process has ended"),
+        (["null://"], "holds nothing once its process has ended"),
         (["what"], "not a location"),
         ([], "Missing argument"),
     ],

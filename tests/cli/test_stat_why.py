@@ -104,9 +104,9 @@ def test_lines_for_people(folder: Path) -> None:
         assert "budget      5.0 MiB (what was given)" in shown.stdout
         assert "it holds 4 of 8 units" in shown.stdout
         assert "sequence 's': layers of K " in shown.stdout
-        assert " had been evicted), " in shown.stdout
+        assert " misses), " in shown.stdout
     shown_after = CliRunner().invoke(main, ["stat", f"file://{folder}", "--why"])
-    assert "no process has it open: nothing is decided" in shown_after.stdout
+    assert "none; no process has the store open" in shown_after.stdout
 
 
 def test_a_store_with_one_path_says_so(folder: Path) -> None:
@@ -249,8 +249,12 @@ def test_bad_input(tmp_path: Path) -> None:
     for words, status, complaint in (
         ([f"file://{tmp_path}"], 1, "no store at file://"),
         ([f"file://{tmp_path}/none"], 1, "no store at file://"),
-        (["ram://"], 2, "holds nothing once its process is over"),
-        ([f"file://{tmp_path}", "--index-dir", str(tmp_path)], 2, "for stores on devices"),
+        (["ram://"], 2, "holds nothing once its process has ended"),
+        (
+            [f"file://{tmp_path}", "--index-dir", str(tmp_path)],
+            2,
+            "does not apply to file:// stores",
+        ),
     ):
         result = CliRunner().invoke(main, ["stat", *words, "--why"])
         assert result.exit_code == status

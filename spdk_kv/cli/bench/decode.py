@@ -1,4 +1,4 @@
-"""``spdk-kv bench decode``: which path to the drive wins at which memory budget here."""
+"""``spdk-kv bench decode``: which path to the drive is fastest at which memory budget."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ import click
 
 from spdk_kv.binding import MemoryGroup, memory_group, why_impossible
 from spdk_kv.errors import CapacityError, SpdkKvError, device_error
-from spdk_kv.terminal import console, json_option, on_terminal, print_json, progress
+from spdk_kv.terminal import console, is_terminal, json_option, print_json, progress
 from spdk_kv.units import GIB, MIB, format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
     from spdk_kv.measure import Load, Outcome
 
 _VARIANTS = ("direct", "pagecache", "dual")
-# Shares of the KV cache, where no budget is named.
+# Budgets as shares of the KV cache, unless --budget names some.
 _SHARES = (0.25, 0.5, 1.2)
-_SECONDS = 3.0
-_UNLIMITED = "pagecache"
+_SECONDS = 3.0  # per run: nine of them in about half a minute
+_IGNORES_BUDGET = "pagecache"
 _TOKENS, _STEPS = 1024, 24
 _LEAST_NBYTES = 64 * MIB
 
 
 def _nbytes(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
-    """Byte counts as people write them; one, or several of an option given more than once."""
+    """Parses byte counts as people write them: one, or those of a repeated option."""
     try:
         if isinstance(value, tuple):
             return tuple(parse_nbytes(one) for one in value)
         return parse_nbytes(value)
-    except ValueError as unclear:
-        raise click.BadParameter(str(unclear), context, parameter) from unclear
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
 
 
 @click.command("decode")
@@ -45,33 +45,35 @@ def _nbytes(context: click.Context, parameter: click.Parameter, value: Any) -> A
     type=click.Path(exists=True, file_okay=False),
     default=".",
     show_default=True,
-    help="A folder on the drive.",
+    help="Folder on the drive to measure.",
 )
 @click.option(
     "--budget",
     "budgets",
     multiple=True,
     callback=_nbytes,
-    metavar="NBYTES",
-    help="Memory for the page cache; may be repeated.  [default: 0.25, 0.5 and 1.2 of --size]",
+    metavar="SIZE",
+    help="Memory for the page cache; repeatable.  [default: 0.25, 0.5, 1.2 of --size]",
 )
 @click.option(
     "--size",
     callback=_nbytes,
     default="512 MiB",
     show_default=True,
-    metavar="NBYTES",
-    help="The KV cache.",
+    metavar="SIZE",
+    help="Size of the KV cache.",
 )
 @json_option
 def bench_decode(folder: str, budgets: tuple[int, ...], size: int, as_json: bool) -> None:
-    """Measure which path to the drive decodes fastest at which memory budget.
+    """Find the path to the drive that decodes fastest at a memory budget.
 
-    Replays a prompt and some tokens (real I/O, no model) with every layer's K and V read directly,
-    through the page cache, and by the default, which chooses for each. As root each run is in a
-    memory cgroup that leaves the page cache the budget and no more; otherwise the budget is what
-    the store is told, and the page cache itself is not limited. As root it also empties the
-    machine's page cache before each run. Takes about a minute, and leaves nothing behind.
+    Replays a prompt and some tokens (real I/O, no model) in three variants: every layer is read
+    directly, every layer is read through the page cache, or the store chooses for each layer (dual,
+    the default of a store).
+
+    As root, each run is in a memory cgroup that leaves exactly the budget to the page cache, and
+    the machine's page cache is emptied before each run. Otherwise the store is given the budget,
+    and the page cache itself is not limited. Takes about a minute and leaves nothing behind.
     """
     load = _load(size)
     _check_room(folder, load)
@@ -92,7 +94,7 @@ def _load(size: int) -> Load:
 
     if size < _LEAST_NBYTES:
         raise click.BadParameter(
-            f"{format_nbytes(size)} are read too fast to tell; at least "
+            f"{format_nbytes(size)} is too small to measure; use at least "
             f"{format_nbytes(_LEAST_NBYTES)}",
             param_hint="'--size'",
         )
@@ -136,8 +138,8 @@ def cases_of(budgets: Sequence[int], *, limited: bool) -> list[tuple[int, str]]:
     cases = [(budget, variant) for budget in budgets for variant in _VARIANTS]
     if limited:
         return cases
-    # Nothing keeps the kernel's page cache within a budget: one run shows all there is to see.
-    return [case for case in cases if case[1] != _UNLIMITED or case[0] == budgets[-1]]
+    # Without a cgroup nothing limits the kernel's page cache, so one run serves every budget.
+    return [case for case in cases if case[1] != _IGNORES_BUDGET or case[0] == budgets[-1]]
 
 
 def _run(
@@ -148,8 +150,11 @@ def _run(
     page_cache: int | None,
     seconds: float = _SECONDS,
 ) -> Outcome:
-    """``limit``: of the cgroup; ``page_cache``: what the store is told instead. SpdkKvError."""
-    from spdk_kv.measure import Case, run_apart
+    """One run under the cgroup's ``limit``, or with a store that is given ``page_cache`` instead.
+
+    Raises SpdkKvError.
+    """
+    from spdk_kv.measure import Case, run_in_subprocess
 
     options = {} if page_cache is None or variant != "dual" else {"memory": page_cache}
     with _group(page_cache is None) as group:
@@ -164,7 +169,7 @@ def _run(
             drop_caches=os.geteuid() == 0,
             seconds=seconds,
         )
-        outcome = run_apart(case)
+        outcome = run_in_subprocess(case)
     if outcome.error:
         raise SpdkKvError(f"{variant}: {outcome.error}")
     return outcome
@@ -245,13 +250,13 @@ def _print(report: Mapping[str, Any]) -> None:
     ]
     if report["why_no_cgroup"]:
         head.append(
-            f"page cache not limited ({report['why_no_cgroup']}): dual was told the budget, "
-            "pagecache had all of the memory there is"
+            f"page cache not limited ({report['why_no_cgroup']}): dual was given the budget, "
+            "pagecache could use all free memory"
         )
     for text in head:
         click.echo(text)
     names = [*(name for name, _ in _COLUMNS), ""]
-    if on_terminal():
+    if is_terminal():
         _print_table(names, table, report["rows"])
         return
     widths = [max(len(line[at]) for line in [names, *table]) for at in range(len(names))]

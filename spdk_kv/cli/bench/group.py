@@ -1,4 +1,4 @@
-"""``spdk-kv bench``: the measurements, each in a module of its own."""
+"""``spdk-kv bench``: a group of measurements, each in a module of its own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ bench = LazyGroup(
     commands_at={
         "decode": (
             "spdk_kv.cli.bench.decode:bench_decode",
-            "Which path to the drive decodes fastest at which memory budget.",
+            "Find the path that decodes fastest at a memory budget.",
         ),
-        "io": ("spdk_kv.cli.bench.io:bench_io", "What an engine gets out of a drive."),
+        "io": ("spdk_kv.cli.bench.io:bench_io", "Measure an engine on a drive."),
     },
     help="Measure a drive, an engine or a policy.",
 )

@@ -1,4 +1,4 @@
-"""``spdk-kv bench io``: one engine, one kind of load, for some seconds."""
+"""``spdk-kv bench io``: one engine under one kind of load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import click
 from spdk_kv.engines import Location, parse_location
 from spdk_kv.errors import CapacityError, device_error
 from spdk_kv.memory import read_memory
-from spdk_kv.terminal import console, json_option, on_terminal, print_json, progress
+from spdk_kv.terminal import console, is_terminal, json_option, print_json, progress
 from spdk_kv.units import GIB, KIB, MIB, align_down, format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from spdk_kv.measure import Measurement, Workload
 
 _OPS = ("read", "write", "randread")
-_DEFAULT_NBYTES = {"ram": 256 * MIB}  # all others: a GiB
+_DEFAULT_NBYTES = {"ram": 256 * MIB}  # a GiB for all others
 _CONFIRM = "--i-know-this-destroys"
 
 
 def _nbytes(
     context: click.Context, parameter: click.Parameter, value: int | str | None
 ) -> int | None:
-    """A byte count as people write it: ``4096``, ``16k``, ``1 MiB``."""
+    """Parses a byte count as people write it: ``4096``, ``16k``, ``1 MiB``."""
     if value is None:
         return None
     try:
         return parse_nbytes(value)
-    except ValueError as unclear:
-        raise click.BadParameter(str(unclear), context, parameter) from unclear
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
 
 
 @click.command("io")
@@ -45,16 +45,19 @@ def _nbytes(
     "--location",
     required=True,
     metavar="URI",
-    help="file:///DIR (a temporary file in it), block:///dev/NODE, spdk://..., ram:// or null://.",
+    help="file:///DIR (a temporary file in DIR), block:///dev/NODE, ng:///dev/NODE, "
+    "spdk://ADDRESS/NAMESPACE, ram:// or null://.",
 )
-@click.option("--op", type=click.Choice(_OPS), default="read", show_default=True)
+@click.option(
+    "--op", type=click.Choice(_OPS), default="read", show_default=True, help="What to do."
+)
 @click.option(
     "--segment-nbytes",
     callback=_nbytes,
     default="1 MiB",
     show_default=True,
-    metavar="NBYTES",
-    help="Bytes per command: 16384, 16k, 1MiB.",
+    metavar="SIZE",
+    help="Bytes per command, such as 16384, 16k or 1MiB.",
 )
 @click.option(
     "--depth",
@@ -68,21 +71,25 @@ def _nbytes(
     type=click.FloatRange(0.01, 86400),
     default=5.0,
     show_default=True,
-    help="How long.",
+    help="How long to measure.",
 )
-@click.option("--engine", metavar="NAME", help="uring, threads or pagecache; default: the best.")
+@click.option(
+    "--engine",
+    metavar="NAME",
+    help="uring, threads or pagecache.  [default: the best available]",
+)
 @click.option(
     "--size",
     callback=_nbytes,
-    metavar="NBYTES",
-    help="Bytes to run over. Default: 1 GiB (ram: 256 MiB), or half of what is free.",
+    metavar="SIZE",
+    help="Bytes to run over.  [default: 1 GiB (ram: 256 MiB), at most half of the free space]",
 )
-@click.option("--checksum", is_flag=True, help="CRC32C over every byte, as a store does it.")
+@click.option("--checksum", is_flag=True, help="Compute CRC32C over every byte, as a store does.")
 @click.option(
     _CONFIRM,
     "destroys",
     metavar="PATH|URI",
-    help="Needed to write to a device: its path (spdk: its URI) again, letter by letter.",
+    help="Required to write to a drive: its path (spdk: its URI) again, exactly.",
 )
 @json_option
 def bench_io(
@@ -97,11 +104,11 @@ def bench_io(
     destroys: str | None,
     as_json: bool,
 ) -> None:
-    """Measure what an engine gets out of a drive.
+    """Measure an engine on a drive.
 
-    On file:// it works in a temporary file, written once before the clock starts and gone
-    afterwards, whatever happens; stores in that folder are not touched. A device is only read,
-    unless its path or URI is repeated.
+    On file:// it uses a temporary file, which is written once before the clock starts and removed
+    afterwards in any case; stores in that folder are not touched. On block://, ng:// and spdk:// it
+    only reads, unless the path or URI is repeated to confirm a write.
     """
     from spdk_kv.engines import QueueOptions
     from spdk_kv.measure import Workload, measure
@@ -109,8 +116,8 @@ def bench_io(
     try:
         place = parse_location(location)
         options = QueueOptions(depth, segment_nbytes)
-    except ValueError as wrong:
-        raise click.UsageError(str(wrong)) from wrong
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     _check_memory(depth, segment_nbytes)
     if place.scheme == "block":
         _check_block(place.path)
@@ -121,12 +128,12 @@ def bench_io(
         _check_write(location, op, destroys)
     elif destroys is not None:
         raise click.UsageError(
-            f"{_CONFIRM} is for block://, ng:// and spdk:// alone; {place} needs no such thing"
+            f"{_CONFIRM} is only for block://, ng:// and spdk://; {place} does not need it"
         )
     span = size or _default_size(place)
     if span < segment_nbytes:
         raise click.UsageError(
-            f"{format_nbytes(span)} do not hold one segment of {format_nbytes(segment_nbytes)}"
+            f"{format_nbytes(span)} cannot hold one segment of {format_nbytes(segment_nbytes)}"
         )
     with _opened(place, engine, options, align_down(span, segment_nbytes)) as opened:
         capacity = opened.capacity_nbytes
@@ -143,12 +150,12 @@ def bench_io(
 
 
 def _ticker(advance: Callable[[int], None]) -> Callable[[float], None]:
-    """Turns the time since the beginning into steps of a bar that counts milliseconds."""
+    """Advances a bar that counts milliseconds by the time elapsed since the beginning."""
     shown = 0
 
     def tick(elapsed_s: float) -> None:
         nonlocal shown
-        # A bar redrawn for each of thousands of transfers would cost more than they do.
+        # Redrawing the bar for each of thousands of transfers would cost more than they do.
         now = round(elapsed_s * 1000)
         if now - shown >= 100:
             advance(now - shown)
@@ -180,7 +187,7 @@ def _check_block(path: str) -> None:
 def _check_write(name: str, op: str, destroys: str | None) -> None:
     if op == "write" and destroys != name:
         raise click.UsageError(
-            f"writing destroys what is on {name}. To do it all the same: {_CONFIRM} {name}"
+            f"writing destroys what is on {name}; to do it anyway, add {_CONFIRM} {name}"
         )
 
 
@@ -199,18 +206,18 @@ def _default_size(place: Location) -> int:
 def _opened(
     place: Location, engine: str | None, options: QueueOptions, nbytes: int
 ) -> Iterator[Engine]:
-    """The engine, over ``nbytes`` that were written before (a device: whatever is there)."""
+    """The engine over ``nbytes``, filled first unless they are on a drive of their own."""
     from spdk_kv.engines import open_engine
     from spdk_kv.measure import fill
 
     path = _temporary_file(place.path, nbytes) if place.scheme == "file" else ""
     try:
         opened = open_engine(place, path, engine=engine, capacity_nbytes=nbytes, options=options)
-    except ValueError as wrong:
-        raise click.UsageError(str(wrong)) from wrong
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     finally:
         if path:
-            # The engine holds it open. Without a name, nothing is left behind even by kill -9.
+            # The engine has it open. Without a name nothing is left behind, even by kill -9.
             os.unlink(path)
     try:
         if place.scheme in ("file", "ram"):
@@ -222,7 +229,7 @@ def _opened(
 
 
 def _temporary_file(folder: str, nbytes: int) -> str:
-    """A file of ``nbytes`` in ``folder``, all of it allocated."""
+    """A new file of ``nbytes`` in ``folder``, fully allocated."""
     try:
         fd, path = tempfile.mkstemp(prefix=".spdk_kv-bench-", dir=folder)
     except OSError as refused:
@@ -275,7 +282,7 @@ def _print(report: dict[str, Any]) -> None:
             f"{report['lat_us_p999']:,.0f} p99.9",
         ),
     ]
-    if not on_terminal():
+    if not is_terminal():
         for name, text in rows:
             click.echo(f"{name:<8} {text}")
         return
@@ -290,7 +297,7 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _short(nbytes: int) -> str:
-    """Without a fraction that says nothing: ``16 KiB`` and not ``16.0 KiB``."""
+    """``16 KiB`` rather than ``16.0 KiB``."""
     if nbytes % MIB == 0:
         return f"{nbytes // MIB} MiB"
     return f"{nbytes / KIB:g} KiB"

@@ -1,7 +1,6 @@
-"""The doctor's judgement: what was read of the machine, as verdicts with their remedies.
+"""The doctor's checks: pure functions from what was read of a machine to findings and remedies.
 
-Pure: each function takes what was read and returns a Check, so every verdict can be tested on
-machines that are not at hand.
+Being pure, they can be tested for machines that are not at hand.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from spdk_kv.units import GIB, format_nbytes
 
 Status = Literal["ok", "missing", "limited", "info"]
 
-# What the SPDK engine may want to pin: its own rings and a staging pool for two deep pipelines
-# of large layers. 1024 hugepages of 2 MiB.
+# What the SPDK engine may pin: its own rings, and a staging pool for two deep pipelines of large
+# layers. This is 1024 hugepages of 2 MiB.
 PINNED_NBYTES = 2 * GIB
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor's report. ``remedy``: what mends it, empty where nothing must."""
+    """One line of the doctor's report; ``remedy`` is a command or advice, "" if none is needed."""
 
     name: str
     status: Status
@@ -37,8 +36,8 @@ def check_system(host: Host) -> Check:
     found = f"Linux {host.kernel}, {host.cpu_count} usable CPUs"
     if host.container_hints:
         found += (
-            f"; probably in a container ({', '.join(host.container_hints)}): sysctl, modprobe and "
-            "the kernel's command line are the host's"
+            f"; probably in a container ({', '.join(host.container_hints)}): run sysctl and "
+            "modprobe, and change the kernel's command line, on the host"
         )
     return Check("system", "info", found)
 
@@ -46,14 +45,14 @@ def check_system(host: Host) -> Check:
 def check_memory(memory: MemorySnapshot) -> Check:
     if memory.available_nbytes is None:
         return Check(
-            "memory", "limited", "MemAvailable is not known", "sudo mount -t proc proc /proc"
+            "memory", "limited", "cannot read MemAvailable", "sudo mount -t proc proc /proc"
         )
     found = f"{format_nbytes(memory.available_nbytes)} available"
     tightest = memory.tightest
     if tightest is None:
         return Check("memory", "ok", f"{found}, no cgroup limit")
     found += (
-        f"; {format_nbytes(page_cache_budget(memory, 0))} of them for the page cache, as cgroup "
+        f", of which the page cache may use {format_nbytes(page_cache_budget(memory, 0))}: cgroup "
         f"{tightest.path} has a limit of {format_nbytes(tightest.limit_nbytes)}"
     )
     if tightest.headroom_nbytes >= memory.available_nbytes:
@@ -67,18 +66,20 @@ def check_memory(memory: MemorySnapshot) -> Check:
 def check_hugepages(host: Host) -> Check:
     if host.hugepage_nbytes is None or not host.hugepage_pools:
         remedy = "boot a kernel that has CONFIG_HUGETLBFS"
-        return Check("hugepages", "missing", "the kernel has none", remedy)
+        return Check("hugepages", "missing", "the kernel does not support them", remedy)
     pools = [
         f"{pool.free} of {pool.total} pages of {format_nbytes(pool.page_nbytes)} free"
         for pool in host.hugepage_pools
     ]
     mounts = ", ".join(host.hugepage_mounts)
-    found = f"{'; '.join(pools)}; {f'mounted at {mounts}' if mounts else 'no hugetlbfs mounted'}"
+    found = (
+        f"{'; '.join(pools)}; {f'mounted at {mounts}' if mounts else 'hugetlbfs is not mounted'}"
+    )
     free_nbytes = sum(pool.free * pool.page_nbytes for pool in host.hugepage_pools)
     remedies = []
     if free_nbytes < PINNED_NBYTES:
-        # vm.nr_hugepages is the new total of the default size: asking for less than there is now
-        # would take pages from whoever else counts on them.
+        # vm.nr_hugepages sets the total of the default size: a number below today's would take
+        # pages from other users.
         total = sum(p.total for p in host.hugepage_pools if p.page_nbytes == host.hugepage_nbytes)
         more = -(-(PINNED_NBYTES - free_nbytes) // host.hugepage_nbytes)
         remedies.append(f"sudo sysctl vm.nr_hugepages={total + more}")
@@ -95,11 +96,11 @@ def check_memlock(host: Host) -> Check:
         return Check("memlock", "ok", "RLIMIT_MEMLOCK is unlimited")
     found = f"RLIMIT_MEMLOCK is {format_nbytes(host.memlock_nbytes)}"
     if host.memlock_exempt:
-        return Check("memlock", "ok", f"{found}, but CAP_IPC_LOCK lifts it")
+        return Check("memlock", "ok", f"{found}, but this process has CAP_IPC_LOCK")
     if host.memlock_nbytes >= PINNED_NBYTES:
         return Check("memlock", "ok", found)
     remedy = (
-        "`ulimit -l unlimited`, or for good: echo '* - memlock unlimited' | "
+        "`ulimit -l unlimited`, or permanently: echo '* - memlock unlimited' | "
         "sudo tee /etc/security/limits.d/spdk_kv.conf, then log in again"
     )
     return Check("memlock", "limited", found, remedy)
@@ -109,7 +110,7 @@ def check_iommu(host: Host) -> Check:
     if host.iommu:
         return Check("iommu", "ok", f"{host.iommu_groups} IOMMU groups")
     units = ", ".join(host.iommu_units)
-    found = f"{units} present, but the kernel makes no groups" if units else "none in use"
+    found = f"{units} is present, but there are no IOMMU groups" if units else "none in use"
     remedy = (
         "enable VT-d or AMD-Vi in the firmware, add intel_iommu=on iommu=pt to the kernel's "
         "command line (AMD: iommu=pt) and reboot"
@@ -122,7 +123,7 @@ def check_vfio(host: Host) -> Check:
         return Check("vfio", "ok", "vfio-pci is loaded")
     if host.vfio_pci == "available":
         return Check("vfio", "limited", "vfio-pci is not loaded", "sudo modprobe vfio-pci")
-    found = f"no vfio-pci, neither loaded nor in /lib/modules/{host.kernel}"
+    found = f"vfio-pci is neither loaded nor in /lib/modules/{host.kernel}"
     remedy = "boot a kernel that has CONFIG_VFIO_PCI, then sudo modprobe vfio-pci"
     return Check("vfio", "missing", found, remedy)
 
@@ -146,17 +147,17 @@ def check_io_uring(io_uring: IoUringStatus) -> Check:
 
 
 def check_drives(drives: Sequence[NvmeDrive]) -> list[Check]:
-    """One line per drive, or one that says that there is none."""
+    """One line per drive, or one line that says there is none."""
     if not drives:
-        return [Check("nvme", "missing", "no NVMe PCI function; a file:// store still works")]
+        return [Check("nvme", "missing", "no NVMe drive on PCI; file:// works on any drive")]
     return [Check(f"nvme {drive.bdf}", "info", _describe(drive)) for drive in drives]
 
 
 def _describe(drive: NvmeDrive) -> str:
-    size = "size not known" if drive.nbytes is None else format_nbytes(drive.nbytes)
+    size = "unknown size" if drive.nbytes is None else format_nbytes(drive.nbytes)
     facts = [
-        drive.model or "model not known",
-        f"serial {drive.serial}" if drive.serial else "serial not known",
+        drive.model or "unknown model",
+        f"serial {drive.serial}" if drive.serial else "unknown serial",
         size,
         f"driver {drive.driver}" if drive.driver else "no driver",
     ]
@@ -167,7 +168,7 @@ def _describe(drive: NvmeDrive) -> str:
         facts.append("not mounted")
     holders = sorted({holder for ns in drive.namespaces for holder in ns.holders})
     if holders:
-        facts.append(f"held by {' '.join(holders)}")
+        facts.append(f"used by {' '.join(holders)}")
     if drive.iommu_group is None:
         facts.append("no IOMMU group")
     else:

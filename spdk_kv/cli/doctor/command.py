@@ -1,4 +1,4 @@
-"""``spdk-kv doctor``: what this machine offers, and the command that mends what is missing."""
+"""``spdk-kv doctor``: what this machine offers, and the commands that add what is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spdk_kv.cli.doctor.checks import (
 )
 from spdk_kv.devices import NvmeDrive, list_drives, read_host
 from spdk_kv.memory import MemorySnapshot, page_cache_budget, read_memory
-from spdk_kv.terminal import console, json_option, on_terminal, print_json
+from spdk_kv.terminal import console, is_terminal, json_option, print_json
 from spdk_kv.units import format_nbytes
 
 if TYPE_CHECKING:
@@ -37,10 +37,11 @@ _PIPE_WIDTH = 80
 @click.argument("locations", nargs=-1, metavar="[URI]...")
 @json_option
 def doctor(locations: tuple[str, ...], as_json: bool) -> None:
-    """Show what this machine offers and what to mend.
+    """Show what this machine offers and how to fix what is missing.
 
-    With an URI of an NVMe drive (spdk://, spdk+tcp://, spdk+vfiouser://) also whether SPDK
-    reaches it, and what it is. Reads only; changes nothing. Exit status 0 whatever it finds.
+    Given the URI of an NVMe drive (spdk://, spdk+tcp://, spdk+vfiouser://), it also shows whether
+    SPDK reaches the drive, and what drive it is. It only reads. The exit status is 0 whatever it
+    finds.
     """
     places = [_nvme_location(location) for location in locations]
     from spdk_kv.engines import engine_status  # may load native code: not for `--help`
@@ -73,7 +74,7 @@ def doctor(locations: tuple[str, ...], as_json: bool) -> None:
         return
     checks += [Check("memory", "info", note) for note in memory.notes]
     report = [*(_engine_check(engine) for engine in engines), *checks]
-    if on_terminal():
+    if is_terminal():
         _print_table(report)
     else:
         _print_lines(report)
@@ -84,29 +85,29 @@ def _nvme_location(text: str) -> Location:
 
     try:
         place = parse_location(text)
-    except ValueError as wrong:
-        raise click.UsageError(str(wrong)) from wrong
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     if not place.is_nvme:
-        raise click.UsageError(f"{place} is not an NVMe drive's location (spdk://...)")
+        raise click.UsageError(f"{place} is not the location of an NVMe drive (spdk://...)")
     return place
 
 
 def _check_location(place: Location) -> Check:
-    """Connects to the drive for a moment."""
+    """Opens the drive briefly, and closes it again."""
     from spdk_kv.engines import QueueOptions, SpdkEngine, open_engine
     from spdk_kv.errors import SpdkKvError
 
     try:
         drive = open_engine(place, options=QueueOptions(depth=1, segment_nbytes=4096))
-    except SpdkKvError as refused:
-        return Check(str(place), "missing", str(refused))
+    except SpdkKvError as error:
+        return Check(str(place), "missing", str(error))
     assert isinstance(drive, SpdkEngine)
     try:
         facts = [
             drive.controller["model"],
             f"serial {drive.controller['serial']}",
             format_nbytes(drive.capacity_nbytes),
-            f"blocks of {drive.block_nbytes}",
+            f"blocks of {drive.block_nbytes} bytes",
             f"at most {format_nbytes(drive.namespace['max_transfer_nbytes'])} per command",
             f"identity {drive.identity}",
         ]
@@ -119,15 +120,15 @@ def _check_gpu() -> Check:
     try:
         import torch
     except ImportError as error:
-        return Check("gpu", "missing", f"torch does not load: {error}", "pip install torch")
+        return Check("gpu", "missing", f"torch cannot be imported: {error}", "pip install torch")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Check("gpu", "ok", f"torch {torch.__version__}: {', '.join(names)}")
     if torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version"):
-        found = f"an NVIDIA driver, but torch {torch.__version__} is built without CUDA"
+        found = f"there is an NVIDIA driver, but torch {torch.__version__} is built without CUDA"
         remedy = "pip install --force-reinstall torch"  # PyPI's Linux wheels have CUDA
         return Check("gpu", "limited", found, remedy)
-    return Check("gpu", "info", f"torch {torch.__version__} sees none; tensors stay on the CPU")
+    return Check("gpu", "info", f"torch {torch.__version__} finds none; tensors stay on the CPU")
 
 
 def _engine_check(engine: EngineStatus) -> Check:
@@ -162,7 +163,7 @@ def _print_lines(report: Sequence[Check]) -> None:
         head = f"{check.status:<8} {check.name:<{width}}  "
         click.echo(_wrap(head, check.found))
         if check.remedy:
-            # Never wrapped: it is there to be copied.
+            # Not wrapped, so that it can be copied.
             click.echo(f"{'':8} fix: {check.remedy}")
 
 
@@ -191,8 +192,8 @@ def _print_table(report: Sequence[Check]) -> None:
     out.print(table)
     remedies = [check for check in report if check.remedy]
     if remedies:
-        out.print("\nTo mend", style="bold")
+        out.print("\nTo fix", style="bold")
     for check in remedies:
-        # Outside the table and left to the terminal to wrap, so that it can be copied whole.
+        # Outside of the table, and wrapped by the terminal, so that it can be copied whole.
         out.print(f"{check.name}:", style=_STYLES[check.status])
         out.print(Text(f"  {check.remedy}"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``spdk-kv stat``: what a store holds, and on what."""
+"""``spdk-kv stat``: what a store holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from spdk_kv.engines import parse_location
 from spdk_kv.placement import Superblock
-from spdk_kv.terminal import console, json_option, on_terminal, print_json
+from spdk_kv.terminal import console, is_terminal, json_option, print_json
 from spdk_kv.units import format_nbytes
 
 if TYPE_CHECKING:
@@ -21,38 +21,40 @@ if TYPE_CHECKING:
 @click.option(
     "--index-dir",
     type=click.Path(file_okay=False),
-    help="Where the index of a store on a device lies, if not in its usual place.",
+    help="Folder of the index, if the store is on a drive of its own and not at its usual place.",
 )
-@click.option("--why", is_flag=True, help="Which path layers are read by, and what decided it.")
+@click.option("--why", is_flag=True, help="Show how an open store reads its layers, and why.")
 @json_option
 def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None:
     """Show what the store at URI holds.
 
-    Opens it for a moment and never begins one. A store that another process has open is left
-    alone: that is an error naming its PID, exit status 1. With --why the store is not opened: who
-    has it open tells what it decided, and is not disturbed.
+    The store is opened briefly; a missing one is not created. If another process has it open, the
+    error names its PID, and the exit status is 1.
+
+    With --why the store is not opened: the output is what the process that has it open last
+    decided, and that process is not disturbed.
     """
     try:
         place = parse_location(location)
-    except ValueError as wrong:
-        raise click.UsageError(str(wrong)) from wrong
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     if place.scheme in ("ram", "null"):
-        raise click.UsageError(f"{place} holds nothing once its process is over")
+        raise click.UsageError(f"{place} holds nothing once its process has ended")
     if why:
         from spdk_kv.cli.stat.why import explain, lines_of
 
-        told = explain(place, index_dir)
+        explained = explain(place, index_dir)
         if as_json:
-            print_json(told)
+            print_json(explained)
         else:
-            _print_rows(lines_of(told))
+            _print_rows(lines_of(explained))
         return
     from spdk_kv.store import open as open_store  # loads torch: not for `--help`
 
     try:
         store = open_store(location, create=False, index_dir=index_dir, flush_interval_s=None)
-    except ValueError as wrong:
-        raise click.UsageError(str(wrong)) from wrong
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     with store:
         report = _report(store, place.scheme != "file")
     if as_json:
@@ -61,7 +63,7 @@ def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None
         _print(report)
 
 
-def _report(store: KVStore, on_device: bool) -> dict[str, Any]:
+def _report(store: KVStore, on_drive: bool) -> dict[str, Any]:
     from spdk_kv.store import read_superblock
 
     held = store.stats()
@@ -76,11 +78,11 @@ def _report(store: KVStore, on_device: bool) -> dict[str, Any]:
         "largest_free_nbytes": held["largest_free_nbytes"],
         "blobs": held["blobs"],
         "sequences": held["sequences"],
-        "superblock": _superblock_fields(read_superblock(store.engine), on_device),
+        "superblock": _superblock_fields(read_superblock(store.engine), on_drive),
     }
 
 
-def _superblock_fields(superblock: Superblock | None, on_device: bool) -> dict[str, Any] | None:
+def _superblock_fields(superblock: Superblock | None, on_drive: bool) -> dict[str, Any] | None:
     if superblock is None:
         return None
     fields: dict[str, Any] = {
@@ -89,7 +91,7 @@ def _superblock_fields(superblock: Superblock | None, on_device: bool) -> dict[s
         "block_nbytes": superblock.block_nbytes,
         "capacity_nbytes": superblock.capacity_nbytes,
     }
-    if on_device:
+    if on_drive:
         fields["device_id"] = superblock.device_id
     return fields
 
@@ -105,21 +107,21 @@ def _print(report: dict[str, Any]) -> None:
         (
             "free",
             f"{format_nbytes(report['free_nbytes'])}, at most "
-            f"{format_nbytes(report['largest_free_nbytes'])} in one piece",
+            f"{format_nbytes(report['largest_free_nbytes'])} in one extent",
         ),
         ("blobs", f"{report['blobs']:,}"),
         ("sequences", f"{report['sequences']:,}"),
     ]
     if superblock := report["superblock"]:
         text = f"generation {superblock['generation']}, blocks of {superblock['block_nbytes']}"
-        if device := superblock.get("device_id"):
-            text += f", device {device}"
+        if drive := superblock.get("device_id"):
+            text += f", drive {drive}"
         rows.append(("superblock", text))
     _print_rows(rows)
 
 
 def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    if not on_terminal():
+    if not is_terminal():
         for name, text in rows:
             click.echo(f"{name:<11} {text}")
         return

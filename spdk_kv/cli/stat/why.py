@@ -1,4 +1,4 @@
-"""``spdk-kv stat --why``: the memory there is, and what an open store made of it."""
+"""``spdk-kv stat --why``: available memory, and what an open store decided with it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ _MOST_SEQUENCES = 20
 
 
 def explain(place: Location, index_dir: str | None) -> dict[str, Any]:
-    """The JSON object: ``memory`` as this process sees it, ``owner_pid`` of who has the store open
-    (None: nobody), and its last ``decision`` (None: there was none yet). StoreMismatch where there
-    is no store."""
+    """The JSON object that `stat --why --json` prints.
+
+    ``memory`` is as this process sees it; ``owner_pid`` is the process that has the store open, or
+    None; ``decision`` is its last one, or None if there was none yet. Raises StoreMismatch where
+    there is no store.
+    """
     if place.scheme == "file":
         if index_dir is not None:
-            raise click.UsageError("index_dir is for stores on devices")
+            raise click.UsageError("--index-dir does not apply to file:// stores")
         folder = place.path
     else:
         folder = index_dir or index_folder(place)
@@ -35,7 +38,7 @@ def explain(place: Location, index_dir: str | None) -> dict[str, Any]:
     budget = reader.read()
     reader.close()
     owner = owner_of(os.path.join(folder, "lock"))
-    told = read_why(folder)
+    decision = read_why(folder)
     return {
         "location": str(place),
         "memory": {
@@ -45,27 +48,27 @@ def explain(place: Location, index_dir: str | None) -> dict[str, Any]:
             "notes": list(budget.notes),
         },
         "owner_pid": owner,
-        # Of an owner that was killed the file is still there; its pages are nobody's any more.
-        "decision": told if told is not None and told["pid"] == owner else None,
+        # An owner that was killed leaves its file behind, which describes nothing any more.
+        "decision": decision if decision is not None and decision["pid"] == owner else None,
     }
 
 
-def lines_of(told: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, text) for people."""
-    memory, decision = told["memory"], told["decision"]
+def lines_of(explained: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of (name, text) for people."""
+    memory, decision = explained["memory"], explained["decision"]
     text = f"the page cache may hold {format_nbytes(memory['budget_nbytes'])}, limited by "
     text += memory["limited_by"]
     if memory["pressure"] is not None:
         text += f"; pressure {memory['pressure']:.0f} %"
-    rows = [("store", told["location"]), ("memory now", text)]
+    rows = [("store", explained["location"]), ("memory now", text)]
     rows += [("", note) for note in memory["notes"]]
-    if told["owner_pid"] is None:
-        return [*rows, ("owner", "no process has it open: nothing is decided")]
+    if explained["owner_pid"] is None:
+        return [*rows, ("owner", "none; no process has the store open")]
     if decision is None:
-        return [*rows, ("owner", f"process {told['owner_pid']}, which has no sequences in use yet")]
+        return [*rows, ("owner", f"process {explained['owner_pid']}, which uses no sequences yet")]
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(decision["time"]))
     rows += [
-        ("owner", f"process {decision['pid']}; what follows is of {at}, its last change"),
+        ("owner", f"process {decision['pid']}; its last decision, of {at}:"),
         ("policy", f"{decision['policy']}, engine {decision['engine']}"),
         ("why", decision["reason"]),
     ]
@@ -74,14 +77,14 @@ def lines_of(told: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         *rows,
         ("budget", f"{format_nbytes(decision['budget_nbytes'])} ({decision['limited_by']})"),
-        ("X", f"{format_nbytes(decision['limit_nbytes'])} for layers in the page cache"),
+        ("limit", f"{format_nbytes(decision['limit_nbytes'])} of layers in the page cache"),
         *_sequence_rows(decision["sequences"]),
         *_copy_rows(decision),
         ("reads", _reads(decision)),
         (
             "moves",
-            f"{decision['promotions']:,} units to the page cache and {decision['demotions']:,} off "
-            f"it, in {decision['decisions']:,} decisions",
+            f"{decision['promotions']:,} promotions to the page cache and "
+            f"{decision['demotions']:,} demotions, in {decision['decisions']:,} decisions",
         ),
     ]
 
@@ -102,30 +105,30 @@ def _sequence_rows(sequences: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _copy_rows(decision: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Of a store whose page cache has copies of what is on its drive."""
+    """Rows for a store whose page cache holds copies of what is on its drive."""
     folder = decision.get("page_cache_dir")
     if not folder:
         return []
     text = (
         f"page cache of a file in {folder}: {format_nbytes(decision['copied_nbytes'])} of "
-        f"{format_nbytes(decision['cached_nbytes'])} are there, "
-        f"{format_nbytes(decision['written_nbytes'])} were copied in all"
+        f"{format_nbytes(decision['cached_nbytes'])} copied, "
+        f"{format_nbytes(decision['written_nbytes'])} written in total"
     )
     rows = [("copies", text)]
     if decision["trouble"]:
-        rows.append(("", f"nothing is copied at present: {decision['trouble']}"))
+        rows.append(("", f"copying is suspended: {decision['trouble']}"))
     return rows
 
 
 def _reads(decision: Mapping[str, Any]) -> str:
     filled = ""
     if not decision.get("page_cache_dir"):
-        filled = f"{format_nbytes(decision['filled_nbytes'])} filled it, "
+        filled = f"{format_nbytes(decision['filled_nbytes'])} fills, "
     text = (
-        f"{format_nbytes(decision['cached_read_nbytes'])} through the page cache (of it {filled}"
-        f"{format_nbytes(decision['missed_nbytes'])} had been evicted), "
+        f"{format_nbytes(decision['cached_read_nbytes'])} through the page cache ({filled}"
+        f"{format_nbytes(decision['missed_nbytes'])} misses), "
         f"{format_nbytes(decision['direct_read_nbytes'])} directly"
     )
     if decision["taken_over_nbytes"]:
-        text += f"; {format_nbytes(decision['taken_over_nbytes'])} that one path could not deliver"
+        text += f"; {format_nbytes(decision['taken_over_nbytes'])} after the other path had failed"
     return text

@@ -1,9 +1,9 @@
-"""Exclusive claims on a drive's disks, held from the last look until the kernel let go of it.
+"""Exclusive claims on a drive's disks, held from the last look until the kernel releases the drive.
 
-While they are held nobody can mount, swap on, or build dm, md, LVM or ZFS on the drive or any of
-its partitions: all of these claim the device for themselves (bd_prepare_to_claim in
-block/bdev.c), and a claim on the whole disk shuts out those on its partitions. That closes the
-gap between "nothing uses it" and the unbind.
+While they are held, nobody can mount, swap on, or build dm, md, LVM or ZFS on the drive or its
+partitions: all of these need a claim as well (bd_prepare_to_claim in block/bdev.c), and a claim on
+a whole disk excludes claims on its partitions. This closes the gap between "nothing uses it" and
+the unbind. A claim is a read-only open, and changes nothing on the drive.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from spdk_kv.devices.inspection.stack import Disk
 
 @dataclass
 class Claims:
-    """``refusals``: empty if every disk could be claimed."""
+    """Claims that are held; ``refusals`` is empty if every disk could be claimed."""
 
     refusals: list[Reason] = field(default_factory=list)
     fds: list[int] = field(default_factory=list)
 
     def release(self) -> None:
-        """Gives the claims up. A driver that takes the drive anew finds its old names free then."""
+        """Releases the claims, and with them the names that the kernel gives to the disks."""
         while self.fds:
             os.close(self.fds.pop())
 
 
 @contextmanager
 def claim(root: Path, kernel: Kernel, disks: Sequence[Disk]) -> Iterator[Claims]:
-    """Holds exclusive claims on ``disks`` for the length of the block."""
+    """Holds exclusive claims on ``disks`` until the end of the block."""
     claims = Claims()
     try:
         for disk in disks:
@@ -58,6 +58,6 @@ def _claim_one(root: Path, kernel: Kernel, disk: Disk, claims: Claims) -> None:
         claims.refusals.append(Reason(code, found))
         return
     if number != disk.number:
-        # Not a change since an earlier look, but a node that leads elsewhere.
+        # The node leads to another disk, which need not be a change since an earlier look.
         found = f"/dev/{disk.name} is {number}, but the drive's disk is {disk.number}"
         claims.refusals.append(Reason(Code.CHANGED, found))

@@ -1,6 +1,6 @@
-"""What is on a drive: signatures, the names by which others refer to it, and data of any kind.
+"""What is on a drive: signatures, names by which other things refer to it, and data of any kind.
 
-Reads only. The nodes must be of a drive that nothing uses.
+It reads the drive, so it is only used on drives that nothing else uses.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ _EFI_TYPES = {
     "0xea": "extended boot partition",
 }
 
-# ZFS on-disk format: four labels of 256 KiB, two at each end; in each, 128 KiB of uberblocks
-# behind 128 KiB whose last 40 bytes are a checksum with this magic.
+# ZFS on-disk format: four labels of 256 KiB, two at each end. Each consists of 128 KiB whose last
+# 40 bytes are a checksum with this magic, and 128 KiB of uberblocks.
 _ZFS_LABEL_NBYTES = 256 * KIB
 _ZFS_UBERBLOCK = 0x00BAB10C
 _ZFS_CHECKSUM = 0x0210DA7AB10C7A11
 
-_OWN_MAGIC = b"spdk_kv\0"  # of spdk_kv/superblock.py, which stands a floor above
+_OWN_MAGIC = b"spdk_kv\0"  # as in placement/superblock.py, which this floor may not import
 
-# An empty drive is read in full at both ends, and in between at this many places.
+# A drive without a signature is read in full at both ends, and in between at this many places,
+# which finds data that covers a thousandth of the drive or more with near certainty.
 _END_NBYTES = 4 * MIB
 _SAMPLES = 8192
 _SAMPLE_NBYTES = 4 * KIB
@@ -43,10 +44,16 @@ _SAMPLE_NBYTES = 4 * KIB
 
 @dataclass
 class Contents:
-    """``ids``: UUIDs and the like, lower case, no punctuation. ``short_ids``: those as written.
+    """What was found on a drive.
 
-    ``findings``: what would be lost, as reasons; ``kinds``: the same in one word each, as
-    ``ext4`` or ``data``. ``note``: how an empty drive was looked at.
+    Attributes:
+        ids: UUIDs and the like, in lower case.
+        labels: filesystem and partition labels.
+        partition_ids: those of ``ids`` that are partition UUIDs.
+        boot: reasons because of partitions that a boot needs.
+        findings: what would be lost, as reasons.
+        kinds: the same in one word each, such as ``ext4`` or ``data``.
+        note: how much of a drive that seems empty was read.
     """
 
     ids: set[str] = field(default_factory=set)
@@ -59,11 +66,11 @@ class Contents:
 
 
 def read_contents(root: Path, kernel: Kernel, stack: Stack) -> Contents:
-    """Looks at every disk of ``stack``. Raises Unreadable, OSError, ToolMissing."""
+    """Reads every disk of ``stack``. Raises Unreadable, OSError, ToolMissing."""
     contents = Contents()
     for disk in stack.disks:
         if disk.number is None or disk.nbytes == 0:
-            continue  # refused as not inspectable
+            continue  # the verdict refuses it as not inspectable
         for node in disk.nodes:
             _add_signatures(root, kernel, node, contents)
             _add_names(root, kernel, node, contents)
@@ -84,7 +91,7 @@ def _find(contents: Contents, code: Code, kind: str, found: str) -> None:
 
 
 def _add_signatures(root: Path, kernel: Kernel, node: str, contents: Contents) -> None:
-    # --no-act stands first for whoever reads this; without --all wipefs only lists anyway.
+    # --no-act is for readers of this line; without --all wipefs only lists anyway.
     done = kernel.run(["wipefs", "--no-act", "--json", str(_at(root, node))])
     if done.status != 0:
         raise Unreadable(f"wipefs on {node}: exit status {done.status}: {done.error.strip()}")
@@ -104,13 +111,13 @@ def _add_signatures(root: Path, kernel: Kernel, node: str, contents: Contents) -
                 f"{node}: {kind} at byte {int(signature['offset'], 16)} {shown}".rstrip(),
             )
     except (ValueError, KeyError, TypeError) as error:
-        raise Unreadable(f"wipefs on {node}: not the answer expected: {error!r}") from error
+        raise Unreadable(f"wipefs on {node}: unexpected answer: {error!r}") from error
 
 
 def _add_names(root: Path, kernel: Kernel, node: str, contents: Contents) -> None:
-    """UUIDs and labels, for what refers to the drive by them."""
+    """Adds UUIDs and labels, by which other things may refer to the drive."""
     done = kernel.run(["blkid", "--probe", "--output", "udev", str(_at(root, node))])
-    # 2: nothing found. It says the same of a node that it cannot open; wipefs has just read it.
+    # Status 2 is "nothing found". It also means "cannot open", but wipefs has just read the node.
     if done.status not in (0, 2):
         raise Unreadable(f"blkid on {node}: exit status {done.status}: {done.error.strip()}")
     for line in done.output.split("\n"):
@@ -150,7 +157,7 @@ def _is_zfs_label(label: bytes) -> bool:
     for order in "<>":
         if struct.unpack_from(f"{order}Q", label, middle - 40)[0] == _ZFS_CHECKSUM:
             return True
-        # Uberblocks stand 1 KiB apart, or further on drives with larger sectors.
+        # Uberblocks are 1 KiB apart, or more on drives with larger sectors.
         for offset in range(middle, _ZFS_LABEL_NBYTES, KIB):
             if struct.unpack_from(f"{order}Q", label, offset)[0] == _ZFS_UBERBLOCK:
                 return True
@@ -163,14 +170,14 @@ def _add_data(root: Path, disk: Disk, contents: Contents) -> None:
         return
     fd = os.open(_at(root, node), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        # Samples far apart: read-ahead would only fetch what is not looked at.
+        # The samples are far apart, so read-ahead would be wasted.
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        looked = 0
+        read_nbytes = 0
         for offset, nbytes in _places(disk.nbytes):
             block = os.pread(fd, nbytes, offset)
             if len(block) != nbytes:
                 raise Unreadable(f"{node}: {len(block)} of {nbytes} bytes at byte {offset}")
-            looked += nbytes
+            read_nbytes += nbytes
             if block != bytes(nbytes):
                 first = offset + len(block) - len(block.lstrip(b"\0"))
                 own = offset == 0 and block.startswith(_OWN_MAGIC)
@@ -181,13 +188,13 @@ def _add_data(root: Path, disk: Disk, contents: Contents) -> None:
     finally:
         os.close(fd)
     contents.note = (
-        f"{node}: no signature; {format_nbytes(looked)} of {format_nbytes(disk.nbytes)} were "
+        f"{node}: no signature; {format_nbytes(read_nbytes)} of {format_nbytes(disk.nbytes)} were "
         "read, spread over all of it, and are zero"
     )
 
 
 def _places(size: int) -> Iterator[tuple[int, int]]:
-    """Where to look in ``size`` bytes: (offset, nbytes), both ends first; all of a small one."""
+    """Places to read in ``size`` bytes, as (offset, nbytes): both ends first, all if small."""
     ends = min(size, _END_NBYTES)
     if size <= 2 * _END_NBYTES + _SAMPLES * _SAMPLE_NBYTES:
         yield from ((start, min(MIB, size - start)) for start in range(0, size, MIB))

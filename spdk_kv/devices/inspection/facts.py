@@ -1,4 +1,4 @@
-"""All that is known of one NVMe function at one moment: what the verdict is made from."""
+"""All facts about one NVMe function at one moment, from which verdict.py judges."""
 
 from __future__ import annotations
 
@@ -33,12 +33,16 @@ _NO_SERIALS = ("", "(null)")
 
 @dataclass(frozen=True)
 class Facts:
-    """One look at the function ``bdf``.
+    """One look at one function.
 
-    ``inode``: of its sysfs directory: another one after the device was unplugged and replaced.
-    ``other_paths``: other controllers that reach the same namespaces. ``override``: its
-    driver_override, None for none. ``reasons``: what the collectors found against it, their own
-    troubles included. ``contents``: None where it was not looked into.
+    Attributes:
+        inode: of its sysfs directory, which changes if it is unplugged and replaced.
+        override: its driver_override; None for none.
+        members: functions in its IOMMU group.
+        other_paths: other controllers that reach the same namespaces.
+        reasons: what was found against taking it, including what could not be read.
+        contents: None where they were not read.
+        writes: per disk, counters of writes; equal before and after means untouched.
     """
 
     bdf: str
@@ -69,18 +73,18 @@ def function_path(root: Path, bdf: str) -> Path:
 
 
 def read_override(root: Path, bdf: str) -> str | None:
-    """The driver_override of ``bdf``, None for none. Raises Unreadable."""
+    """The driver_override of ``bdf``; None for none. Raises Unreadable."""
     text = (optional_text(function_path(root, bdf) / "driver_override") or "").strip()
     return None if text in _NO_SERIALS else text
 
 
 def read_driver(root: Path, bdf: str) -> str | None:
-    """The driver that has ``bdf``, None for none. Raises Unreadable."""
+    """The driver that has ``bdf``; None for none. Raises Unreadable."""
     return optional_link_name(function_path(root, bdf) / "driver")
 
 
 def read_serial(root: Path, bdf: str) -> str | None:
-    """The drive's serial, None where the kernel does not drive it. Raises Unreadable."""
+    """The drive's serial; None where the kernel does not drive it. Raises Unreadable."""
     return _controller_text(root, bdf, "serial")
 
 
@@ -91,14 +95,14 @@ def _controller_text(root: Path, bdf: str, name: str) -> str | None:
 
 
 class _Collector:
-    """Runs the collectors, and turns what they cannot read into reasons."""
+    """Collects reasons; what cannot be read becomes a reason as well."""
 
     def __init__(self) -> None:
         self.reasons: list[Reason] = []
 
     def __call__(self, collect: Callable[[], Iterable[Reason]]) -> None:
         try:
-            # One by one: what was found before a trouble counts too.
+            # One by one, to keep what was found before an error.
             for reason in collect():
                 if reason not in self.reasons:
                     self.reasons.append(reason)
@@ -122,9 +126,13 @@ def read_facts(
 ) -> Facts:
     """Looks at ``bdf``. Nothing is written, and a drive in use is not even opened.
 
-    ``claimed``: this process holds the exclusive claims already (see claims.py), and they are
-    not to be tried. ``seen``: what processes do, for a display of many drives; without it all of
-    them are looked at now.
+    Args:
+        root: the folder that stands for ``/``.
+        kernel: what answers beyond files.
+        bdf: PCI address of the function.
+        claimed: this process already holds the exclusive claims, so they are not tried.
+        seen: what processes have open, if it was read before for several drives; otherwise it is
+            read now, which takes seconds.
     """
     function = function_path(root, bdf)
     try:
@@ -133,7 +141,7 @@ def read_facts(
         return Facts(bdf, present=False)
     collect = _Collector()
     if not kernel.is_root():
-        collect.reasons.append(Reason(Code.NOT_ROOT, "only root sees what every process uses"))
+        collect.reasons.append(Reason(Code.NOT_ROOT, "only root can see what every process uses"))
     collect(lambda: check_host(root))
     fields: dict[str, object] = {}
     collect(lambda: _read_identity(root, bdf, fields))
@@ -152,7 +160,7 @@ def read_facts(
 
 
 def _read_identity(root: Path, bdf: str, fields: dict[str, object]) -> Iterable[Reason]:
-    # One by one, so that what is readable is known whatever is not.
+    # One by one, so that what is readable is known even if something is not.
     fields["pci_class"] = required_text(function_path(root, bdf) / "class")
     fields["driver"] = read_driver(root, bdf)
     fields["serial"] = read_serial(root, bdf)
@@ -205,7 +213,7 @@ def _look_inside(
     if collect.in_use or not kernel.is_root():
         return ()
     contents.append(read_contents(root, kernel, stack))
-    # Again, now with the UUIDs and labels that were found.
+    # Once more, with the UUIDs and labels that were found.
     collect(lambda: check_references(root, kernel, stack, serial, contents[0]))
     return contents[0].boot
 
@@ -216,7 +224,7 @@ def _try_claims(root: Path, kernel: Kernel, stack: Stack) -> Iterable[Reason]:
 
 
 def _other_paths(root: Path, stack: Stack) -> tuple[str, ...]:
-    """Controllers of the same subsystem: the kernel would go on using the drive through them."""
+    """Controllers of the same subsystem, through which the kernel would keep using the drive."""
     base = root / "sys/class/nvme-subsystem"
     found: set[str] = set()
     seen: set[str] = set()

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# A fixed search path: root's own may be anything, and these run as root.
+# A fixed search path, because these run as root, and PATH may contain anything.
 _TOOL_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _TOOL_TIMEOUT_S = 60.0
 _LOOP_GET_STATUS64 = 0x4C05  # linux/loop.h
@@ -60,7 +60,7 @@ class Kernel:
             )
         except subprocess.TimeoutExpired as error:
             raise OSError(errno.ETIMEDOUT, f"no answer in {_TOOL_TIMEOUT_S:.0f} s", tool) from error
-        # backslashreplace: a label may hold any bytes, and must still be comparable and printable.
+        # backslashreplace: a label may hold any bytes, and must remain comparable and printable.
         return Completed(
             done.returncode,
             done.stdout.decode(errors="backslashreplace"),
@@ -72,15 +72,15 @@ class Kernel:
         return shutil.which(name, path=_TOOL_PATH) is not None
 
     def open_exclusive(self, path: Path) -> int:
-        """A read-only descriptor that keeps mount, swapon, dm and md from taking ``path``.
+        """A read-only descriptor that keeps mount, swapon, dm and md from claiming ``path``.
 
-        On a whole disk the claim covers its partitions as well. Raises OSError, with EBUSY where
-        someone has claimed the disk or a partition already.
+        On a whole disk the claim covers its partitions. Raises OSError, with EBUSY if the disk or a
+        partition is already claimed.
         """
         return os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def device_number(self, path: Path) -> str | None:
-        """The device node at ``path`` as b259:1 (block) or c240:0 (character), None if it is none.
+        """The number of the device node at ``path``, as b259:1 (block) or c240:0; None for a file.
 
         Follows links, those of /proc/PID/fd included. Raises OSError.
         """
@@ -89,13 +89,13 @@ class Kernel:
         return f"{kind}{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}" if kind else None
 
     def opened_number(self, fd: int) -> str | None:
-        """The block device that ``fd`` has open, as b259:1; None if that is none."""
+        """The number of the device node that ``fd`` has open, as b259:1; None for a file."""
         return self.device_number(Path(f"/proc/self/fd/{fd}"))
 
     def loop_backing_number(self, node: Path) -> str | None:
-        """The block device behind loop device ``node``, as b259:1; None if that is a file.
+        """The number of the block device behind loop device ``node``; None if it is a file.
 
-        sysfs shows a path only, which means nothing here if a container made the node. Raises
+        sysfs shows only a path, which means nothing here if it is one within a container. Raises
         OSError.
         """
         fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -1,4 +1,4 @@
-"""What processes have mounted and open of a drive; one's own descriptors are left out."""
+"""What processes have mounted and open on a drive; this process's descriptors do not count."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SYSTEM_MOUNTS = re.compile(r"/|/(boot|efi|usr)(/.*)?")
 
 
 def check_host(root: Path) -> Iterator[Reason]:
-    """Whether this process sees the whole machine: in a container it would miss mounts and users.
+    """Whether this process sees the whole machine; in a container it would miss mounts and users.
 
     Raises Unreadable.
     """
@@ -38,11 +38,11 @@ def check_mounts(root: Path, stack: Stack, seen: Sightings) -> Iterator[Reason]:
     members = _filesystem_members(root, stack)
     for mount, pid in seen.mounts().items():
         device = stack.numbers.get(f"b{mount.device}")
-        # btrfs shows a number of its own; bcachefs lists its devices with colons between.
+        # btrfs shows a number of its own; bcachefs lists its devices separated by colons.
         for source in mount.source.split(":"):
             device = device or seen.place(source).member(stack)
         if device is None and mount.fstype == "btrfs":
-            # Of several devices the mount names one, which may be on another drive.
+            # The mount names one of several devices, which may be on another drive.
             device = members.get(mount.source.rpartition("/")[2])
         if device is None:
             continue
@@ -53,7 +53,7 @@ def check_mounts(root: Path, stack: Stack, seen: Sightings) -> Iterator[Reason]:
 
 
 def _filesystem_members(root: Path, stack: Stack) -> dict[str, str]:
-    """Each device of a btrfs that uses the drive -> the drive's device in it."""
+    """Maps every device of each btrfs that uses the drive to the drive's device in it."""
     found: dict[str, str] = {}
     for uuid in listing(root / "sys/fs/btrfs"):
         devices = listing(root / "sys/fs/btrfs" / uuid / "devices")
@@ -63,22 +63,24 @@ def _filesystem_members(root: Path, stack: Stack) -> dict[str, str]:
 
 
 def check_btrfs(root: Path, stack: Stack) -> Iterator[Reason]:
-    """Filesystems of several devices that are assembled, whether mounted in sight or not."""
+    """Every btrfs that is assembled on the drive, whether its mount is visible or not."""
     for device, ours in _filesystem_members(root, stack).items():
         if device == ours:
             yield Reason(Code.HOLDER, f"{ours} belongs to a btrfs that is in use")
 
 
 def check_open(stack: Stack, seen: Sightings) -> Iterator[Reason]:
-    """Descriptors, mappings and io_uring files on any node of the drive. Raises Unreadable."""
+    """Descriptors, mappings and io_uring files on the drive's nodes. Raises Unreadable."""
     for process in seen.processes():
         for device in sorted(process.opened.on(stack)):
             yield Reason(Code.OPEN, f"{device} by process {process.pid} ({process.name})")
 
 
 def check_nodes_open(root: Path, kernel: Kernel, nodes: Iterable[str]) -> Iterator[Reason]:
-    """The same for the character devices ``nodes``, given by path, as it is just now. Raises
-    Unreadable, OSError."""
+    """What has the character devices ``nodes`` (paths) open now.
+
+    Raises Unreadable, OSError.
+    """
     paths = {node: node for node in nodes}
     numbers = {
         number: node

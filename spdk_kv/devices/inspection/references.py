@@ -1,4 +1,4 @@
-"""What names a drive for later: fstab, crypttab, mdadm.conf, boot loaders, resume, EFI entries.
+"""What will use a drive later: fstab, crypttab, mdadm.conf, boot loaders, resume, EFI entries.
 
 A drive that is idle now may be the one that the next boot needs.
 """
@@ -36,14 +36,14 @@ _BOOT = (
 _DEVICE_PATH = re.compile(r"/dev/[^\s\"'`,;<>()\x00]+")
 _LABEL = re.compile(r"""LABEL=(?:"([^"]*)"|'([^']*)'|([^\s,]+))""", re.IGNORECASE)
 _KERNEL_DEVICE = re.compile(r"\b(?:root|resume)=(?:(\d+:\d+)|([0-9a-fA-F]{3,8}))(?=\s|$)")
-# A shorter one, as FAT has, could stand within another; it must stand alone.
+# A shorter ID, such as FAT's, could be part of another; it must stand alone in the text.
 _LONG_ID = 16
 
 
 def check_references(
     root: Path, kernel: Kernel, stack: Stack, serial: str | None, contents: Contents
 ) -> Iterator[Reason]:
-    """Every file that names the drive, or what is on it. Raises Unreadable."""
+    """Every file that names the drive or what is on it. Raises Unreadable."""
     for code, patterns in ((Code.CONFIGURED, _CONFIGURATION), (Code.SYSTEM, _BOOT)):
         for pattern in patterns:
             for path in sorted(root.glob(pattern)):
@@ -65,7 +65,7 @@ def _named(
 ) -> list[str]:
     found: dict[str, None] = {}
     for path in _DEVICE_PATH.findall(unescape(text)):
-        # A link of /dev/disk/by-id that is not there just now still tells the drive's serial.
+        # A link in /dev/disk/by-id that does not exist now still contains the drive's serial.
         by_id = bool(serial) and path.startswith("/dev/disk/by-id/") and str(serial) in path
         if by_id or _is_member(root, kernel, stack, path):
             found[path] = None
@@ -88,13 +88,13 @@ def _named(
 
 
 def _is_member(root: Path, kernel: Kernel, stack: Stack, path: str) -> bool:
-    if any(sign in path for sign in "*?["):  # DEVICE lines of mdadm.conf
+    if any(sign in path for sign in "*?["):  # mdadm.conf's DEVICE lines
         return any(fnmatch.fnmatchcase(f"/dev/{name}", path) for name in stack.names)
     return member_at(root, kernel, stack, path) is not None
 
 
 def _unpack(packed: str) -> str:
-    """ "10301" of a kernel command line, as major:minor (new_decode_dev of linux/kdev_t.h)."""
+    """Decodes "10301" of a kernel command line to major:minor (new_decode_dev, linux/kdev_t.h)."""
     number = int(packed, 16)
     return f"{(number & 0xFFF00) >> 8}:{(number & 0xFF) | ((number >> 12) & 0xFFF00)}"
 
@@ -124,10 +124,10 @@ def _check_efi(root: Path, contents: Contents) -> Iterator[Reason]:
 
 
 def _in_variable(known: str, data: bytes) -> bool:
-    # UEFI 2.10, 10.3.5.1: a device path has the GUID in binary; the loader writes it as text.
+    # UEFI 2.10, 10.3.5.1: a device path holds the GUID in binary. systemd-boot writes it as text.
     if known.encode("utf-16-le") in data.lower():
         return True
     try:
         return uuid.UUID(known).bytes_le in data
-    except ValueError:  # that of an MBR partition
+    except ValueError:  # not a GUID: the ID of an MBR partition
         return False

@@ -1,7 +1,6 @@
-"""What every process has mounted and open, read from /proc once, for any number of drives.
+"""What every process has mounted and open, read from /proc once for any number of drives.
 
-Nothing in here knows a drive: reading takes seconds on a machine with many processes, judging by
-what was read takes none.
+Reading takes seconds on a machine with many processes; looking for a drive in it takes no time.
 """
 
 from __future__ import annotations
@@ -20,17 +19,19 @@ from spdk_kv.devices.inspection.stack import Place, Stack, look_up
 from spdk_kv.devices.inspection.strict import Unreadable, listing, optional_text
 from spdk_kv.devices.mounts import Mount, parse_mounts
 
-# What a process that is ending, or a zombie, answers.
+# Errors of the files of a process that is ending, or is a zombie.
 _GONE = {errno.ENOENT, errno.ESRCH, errno.ENOTDIR}
-_ENDING_CHECKS = 20
+_ENDING_CHECKS = 20  # 10 ms apart, until its state says so
 
 
 @dataclass
 class Opened:
-    """What may be devices among what a process has open and mapped.
+    """What a process has open or mapped that may be a device node.
 
-    ``places``: where paths below /dev lead. ``numbers``: device numbers of what is open, whatever
-    its path. ``registered``: last components of the files that io_urings hold.
+    Attributes:
+        places: where paths below /dev lead.
+        numbers: device numbers of what is open, whatever its path.
+        registered: last components of the paths of files that io_urings hold.
     """
 
     places: set[Place] = field(default_factory=set)
@@ -38,7 +39,7 @@ class Opened:
     registered: set[str] = field(default_factory=set)
 
     def on(self, stack: Stack) -> set[str]:
-        """Those that are devices of ``stack``. Raises Unreadable."""
+        """The names of those that belong to ``stack``. Raises Unreadable."""
         found = {device for place in self.places if (device := place.member(stack))}
         found |= {stack.numbers[number] for number in self.numbers if number in stack.numbers}
         return found | (stack.names & self.registered)
@@ -54,9 +55,9 @@ class Process:
 
 
 class Sightings:
-    """One look at all processes; each half is read when it is first asked for, and then kept.
+    """One look at all processes. Mounts and open files are each read on first use, then kept.
 
-    Whoever decides by it takes a new one: what it tells is as old as its first use.
+    It is as old as that first use, so every decision needs a new one.
     """
 
     def __init__(self, root: Path, kernel: Kernel) -> None:
@@ -71,7 +72,7 @@ class Sightings:
         return self._places[path]
 
     def mounts(self) -> dict[Mount, str]:
-        """Every mount that any thread sees -> the PID of one such. Raises Unreadable."""
+        """Every mount that any thread sees, with the PID of one that does. Raises Unreadable."""
         return self._mounts
 
     @cached_property
@@ -79,7 +80,7 @@ class Sightings:
         return _read_all_mounts(self._root)
 
     def processes(self) -> Iterator[Process]:
-        """Every other process. Raises Unreadable, after those that could be read."""
+        """Every other process. Raises Unreadable after yielding those that could be read."""
         read, trouble = self._processes
         yield from read
         if trouble is not None:
@@ -101,7 +102,7 @@ class Sightings:
         return read, None
 
     def opened(self, tasks: list[Path]) -> Opened:
-        """What threads ``tasks`` have descriptors of. Raises Unreadable."""
+        """What the threads ``tasks`` have open. Raises Unreadable."""
         found = Opened()
         for task in tasks:
             try:
@@ -113,20 +114,20 @@ class Sightings:
         return found
 
     def map_into(self, found: Opened, tasks: list[Path]) -> None:
-        """Adds what is mapped into memory: that stays open after its descriptor was closed."""
+        """Adds what is mapped, which stays open after its descriptor was closed."""
         for task in tasks:
             try:
                 text = (task / "maps").read_bytes().decode(errors="backslashreplace")
             except ProcessLookupError:
-                continue  # it has no memory: a thread of the kernel (since 6.15), or ended
+                continue  # a kernel thread, which has no memory (since Linux 6.15), or it has ended
             except OSError as error:
                 if _gone(task, error):
                     continue
                 raise Unreadable(f"{task / 'maps'}: {error.strerror}") from error
             if not text:
-                continue  # this thread has ended; the others share the memory
+                continue  # this thread has ended; the others share its memory
             lines = (line.split(maxsplit=5) for line in text.split("\n"))
-            # One range per file: device, inode and path tell it from others.
+            # One range per file, which its device, inode and path identify.
             files = {tuple(words[3:]): words[0] for words in lines if len(words) == 6}
             for (_, _, path), addresses in files.items():
                 if path.startswith("/"):
@@ -136,7 +137,7 @@ class Sightings:
     def _add_mapping(self, found: Opened, task: Path, path: str, addresses: str) -> None:
         if path.startswith("/dev/"):
             found.places.add(self.place(path.removesuffix(" (deleted)")))
-        # maps pads addresses with zeros, map_files (of the process, not the thread) does not.
+        # maps pads addresses with zeros; map_files, which only the process has, does not.
         name = "-".join(f"{int(address, 16):x}" for address in addresses.split("-"))
         try:
             number = self._kernel.device_number(task.parent.parent / "map_files" / name)
@@ -171,8 +172,8 @@ class Sightings:
 def _processes(root: Path) -> Iterator[tuple[str, list[Path]]]:
     """Every PID with the folders of its threads.
 
-    Threads may have mounts and descriptors of their own (unshare(2)), and those of a process
-    whose first thread has ended are found in no other place.
+    Threads may have their own mounts and descriptors (unshare(2)), and a process whose first thread
+    has ended shows its own only there.
     """
     pids = [name for name in listing(root / "proc") if name.isdigit()]
     if not pids:
@@ -183,7 +184,7 @@ def _processes(root: Path) -> Iterator[tuple[str, list[Path]]]:
 
 
 def _gone(task: Path, error: OSError) -> bool:
-    """Whether ``error`` only says that thread ``task`` has ended meanwhile, or is a zombie."""
+    """Whether ``error`` only means that thread ``task`` has ended, or is a zombie."""
     if error.errno not in _GONE:
         return False
     for _ in range(_ENDING_CHECKS):
@@ -195,7 +196,7 @@ def _gone(task: Path, error: OSError) -> bool:
 
 
 def _read_all_mounts(root: Path) -> dict[Mount, str]:
-    """Every mount that any thread sees -> the PID of one such. Raises Unreadable."""
+    """Every mount that any thread sees, with the PID of one that does. Raises Unreadable."""
     found: dict[Mount, str] = {}
     seen = set()
     for pid, tasks in _processes(root):
@@ -205,7 +206,7 @@ def _read_all_mounts(root: Path) -> dict[Mount, str]:
                 text = path.read_bytes().decode(errors="backslashreplace")
             except OSError as error:
                 # EINVAL: it is ending and has left its mount namespace (mounts_open_common in
-                # fs/proc_namespace.c), though what it waits for may take it minutes yet.
+                # fs/proc_namespace.c), though it may take minutes more to end.
                 if error.errno == errno.EINVAL or _gone(task, error):
                     continue
                 raise Unreadable(f"{path}: {error.strerror}") from error
@@ -221,6 +222,6 @@ def _read_all_mounts(root: Path) -> dict[Mount, str]:
 
 
 def _registered(fdinfo: str) -> set[str]:
-    """Files registered with an io_uring stay open after their descriptors were closed."""
+    """Files registered with an io_uring, which stay open after their descriptors were closed."""
     lines = fdinfo.partition("UserFiles:")[2].partition("UserBufs:")[0].splitlines()
     return {line.partition(":")[2].strip().rpartition("/")[2] for line in lines}

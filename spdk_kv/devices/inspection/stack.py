@@ -1,4 +1,4 @@
-"""Everything that stands on a drive: controllers, namespaces, partitions, and what holds them."""
+"""A drive's stack of kernel objects: controllers, namespaces, partitions, and what is on them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from spdk_kv.devices.inspection.strict import (
 # nvme0n1 is a disk, ng0n1 its character twin; nvme0c1n1 is a hidden path to the disk nvme0n1.
 _NAMESPACE = re.compile(r"(?:nvme|ng)(\d+)(?:c\d+)?n(\d+)")
 _CONTROLLER = re.compile(r"nvme\d+")
-_SECTOR_NBYTES = 512  # of sysfs' `size`, whatever the LBA size
-_MAX_LINKS = 40  # as the kernel's own limit
+_SECTOR_NBYTES = 512  # the unit of sysfs' `size`, whatever the block size
+_MAX_LINKS = 40  # the kernel's own limit, MAXSYMLINKS
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,14 @@ class Disk:
 
 @dataclass(frozen=True)
 class Stack:
-    """``holders``: every dm, md or other device above a disk, at any depth, and its partitions.
+    """The kernel objects of a drive.
 
-    ``numbers``: node as b259:1 or c240:0 -> kernel name, of all of these and of the character
-    devices: block and character devices are numbered apart.
-    ``aliases``: /dev/mapper/NAME -> kernel name.
+    Attributes:
+        characters: its character devices: controllers and generic nodes.
+        holders: every dm, md or other block device on its disks, at any depth, with partitions.
+        numbers: device number -> kernel name of all of these. It is written as b259:1 or c240:0,
+            because block and character devices are numbered independently.
+        aliases: /dev/mapper/NAME -> kernel name.
     """
 
     controllers: tuple[str, ...]
@@ -58,13 +61,13 @@ class Stack:
 
     @property
     def names(self) -> frozenset[str]:
-        """The kernel names of all of it."""
+        """The kernel names of all of these."""
         disks = {name for disk in self.disks for name in (disk.name, *disk.partitions)}
         return frozenset(disks | set(self.characters) | set(self.holders))
 
 
 def read_stack(root: Path, bdf: str) -> Stack:
-    """What stands on the NVMe function ``bdf`` just now. Raises Unreadable."""
+    """The stack of NVMe function ``bdf`` as it is now. Raises Unreadable."""
     function = root / "sys/bus/pci/devices" / bdf
     block = root / "sys/class/block"
     controllers = tuple(n for n in listing(function / "nvme") if _CONTROLLER.fullmatch(n))
@@ -74,7 +77,7 @@ def read_stack(root: Path, bdf: str) -> Stack:
         for name in listing(function / "nvme" / controller)
         if (match := _NAMESPACE.fullmatch(name))
     }
-    # The other way round as well: whatever block device says that it belongs to this function.
+    # In the other direction as well: block devices that say they belong to this function.
     for name in listing(block):
         match = _NAMESPACE.fullmatch(name)
         if match and f"/{bdf}/" in os.path.realpath(block / name):
@@ -83,15 +86,15 @@ def read_stack(root: Path, bdf: str) -> Stack:
         _read_disk(block, f"nvme{instance}n{number}")
         for instance, number in sorted(found, key=lambda pair: (int(pair[0]), int(pair[1])))
     )
-    return _stand(root, controllers, disks)
+    return _stack_of(root, controllers, disks)
 
 
 def read_namespace(root: Path, name: str) -> Stack:
-    """What stands on the one namespace ``name`` (nvme0n1) just now. Raises Unreadable."""
-    return _stand(root, (), (_read_disk(root / "sys/class/block", name),))
+    """The stack of the one namespace ``name`` (nvme0n1) as it is now. Raises Unreadable."""
+    return _stack_of(root, (), (_read_disk(root / "sys/class/block", name),))
 
 
-def _stand(root: Path, controllers: tuple[str, ...], disks: tuple[Disk, ...]) -> Stack:
+def _stack_of(root: Path, controllers: tuple[str, ...], disks: tuple[Disk, ...]) -> Stack:
     block = root / "sys/class/block"
     generics = tuple(disk.name.replace("nvme", "ng") for disk in disks)
     holders = _holders(block, [n for disk in disks for n in (disk.name, *disk.partitions)])
@@ -129,7 +132,8 @@ def _partitions(block: Path, name: str) -> Iterator[str]:
 
 
 def _holders(block: Path, bases: list[str]) -> list[str]:
-    # A device names those above it in holders/, and those below it in slaves/: either will do.
+    # A block device lists those above it in holders/, and those below it in slaves/. Both are read,
+    # in case one of them is incomplete.
     above: dict[str, list[str]] = {}
     for name in listing(block):
         for slave in listing(block / name / "slaves"):
@@ -140,7 +144,7 @@ def _holders(block: Path, bases: list[str]) -> list[str]:
         name = waiting.pop()
         upper = [*listing(block / name / "holders"), *above.get(name, [])]
         if name not in bases:
-            upper += _partitions(block, name)  # md0p1 stands on md0
+            upper += _partitions(block, name)  # md0p1 is on md0
         for holder in upper:
             if holder not in found and holder not in bases:
                 found.append(holder)
@@ -149,7 +153,7 @@ def _holders(block: Path, bases: list[str]) -> list[str]:
 
 
 def final_path(root: Path, path: str) -> str:
-    """``path`` with every link followed, inside ``root``; what is not there stays as written."""
+    """``path`` with all links followed within ``root``; missing parts stay as written."""
     done, rest = "/", posixpath.normpath(path).strip("/").split("/")
     links = 0
     while rest:
@@ -173,9 +177,12 @@ def _link_target(root: Path, path: str) -> str | None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a path led: ``number`` of the device there, as b259:1, None if there is none.
+    """Where a path led.
 
-    ``trouble``: why that could not be told, and so no one whom the names do not show is sure.
+    Attributes:
+        final: the path with all links followed.
+        number: number of the device node there, as b259:1; None if there is none.
+        trouble: why that could not be read, if so; then only names can be compared.
     """
 
     path: str
@@ -184,10 +191,10 @@ class Place:
     trouble: str | None = None
 
     def member(self, stack: Stack) -> str | None:
-        """Which device of ``stack`` it is, None if none of them. Raises Unreadable.
+        """The name of the device of ``stack`` that it is; None if none of them.
 
-        By name, so that it holds where a node is missing just now, and by device number, so that
-        a node of another name is recognised.
+        Compares names, because a node may be missing at the moment, and device numbers, because a
+        node may have another name. Raises Unreadable.
         """
         for known in (self.path, self.final):
             if known in stack.aliases:
@@ -201,7 +208,7 @@ class Place:
 
 
 def look_up(root: Path, kernel: Kernel, path: str) -> Place:
-    """Where the node or link ``path`` leads; nowhere if it is not absolute. Raises Unreadable."""
+    """Where the node or link ``path`` leads; nowhere if not absolute. Raises Unreadable."""
     if not path.startswith("/"):
         return Place(path, path, None)
     final = final_path(root, path)
@@ -214,6 +221,8 @@ def look_up(root: Path, kernel: Kernel, path: str) -> Place:
 
 
 def member_at(root: Path, kernel: Kernel, stack: Stack, path: str) -> str | None:
-    """Which device of ``stack`` the node or link ``path`` leads to just now, None if none of
-    them. Raises Unreadable."""
+    """The device of ``stack`` that node or link ``path`` leads to now; None if none of them.
+
+    Raises Unreadable.
+    """
     return look_up(root, kernel, path).member(stack)

@@ -1,6 +1,6 @@
-"""Reading where silence would be an answer: "not there" is None, "cannot be read" is an error.
+"""Strict readers, for decisions: a missing file is None, and an unreadable one is an error.
 
-The lenient readers of sysfs.py serve a display; these serve a decision.
+The lenient readers of sysfs.py, which treat both alike, are for display.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import os
 from pathlib import Path
 
 MAX_NBYTES = 16 << 20
-# ProcessLookupError: what /proc answers for a process that ended after its file was opened.
+# /proc raises ProcessLookupError for a process that ended after its file was opened.
 _ABSENT = (FileNotFoundError, NotADirectoryError, ProcessLookupError)
 
 
 class Unreadable(Exception):
-    """An answer that a decision needs could not be had; the message says which and why."""
+    """Something that a decision depends on cannot be read; the message says what and why."""
 
 
 def optional_text(path: Path) -> str | None:
@@ -25,7 +25,7 @@ def optional_text(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             data = b""
-            # /proc/sys answers ENOMEM to a single read of 4 MiB or more.
+            # In pieces, because /proc/sys fails a single read of 4 MiB or more with ENOMEM.
             while len(data) <= MAX_NBYTES and (piece := file.read(1 << 16)):
                 data += piece
     except _ABSENT:
@@ -41,7 +41,7 @@ def required_text(path: Path) -> str:
     """The stripped content of ``path``. Raises Unreadable, also if there is no such file."""
     text = optional_text(path)
     if text is None:
-        raise Unreadable(f"{path}: not there")
+        raise Unreadable(f"{path}: does not exist")
     return text.strip()
 
 
@@ -54,7 +54,7 @@ def required_count(path: Path) -> int:
 
 
 def listing(path: Path) -> tuple[str, ...]:
-    """The sorted names in directory ``path``, none if there is no such one. Raises Unreadable."""
+    """The sorted names in folder ``path``; none if it does not exist. Raises Unreadable."""
     try:
         return tuple(sorted(os.listdir(path)))
     except _ABSENT:
@@ -64,7 +64,7 @@ def listing(path: Path) -> tuple[str, ...]:
 
 
 def optional_link(path: Path) -> str | None:
-    """What the link ``path`` says, None if there is none. Raises Unreadable."""
+    """The target of link ``path``; None if it does not exist. Raises Unreadable."""
     try:
         return os.readlink(path)
     except _ABSENT:
@@ -74,6 +74,6 @@ def optional_link(path: Path) -> str | None:
 
 
 def optional_link_name(path: Path) -> str | None:
-    """The last component of what the link ``path`` says, None if there is none."""
+    """The last component of the target of link ``path``; None if it does not exist."""
     target = optional_link(path)
     return None if target is None else target.rstrip("/").rpartition("/")[2]

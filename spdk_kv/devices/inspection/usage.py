@@ -1,4 +1,4 @@
-"""Who uses a drive through the kernel: swap, holders, loop devices, exports, requests in flight."""
+"""What uses a drive through the kernel: swap, holders, loop devices, exports, I/O in flight."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from spdk_kv.devices.inspection.strict import (
 )
 from spdk_kv.devices.mounts import unescape
 
-# Modules that export devices -> where configfs then shows what they export.
+# Modules that export block devices -> where configfs then shows what they export.
 _EXPORTERS = {"nvmet": "nvmet", "target_core_mod": "target"}
-# The attributes that hold the path of an exported device, below sys/kernel/config.
+# Attributes below sys/kernel/config that hold the path of an exported block device.
 _EXPORTED = (
     "nvmet/subsystems/*/namespaces/*/device_path",
     "nvmet/subsystems/*/passthru/device_path",
@@ -32,16 +32,20 @@ _EXPORTED = (
 
 
 def check_usage(root: Path, kernel: Kernel, stack: Stack, seen: Sightings) -> Iterator[Reason]:
-    """Everything that uses the drive: processes as ``seen``, the rest now. Raises Unreadable,
-    OSError."""
+    """Everything that uses the drive; processes are those in ``seen``.
+
+    Raises Unreadable, OSError.
+    """
     yield from check_kernel_use(root, kernel, stack, seen)
     yield from check_open(stack, seen)
     yield from _check_in_flight(root, stack)
 
 
 def check_kernel_use(root: Path, kernel: Kernel, stack: Stack, seen: Sightings) -> Iterator[Reason]:
-    """What the kernel itself does with the drive, mounted as ``seen``. Raises Unreadable,
-    OSError."""
+    """What the kernel itself does with the drive; mounts are those in ``seen``.
+
+    Raises Unreadable, OSError.
+    """
     yield from check_mounts(root, stack, seen)
     yield from check_btrfs(root, stack)
     yield from _check_swap(root, kernel, stack)
@@ -51,11 +55,11 @@ def check_kernel_use(root: Path, kernel: Kernel, stack: Stack, seen: Sightings) 
 
 
 def _check_swap(root: Path, kernel: Kernel, stack: Stack) -> Iterator[Reason]:
-    # Absent where the kernel was built without swap. The first line is a heading.
+    # The file is missing in a kernel without swap. Its first line is a heading.
     for line in (optional_text(root / "proc/swaps") or "").split("\n")[1:]:
         path = unescape(re.split(r"[ \t]", line)[0])
         if device := member_at(root, kernel, stack, path.removesuffix(" (deleted)")):
-            yield Reason(Code.SWAP, f"{device} is swapped on")
+            yield Reason(Code.SWAP, f"{device} is used as swap")
 
 
 def _check_holders(root: Path, stack: Stack) -> Iterator[Reason]:
@@ -69,11 +73,11 @@ def _check_holders(root: Path, stack: Stack) -> Iterator[Reason]:
             kind += f" {(optional_text(folder / 'dm/name') or '').strip()}"
         else:
             kind = "device"
-        yield Reason(Code.HOLDER, f"{kind.strip()} ({holder}) stands on it")
+        yield Reason(Code.HOLDER, f"{kind.strip()} ({holder}) uses it")
 
 
 def _check_loops(root: Path, kernel: Kernel, stack: Stack) -> Iterator[Reason]:
-    # A loop device opens its backing device inside the kernel: no process shows it.
+    # A loop device opens its backing device inside the kernel, so no process shows it.
     block = root / "sys/class/block"
     for name in listing(block):
         backing = optional_text(block / name / "loop/backing_file")
@@ -94,7 +98,7 @@ def _check_exports(root: Path, kernel: Kernel, stack: Stack) -> Iterator[Reason]
     for module, folder in _EXPORTERS.items():
         if (root / "sys/module" / module).exists() and not (config / folder).exists():
             raise Unreadable(
-                f"{config / folder}: {module} is loaded, but what it exports does not show: "
+                f"{config / folder}: {module} is loaded, but what it exports is not visible: "
                 "mount -t configfs none /sys/kernel/config"
             )
     for pattern in _EXPORTED:
@@ -120,7 +124,7 @@ def _check_in_flight(root: Path, stack: Stack) -> Iterator[Reason]:
 
 
 def writes_completed(root: Path, stack: Stack) -> dict[str, tuple[str, ...]]:
-    """Per disk, what counts its writes and discards: equal before and after means untouched.
+    """Per disk, the counters of writes and discards: equal before and after means untouched.
 
     Raises Unreadable.
     """

@@ -1,10 +1,10 @@
-"""One case of the decode measurements: one path at one memory limit, in a process of its own.
+"""One decode measurement: one path at one memory limit, in a process of its own.
 
     python -m spdk_kv.measure.decode.case '{"variant": "dual", "folder": "/mnt/kv", ...}'
 
-The case is the JSON of a :class:`Case`; the outcome, an :class:`Outcome`, is printed as JSON. A
-process of its own, because a memory limit is one of a process, and what one path leaves in memory
-must not help or hurt the next.
+The argument is a :class:`Case` as JSON; an :class:`Outcome` is printed as JSON. It runs in a
+process of its own because a memory limit applies to processes, and because what one path leaves in
+memory must not help or hurt the next.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from spdk_kv.binding import MemoryGroup, drop_page_cache
 from spdk_kv.devices import read_text
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.measure.decode.load import Load, Noise
-from spdk_kv.measure.decode.replay import Device, KVPath, Moment, Replay, StorePath
+from spdk_kv.measure.decode.replay import KVPath, Replay, SimulatedGpu, Step, StorePath
 from spdk_kv.measure.touch_memory import touch_free_memory
 
 # Variant -> fields of PageCacheOptions. All other settings but hugepages are the defaults.
@@ -38,23 +38,32 @@ STORE_VARIANTS: dict[str, dict[str, Any]] = {
     "dual": {"policy": "adaptive"},
 }
 
-# Decode steps in which a path finds its place: units are promoted, and buffers are made.
+# Decode steps in which a path settles: units are promoted, and buffers are made.
 _FIRST_STEPS = 2
 
 _WARM_UP = {"layers": 3, "hidden": 256, "batch": 2, "prompt": 64, "generate": 3}
 
-Maker = Callable[["Case", Noise, Device, Path], KVPath]
+Maker = Callable[["Case", Noise, SimulatedGpu, Path], KVPath]
 
 
 @dataclass(frozen=True)
 class Case:
-    """``folder``: on the drive to be measured. ``group``: path of a memory cgroup to go into
-    (empty: none), ``group_version`` of it, ``limit_nbytes`` its limit (None: none).
-    ``options``: more fields of :class:`spdk_kv.PageCacheOptions`; ``ahead``: layers read ahead of
-    the one in use.
-    ``drop_caches``: the machine's page cache is emptied first (needs root). ``seconds``: no further
-    step is begun after so many, once there were three. ``changes``: step -> the limit from that
-    step on."""
+    """What to measure.
+
+    Attributes:
+        variant: which path; one of STORE_VARIANTS, or what a caller of :func:`main` adds.
+        folder: a folder on the drive to be measured.
+        load: the arguments of :class:`Load`.
+        group, group_version: the memory cgroup to join; "" for none.
+        limit_nbytes: its limit; None for none.
+        compute_s, link_bytes_s: the arguments of :class:`SimulatedGpu`.
+        options: further fields of :class:`spdk_kv.PageCacheOptions`.
+        ahead: layers that are read ahead of the one in use.
+        drop_caches: empty the machine's page cache first (needs root).
+        seconds: begin no further step after this time, once there were three; None to do them all.
+        changes: step -> the limit from that step on.
+        relay_nbytes: for paths of `bench/`: the host buffer that copies to the GPU go through.
+    """
 
     variant: str
     folder: str
@@ -74,13 +83,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds, bytes, and counts of the decode steps alone unless the name says prefill.
+    """What was measured; of the decode steps alone unless the name says prefill.
 
-    ``steps_nbytes``: what each step wanted to read; ``steps_device_nbytes``: what came from the
-    block device meanwhile (empty where it has no counters); ``steps_limit_nbytes``: what the store
-    let the page cache hold after each (empty for other paths). ``other_nbytes``: the most
-    anonymous, pinned and kernel memory seen after a step (0 without a group). ``cpu_s``: all
-    threads of the process, not the kernel's own. ``error``: why there is nothing else.
+    Attributes:
+        steps_nbytes: bytes that each step asked for.
+        steps_device_nbytes: bytes that the drive read meanwhile; empty where it has no counters.
+        steps_limit_nbytes: what the store let the page cache hold after each step; empty for other
+            paths.
+        other_nbytes: the most anonymous, pinned and kernel memory seen after a step; 0 without a
+            cgroup.
+        cache_nbytes: page cache in the cgroup after the last step.
+        cpu_s: CPU time of all threads of the process; the kernel's threads do not count.
+        explained: what the path reports about itself.
+        error: why there is no measurement; "" if there is one.
     """
 
     variant: str
@@ -101,40 +116,47 @@ class Outcome:
 
     @property
     def later(self) -> slice:
-        """The steps after the first two, of which the other properties are; all where there are no
-        others."""
+        """The steps that the other properties are computed from: all but the first two, if any."""
         return slice(_FIRST_STEPS if len(self.steps_s) > _FIRST_STEPS else 0, None)
 
     @property
     def step_s(self) -> float:
-        """The median step."""
+        """Seconds of the median step."""
         return statistics.median(self.steps_s[self.later])
 
     @property
     def step_nbytes(self) -> float:
-        """What a step wanted to read, on average."""
+        """Bytes that a step asked for, on average."""
         return statistics.fmean(self.steps_nbytes[self.later])
 
     @property
-    def device_bytes_s(self) -> float | None:
-        """What the block device gave per second."""
+    def drive_bytes_s(self) -> float | None:
+        """Bytes per second that the drive read; None where it has no counters."""
         if not self.steps_device_nbytes:
             return None
         return sum(self.steps_device_nbytes[self.later]) / sum(self.steps_s[self.later])
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the bytes asked for that the device did not have to give."""
+        """Share of the bytes asked for that did not come from the drive; None if not known."""
         if not self.steps_device_nbytes:
             return None
         asked = sum(self.steps_nbytes[self.later])
         return max(0.0, 1.0 - sum(self.steps_device_nbytes[self.later]) / asked)
 
 
-def run_apart(case: Case, module: str | Path = "spdk_kv.measure.decode.case") -> Outcome:
-    """Runs ``case`` in a new process (``module``: this one, or a script that calls :func:`main`).
-    Blocks. What goes wrong in there comes back as ``error``; nothing is left in the folder,
-    interrupted or not."""
+def run_in_subprocess(case: Case, module: str | Path = "spdk_kv.measure.decode.case") -> Outcome:
+    """Runs ``case`` in a new process. Blocks.
+
+    Nothing is left in the folder, even if interrupted.
+
+    Args:
+        case: what to measure.
+        module: this module, or a script that calls :func:`main`.
+
+    Returns:
+        The outcome; a failure in the process is its ``error``.
+    """
     program = ["-m", module] if isinstance(module, str) else [str(module)]
     try:
         with tempfile.TemporaryDirectory(prefix="decode-", dir=case.folder) as folder:
@@ -151,7 +173,7 @@ def run_apart(case: Case, module: str | Path = "spdk_kv.measure.decode.case") ->
 
 
 def _run_process(words: list[str]) -> tuple[int, str, str]:
-    """Exit status and both outputs; the process has ended when this returns or raises."""
+    """Exit status, stdout and stderr. The process has ended when this returns or raises."""
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         output, complaints = process.communicate()
@@ -163,14 +185,14 @@ def _run_process(words: list[str]) -> tuple[int, str, str]:
 
 
 def outcome_from(found: Mapping[str, Any]) -> Outcome:
-    """An outcome from its JSON; fields of another version are left out."""
+    """An outcome from its JSON; fields that this version does not know are ignored."""
     known = {one.name for one in fields(Outcome)}
     return Outcome(**{name: value for name, value in found.items() if name in known})
 
 
 def main(makers: Mapping[str, Maker]) -> None:
-    """The process that :func:`run_apart` starts. ``makers``: more variants than the store's."""
-    # Ctrl-C is for the process that waits for this one, ends it, and clears up.
+    """What :func:`run_in_subprocess` starts; ``makers`` add variants to those of the store."""
+    # Ctrl-C is handled by the parent, which ends this process and clears up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     case = Case(**json.loads(sys.argv[1]))
     try:
@@ -181,7 +203,7 @@ def main(makers: Mapping[str, Maker]) -> None:
 
 
 def _run(case: Case, makers: Mapping[str, Maker]) -> Outcome:
-    import torch  # noqa: F401 - before the limit: its code is not part of what is measured
+    import torch  # noqa: F401 - before the limit, which is not to count its code
 
     import spdk_kv.store  # noqa: F401
 
@@ -189,7 +211,7 @@ def _run(case: Case, makers: Mapping[str, Maker]) -> Outcome:
     if case.drop_caches:
         drop_page_cache()
     with _path(replace(case, load=_WARM_UP), makers) as (replay, _):
-        # Code, not data: it would be read from the disk again and charged to the group.
+        # Loads code, which would otherwise be read from the drive and charged to the group.
         replay.prefill()
         replay.step()
         replay.check()
@@ -208,23 +230,23 @@ def _path(case: Case, makers: Mapping[str, Maker]) -> Iterator[tuple[Replay, KVP
     with tempfile.TemporaryDirectory(prefix="decode-", dir=case.folder) as folder:
         noise = Noise(load)
         make = makers.get(case.variant, _make_store)
-        path = make(case, noise, Device(case.compute_s, case.link_bytes_s), Path(folder))
+        path = make(case, noise, SimulatedGpu(case.compute_s, case.link_bytes_s), Path(folder))
         try:
             yield Replay(load, noise, path), path
         finally:
             path.close()
 
 
-def _make_store(case: Case, noise: Noise, device: Device, folder: Path) -> KVPath:
+def _make_store(case: Case, noise: Noise, gpu: SimulatedGpu, folder: Path) -> KVPath:
     options = {**STORE_VARIANTS[case.variant], **case.options}
     location = f"file://{folder / 'store'}"
-    return StorePath(Load(**case.load), noise, device, location, options, case.ahead)
+    return StorePath(Load(**case.load), noise, gpu, location, options, case.ahead)
 
 
 def _measure(
     case: Case, load: Load, replay: Replay, path: KVPath, group: MemoryGroup | None
 ) -> Outcome:
-    counters = DeviceCounters(Path(case.folder))
+    counters = DriveCounters(Path(case.folder))
     before = counters.read()
     cpu = time.process_time()
     prefill_s = replay.prefill()
@@ -232,39 +254,41 @@ def _measure(
     start = seen = counters.read()
     faults = group.use().major_faults if group else 0
     cpu_s, other, cache = 0.0, 0, 0
-    moments: list[Moment] = []
-    from_device: list[int] = []
+    steps: list[Step] = []
+    from_drive: list[int] = []
     limits: list[int] = []
-    while len(moments) < load.steps:
-        if group and (limit := case.changes.get(str(len(moments)))) is not None:
+    while len(steps) < load.steps:
+        if group and (limit := case.changes.get(str(len(steps)))) is not None:
             group.limit(limit)
         cpu = time.process_time()
-        moments.append(replay.step())
+        steps.append(replay.step())
         cpu_s += time.process_time() - cpu
         if seen and (now := counters.read()):
-            from_device.append(now[0] - seen[0])
+            from_drive.append(now[0] - seen[0])
             seen = now
         if residency := path.explain().get("residency"):
             limits.append(residency["limit_nbytes"])
         if group:
             use = group.use()
             other, cache = max(other, use.other_nbytes), use.cache_nbytes
-        spent = sum(moment.seconds for moment in moments)
-        if case.seconds is not None and spent > case.seconds and len(moments) > _FIRST_STEPS:
+        spent = sum(step.seconds for step in steps)
+        if case.seconds is not None and spent > case.seconds and len(steps) > _FIRST_STEPS:
             break
     after = group.use().major_faults if group else 0
     explained = path.explain()
     residency = explained.get("residency") or {}
     if group and residency.get("limited_by") == str(group.path):
-        residency["limited_by"] = "the memory cgroup of the run"  # gone by the time this is read
+        residency["limited_by"] = (
+            "the memory cgroup of the run"  # its path is gone by the time this is read
+        )
     replay.check()
     return Outcome(
         variant=case.variant,
         limit_nbytes=case.limit_nbytes,
         prefill_s=prefill_s,
-        steps_s=[moment.seconds for moment in moments],
-        steps_nbytes=[moment.read_nbytes for moment in moments],
-        steps_device_nbytes=from_device,
+        steps_s=[step.seconds for step in steps],
+        steps_nbytes=[step.read_nbytes for step in steps],
+        steps_device_nbytes=from_drive,
         steps_limit_nbytes=limits,
         prefill_written_nbytes=None if before is None or start is None else start[1] - before[1],
         other_nbytes=other,
@@ -276,17 +300,17 @@ def _measure(
     )
 
 
-class DeviceCounters:
-    """Bytes that the block device under a folder has read and written since it was there."""
+class DriveCounters:
+    """Bytes that the drive under a folder has read and written so far."""
 
     def __init__(self, folder: Path) -> None:
         number = os.stat(folder).st_dev
         self._file = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat")
 
     def read(self) -> tuple[int, int] | None:
-        """(read, written), or None where the filesystem is on no single block device."""
+        """(read, written), or None where the filesystem is not on one block device."""
         words = (read_text(self._file) or "").split()
-        # Documentation/block/stat.rst: sectors of 512 bytes, whatever the device's are.
+        # Documentation/block/stat.rst: sectors of 512 bytes, whatever the drive's block size.
         return (int(words[2]) * 512, int(words[6]) * 512) if len(words) > 6 else None
 
 

@@ -1,7 +1,6 @@
-"""The load of the decode measurements: a KV cache's shape, and bytes to fill it with.
+"""The load of a decode measurement: a KV cache's shape, and bytes to fill it with.
 
-The bytes are noise and every unit's are different, so that whatever is read can be told from
-whatever else might have been.
+The bytes are noise, different for every unit, so that a read of the wrong bytes is noticed.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from spdk_kv.types import KVShape
 
 HEAD_DIM = 128
 _ITEM_NBYTES = 2  # float16
-# Every unit begins this much later in the noise than the one before it.
+# Each unit begins this much further into the noise than the unit before it.
 _STEP_NBYTES = 4096
 
 Bytes = npt.NDArray[np.uint8]
@@ -26,8 +25,11 @@ Bytes = npt.NDArray[np.uint8]
 class Load:
     """One batch: a prompt whose KV cache is written, then tokens that each read all of it.
 
-    ``hidden``: elements of K (or V) per layer, token and row of the batch. ``generate``: tokens;
-    the first one comes out of the prompt, so there are ``generate - 1`` decode steps.
+    Attributes:
+        hidden: elements of K (or V) per layer, token and batch row.
+        batch: rows of the batch.
+        prompt: tokens of the prompt.
+        generate: new tokens; the prompt yields the first, so ``generate - 1`` are decode steps.
     """
 
     layers: int = 16
@@ -72,7 +74,7 @@ class Load:
 
     @property
     def nbytes(self) -> int:
-        """The whole KV cache after the prompt: the W of the memory limits."""
+        """The whole KV cache after the prompt: what memory limits are expressed as shares of."""
         return self.units * self.unit_nbytes
 
     @property
@@ -101,9 +103,9 @@ class Load:
 
 
 class Noise:
-    """The content of every unit (number ``2 * layer``: K, ``2 * layer + 1``: V).
+    """The content of every unit. Unit ``2 * layer`` is K, ``2 * layer + 1`` is V.
 
-    Holds one unit's bytes in memory and a little more, in the place of what a GPU would hold.
+    Holds little more than one unit's bytes in memory, in place of what a GPU would hold.
     """
 
     def __init__(self, load: Load) -> None:

@@ -1,8 +1,8 @@
-"""The replay of the decode measurements: real I/O and real memory, no model.
+"""Replays a decode: real I/O and real memory, but no model.
 
 A :class:`KVPath` is one way to keep a KV cache outside of the GPU: it writes a prompt's K and V
-layer by layer, then reads all of it for every token, in its own schedule. A GPU's part is waited
-for (:class:`Device`), which costs no CPU time: neither does a GPU.
+layer by layer, then reads all of it for every token, in its own schedule. What a GPU would do is
+slept through (:class:`SimulatedGpu`), which takes no CPU time, as a GPU does.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from spdk_kv.measure.decode.load import Bytes, Load, Noise
 from spdk_kv.types import KVShape
 
 
-class Device:
-    """The GPU of the replay: computes for ``compute_s`` per layer, and takes and gives bytes at
-    ``link_bytes_s`` in either direction (None: KV is of use where it lies, in host memory).
+class SimulatedGpu:
+    """The replay's GPU, whose computing and copies take time and do nothing. Thread-safe.
 
-    The link is one queue per direction, as a copy engine is. Thread-safe.
+    Each direction of the link is one queue, like a GPU's copy engine.
+
+    Args:
+        compute_s: seconds that it computes per layer.
+        link_bytes_s: bytes per second in either direction; None if it uses K and V where they are,
+            in host memory.
     """
 
     def __init__(self, compute_s: float = 0.0, link_bytes_s: float | None = None) -> None:
@@ -33,8 +37,7 @@ class Device:
         self._lock = threading.Lock()
 
     def copy(self, nbytes: int, direction: str = "in") -> float:
-        """Queues a copy of bytes that are in host memory now; returns when it will have ended (on
-        ``time.perf_counter``)."""
+        """Queues a copy of ``nbytes``; returns the ``time.perf_counter()`` at which it ends."""
         now = time.perf_counter()
         if self.link_bytes_s is None:
             return now
@@ -44,7 +47,7 @@ class Device:
         return end
 
     def compute(self, share: float = 1.0) -> None:
-        """Blocks for ``share`` of one layer's computing."""
+        """Blocks for ``share`` of the time that one layer takes to compute."""
         self.wait(time.perf_counter() + share * self.compute_s)
 
     @staticmethod
@@ -56,31 +59,34 @@ class Device:
 
 
 class KVPath(Protocol):
-    """One way to keep a KV cache. ``see(unit, bytes)`` is given each unit read, if not None."""
+    """One way to keep a KV cache outside of the GPU."""
 
     def prefill(self) -> None:
-        """Stores the prompt's K and V of every layer; blocks until they were taken over."""
+        """Stores the prompt's K and V of every layer; blocks until they were accepted."""
 
     def step(self, step: int, see: Callable[[int, Bytes], None] | None) -> None:
-        """One token: reads every unit, computes, stores one more row of each."""
+        """Decodes one token: reads every unit, computes, appends a row to each unit.
+
+        ``see``, if not None, is called with the number and the bytes of each unit that was read.
+        """
 
     def explain(self) -> dict[str, Any]:
-        """What the path says about itself at the end, for JSON."""
+        """What the path reports about itself at the end, for JSON."""
 
     def close(self) -> None:
-        """Gives everything back, its files too."""
+        """Releases everything, and removes its files."""
 
 
 @dataclass(frozen=True)
-class Moment:
-    """One decode step. ``read_nbytes``: bytes the step asked for."""
+class Step:
+    """One decode step: its duration, and the bytes that it asked for."""
 
     seconds: float
     read_nbytes: int
 
 
 class Replay:
-    """Runs one path through prompt and decode, and checks what it read at the end."""
+    """Runs one path through prompt and decode, and finally checks what it reads."""
 
     def __init__(self, load: Load, noise: Noise, path: KVPath) -> None:
         self._load = load
@@ -89,23 +95,25 @@ class Replay:
         self._done = 0
 
     def prefill(self) -> float:
-        """Seconds until the prompt's KV cache was taken over."""
+        """Stores the prompt; returns the seconds until it was accepted."""
         began = time.perf_counter()
         self._path.prefill()
         return time.perf_counter() - began
 
-    def step(self) -> Moment:
-        """The next token."""
+    def step(self) -> Step:
+        """Decodes the next token."""
         began = time.perf_counter()
         self._path.step(self._done, None)
         seconds = time.perf_counter() - began
-        moment = Moment(seconds, self._load.step_nbytes(self._done))
+        step = Step(seconds, self._load.step_nbytes(self._done))
         self._done += 1
-        return moment
+        return step
 
     def check(self) -> None:
-        """Reads everything once more, as a last decode step, and compares it with what was stored.
-        CorruptionError."""
+        """Reads everything in one last decode step, and compares it with what was stored.
+
+        Raises CorruptionError.
+        """
         crcs: dict[int, int] = {}
 
         def see(unit: int, data: Bytes) -> None:
@@ -121,17 +129,18 @@ class Replay:
 
 
 class StorePath:
-    """spdk_kv itself: a temporary sequence, read ahead in the order of the layers.
+    """spdk_kv itself: a temporary sequence, prefetched in the order of the layers.
 
-    ``ahead``: layers asked for before they are needed (0: nothing is read ahead). ``options``:
-    fields of :class:`spdk_kv.PageCacheOptions`, which choose the path.
+    Args:
+        ahead: layers to prefetch beyond the one in use; 0 for none.
+        options: fields of :class:`spdk_kv.PageCacheOptions`, which choose the path.
     """
 
     def __init__(
         self,
         load: Load,
         noise: Noise,
-        device: Device,
+        gpu: SimulatedGpu,
         location: str,
         options: dict[str, Any],
         ahead: int = 2,
@@ -141,9 +150,9 @@ class StorePath:
 
         self._load = load
         self._noise = noise
-        self._device = device
+        self._gpu = gpu
         self._ahead = min(ahead, load.layers - 1)
-        # One step more than the load has: the check's.
+        # One token more than the load has, for the step that checks.
         shape = KVShape(
             layers=load.layers,
             kv_heads=load.heads,
@@ -153,8 +162,8 @@ class StorePath:
             batch=load.batch,
         )
         room = shape.nbytes + shape.layers * (1 << 20)
-        # Without reserved hugepages: they count under no limit, and others may take them between a
-        # run that measures what the variant needs beside the KV cache, and the next.
+        # Reserved hugepages do not count towards a limit, and other processes may take them between
+        # the run that measures what the variant needs besides the KV cache, and the next.
         self._store = open_store(
             location,
             capacity=room,
@@ -166,7 +175,7 @@ class StorePath:
 
     def prefill(self) -> None:
         for layer in range(self._load.layers):
-            self._device.compute()
+            self._gpu.compute()
             self._append(layer, [self._noise.prompt(2 * layer + side) for side in (0, 1)])
         for layer in range(self._load.layers):
             self._sequence.settle(layer)
@@ -176,11 +185,11 @@ class StorePath:
         arrived = 0.0
         for layer in range(layers):
             if ahead:
-                # Around the end too: the next token begins with the first layers again.
+                # Wraps around at the end, as the next token begins with the first layers.
                 self._sequence.prefetch([(layer + n) % layers for n in range(1, ahead + 1)])
             k, v = self._sequence.read(layer)
             computed = arrived
-            arrived = self._device.copy(2 * k.nbytes)
+            arrived = self._gpu.copy(2 * k.nbytes)
             if see is not None:
                 for side, tensor in enumerate((k, v)):
                     see(2 * layer + side, _rows(tensor))
@@ -191,8 +200,8 @@ class StorePath:
         self._compute_and_append(layers - 1, step, arrived)
 
     def _compute_and_append(self, layer: int, step: int, arrived: float) -> None:
-        self._device.wait(arrived)
-        self._device.compute()
+        self._gpu.wait(arrived)
+        self._gpu.compute()
         self._append(layer, [self._noise.token(2 * layer + side, step) for side in (0, 1)])
 
     def _append(self, layer: int, sides: list[Bytes]) -> None:
@@ -200,9 +209,9 @@ class StorePath:
 
         load = self._load
         shape = (-1, load.batch, load.heads, load.hidden // load.heads)
-        self._device.wait(self._device.copy(sum(side.nbytes for side in sides), "out"))
+        self._gpu.wait(self._gpu.copy(sum(side.nbytes for side in sides), "out"))
         k, v = (
-            # Noise is only read.
+            # torch warns of arrays that are read-only; this one is only read.
             torch.from_numpy(side).view(torch.float16).view(shape).permute(1, 2, 0, 3)
             for side in sides
         )

@@ -1,4 +1,4 @@
-"""What people try first when a KV cache outgrows memory: tensors in files that are mapped."""
+"""What people try first when a KV cache outgrows memory: tensors in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from transformers.cache_utils import DynamicLayer
 
 
 class MappedLayer(DynamicLayer):  # type: ignore[misc]
-    """K and V of one layer in two files of ``folder``, token after token; the kernel's page cache
-    is the memory."""
+    """K and V of one layer in two files of ``folder``, token after token.
+
+    The kernel's page cache is the only memory that they take.
+    """
 
     def __init__(self, folder: Path, number: int, max_tokens: int) -> None:
         super().__init__()
@@ -24,7 +26,7 @@ class MappedLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds tokens and returns all, ``[batch, kv_heads, tokens, head_dim]``: the mapping."""
+        """Appends tokens; returns views of all, ``[batch, kv_heads, tokens, head_dim]``."""
         past = self.get_seq_length()
         if not self._files:
             self.lazy_initialization(key_states, value_states)
@@ -46,8 +48,10 @@ class MappedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def mapped_cache(config: Any, folder: Path, max_tokens: int) -> DynamicCache | None:
-    """A DynamicCache whose tensors are files in ``folder``; None for a model with layers of
-    another kind (sliding windows, say)."""
+    """A DynamicCache whose tensors are files in ``folder``.
+
+    None for a model with layers of another kind, such as sliding windows.
+    """
     cache = DynamicCache(config=config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None

@@ -1,9 +1,9 @@
-"""One generation under a memory limit, in a process of its own: it may be killed.
+"""One generation under a memory limit, in a process of its own because it may be killed.
 
-    python -m spdk_kv.demo.limited '{"variant": "offloaded", "folder": "/mnt/kv", ...}'
+    python -m spdk_kv.demo.limited.task '{"variant": "offloaded", "folder": "/mnt/kv", ...}'
 
-The task is the JSON of a :class:`Task`; an :class:`Outcome` is printed as JSON. The model and all
-libraries are loaded before the limit holds, so that it is a limit of what decoding takes.
+The argument is a :class:`Task` as JSON; an :class:`Outcome` is printed as JSON. The model and all
+libraries are loaded before the limit is set, so that it limits only what decoding takes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
     from spdk_kv.demo.model import DemoModel
 
-# Tokens that are computed at once while the prompt is read, of all rows: the activations of a long
-# prompt would take more memory than its K/V.
+# Tokens of all rows together that are computed at once while the prompt is read: the activations of
+# a long prompt would take more memory than its K/V.
 _FORWARD_TOKENS = 256
 _WARM_UP_TOKENS = 200
-# KV cache : limit. No way of keeping it all in memory gets around that; and three of so many
-# layers, two streamed past the model and the one it has just left, leave room for activations.
+# The KV cache is this many times the limit, so it cannot all be kept in memory. With this many
+# layers, the three that are in memory at once (one in use, one being read, one just used) leave
+# room for activations.
 _TIMES = 1.5
 _LAYERS = 16
 _MOST_ROWS = 256
@@ -39,9 +40,17 @@ _MOST_ROWS = 256
 
 @dataclass(frozen=True)
 class Task:
-    """``folder``: for files, on the drive. ``group``, ``group_version``: the memory cgroup to go
-    into, "" for none. ``rows``: of the batch; 0: as many as make the KV cache outgrow the limit
-    by half."""
+    """What to run.
+
+    Attributes:
+        variant: "in memory", "mapped" or "offloaded".
+        folder: folder for files, on the drive.
+        location: the store's URI.
+        text, model: paths; None for the demo's own.
+        group, group_version: the memory cgroup to join; "" for none.
+        rows: rows of the batch; 0 for as many as make the KV cache 1.5 times the limit.
+        page_cache_dir: as in :func:`spdk_kv.open`; "" for none.
+    """
 
     variant: str
     folder: str
@@ -59,8 +68,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``ended``: "finished", "killed", "failed" or "not run", and ``why``. ``tokens``: the new
-    ones, row after row. ``peak_nbytes``: the group's, page cache included; None without one."""
+    """How a task ended.
+
+    Attributes:
+        ended: "finished", "killed", "failed" or "not run"; ``why`` gives the reason.
+        tokens: the new tokens, row after row.
+        peak_nbytes: the cgroup's peak, page cache included; None without a cgroup.
+        residency: what the store's statistics say about paths.
+    """
 
     variant: str
     ended: str
@@ -76,10 +91,10 @@ class Outcome:
     residency: dict[str, Any] = field(default_factory=dict)
 
 
-def run_apart(task: Task) -> Outcome:
-    """Runs ``task`` in a new process. Blocks. Whatever goes wrong in there is in the outcome."""
+def run_in_subprocess(task: Task) -> Outcome:
+    """Runs ``task`` in a new process. Blocks. Failures are reported in the outcome."""
     done = subprocess.run(
-        [sys.executable, "-m", "spdk_kv.demo.limited", json.dumps(asdict(task))],
+        [sys.executable, "-m", "spdk_kv.demo.limited.task", json.dumps(asdict(task))],
         capture_output=True,
         text=True,
         check=False,
@@ -95,7 +110,7 @@ def run_apart(task: Task) -> Outcome:
 def _run(task: Task) -> Outcome:
     from transformers import DynamicCache
 
-    from spdk_kv.demo.generation import run
+    from spdk_kv.demo.generation import generate
     from spdk_kv.demo.model import (
         kv_nbytes,
         load_model,
@@ -112,13 +127,13 @@ def _run(task: Task) -> Outcome:
     row_nbytes = kv_nbytes(chosen, most)
     rows = task.rows or min(_MOST_ROWS, ceil(_TIMES * task.limit_nbytes / row_nbytes))
     prompt = _prompt(chosen, read_text(Path(task.text) if task.text else None), task, rows)
-    # Once for nothing: the first pass also sets up torch's threads and kernels.
+    # A warm-up: the first pass also sets up torch's threads and kernels.
     short = prompt[:, :_WARM_UP_TOKENS]
-    run(chosen.model, short, 2, DynamicCache(config=config), _nothing, _chunk(rows))
+    generate(chosen.model, short, 2, DynamicCache(config=config), _nothing, _chunk(rows))
 
     make = {"in memory": _in_memory, "mapped": _mapped, "offloaded": _offloaded}[task.variant]
     with open_store("null://"):
-        pass  # and this package's own code
+        pass  # loads this package's own code
     if task.group:
         group = MemoryGroup(Path(task.group), task.group_version)
         group.limit(task.limit_nbytes)
@@ -127,17 +142,17 @@ def _run(task: Task) -> Outcome:
     if found is None:
         why = "the model has layers that keep less than all tokens"
         return Outcome(task.variant, "not run", why, chosen.label, rows)
-    told, residency = found
+    generation, residency = found
     return Outcome(
         task.variant,
         "finished",
         label=chosen.label,
         rows=rows,
         kv_nbytes=rows * kv_nbytes(chosen, most - 1),
-        tokens=told.tokens,
-        prompt_s=told.prompt_s,
-        decode_s=told.decode_s,
-        tokens_per_s=told.tokens_per_s,
+        tokens=generation.tokens,
+        prompt_s=generation.prompt_s,
+        decode_s=generation.decode_s,
+        tokens_per_s=generation.tokens_per_s,
         residency=residency,
     )
 
@@ -161,7 +176,7 @@ def _in_memory(task: Task, chosen: DemoModel, prompt: torch.Tensor, nbytes: int)
 
 
 def _mapped(task: Task, chosen: DemoModel, prompt: torch.Tensor, nbytes: int) -> Found:
-    from spdk_kv.demo.mapped import mapped_cache
+    from spdk_kv.demo.limited.mapped import mapped_cache
 
     most = task.prompt_tokens + task.new_tokens
     cache = mapped_cache(chosen.model.config, Path(task.folder), most)
@@ -175,31 +190,31 @@ def _offloaded(task: Task, chosen: DemoModel, prompt: torch.Tensor, nbytes: int)
     from spdk_kv.units import MIB
 
     config = chosen.model.config
-    # Reserved hugepages count under no limit, and are not there everywhere. The engine's own memory
-    # is twice the depth in segments: 32 MiB, were nothing said.
+    # Reserved hugepages do not count towards a limit, and not every machine has any. The engine's
+    # own memory is twice the depth in segments, which by default would be 32 MiB.
     engine = EngineOptions(segment="256 KiB", hugepages=False, staging=task.limit_nbytes // 8)
     page_cache = PageCacheOptions(folder=task.page_cache_dir or None)
     capacity = None
     if task.location == f"file://{task.folder}":
-        # Some room more: extents are whole chunks, and the store needs its own.
+        # More room than that: extents are whole chunks, and the store needs some for itself.
         capacity = nbytes + nbytes // 8 + 64 * MIB
     most = task.prompt_tokens + task.new_tokens
     with (
         open_store(task.location, capacity=capacity, engine=engine, page_cache=page_cache) as store,
         OffloadedKVCache(store, config, max_tokens=most) as cache,
     ):
-        told = _generate(task, chosen, prompt, cache)
-        return told, store.stats()["residency"]
+        generation = _generate(task, chosen, prompt, cache)
+        return generation, store.stats()["residency"]
 
 
 def _generate(task: Task, chosen: DemoModel, prompt: torch.Tensor, cache: Any) -> Any:
-    from spdk_kv.demo.generation import run
+    from spdk_kv.demo.generation import generate
 
-    return run(chosen.model, prompt, task.new_tokens, cache, _nothing, _chunk(len(prompt)))
+    return generate(chosen.model, prompt, task.new_tokens, cache, _nothing, _chunk(len(prompt)))
 
 
 def _prompt(chosen: DemoModel, text: str, task: Task, rows: int) -> torch.Tensor:
-    """``[rows, prompt_tokens]``: the text, begun at another place in each row."""
+    """``[rows, prompt_tokens]``: the text, rotated to begin at another place in each row."""
     import torch
 
     from spdk_kv.demo.model import prompt_tokens

@@ -1,4 +1,4 @@
-"""``spdk-kv demo --memory-limit``: the same decode under a limit, by three ways to keep the K/V."""
+"""The same decode under a memory limit, with the KV cache kept in three different ways."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from spdk_kv.binding import memory_group, why_impossible
-from spdk_kv.demo.limited import Outcome, Task, run_apart
+from spdk_kv.demo.limited.task import Outcome, Task, run_in_subprocess
 from spdk_kv.terminal import CommandFailed, console, progress
 from spdk_kv.units import format_nbytes
 
-# (variant, under the limit, what to call it). The first one shows what the tokens have to be.
+# (variant, under the limit, name). The first one shows what the tokens have to be.
 _RUNS = (
     ("in memory", False, "in memory, no limit"),
     ("offloaded", True, "OffloadedKVCache"),
@@ -20,18 +20,20 @@ _RUNS = (
 )
 
 
-def require_groups() -> None:
-    """CommandFailed where this process can limit no memory."""
+def require_memory_cgroup() -> None:
+    """Raises CommandFailed where this process cannot limit memory."""
     if why := why_impossible():
         raise CommandFailed(
-            f"--memory-limit needs a memory cgroup of its own, and {why}; run it as root, or with "
-            "a part of the tree delegated (systemd-run --user --scope -p Delegate=yes ...)"
+            f"--memory-limit needs a memory cgroup of its own, but {why}; run it as root, or in a "
+            "delegated part of the tree (systemd-run --user --scope -p Delegate=yes ...)"
         )
 
 
-def run_all(task: Task) -> dict[str, Any]:
-    """Every variant of ``task`` in turn, as one JSON object. CommandFailed where even the one
-    without a limit fails."""
+def run_limited(task: Task) -> dict[str, Any]:
+    """Runs every variant of ``task`` in turn; returns one JSON object. Blocks.
+
+    Raises CommandFailed if even the run without a limit fails.
+    """
     runs: list[dict[str, Any]] = []
     outcomes: list[Outcome] = []
     with progress(len(_RUNS), "decoding") as advance:
@@ -60,11 +62,11 @@ def _run(task: Task, limited: bool) -> Outcome:
     with tempfile.TemporaryDirectory(prefix=f"{task.variant[:2]}-", dir=task.folder) as folder:
         own = replace(task, folder=folder, location=task.location or f"file://{folder}")
         if not limited:
-            return run_apart(own)
+            return run_in_subprocess(own)
         with memory_group() as group:
             group.forbid_swap()
-            found = run_apart(replace(own, group=str(group.path), group_version=group.version))
-            return replace(found, peak_nbytes=group.peak_nbytes())
+            own = replace(own, group=str(group.path), group_version=group.version)
+            return replace(run_in_subprocess(own), peak_nbytes=group.peak_nbytes())
 
 
 def _fields(outcome: Outcome, reference: Outcome) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def _fields(outcome: Outcome, reference: Outcome) -> dict[str, Any]:
 
 
 def print_limited(report: dict[str, Any]) -> None:
-    """The report on stdout, for people."""
+    """Prints the report for people."""
     out = console()
 
     def line(text: str = "", style: str = "") -> None:
@@ -85,8 +87,8 @@ def print_limited(report: dict[str, Any]) -> None:
     line(f"The same decode with {limit} of memory beside the model", "bold")
     line()
     line(f"  model   {report['model']}")
-    line(f"  batch   {report['rows']} rows of {report['prompt_tokens']} tokens of prompt and")
-    line(f"          {report['new_tokens']} new ones")
+    line(f"  batch   {report['rows']} rows")
+    line(f"  tokens  {report['prompt_tokens']} in each prompt, {report['new_tokens']} new")
     line(f"  K/V     {format_nbytes(report['kv_nbytes'])} at the end")
     line()
     line(_row("", "decoding", "prompt", "peak", ""), "bold")
@@ -94,15 +96,15 @@ def print_limited(report: dict[str, Any]) -> None:
         line(_line(run))
     line()
     if report["residency"]:
-        told = report["residency"]
-        line(f"  {format_nbytes(told['cached_read_nbytes'])} came through the page cache and")
-        line(f"  {format_nbytes(told['direct_read_nbytes'])} directly; the last decision was:")
-        line(f"  {told['reason']}.")
+        residency = report["residency"]
+        line(f"  {format_nbytes(residency['cached_read_nbytes'])} were read through the page cache")
+        line(f"  and {format_nbytes(residency['direct_read_nbytes'])} directly. Last decision:")
+        line(f"  {residency['reason']}.")
         line()
     if report["tokens_equal"]:
-        line("  The tokens under the limit are those without one.", "bold green")
+        line("  The tokens are the same with and without the limit.", "bold green")
     else:
-        line("  OffloadedKVCache did not give the tokens that there are without a limit.", "red")
+        line("  OffloadedKVCache gave other tokens than without a limit.", "red")
 
 
 def _line(run: dict[str, Any]) -> str:
