@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spdk_kv.memory.budget import (
+    Budget,
     MemoryReader,
     MemorySnapshot,
     cached_nbytes,
@@ -10,4 +11,11 @@ from spdk_kv.memory.budget import (
     read_memory,
 )
 
-__all__ = ["MemoryReader", "MemorySnapshot", "cached_nbytes", "page_cache_budget", "read_memory"]
+__all__ = [
+    "Budget",
+    "MemoryReader",
+    "MemorySnapshot",
+    "cached_nbytes",
+    "page_cache_budget",
+    "read_memory",
+]

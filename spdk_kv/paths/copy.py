@@ -1,15 +1,15 @@
-"""The page cache's own copy of units, for a drive that the kernel's page cache does not reach.
+"""Copies of units for the page cache, for a drive that the kernel's page cache does not reach.
 
-The truth stays on the drive: all writes go there, and the index refers to it alone. Of each unit on
-the page-cache path a prefix of every extent is *filled*: it lies in the copy too, and is read from
-there. The rest is read from the drive, and what was read, and passed its checksum, fills more.
-Bytes that are not of the unit as it is now are never served:
+The truth stays on the drive: all writes go there, and the index refers only to it. Each unit on the
+page-cache path has a prefix of every extent *filled*: that prefix lies in the copy and is read from
+there. The rest is read from the drive, and once it has passed its checksum it fills more of the
+copy. These rules keep bytes that are no longer the unit's from being served:
 
-- one fill of a unit is under way at a time, and counts only for what was not truncated meanwhile;
-- a unit that leaves the path has nothing filled from that moment on, and another life: what a read
-  under way finds after that is not used;
-- its range is punched out of the copy only after its fill has ended, and until that is done nobody
-  fills there, be it the same unit again or the next owner of the extents.
+- A unit has one fill under way at a time, and what was truncated meanwhile does not count.
+- A unit that leaves the path has nothing filled from that moment on, and another ``copy_epoch``; a
+  read that began before does not use what it finds.
+- Its range is punched out of the copy only after its fill has ended. Until then nothing is filled
+  there, whether for the same unit or for the next owner of the extents.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Decisions for which nothing is filled after something failed: then it is tried again.
-_PAUSE = 64
-_LOOK_S = 0.2
+# Decisions (about one per decode step) after a failure before filling is tried again. Chosen: a
+# full disk takes seconds to be freed.
+_PAUSE_DECISIONS = 64
+# How often a wait for the end of a fill checks whether the store was closed.
+_CLOSED_CHECK_S = 0.2
 
 
 @dataclass(eq=False)
 class Hole:
-    """What a unit leaves behind: its ranges, and the fill that may still write there."""
+    """What a unit leaves in the copy: its ranges, and the fill that may still write there."""
 
     extents: Extents
     fill: Fill | None
@@ -50,38 +52,39 @@ class Hole:
 
 @dataclass(eq=False)
 class Copy:
-    """What is filled, of which units. Every method but :meth:`punch` is called with ``lock``, the
-    orchestrator's, held or takes it.
+    """The copies of all units. Every method but :meth:`punch` takes ``lock``, the orchestrator's,
+    or is called with it held.
 
-    ``most_nbytes``: memory for what is on its way into the copy; what finds no room there is not
-    filled this time.
+    ``max_held_nbytes``: memory for what is on its way into the copy. What finds no room there is
+    not filled this time. ``trouble``: why nothing is filled at present; empty if all is well.
     """
 
     engine: CopyPageCacheEngine
     lock: threading.RLock
-    most_nbytes: int
+    max_held_nbytes: int
     written_nbytes: int = 0
     trouble: str = ""
-    """Why nothing is filled at present; empty if all is well."""
     _held_nbytes: int = 0
-    _pause: int = 0
+    _pause_decisions: int = 0
     _warned: bool = False
     _holes: list[Hole] = field(default_factory=list)
     _closed: bool = False
 
     def __post_init__(self) -> None:
-        self._pool = StagingPool(self.engine.allocate, self.most_nbytes)
+        self._pool = StagingPool(self.engine.allocate, self.max_held_nbytes)
 
     def fill(self, unit: TrackedUnit, start: int, lines: torch.Tensor, chunk_nbytes: int) -> None:
-        """Takes ``lines`` ([extents, bytes], on whatever device), the bytes of every extent of
-        ``unit`` from ``start`` on, into the copy, as far as they continue what is filled and there
-        is room.
+        """Fills as much of the copy as ``lines`` continue it and there is room. Takes a copy of
+        ``lines`` and returns; a failure of the copy is not raised (see :attr:`trouble`).
 
-        Called with the unit's layer locked, so that they are its bytes. Copies them and returns:
-        they are written in the background. Does not raise for what goes wrong with the copy.
+        Args:
+            unit: whose bytes they are. The caller holds its layer's lock, so they stay so.
+            start: byte of every extent at which ``lines`` begin.
+            lines: uint8 ``[extents, bytes]``, in host or GPU memory.
+            chunk_nbytes: bytes that share a checksum; fills end at such a boundary.
         """
         with self.lock:
-            fill = self._begin(unit, start, lines, chunk_nbytes)
+            fill = self._plan(unit, start, lines, chunk_nbytes)
             if fill is None:
                 return
             unit.fill = fill
@@ -89,33 +92,34 @@ class Copy:
         transfer = None
         try:
             transfer = self._prepare(unit, fill, lines[:, fill.start - start : fill.end - start])
-            self.engine.start(transfer, partial(self._written, unit, fill), priority=PREFETCH)
+            self.engine.start(transfer, partial(self._on_written, unit, fill), priority=PREFETCH)
         except BaseException as failure:
-            # Interrupted after it was begun, it ends as any other.
+            # A transfer that was started before an interrupt ends like any other.
             if transfer is None or not (transfer.in_flight or transfer.done):
-                self._ended(unit, fill)
+                self._end(unit, fill)
             if not isinstance(failure, (SpdkKvError, MemoryError)):
                 raise
 
-    def _begin(
+    def _plan(
         self, unit: TrackedUnit, start: int, lines: torch.Tensor, chunk_nbytes: int
     ) -> Fill | None:
-        """What of ``lines`` is to be written now, if anything."""
+        """The part of ``lines`` that can be written now, if any."""
         count, nbytes = lines.shape
-        if self._closed or self._pause or not unit.cached or unit.fill is not None:
+        is_paused = self._closed or self._pause_decisions
+        if is_paused or not unit.cached or unit.fill is not None:
             return None
         if count != len(unit.extents) or not start <= unit.filled < start + nbytes:
             return None
         if any(_overlap(hole.extents, unit.extents) for hole in self._holes):
             return None
-        room = align_down((self.most_nbytes - self._held_nbytes) // count, chunk_nbytes)
-        # One chunk always may, however little room there is.
+        room = align_down((self.max_held_nbytes - self._held_nbytes) // count, chunk_nbytes)
+        # One chunk is always admitted, or a small limit would admit nothing for ever.
         room = max(room, 0 if self._held_nbytes else chunk_nbytes)
         end = min(start + nbytes, unit.filled + room)
-        return Fill(count, unit.filled, end, unit.life) if end > unit.filled else None
+        return Fill(count, unit.filled, end, unit.copy_epoch) if end > unit.filled else None
 
     def _prepare(self, unit: TrackedUnit, fill: Fill, lines: torch.Tensor) -> Transfer:
-        # Not from where the lines are: that memory is the reader's to change.
+        # Not straight from ``lines``: the reader may change that memory before it is written.
         width = fill.end - fill.start
         lease = self._pool.lease(fill.nbytes)
         tensor_from(lease, "uint8", (fill.count, width)).copy_(lines)
@@ -125,82 +129,85 @@ class Copy:
             transfer.add(offset + fill.start, lease.address + number * width, width)
         return transfer
 
-    def _written(self, unit: TrackedUnit, fill: Fill, transfer: Transfer) -> None:
+    def _on_written(self, unit: TrackedUnit, fill: Fill, transfer: Transfer) -> None:
         with self.lock:
             if transfer.status:
-                self.failed(self.engine.error(transfer))
+                self.pause(self.engine.error(transfer))
             else:
-                self._took(unit, fill)
-        self._ended(unit, fill)
+                self._accept(unit, fill)
+        self._end(unit, fill)
 
-    def _ended(self, unit: TrackedUnit, fill: Fill) -> None:
+    def _end(self, unit: TrackedUnit, fill: Fill) -> None:
         with self.lock:
             unit.fill = None
             self._held_nbytes -= fill.nbytes
-        fill.over.set()
+        fill.ended.set()
 
-    def _took(self, unit: TrackedUnit, fill: Fill) -> None:
+    def _accept(self, unit: TrackedUnit, fill: Fill) -> None:
         if self._warned:
             log.info("%s: the page cache is filled again", self.engine.where)
             self._warned = False
         self.written_nbytes += fill.nbytes
-        more = min(fill.end, fill.cut) - unit.filled
-        if fill.life == unit.life and more > 0:
+        more = min(fill.end, fill.valid_end) - unit.filled
+        if fill.copy_epoch == unit.copy_epoch and more > 0:
             unit.filled += more
             unit.warmed_nbytes += more * fill.count
 
-    def failed(self, failure: Exception) -> None:
-        """The copy could not be written or read: nothing is filled for a while."""
+    def pause(self, failure: Exception) -> None:
+        """The copy could not be written or read: fills nothing for a while."""
         if self._closed or isinstance(failure, ClosedError):
             return
-        self.trouble = str(failure).split(";")[0]  # without the remedy for a store's own drive
-        self._pause = _PAUSE
+        # Only the first clause: the remedy behind it is for the store's own drive.
+        self.trouble = str(failure).split(";")[0]
+        self._pause_decisions = _PAUSE_DECISIONS
         if not self._warned:
             log.warning("%s; going on without filling the page cache", self.trouble)
             self._warned = True
 
-    def turn(self) -> None:
-        """Another decision is made."""
+    def before_decision(self) -> None:
+        """Counts down a pause, and sheds unused memory."""
         self._pool.shed()
-        self._pause = max(0, self._pause - 1)
-        if not self._pause:
+        self._pause_decisions = max(0, self._pause_decisions - 1)
+        if not self._pause_decisions:
             self.trouble = ""
 
     # -- what is filled shrinks -----------------------------------------------------------------
 
     def forget(self, unit: TrackedUnit) -> Hole:
-        """From now on nothing of ``unit`` is filled. What is returned is to be punched."""
+        """Nothing of ``unit`` is filled from now on. Returns what is left to :meth:`punch`."""
         hole = Hole(unit.extents, unit.fill)
         self._holes.append(hole)
         unit.filled = 0
-        unit.life += 1
+        unit.copy_epoch += 1
         return hole
 
     def punch(self, hole: Hole) -> None:
-        """Blocks until the fill that may still write there is over, and on the file."""
-        while hole.fill is not None and not hole.fill.over.wait(_LOOK_S):
+        """Frees the ranges of ``hole`` in the file. Blocks for that, and until the fill that may
+        still write there has ended."""
+        while hole.fill is not None and not hole.fill.ended.wait(_CLOSED_CHECK_S):
             if self._closed:
                 return
         for offset, nbytes in hole.extents:
             if self._closed:
-                return  # it goes with the file
+                return  # the whole file is about to go
             try:
                 self.engine.drop(offset, nbytes)
             except DeviceTimeout as late:
+                # The drop may still happen, and would take later fills with it: keep the hole.
                 log.warning("%s; nothing more is copied there", late)
-                return  # it would take with it what is filled meanwhile
+                return
             except (OSError, SpdkKvError) as refused:
                 log.debug("%s: a range stays in the copy: %s", self.engine.where, refused)
         with self.lock:
             self._holes.remove(hole)
 
     def sweep(self, unit: TrackedUnit) -> None:
-        """A read came to ``unit`` after its hole was punched, and left pages of zeros in memory:
-        those go. What is dirty, filled anew meanwhile, stays."""
+        """Drops the pages of zeros that a read of ``unit`` left in memory after its hole was
+        punched. Pages that were filled anew meanwhile are dirty, and stay."""
         for offset, nbytes in unit.extents:
             os.posix_fadvise(self.engine.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
-    # -- what is told ---------------------------------------------------------------------------
+    # -- what is reported -----------------------------------------------------------------------
 
     def stats(self, cached: Iterable[TrackedUnit]) -> dict[str, Any]:
         """``cached``: the units on the page-cache path."""
@@ -211,12 +218,12 @@ class Copy:
             "trouble": self.trouble,
         }
 
-    def lacks(self, unit: TrackedUnit) -> str:
-        """What is to be said of a unit on the page-cache path that is not all there."""
+    def shortfall(self, unit: TrackedUnit) -> str:
+        """For people: how much of a unit on the page-cache path is copied, if not all of it."""
         if not unit.cached or unit.served_nbytes == unit.nbytes:
             return ""
-        told = f"; {format_nbytes(unit.served_nbytes)} of it are there so far"
-        return f"{told}: {self.trouble}" if self.trouble else told
+        text = f"; {format_nbytes(unit.served_nbytes)} of it are there so far"
+        return f"{text}: {self.trouble}" if self.trouble else text
 
     def close(self) -> None:
         """Nothing is filled from now on; the engine is closed by its owner."""

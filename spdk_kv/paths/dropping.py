@@ -1,4 +1,4 @@
-"""What leaves the page-cache path leaves memory, too."""
+"""Drops the pages of units that have left the page-cache path."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from spdk_kv.paths.units import TrackedUnit
 log = logging.getLogger(__name__)
 
 
-class Dropping:
-    """Takes units out of ``cache``, or out of the ``copy`` that it has of them. ``lock``: the
+class Dropper:
+    """Takes units out of ``cache``, or out of ``copy`` where the cache holds copies. ``lock``: the
     orchestrator's."""
 
     def __init__(
@@ -25,16 +25,17 @@ class Dropping:
         self._lock = lock
         self._thread = ThreadPoolExecutor(1, "spdk_kv-drop")
 
-    def aside(self, unit: TrackedUnit) -> None:
-        """On a thread: dropping the pages of 64 MiB takes milliseconds, and a read is waiting.
-        Called with the lock held."""
+    def drop_later(self, unit: TrackedUnit) -> None:
+        """Drops on a thread: 64 MiB of pages take milliseconds, and a read is waiting. Called with
+        the lock held."""
         if self._copy is not None:
             self._thread.submit(self._copy.punch, self._copy.forget(unit))
         else:
             self._thread.submit(self._drop, unit)
 
-    def now(self, unit: TrackedUnit) -> None:
-        """The pages, and even if the unit is on that path again. Blocks for that."""
+    def drop_now(self, unit: TrackedUnit) -> None:
+        """Drops the pages even if the unit has been promoted again; blocks until they are gone.
+        Copies are left to :meth:`drop_later`."""
         if self._copy is None:
             self._drop(unit, even_if_cached=True)
 
@@ -48,10 +49,9 @@ class Dropping:
                 log.debug("%s: pages stay in the cache: %s", self._cache.where, refused)
         with self._lock:
             if unit.cached:
-                # What reads brought in while it went is not missed when it is gone.
-                unit.warmed_nbytes = 0
-                unit.looks += 1
+                # What reads brought in while its pages were dropped must not count as evicted.
+                unit.reset_warmed(0)
 
     def close(self) -> None:
-        """Blocks until what was begun is over."""
+        """Blocks until everything accepted so far is dropped."""
         self._thread.shutdown()

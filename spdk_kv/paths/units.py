@@ -1,4 +1,4 @@
-"""What the orchestrator knows of a sequence: its units, the path of each, and when it was read."""
+"""The units of a sequence: where each lies, its path, and what the page cache has of it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ Extents = tuple[tuple[int, int], ...]
 """(offset, nbytes) of each extent."""
 
 
-EVERYTHING = 1 << 62
-"""More bytes than any extent has."""
+WHOLE_EXTENT = 1 << 62
+"""More bytes than any extent has: all of it, however long it is."""
 
 
 @dataclass(eq=False)
 class Fill:
-    """Bytes ``[start, end)`` of each of a unit's ``count`` extents on their way into a copy.
+    """Bytes ``[start, end)`` of each of a unit's ``count`` extents on their way into its copy.
 
-    ``life``: the unit's when it began. ``cut``: what lies from there on was truncated since.
-    ``over`` is set when nothing is written any more.
+    ``copy_epoch``: the unit's when the fill started. ``valid_end``: where the unit was truncated
+    since; what lies behind is void. ``ended``: set once nothing is written any more.
     """
 
     count: int
     start: int
     end: int
-    life: int
-    cut: int = EVERYTHING
-    over: threading.Event = field(default_factory=threading.Event)
+    copy_epoch: int
+    valid_end: int = WHOLE_EXTENT
+    ended: threading.Event = field(default_factory=threading.Event)
 
     @property
     def nbytes(self) -> int:
@@ -40,12 +40,16 @@ class Fill:
 class TrackedUnit:
     """One layer's K or V of one sequence.
 
-    ``cached``: reads go through the page cache, as far as every extent is ``filled``: to the end
-    where that is the page cache of the same bytes, and as far as it was copied where it is another
-    medium's. ``life`` then tells how often that was forgotten; ``fill`` is what is being copied.
-    ``nbytes``: what is on the device now. ``warmed_nbytes``: what reads brought into the cache
-    since the unit was promoted; what is missed beyond what is served from there had been there, and
-    was evicted. ``looks``: how often it was looked up what the kernel has of it.
+    ``cached``: whether it is on the page-cache path. ``nbytes``: its bytes on the drive now.
+
+    ``filled``: bytes of every extent that the page cache serves: all where it caches the drive's
+    own bytes, those copied so far where it holds copies. ``fill``: the copying under way.
+    ``copy_epoch``: changes whenever the copy was forgotten, so that a read which began before does
+    not trust what it found.
+
+    ``warmed_nbytes``: bytes that reads brought into the cache since the promotion. A read that
+    finds any of them missing has met an eviction. ``warm_epoch``: changes whenever
+    ``warmed_nbytes`` was set anew, so that reads which began before do not count twice.
     """
 
     group: UnitGroup
@@ -56,14 +60,14 @@ class TrackedUnit:
     nbytes: int = 0
     cached: bool = False
     warmed_nbytes: int = 0
-    looks: int = 0
-    filled: int = EVERYTHING
-    life: int = 0
+    warm_epoch: int = 0
+    filled: int = WHOLE_EXTENT
+    copy_epoch: int = 0
     fill: Fill | None = None
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """(sequence's number, layer, 0 for K and 1 for V): orders the units as a scan does."""
+        """(sequence's number, layer, 0 for K and 1 for V): sorts units in the order of a scan."""
         return (self.group.number, self.layer, self.value)
 
     @property
@@ -72,23 +76,19 @@ class TrackedUnit:
 
     @property
     def served_nbytes(self) -> int:
-        """Of ``nbytes`` those that reads through the page cache deliver."""
+        """Bytes of ``nbytes`` that the page cache serves if the unit is on its path."""
         return min(self.nbytes, self.filled * len(self.extents))
 
     def resize(self, nbytes: int) -> None:
-        """The device has the first ``nbytes`` of every extent now."""
+        """The drive has the first ``nbytes`` of every extent now."""
         self.nbytes = nbytes * len(self.extents)
-        if nbytes < self.filled < EVERYTHING:
+        if nbytes < self.filled < WHOLE_EXTENT:
             self.filled = nbytes
         if self.fill is not None:
-            self.fill.cut = min(self.fill.cut, nbytes)
+            self.fill.valid_end = min(self.fill.valid_end, nbytes)
 
-    @property
-    def label(self) -> str:
-        return f"{self.group.name}, layer {self.layer}, {'V' if self.value else 'K'}"
-
-    def numbers(self) -> Unit:
-        """What a policy is told of it."""
+    def for_policy(self) -> Unit:
+        """The numbers that a policy decides by."""
         return Unit(
             key=self.key,
             nbytes=self.nbytes,
@@ -98,11 +98,23 @@ class TrackedUnit:
             sequence=self.group.number,
         )
 
-    def warm(self, cold_nbytes: int, looks: int) -> int:
-        """Takes note of a read that found so much not in the cache; returns what of it should
-        have been there. ``looks``: as it was when the read began."""
-        if looks != self.looks:
-            return 0  # the look has seen what the read brought in, or would bring
+    def reset_warmed(self, nbytes: int) -> None:
+        """``nbytes`` of it are in the page cache now."""
+        self.warmed_nbytes = nbytes
+        self.warm_epoch += 1
+
+    def record_cold_read(self, cold_nbytes: int, warm_epoch: int) -> int:
+        """A read found ``cold_nbytes`` missing from the page cache.
+
+        Args:
+            cold_nbytes: what it had to fetch from the drive.
+            warm_epoch: the unit's when the read began.
+
+        Returns:
+            Bytes of them that had been in the cache, and were evicted.
+        """
+        if warm_epoch != self.warm_epoch:
+            return 0  # the reset already accounts for what the read brought in
         filled = min(cold_nbytes, max(0, self.served_nbytes - self.warmed_nbytes))
         self.warmed_nbytes += filled
         return cold_nbytes - filled
@@ -110,43 +122,45 @@ class TrackedUnit:
 
 @dataclass(eq=False)
 class UnitGroup:
-    """The units of one sequence, and the state of its scan: layers are read in turns."""
+    """The units of one sequence, and how far its present scan has come.
+
+    ``idle_steps``: decisions since the sequence last started a scan.
+    """
 
     number: int
     name: str
     units: list[TrackedUnit] = field(default_factory=list)
-    last_layer: int | None = None
-    begun_ahead: bool = False
-    turned: bool = False
     idle_steps: int = 0
+    _last_layer: int | None = None
+    _started_ahead: bool = False
 
     def add(self, extents: Sequence[Extents]) -> None:
-        """``extents``: of K and V of each layer, in turn."""
+        """``extents``: those of K and V of each layer, alternating."""
         self.units = [
             TrackedUnit(self, number // 2, number % 2, unit) for number, unit in enumerate(extents)
         ]
 
-    def begins_turn(self, layer: int) -> bool:
-        """Whether a read of ``layer`` begins another turn through the layers."""
-        first = self.last_layer is None
-        begins = not self.begun_ahead if first else layer <= (self.last_layer or 0)
-        self.last_layer = layer
-        return begins
+    def enter_layer(self, layer: int) -> bool:
+        """A read of ``layer`` begins. Returns whether it starts another scan."""
+        is_first = self._last_layer is None
+        starts = not self._started_ahead if is_first else layer <= (self._last_layer or 0)
+        self._last_layer = layer
+        return starts
 
-    def begins_ahead(self) -> bool:
-        """Whether reading ahead begins the first turn: nothing was read before."""
-        begins = self.last_layer is None and not self.begun_ahead
-        self.begun_ahead |= begins
-        return begins
+    def enter_ahead(self) -> bool:
+        """Reading ahead begins. Returns whether that starts the first scan of all."""
+        starts = self._last_layer is None and not self._started_ahead
+        self._started_ahead |= starts
+        return starts
 
     def summary(self) -> dict[str, str | int]:
-        """Units and bytes of K and of V in all, and of those on the page-cache path."""
-        told: dict[str, str | int] = {"name": self.name}
+        """Units and bytes of K and of V: all of them, and those on the page-cache path."""
+        numbers: dict[str, str | int] = {"name": self.name}
         for value, part in enumerate("kv"):
             units = [unit for unit in self.units if unit.value == value]
             cached = [unit for unit in units if unit.cached]
-            told[f"{part}_units"] = len(units)
-            told[f"{part}_cached_units"] = len(cached)
-            told[f"{part}_nbytes"] = sum(unit.nbytes for unit in units)
-            told[f"{part}_cached_nbytes"] = sum(unit.nbytes for unit in cached)
-        return told
+            numbers[f"{part}_units"] = len(units)
+            numbers[f"{part}_cached_units"] = len(cached)
+            numbers[f"{part}_nbytes"] = sum(unit.nbytes for unit in units)
+            numbers[f"{part}_cached_nbytes"] = sum(unit.nbytes for unit in cached)
+        return numbers

@@ -57,8 +57,8 @@ class ReadAhead:
             if self._asked:
                 self._start_asked()
             elif self.learns and layer is not None:
-                self._order.note(layer)
-                for expected in self._order.ahead(len(self._layers)):
+                self._order.record(layer)
+                for expected in self._order.expected(len(self._layers)):
                     if not self._start(expected, 0, 1):
                         break
 
@@ -79,10 +79,10 @@ class ReadAhead:
         import torch
 
         layer = self._layers[number]
-        self._paths.reads(self._group, None)
-        with layer.lock, self._paths.admission:
+        self._paths.before_read_ahead(self._group)
+        with layer.lock, self._paths.ahead.lock:
             spare = min(spare, self._max_tokens - layer.tokens)
-            if not self._paths.admits(layer.reader.prefetch_nbytes(first, spare)):
+            if not self._paths.ahead.admits(layer.reader.prefetch_nbytes(first, spare)):
                 return False
             try:
                 layer.prefetch(first, spare, self.gpu)

@@ -53,7 +53,7 @@ class Contents:
         """Sets ``stored_nbytes``, and the size that a residency policy sees."""
         self.stored_nbytes = stored_nbytes
         for unit in self.units:
-            self._paths.resized(unit, stored_nbytes)
+            self._paths.resize(unit, stored_nbytes)
 
     def truncate(self, stored_nbytes: int) -> None:
         """Forgets the chunks behind the first ``stored_nbytes``."""

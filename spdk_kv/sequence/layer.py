@@ -42,7 +42,7 @@ class Layer:
         self._verify = verify
         self._condition = Condition(contents.name)
         self._order = RowOrder(contents.layout.shape)
-        self._tail = Tail(contents, paths.writer, staging)
+        self._tail = Tail(contents, paths.routes.writer, staging)
         self.writer = Writer(contents, self._tail, self._condition, paths, staging)
         self.reader = Reader(
             contents, self.writer.pending, self._tail, self._order, paths, staging, verify

@@ -21,7 +21,7 @@ def create_sequence(
 ) -> Sequence:
     """A new, empty sequence with extents for all its tokens. CapacityError."""
     chunk = CHUNK_NBYTES
-    while host.paths.direct.segment_nbytes % chunk:
+    while host.paths.routes.direct.segment_nbytes % chunk:
         chunk //= 2
     layout = SequenceLayout(shape, granularity, chunk)
     offsets = host.catalog.allocate([layout.extent_nbytes] * layout.extents)
@@ -48,7 +48,7 @@ def restore_sequence(host: Host, name: str, record: SequenceRecord) -> Sequence:
     """
     granularity: Granularity = "head" if record.granularity == "head" else "layer"
     layout = SequenceLayout(record.shape, granularity, record.chunk_nbytes)
-    segment_nbytes = host.paths.direct.segment_nbytes
+    segment_nbytes = host.paths.routes.direct.segment_nbytes
     if segment_nbytes % layout.chunk_nbytes:
         raise ShapeMismatch(
             f"sequence {name!r} has checksums per {layout.chunk_nbytes} bytes; open the store "

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from spdk_kv.paths import Orchestrator
+from spdk_kv.paths import ReadAheadAdmission
 from spdk_kv.sequence.reading import Reading
 
 
 class Prefetched:
-    """Holds at most one reading. ``paths`` counts its memory as held ahead while it is here."""
+    """Holds at most one reading. ``admission`` counts its memory while it is here."""
 
-    def __init__(self, paths: Orchestrator) -> None:
-        self._paths = paths
+    def __init__(self, admission: ReadAheadAdmission) -> None:
+        self._admission = admission
         self.reading: Reading | None = None
 
     def put(self, reading: Reading) -> None:
         """Holds ``reading``, in place of another."""
         self.drop()
         self.reading = reading
-        self._paths.hold_ahead(reading.buffer.nbytes)
+        self._admission.hold(reading.buffer.nbytes)
 
     def take(self) -> Reading | None:
         """Hands the reading over, if there is one."""
         reading, self.reading = self.reading, None
         if reading is not None:
-            self._paths.hold_ahead(-reading.buffer.nbytes)
+            self._admission.release(reading.buffer.nbytes)
         return reading
 
     def drop(self) -> None:

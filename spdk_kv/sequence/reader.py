@@ -42,7 +42,7 @@ class Reader:
         staging: StagingPool,
         verify: bool,
     ) -> None:
-        self.prefetched = Prefetched(paths)
+        self.prefetched = Prefetched(paths.ahead)
         self._contents = contents
         self._layout = contents.layout
         self._pending = pending
@@ -86,9 +86,9 @@ class Reader:
         for unit, extents in by_path(self._contents.units, reading.extents):
             request = partial(reading.request, unit, extents, priority)
             if unit is None:
-                request(self._paths.direct, reading.requested, end)
+                request(self._paths.routes.direct, reading.requested, end)
             else:
-                self._paths.route(unit, reading.requested, end, request)
+                self._paths.routes.route(unit, reading.requested, end, request)
         reading.requested = end
 
     def has_room(self, reading: Reading, last: int) -> bool:
@@ -158,6 +158,6 @@ class Reader:
         if reading is not None:
             fits = reading.first == first and self.has_room(reading, self._contents.tokens)
             units = self._contents.units
-            if not fits or (self._paths.brings_in(units) and reading.bypasses_cache):
+            if not fits or (self._paths.routes.reads_fill_cache(units) and reading.bypasses_cache):
                 self.prefetched.drop()
         return self.prefetched.take()

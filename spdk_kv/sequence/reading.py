@@ -25,15 +25,15 @@ log = logging.getLogger(__name__)
 class Part:
     """Bytes ``[start, end)`` of some of a reading's extents, on their way by one path.
 
-    ``unit``: the unit that they belong to, if it is on the page-cache path; ``looks`` and ``life``
-    are its own at the time of the request.
+    ``unit``: the unit that they belong to, if it is on the page-cache path; ``warm_epoch`` and
+    ``copy_epoch`` are its own at the time of the request.
     """
 
     transfer: Transfer
     engine: Engine
     unit: TrackedUnit | None
-    looks: int
-    life: int
+    warm_epoch: int
+    copy_epoch: int
     extents: range
     start: int
     end: int
@@ -91,7 +91,7 @@ class Reading:
         end: int,
         priority: int = 0,
     ) -> Part:
-        looks, life = (unit.looks, unit.life) if unit else (0, 0)
+        warm_epoch, copy_epoch = (unit.warm_epoch, unit.copy_epoch) if unit else (0, 0)
         transfer = self.buffer.transfer(
             engine,
             len(extents) * (end - start),
@@ -104,7 +104,7 @@ class Reading:
             at = address + (number - first) * self.per_extent
             transfer.add(offsets[number] + start, at, end - start)
         transfer.submit(None, priority)
-        return Part(transfer, engine, unit, looks, life, extents, start, end)
+        return Part(transfer, engine, unit, warm_epoch, copy_epoch, extents, start, end)
 
     def complete(self) -> None:
         """Waits until all of it is there. What one path cannot deliver, the other one may.
@@ -127,7 +127,7 @@ class Reading:
 
     def _receive(self, part: Part) -> None:
         paths, unit = self._paths, part.unit
-        through_cache = part.engine is not paths.direct
+        through_cache = part.engine is not paths.routes.direct
         failure: SpdkKvError | None = None
         try:
             self._complete(part)
@@ -135,23 +135,23 @@ class Reading:
             raise  # the drive may still write into the buffer
         except (DeviceError, CorruptionError) as failed:
             failure = failed
-        if through_cache and unit is not None and unit.life != part.life:
+        if through_cache and unit is not None and unit.copy_epoch != part.copy_epoch:
             # The copy was forgotten meanwhile: what was found there may be another unit's by now.
             if failure is not None and part.transfer.in_flight:
                 raise failure
-            part = self._begin(paths.direct, None, part.extents, part.start, part.end)
+            part = self._begin(paths.routes.direct, None, part.extents, part.start, part.end)
             self._complete(part)
-            if paths.copy is not None:
-                paths.copy.sweep(unit)
+            if paths.routes.copy is not None:
+                paths.routes.copy.sweep(unit)
             through_cache, unit = False, None
         elif failure is not None:
             self._take_over(part, failure)
         elif unit is not None and not through_cache:
             delivered = partial(self._bytes_of, part)
-            paths.was_delivered(unit, part.start, delivered, self._chunk_nbytes)
+            paths.fill_copy(unit, part.start, delivered, self._chunk_nbytes)
         transfer = part.transfer
         cached = unit if through_cache else None
-        paths.was_read(cached, transfer.nbytes, transfer.cold_nbytes, part.looks)
+        paths.record_read(cached, transfer.nbytes, transfer.cold_nbytes, part.warm_epoch)
 
     def _bytes_of(self, part: Part) -> torch.Tensor:
         """What a part delivered, ``[extents, bytes]``."""
@@ -176,7 +176,7 @@ class Reading:
     def _take_over(self, part: Part, failure: SpdkKvError) -> None:
         """Reads by the other path; raises ``failure`` where that cannot either."""
         paths = self._paths
-        engine = paths.other(part.engine, part.unit, part.end)
+        engine = paths.routes.fallback(part.engine, part.unit, part.end)
         # Without checksums nobody could say whether the other path's bytes are the right ones.
         if engine is None or not self._verify:
             raise failure
@@ -189,8 +189,8 @@ class Reading:
         except SpdkKvError:
             raise failure from None
         log.warning("%s; the engine %s delivered it", failure, engine.name)
-        lost = part.unit if engine is paths.direct else None
-        paths.took_over(lost, part.transfer.nbytes, failure)
+        lost = part.unit if engine is paths.routes.direct else None
+        paths.record_takeover(lost, part.transfer.nbytes, failure)
 
 
 def by_path(units: Sequence[TrackedUnit], extents: range) -> list[tuple[TrackedUnit | None, range]]:

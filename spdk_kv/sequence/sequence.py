@@ -233,7 +233,7 @@ class Sequence:
             self._host.staging.pin_for_gpu()
         self._ahead.gpu = gpu
         number = self._number(layer)
-        self._host.paths.reads(self._group, number)
+        self._host.paths.before_read(self._group, number)
         with source.lock, self._counting_corruption():
             first, last = token_range(source.tokens, tokens)
             if chosen is None:

@@ -81,7 +81,9 @@ class Writer:
         to write those and keeps the rest as the tail."""
         contents, tail = self._contents, self._tail
         full = align_down(total, contents.layout.chunk_nbytes)
-        engine = self._paths.writer if gpu else self._paths.writer_of(contents.units, full)
+        engine = (
+            self._paths.routes.writer if gpu else self._paths.routes.writer_of(contents.units, full)
+        )
         write = whole_chunks(
             contents.layout,
             self._staging,
@@ -129,7 +131,7 @@ class Writer:
             for number, crcs in enumerate(self._contents.crcs):
                 crcs += write.transfer.chunk_crcs(number)
             self.pending_nbytes -= self.pending.popleft().nbytes
-            self._paths.was_written(self._contents.units, write.engine)
+            self._paths.after_write(self._contents.units, write.engine)
 
     @property
     def unfinished(self) -> list[Transfer]:

@@ -54,7 +54,7 @@ class KVStore:
             self.catalog = Catalog(self._parts, settings.eviction, settings.engine.discard)
             self.staging = StagingPool(self.engine.allocate, settings.engine.staging_nbytes)
             self.paths = open_paths(self._parts, self.staging, settings)
-            self.links = Links(self.paths.engines)
+            self.links = Links(self.paths.routes.engines)
             self._sequences: dict[str, Sequence] = {}
             self._sequence_lock = threading.Lock()
             self._background = background.Background()

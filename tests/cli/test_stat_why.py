@@ -24,8 +24,8 @@ from paths.helpers import (
     UNITS,
     filled,
     open_dual,
+    scans,
     set_budget,
-    turns,
 )
 from spdk_kv.cli import main
 from spdk_kv.store.why import FILE_NAME, WhyFile, read_why
@@ -61,7 +61,7 @@ def test_an_open_store_tells_what_it_decided_and_why(folder: Path) -> None:
     with open_dual(folder, 5 * UNIT_NBYTES) as store:
         assert why(f"file://{folder}")["decision"] is None
         sequence, reference = filled(store)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         told(folder, cached_units=4)
         found = why(f"file://{folder}")
         assert set(found) == {"location", "memory", "owner_pid", "decision"}
@@ -81,7 +81,7 @@ def test_an_open_store_tells_what_it_decided_and_why(folder: Path) -> None:
         assert set(decision) == set(stats)
 
         set_budget(store, 0)
-        turns(sequence, reference)
+        scans(sequence, reference)
         assert told(folder, limit_nbytes=0)["sequences"][0]["k_cached_units"] == 0
         sequence.delete()
         assert told(folder, units=0)["sequences"] == []
@@ -92,7 +92,7 @@ def test_an_open_store_tells_what_it_decided_and_why(folder: Path) -> None:
 def test_lines_for_people(folder: Path) -> None:
     with open_dual(folder, 5 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         told(folder, cached_units=4)
         shown = subprocess.run(
             [sys.executable, "-m", "spdk_kv", "stat", f"file://{folder}", "--why"],
@@ -123,7 +123,7 @@ def test_the_file_is_private_and_whole_at_every_moment(folder: Path) -> None:
     try:
         with open_dual(folder) as store:
             sequence, reference = filled(store)
-            turns(sequence, reference)
+            scans(sequence, reference)
             wait_until((folder / FILE_NAME).exists, "no file")
             assert stat.S_IMODE((folder / FILE_NAME).stat().st_mode) == 0o600
     finally:
@@ -156,7 +156,7 @@ def test_what_a_killed_owner_left_is_not_taken_for_the_truth(folder: Path) -> No
         "from paths.helpers import *\n"
         "store = open_dual(Path(sys.argv[1]))\n"
         "sequence, reference = filled(store)\n"
-        "turns(sequence, reference)\n"
+        "scans(sequence, reference)\n"
         "while not (Path(sys.argv[1]) / 'residency.json').exists(): time.sleep(0.01)\n"
         "print('told', flush=True)\n"
         "sys.stdin.read()\n"
@@ -196,7 +196,7 @@ def test_where_the_file_cannot_be_written_the_store_goes_on(folder: Path) -> Non
     with open_dual(folder) as store:
         (folder / FILE_NAME).mkdir()  # what nothing can be renamed to
         sequence, reference = filled(store)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         assert store.stats()["residency"]["cached_units"] == UNITS
         sequence.delete()
     assert list((folder / FILE_NAME).iterdir()) == []
@@ -211,7 +211,7 @@ def test_a_child_after_fork_neither_writes_nor_removes_it(folder: Path) -> None:
         where = Path({str(folder)!r})
         store = open_dual(where, hugepages=False)  # or a fork copies them, if others are free
         sequence, reference = filled(store)
-        turns(sequence, reference)
+        scans(sequence, reference)
         while not (where / "residency.json").exists():
             pass
         if (child := os.fork()) == 0:
@@ -238,7 +238,7 @@ def test_of_a_device_the_file_lies_beside_its_index(node: str, folder: Path) -> 
     index = folder / "index"
     with open_dual(f"block://{node}", PLENTY, capacity=None, create=True, index_dir=index) as store:
         sequence, reference = filled(store)
-        turns(sequence, reference)
+        scans(sequence, reference)
         told(index, cached_units=UNITS)
         found = why(f"block://{node}", "--index-dir", str(index))
         assert found["decision"]["cached_units"] == UNITS

@@ -36,7 +36,7 @@ class Linked:
 
     def carried(self) -> tuple[int, int]:
         """Bytes that went over links so far: to the device, and from it."""
-        counters = [engine.stats() for engine in self.store.paths.engines]
+        counters = [engine.stats() for engine in self.store.paths.routes.engines]
         return (
             sum(found["to_device_nbytes"] for found in counters),
             sum(found["from_device_nbytes"] for found in counters),
@@ -52,7 +52,7 @@ def link_up(store: KVStore, device: str) -> Linked:
     def find(wanted: Any) -> tuple[Any, str]:
         return (link, "") if wanted.type == "cpu" else (None, "there is only the emulated one")
 
-    store.links = Links(store.paths.engines, find)
+    store.links = Links(store.paths.routes.engines, find)
     return Linked(store, device, link)
 
 

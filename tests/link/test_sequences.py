@@ -82,7 +82,7 @@ def test_appends_of_any_size_read_back(linked, granularity):
     assert from_device >= 2 * 210 * 480 // 16384 * 16384
     assert to_device > from_device
     found = linked.store.stats()["pipelines"]
-    assert {one["engine"] for one in found} == {e.name for e in linked.store.paths.engines}
+    assert {one["engine"] for one in found} == {e.name for e in linked.store.paths.routes.engines}
     assert found[0]["device"].startswith(linked.device)
     assert any(one.get("read", {}).get("segment_nbytes", 0) >= 16384 for one in found)
 
@@ -95,7 +95,7 @@ def test_both_paths_read_over_the_link(folder, device):
             reference.check(sequence, device=linked.device)
         seen = linked.store.stats()["residency"]
         assert 0 < seen["cached_units"] < seen["units"]
-        for engine in linked.store.paths.engines:
+        for engine in linked.store.paths.routes.engines:
             assert engine.stats()["to_device_nbytes"] > 0
 
 

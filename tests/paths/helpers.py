@@ -54,7 +54,7 @@ def filled(
     return sequence, reference
 
 
-def turns(sequence: Any, reference: Reference, count: int = 1) -> None:
+def scans(sequence: Any, reference: Reference, count: int = 1) -> None:
     for _ in range(count):
         reference.check(sequence)
 
@@ -66,7 +66,7 @@ def settled(sequence: Any) -> None:
 
 
 def units(store: KVStore) -> list[TrackedUnit]:
-    return [unit for group in store.paths._groups.values() for unit in group.units]
+    return [unit for group in store.paths._scans.groups for unit in group.units]
 
 
 def paths(store: KVStore) -> list[str]:
@@ -76,16 +76,16 @@ def paths(store: KVStore) -> list[str]:
 
 def dropped(store: KVStore) -> None:
     """Waits until what was demoted is out of the page cache."""
-    assert store.paths._dropping is not None
-    store.paths._dropping._thread.submit(lambda: None).result()
+    assert store.paths._dropper is not None
+    store.paths._dropper._thread.submit(lambda: None).result()
 
 
 @contextmanager
 def dropping_held(store: KVStore) -> Iterator[None]:
     """Meanwhile the thread that drops what was demoted does not come to it."""
     goes_on = threading.Event()
-    assert store.paths._dropping is not None
-    store.paths._dropping._thread.submit(goes_on.wait)
+    assert store.paths._dropper is not None
+    store.paths._dropper._thread.submit(goes_on.wait)
     try:
         yield
     finally:
@@ -94,9 +94,9 @@ def dropping_held(store: KVStore) -> Iterator[None]:
 
 def resident(store: KVStore, unit: TrackedUnit) -> int:
     """Bytes of ``unit`` that the kernel has in its page cache."""
-    assert store.paths.cache is not None
+    assert store.paths.routes.cache is not None
     each = unit.nbytes // len(unit.extents)
-    found = [cached_nbytes(store.paths.cache.fd, offset, each) for offset, _ in unit.extents]
+    found = [cached_nbytes(store.paths.routes.cache.fd, offset, each) for offset, _ in unit.extents]
     assert None not in found
     return sum(filter(None, found))
 

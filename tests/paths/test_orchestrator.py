@@ -23,9 +23,9 @@ from paths.helpers import (
     paths,
     resident,
     resident_nbytes,
+    scans,
     set_budget,
     settled,
-    turns,
     units,
 )
 from sequence.helpers import Reference
@@ -52,7 +52,7 @@ def test_a_few_bytes_behind_cached_units_are_written_where_they_are_read(
         reference = Reference(shape, 1)
         reference.append(sequence, 2048)
         settled(sequence)
-        turns(sequence, reference)
+        scans(sequence, reference)
         assert paths(store) == ["C"] * UNITS
         before = resident_nbytes(store)
         reference.append(sequence, tokens)
@@ -60,11 +60,11 @@ def test_a_few_bytes_behind_cached_units_are_written_where_they_are_read(
         few = tokens == 32
         written = UNITS * UNIT_NBYTES * tokens // 2048
         assert resident_nbytes(store) - before == (written if few else 0)
-        turns(sequence, reference)
+        scans(sequence, reference)
         assert (store.stats()["residency"]["filled_nbytes"] == before) == few
 
         set_budget(store, 0)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         dropped(store)
         # A page that the kernel has a use for just then stays.
         before = resident_nbytes(store)
@@ -72,7 +72,7 @@ def test_a_few_bytes_behind_cached_units_are_written_where_they_are_read(
         reference.append(sequence, 32)
         settled(sequence)
         assert resident_nbytes(store) <= before
-        turns(sequence, reference)
+        scans(sequence, reference)
 
 
 @engines
@@ -80,13 +80,13 @@ def test_what_is_read_ahead_first_of_all_goes_by_a_decision_too(folder: Path, en
     with open_dual(folder, engine=engine) as store:
         sequence, reference = filled(store)
         sequence.prefetch([1, 2, 3])
-        turns(sequence, reference)
+        scans(sequence, reference)
         assert paths(store) == ["C"] * UNITS
         told = store.stats()["residency"]
         assert told["decisions"] == 1
         assert told["direct_read_nbytes"] == 0
         assert told["filled_nbytes"] == UNITS * UNIT_NBYTES
-        turns(sequence, reference)
+        scans(sequence, reference)
         assert store.stats()["residency"]["decisions"] == 2
 
 
@@ -96,12 +96,12 @@ def test_pages_follow_the_decision(folder: Path, engine: str, granularity: str) 
     with open_dual(folder, engine=engine) as store:
         sequence, reference = filled(store, granularity=granularity)
         assert resident_nbytes(store) == 0  # written past the page cache
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         assert paths(store) == ["C"] * UNITS
         assert [resident(store, unit) for unit in units(store)] == [UNIT_NBYTES] * UNITS
 
         set_budget(store, UNITS * UNIT_NBYTES // 2)
-        turns(sequence, reference)
+        scans(sequence, reference)
         dropped(store)
         kept = paths(store)
         assert 0 < kept.count("C") <= UNITS // 2
@@ -109,21 +109,21 @@ def test_pages_follow_the_decision(folder: Path, engine: str, granularity: str) 
             UNIT_NBYTES if path == "C" else 0 for path in kept
         ]
         # A page-cache path that is full is not read into by the other one.
-        turns(sequence, reference, 3)
+        scans(sequence, reference, 3)
         assert paths(store) == kept
         assert resident_nbytes(store) == kept.count("C") * UNIT_NBYTES
 
         set_budget(store, PLENTY)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         assert paths(store) == ["C"] * UNITS
         assert resident_nbytes(store) == UNITS * UNIT_NBYTES
 
         set_budget(store, 0)
-        turns(sequence, reference)
+        scans(sequence, reference)
         dropped(store)
         assert paths(store) == ["D"] * UNITS
         assert resident_nbytes(store) == 0
-        turns(sequence, reference)
+        scans(sequence, reference)
         assert resident_nbytes(store) == 0
 
 
@@ -131,7 +131,7 @@ def test_pages_follow_the_decision(folder: Path, engine: str, granularity: str) 
 def test_only_what_is_to_be_cached_is_brought_in(folder: Path, granularity: str) -> None:
     with open_dual(folder, 5 * UNIT_NBYTES) as store:
         sequence, reference = filled(store, granularity=granularity)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         assert paths(store).count("C") == 4
         assert [resident(store, unit) for unit in units(store)] == [
             UNIT_NBYTES if path == "C" else 0 for path in paths(store)
@@ -142,7 +142,7 @@ def test_only_what_is_to_be_cached_is_brought_in(folder: Path, granularity: str)
 def test_a_unit_that_is_larger_than_the_budget_is_read_directly(folder: Path, engine: str) -> None:
     with open_dual(folder, UNIT_NBYTES // 2, engine=engine) as store:
         sequence, reference = filled(store)
-        turns(sequence, reference, 3)
+        scans(sequence, reference, 3)
         assert paths(store) == ["D"] * UNITS
         assert resident_nbytes(store) == 0
         reasons = {entry["why"] for entry in store.why()}
@@ -152,12 +152,12 @@ def test_a_unit_that_is_larger_than_the_budget_is_read_directly(folder: Path, en
 def test_a_growing_sequence_is_moved_out_when_it_no_longer_fits(folder: Path) -> None:
     with open_dual(folder, UNITS * UNIT_NBYTES // 2) as store:
         sequence, reference = filled(store, tokens=512)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         assert paths(store) == ["C"] * UNITS
         for _ in range(6):
             reference.append(sequence, 256)
             settled(sequence)  # what is still being written is not read, and so not brought in
-            turns(sequence, reference)
+            scans(sequence, reference)
         dropped(store)
         held = sum(unit.nbytes for unit in units(store) if unit.cached)
         assert 0 < held <= store.stats()["residency"]["limit_nbytes"]
@@ -169,7 +169,7 @@ def test_heavier_layers_are_kept_first(folder: Path) -> None:
     with open_dual(folder, 5 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
         sequence.set_weight([1, 3], 2.0)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         assert paths(store) == list("DDCCDDCC")
         with pytest.raises(ValueError, match="finite"):
             sequence.set_weight([0], float("nan"))
@@ -178,19 +178,19 @@ def test_heavier_layers_are_kept_first(folder: Path) -> None:
 def test_a_sequence_that_sleeps_gives_its_place_to_one_in_use(folder: Path) -> None:
     with open_dual(folder, UNITS * UNIT_NBYTES + 2 * MIB) as store:
         first, first_reference = filled(store, "first")
-        turns(first, first_reference, 2)
+        scans(first, first_reference, 2)
         assert paths(store) == ["C"] * UNITS
         second, second_reference = filled(store, "second")
-        turns(second, second_reference, 12)
+        scans(second, second_reference, 12)
         assert paths(store)[UNITS:] == ["C"] * UNITS
         assert paths(store)[:UNITS].count("C") == 0
-        turns(first, first_reference)  # and its bytes are right from the other path
+        scans(first, first_reference)  # and its bytes are right from the other path
 
 
 def test_a_deleted_sequence_leaves_no_pages_and_its_extents_are_used_again(folder: Path) -> None:
     with open_dual(folder, capacity="9 MiB") as store:
         sequence, reference = filled(store)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         cached = units(store)
         sequence.delete()
         dropped(store)
@@ -199,29 +199,29 @@ def test_a_deleted_sequence_leaves_no_pages_and_its_extents_are_used_again(folde
         store.flush()
         again, other = filled(store, "again")
         assert [unit.extents for unit in units(store)] == [unit.extents for unit in cached]
-        turns(again, other, 3)
+        scans(again, other, 3)
 
 
 def test_what_is_read_while_its_pages_go_is_not_missed_after_that(folder: Path) -> None:
     with open_dual(folder) as store:
         sequence, reference = filled(store)
-        turns(sequence, reference, 2)
-        drop = store.paths.cache.drop
+        scans(sequence, reference, 2)
+        drop = store.paths.routes.cache.drop
 
         def slowly(offset: int, nbytes: int) -> None:
-            store.paths.cache.drop = drop
+            store.paths.routes.cache.drop = drop
             drop(offset, nbytes)
             set_budget(store, PLENTY)
-            turns(sequence, reference, 3)
+            scans(sequence, reference, 3)
             assert paths(store) == ["C"] * UNITS
             drop(offset, nbytes)
 
-        store.paths.cache.drop = slowly
+        store.paths.routes.cache.drop = slowly
         set_budget(store, 0)
         store.paths.decide()
         dropped(store)
-        assert store.paths.cache.drop == drop
-        turns(sequence, reference)
+        assert store.paths.routes.cache.drop == drop
+        scans(sequence, reference)
         assert store.stats()["residency"]["missed_nbytes"] == 0
         assert resident_nbytes(store) == UNITS * UNIT_NBYTES
 
@@ -229,15 +229,15 @@ def test_what_is_read_while_its_pages_go_is_not_missed_after_that(folder: Path) 
 def test_a_cache_emptied_behind_our_back_is_noticed_and_filled_again(folder: Path) -> None:
     with open_dual(folder, 2 * UNITS * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
-        turns(sequence, reference, 3)
+        scans(sequence, reference, 3)
         before = store.stats()["residency"]
         assert before["missed_nbytes"] == 0
         empty_cache(folder / "data")
         assert resident_nbytes(store) < UNITS * UNIT_NBYTES // 2  # some is read ahead just now
-        turns(sequence, reference)
+        scans(sequence, reference)
         missed = store.stats()["residency"]["missed_nbytes"]
         assert missed > 0  # until the alarm; what comes back after that is no miss
-        turns(sequence, reference, 3)
+        scans(sequence, reference, 3)
         after = store.stats()["residency"]
         assert after["cached_units"] == UNITS
         assert after["limit_nbytes"] == before["limit_nbytes"]
@@ -282,7 +282,7 @@ def test_a_cgroup_that_shrinks_takes_units_off_the_page_cache(folder: Path) -> N
         limit.write_text(str(1 << 30))
         with open_store(where, capacity="80 MiB") as store:
             sequence, reference = large(store)
-            turns(sequence, reference, 2)
+            scans(sequence, reference, 2)
             wide = store.stats()["residency"]
             assert wide["limited_by"].endswith(group.name), wide
             assert wide["budget_nbytes"] < 1 << 30, wide
@@ -290,17 +290,17 @@ def test_a_cgroup_that_shrinks_takes_units_off_the_page_cache(folder: Path) -> N
             total = sum(unit.nbytes for unit in units(store))
             others = int(usage.read_text()) - total
             limit.write_text(str(others + 40 * MIB))  # of which our own buffers take a part
-            turns(sequence, reference, 2)
+            scans(sequence, reference, 2)
             tight = store.stats()["residency"]
             assert tight["budget_nbytes"] < total, tight
             assert "D" in paths(store), tight
-            turns(sequence, reference, 2)
+            scans(sequence, reference, 2)
             limit.write_text(str(1 << 30))
             # Not while this machine's memory is under pressure, be it by others.
             until = time.monotonic() + 90
             while set(paths(store)) != {"C"}:
                 assert time.monotonic() < until, store.stats()["residency"]
-                turns(sequence, reference)
+                scans(sequence, reference)
         """,
     )
 
@@ -313,16 +313,16 @@ def test_a_budget_that_promises_too_much_is_found_out(folder: Path) -> None:
             sequence, reference = large(store)
             total = sum(unit.nbytes for unit in units(store))
             assert total == 64 << 20
-            turns(sequence, reference)
+            scans(sequence, reference)
             others = int(usage.read_text()) - resident_nbytes(store)
             limit.write_text(str(others + 40 * MIB))  # of which our own buffers take a part
-            turns(sequence, reference, 8)
+            scans(sequence, reference, 8)
             told = store.stats()["residency"]
             assert told["budget_nbytes"] == PLENTY
             assert told["missed_nbytes"] > 0, told
             assert told["limit_nbytes"] < total, told
             assert 0 < told["cached_nbytes"] < total, told
-            turns(sequence, reference, 2)
+            scans(sequence, reference, 2)
             again = store.stats()["residency"]
             assert again["missed_nbytes"] - told["missed_nbytes"] < total // 4, (told, again)
         """,
@@ -336,7 +336,7 @@ def test_stats_and_why_tell_the_same_story(folder: Path) -> None:
     with open_dual(folder, 5 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
         assert store.stats()["residency"]["reason"] == "nothing was decided yet"
-        turns(sequence, reference, 3)
+        scans(sequence, reference, 3)
         told, why = store.stats()["residency"], store.why()
         assert (told["policy"], told["paths"], told["units"]) == ("adaptive", 2, UNITS)
         assert told["budget_nbytes"] == 5 * UNIT_NBYTES
@@ -366,14 +366,14 @@ def test_pagecache_writes_through_the_cache_and_direct_uses_none(folder: Path, e
     with open_dual(folder / "a", engine=engine, policy="pagecache") as store:
         sequence, reference = filled(store)
         assert resident_nbytes(store) == UNITS * UNIT_NBYTES  # before any read
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         told = store.stats()["residency"]
         assert told["direct_read_nbytes"] == told["filled_nbytes"] == 0
         assert told["cached_read_nbytes"] == 2 * UNITS * UNIT_NBYTES
     with open_dual(folder / "a", engine=engine, capacity=None, policy="direct") as store:
         again = store.sequence("s")
-        turns(again, reference, 2)
-        assert store.paths.cache is None
+        scans(again, reference, 2)
+        assert store.paths.routes.cache is None
         told = store.stats()["residency"]
         assert (told["paths"], told["cached_read_nbytes"]) == (1, 0)
         assert told["reason"] == "residency is 'direct': the page cache is not used"
@@ -383,10 +383,10 @@ def test_pagecache_writes_through_the_cache_and_direct_uses_none(folder: Path, e
 def test_paper_binds_the_first_layers_for_good(folder: Path) -> None:
     with open_dual(folder, 3 * UNIT_NBYTES, policy="paper") as store:
         sequence, reference = filled(store)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         assert paths(store) == list("CCCDDDDD")
         set_budget(store, PLENTY)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         assert paths(store) == list("CCCDDDDD")
 
 
@@ -401,7 +401,7 @@ def test_one_path_only_says_why(folder: Path, options: dict[str, str], reason: s
     where: Path | str = "ram://" if options["engine"] == "ram" else folder
     with open_dual(where, engine=None if where == "ram://" else "pagecache") as store:
         sequence, reference = filled(store)
-        turns(sequence, reference, 3)
+        scans(sequence, reference, 3)
         told = store.stats()["residency"]
         assert told["paths"] == 1
         assert reason in told["reason"]
@@ -428,6 +428,6 @@ def test_wrong_residency_is_refused_before_a_store_is_begun(
 def test_page_cache_is_the_budget(folder: Path, given: str | int) -> None:
     with open_store(folder, capacity="64 MiB", memory=given) as store:
         sequence, reference = filled(store)
-        turns(sequence, reference)
+        scans(sequence, reference)
         told = store.stats()["residency"]
         assert (told["budget_nbytes"], told["limited_by"]) == (3 * MIB, "what was given")

@@ -35,8 +35,8 @@ from paths.helpers import (
     open_dual,
     paths,
     resident_nbytes,
+    scans,
     set_budget,
-    turns,
     units,
 )
 from sequence.helpers import Reference
@@ -227,7 +227,7 @@ def test_threads_that_append_and_read_while_units_move(folder: Path, engine: str
         assert min(counters["cached_read_nbytes"], counters["direct_read_nbytes"]) > 0
         assert counters["taken_over_nbytes"] == 0
         sequence.delete()
-        assert store.paths._held_ahead_nbytes == 0
+        assert store.paths.ahead.held_nbytes == 0
 
 
 # -- reading ahead --------------------------------------------------------------------------------
@@ -243,15 +243,15 @@ def ahead(sequence: Any) -> list[int]:
 
 
 def watch_held(store: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Notes how much is held by what is read ahead, whenever it changes."""
+    """Notes how much is held by what is read ahead, whenever more is read."""
     held = []
-    hold = store.paths.hold_ahead
+    hold = store.paths.ahead.hold
 
     def noted(nbytes: int) -> None:
         hold(nbytes)
-        held.append(store.paths._held_ahead_nbytes)
+        held.append(store.paths.ahead.held_nbytes)
 
-    monkeypatch.setattr(store.paths, "hold_ahead", noted)
+    monkeypatch.setattr(store.paths.ahead, "hold", noted)
     return held
 
 
@@ -274,7 +274,7 @@ def test_the_order_of_the_turns_is_learnt(folder: Path, engine: str, budget: int
             reference.check_layer(sequence, layer)
         sequence.read_ahead = False
         for _ in range(3):
-            turns(sequence, reference)
+            scans(sequence, reference)
         assert ahead(sequence) == []
 
 
@@ -295,9 +295,9 @@ def test_what_follows_is_expected_only_when_seen_twice(
 ) -> None:
     order = ScanOrder()
     for layer in seen:
-        order.note(layer)
-    assert order.ahead(8) == expected
-    assert order.ahead(1) == expected[:1]
+        order.record(layer)
+    assert order.expected(8) == expected
+    assert order.expected(1) == expected[:1]
 
 
 @engines
@@ -317,7 +317,7 @@ def test_a_long_list_is_worked_off_in_order_within_half_of_staging(
         reference.check_layer(sequence, 2)
         assert ahead(sequence) == []
         assert 2 * UNIT_NBYTES < max(held) <= 4 * MIB
-        assert held[-1] == 0
+        assert store.paths.ahead.held_nbytes == 0
 
 
 def test_one_is_read_ahead_however_small_staging_is(
@@ -364,9 +364,9 @@ def test_prefetched_memory_is_given_back_with_the_sequence(folder: Path) -> None
     with open_dual(folder) as store:
         sequence, _ = filled(store, tokens=1900)
         sequence.prefetch(range(4))
-        assert store.paths._held_ahead_nbytes > 0
+        assert store.paths.ahead.held_nbytes > 0
         sequence.delete()
-        assert store.paths._held_ahead_nbytes == 0
+        assert store.paths.ahead.held_nbytes == 0
         del sequence
         until = time.monotonic() + 30
         while store.staging.stats()["leased_nbytes"]:  # the device may still write into it
@@ -405,7 +405,7 @@ def test_a_demand_read_overtakes_a_long_prefetch(folder: Path, engine: str, budg
 def test_prefetched_layers_follow_the_path_of_each_half(folder: Path) -> None:
     with open_dual(folder, policy="paper", budget=3 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
-        turns(sequence, reference)
+        scans(sequence, reference)
         assert paths(store) == list("CCCDDDDD")
         sequence.prefetch([1])
         engines_used = [

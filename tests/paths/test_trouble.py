@@ -25,8 +25,8 @@ from paths.helpers import (
     open_dual,
     paths,
     resident,
+    scans,
     set_budget,
-    turns,
     units,
 )
 from sequence.helpers import Reference
@@ -78,7 +78,7 @@ def drive(request: pytest.FixtureRequest, folder: Path) -> Iterator[Drive]:
         try:
             sequence, reference = filled(store)
             sequence.read_ahead = False
-            turns(sequence, reference)
+            scans(sequence, reference)
             yield Drive(store, node, image, sequence, reference)
         finally:
             with open(image, "ab") as file:
@@ -90,14 +90,14 @@ def drive(request: pytest.FixtureRequest, folder: Path) -> Iterator[Drive]:
 @pytest.mark.machine
 def test_both_paths_of_a_device(drive: Drive) -> None:
     set_budget(drive.store, 5 * UNIT_NBYTES)
-    turns(drive.sequence, drive.reference, 3)
+    scans(drive.sequence, drive.reference, 3)
     kept = paths(drive.store)
     assert kept.count("C") == 4
     assert [resident(drive.store, unit) for unit in units(drive.store)] == [
         UNIT_NBYTES if path == "C" else 0 for path in kept
     ]
     set_budget(drive.store, 0)
-    turns(drive.sequence, drive.reference)
+    scans(drive.sequence, drive.reference)
     dropped(drive.store)
     assert [resident(drive.store, unit) for unit in units(drive.store)] == [0] * UNITS
 
@@ -105,7 +105,7 @@ def test_both_paths_of_a_device(drive: Drive) -> None:
 def test_a_drive_that_fails_leaves_what_the_page_cache_holds(drive: Drive) -> None:
     set_budget(drive.store, 5 * UNIT_NBYTES)
     drive.sequence.set_weight([1, 2], 2.0)
-    turns(drive.sequence, drive.reference, 2)
+    scans(drive.sequence, drive.reference, 2)
     assert paths(drive.store) == list("DDCCCCDD")
     drive.fail()
     for layer in (1, 2, 1, 2):
@@ -121,7 +121,7 @@ def test_what_the_direct_path_cannot_read_the_page_cache_delivers(
 ) -> None:
     fill_cache(drive.node)  # somebody else read the device
     drive.fail()
-    turns(drive.sequence, drive.reference)
+    scans(drive.sequence, drive.reference)
     assert paths(drive.store) == ["D"] * UNITS
     assert drive.took_over_nbytes() == UNITS * UNIT_NBYTES
     assert "the engine pagecache delivered it" in caplog.text
@@ -135,23 +135,23 @@ def test_a_layer_read_ahead_from_a_failing_drive_is_delivered_too(drive: Drive) 
     fill_cache(drive.node)
     drive.fail()
     drive.sequence.prefetch(range(4))
-    turns(drive.sequence, drive.reference)
+    scans(drive.sequence, drive.reference)
     drive.reference.truncate(drive.sequence, 1001)  # reads the chunk that is the tail again
-    turns(drive.sequence, drive.reference)
+    scans(drive.sequence, drive.reference)
     assert drive.took_over_nbytes() > UNITS * UNIT_NBYTES
 
 
 def test_a_damaged_medium_is_found_and_good_pages_replace_it(drive: Drive) -> None:
     fill_cache(drive.node)
     drive.damage()
-    turns(drive.sequence, drive.reference)
+    scans(drive.sequence, drive.reference)
     assert drive.took_over_nbytes() == UNITS * UNIT_NBYTES
     empty_cache(drive.node)
     for layer in range(4):
         with pytest.raises(CorruptionError, match="CRC32C differs"):
             drive.sequence.read(layer)
     drive.damage()
-    turns(drive.sequence, drive.reference)
+    scans(drive.sequence, drive.reference)
 
 
 def test_damaged_pages_are_found_and_a_good_medium_replaces_them(drive: Drive) -> None:
@@ -160,10 +160,10 @@ def test_damaged_pages_are_found_and_a_good_medium_replaces_them(drive: Drive) -
     drive.damage()
     set_budget(drive.store, PLENTY)
     with dropping_held(drive.store):  # promoted again before the thread comes to them
-        turns(drive.sequence, drive.reference)
+        scans(drive.sequence, drive.reference)
         assert drive.took_over_nbytes() == UNITS * UNIT_NBYTES
         assert paths(drive.store) == ["D"] * UNITS  # the pages are dropped
-        turns(drive.sequence, drive.reference)
+        scans(drive.sequence, drive.reference)
     assert paths(drive.store) == ["C"] * UNITS  # and read again
     assert drive.took_over_nbytes() == UNITS * UNIT_NBYTES
 
@@ -187,7 +187,7 @@ def test_without_checksums_nothing_is_taken_over(folder: Path) -> None:
         options = {"create": True, "index_dir": folder / "index", "verify": False}
         store = open_dual(f"block://{node}", 0, capacity=None, **options)
         sequence, reference = filled(store)
-        turns(sequence, reference)
+        scans(sequence, reference)
         fill_cache(node)
         os.truncate(image, 2 * MIB)
         with pytest.raises(DeviceError, match="EIO"):
@@ -247,7 +247,7 @@ def test_the_end_comes_while_others_read_and_units_move(
     for attempt in range(5):
         store = open_dual(folder / str(attempt), engine=engine)
         sequence, reference = filled(store, tokens=900)
-        turns(sequence, reference)
+        scans(sequence, reference)
         uses = Uses(store, sequence, reference)
         threading.Event().wait(0.02 * attempt)
         if ending == "close":
@@ -266,9 +266,9 @@ def test_a_closed_store_lets_go_of_its_second_path(folder: Path, engine: str) ->
     before = set(os.listdir("/proc/self/fd"))
     store = open_dual(folder, engine=engine)
     sequence, reference = filled(store)
-    turns(sequence, reference, 2)
+    scans(sequence, reference, 2)
     set_budget(store, 0)
-    turns(sequence, reference)
+    scans(sequence, reference)
     store.close()
     assert not any(
         os.path.realpath(f"/proc/self/fd/{fd}").startswith(str(folder))
@@ -279,7 +279,7 @@ def test_a_closed_store_lets_go_of_its_second_path(folder: Path, engine: str) ->
             call()
     # What was on the page-cache path is durable as anything else.
     with open_dual(folder, engine=engine, capacity=None) as again:
-        turns(again.sequence("s"), reference, 2)
+        scans(again.sequence("s"), reference, 2)
 
 
 @engines
@@ -293,9 +293,9 @@ def test_a_child_after_fork_is_refused_and_the_parent_goes_on(folder: Path, engi
         # Without hugepages, which a fork copies, if others are free.
         store = open_dual(Path({str(folder)!r}), engine={engine!r}, hugepages=False)
         sequence, reference = filled(store)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         set_budget(store, 3 * UNIT_NBYTES)
-        turns(sequence, reference)
+        scans(sequence, reference)
         sequence.prefetch(range(4))
         child = os.fork()
         if child == 0:
@@ -310,9 +310,9 @@ def test_a_child_after_fork_is_refused_and_the_parent_goes_on(folder: Path, engi
             store.close()
             os._exit(status)
         assert os.waitpid(child, 0)[1] == 0
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         set_budget(store, PLENTY)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         assert paths(store) == ["C"] * UNITS
         store.close()
         """

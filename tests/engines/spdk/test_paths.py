@@ -17,19 +17,19 @@ import torch
 from click.testing import CliRunner
 
 from engines.spdk.target import Target, target_fixture, wait_until_back
-from paths.apart.helpers import DRIVE_NBYTES, Apart, copied, folder_for_copies, fully, waited
-from paths.apart.test_model import (
+from paths.copies.helpers import DRIVE_NBYTES, CopyPlace, copied, folder_for_copies, fully, waited
+from paths.copies.test_model import (
     churn,
     run_machine,
 )
-from paths.apart.test_opening import (  # noqa: F401
+from paths.copies.test_opening import (  # noqa: F401
     test_direct_uses_no_folder,
     test_folders_that_will_not_do_are_refused_before_a_store_is_begun,
     test_policies_decide_as_on_one_medium,
     test_the_file_of_copies_has_no_name_and_is_nobody_elses,
     test_why_says_what_is_not_there_yet,
 )
-from paths.apart.test_paths import (  # noqa: F401
+from paths.copies.test_paths import (  # noqa: F401
     test_a_full_folder_means_reading_directly_and_is_told_once,
     test_a_readers_changes_of_what_it_got_are_not_copied,
     test_copies_that_have_to_wait_are_made_later,
@@ -43,7 +43,7 @@ from paths.apart.test_paths import (  # noqa: F401
     test_what_the_kernel_evicts_comes_back_from_the_copys_own_drive,
     test_who_leaves_the_page_cache_path_leaves_nothing_there,
 )
-from paths.helpers import PLENTY, SHAPE, UNIT_NBYTES, UNITS, filled, paths, set_budget, turns, units
+from paths.helpers import PLENTY, SHAPE, UNIT_NBYTES, UNITS, filled, paths, scans, set_budget, units
 from sequence.helpers import Reference
 from spdk_kv.cli import main
 from spdk_kv.errors import DeviceGone
@@ -62,8 +62,8 @@ from engines.spdk.target import SETTINGS
 from spdk_kv.engines.spdk import environment
 environment.configure(SETTINGS)
 from paths.helpers import *
-from paths.apart.helpers import Apart, copied, fully, waited
-apart = Apart(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+from paths.copies.helpers import CopyPlace, copied, fully, waited
+place = CopyPlace(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
 """
 
 
@@ -73,19 +73,19 @@ def listening(target: Target) -> None:
 
 
 @contextlib.contextmanager
-def on_namespace(target: Target, transport: str) -> Iterator[Apart]:
+def on_namespace(target: Target, transport: str) -> Iterator[CopyPlace]:
     """A blank namespace of its own."""
     nsid = target.add_namespace(DRIVE_NBYTES, 4096 if transport == "tcp" else 512)
     try:
         with folder_for_copies() as copies:
-            yield Apart(target.uri(transport, nsid), copies, copies / "index")
+            yield CopyPlace(target.uri(transport, nsid), copies, copies / "index")
     finally:
         target.remove_namespace(nsid)
         target.namespaces = nsid - 1  # a subsystem has room for 32 only
 
 
 @pytest.fixture(params=["vfiouser"])
-def apart(request: pytest.FixtureRequest, target: Target) -> Iterator[Apart]:
+def place(request: pytest.FixtureRequest, target: Target) -> Iterator[CopyPlace]:
     with on_namespace(target, request.param) as drive:
         yield drive
 
@@ -99,23 +99,23 @@ def test_bytes_are_those_appended_whatever_is_copied_and_last(
     run_machine(lambda: on_namespace(target, transport), residency, granularity, 10)
 
 
-def test_threads_that_share_extents_one_after_another(apart: Apart) -> None:
-    churn(apart, 60)
+def test_threads_that_share_extents_one_after_another(place: CopyPlace) -> None:
+    churn(place, 60)
 
 
-def test_several_queue_pairs(apart: Apart) -> None:
-    with apart.open(queue_pairs=2, budget=5 * UNIT_NBYTES) as store:
+def test_several_queue_pairs(place: CopyPlace) -> None:
+    with place.open(queue_pairs=2, budget=5 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
         fully(store, sequence, reference)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         assert sum(copied(store)) == 4 * UNIT_NBYTES
 
 
 def test_a_killed_process_leaves_no_copies_and_loses_nothing_that_was_flushed(
-    apart: Apart,
+    place: CopyPlace,
 ) -> None:
     script = """
-store = apart.open()
+store = place.open()
 sequence, reference = filled(store)
 fully(store, sequence, reference)
 store.flush()
@@ -128,19 +128,19 @@ store.paths.decide()  # killed while units leave
 print(sum(copied(store)), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    command = [sys.executable, "-c", _CHILD + script, apart.uri]
-    command += [str(apart.copies), str(apart.index)]
+    command = [sys.executable, "-c", _CHILD + script, place.uri]
+    command += [str(place.copies), str(place.index)]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not killed.stderr
-    assert {path.name for path in apart.copies.iterdir()} == {"index"}
-    apart.begun = True
-    with apart.open() as store:
+    assert {path.name for path in place.copies.iterdir()} == {"index"}
+    place.created = True
+    with place.open() as store:
         sequence, reference = store.sequence("s"), Reference(SHAPE, 1000)
         whole = [reference.tokens(2048) for _ in range(SHAPE.layers)]
         reference.layers = [(k[:, :, :1900], v[:, :, :1900]) for k, v in whole]
         assert copied(store) == [0] * UNITS  # what is copied is of one process
-        turns(sequence, reference)
+        scans(sequence, reference)
         fully(store, sequence, reference)
         check_books(store)
 
@@ -151,8 +151,8 @@ def test_a_drive_that_goes_away_leaves_what_was_copied(target: Target, tmp_path:
         file.truncate(DRIVE_NBYTES)
     nsid = target.add_file(image)
     with folder_for_copies() as copies:
-        apart = Apart(target.uri("vfiouser", nsid), copies, copies / "index")
-        store = apart.open(5 * UNIT_NBYTES)
+        place = CopyPlace(target.uri("vfiouser", nsid), copies, copies / "index")
+        store = place.open(5 * UNIT_NBYTES)
         sequence, reference = filled(store)
         sequence.read_ahead = False
         sequence.set_weight([1, 2], 2.0)
@@ -169,17 +169,17 @@ def test_a_drive_that_goes_away_leaves_what_was_copied(target: Target, tmp_path:
         target.namespaces = nsid - 1
         assert target.add_file(image) == nsid
         target.listen()
-        wait_until_back(lambda: turns(sequence, reference))
-        turns(sequence, reference)
+        wait_until_back(lambda: scans(sequence, reference))
+        scans(sequence, reference)
         set_budget(store, PLENTY)
         fully(store, sequence, reference)
         assert copied(store) == [UNIT_NBYTES] * UNITS
         store.close()
 
 
-def test_tensors_under_keys_are_beside_it(apart: Apart) -> None:
+def test_tensors_under_keys_are_beside_it(place: CopyPlace) -> None:
     """Blobs know no page cache, and take over extents that sequences had."""
-    with apart.open() as store:
+    with place.open() as store:
         sequence, reference = filled(store)
         fully(store, sequence, reference)
         sequence.delete()
@@ -197,13 +197,13 @@ def test_tensors_under_keys_are_beside_it(apart: Apart) -> None:
         assert units(store)[0].served_nbytes == UNIT_NBYTES
 
 
-def test_stat_why_tells_of_the_copies(apart: Apart) -> None:
-    with apart.open(5 * UNIT_NBYTES) as store:
+def test_stat_why_tells_of_the_copies(place: CopyPlace) -> None:
+    with place.open(5 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
         fully(store, sequence, reference)
         set_budget(store, 4 * UNIT_NBYTES)
-        turns(sequence, reference, 2)
-        words = ["stat", apart.uri, "--index-dir", str(apart.index), "--why"]
+        scans(sequence, reference, 2)
+        words = ["stat", place.uri, "--index-dir", str(place.index), "--why"]
 
         def told() -> dict[str, Any] | None:
             found = CliRunner().invoke(main, [*words, "--json"])
@@ -213,8 +213,8 @@ def test_stat_why_tells_of_the_copies(apart: Apart) -> None:
             return decision if fits else None
 
         decision = wait_until(told, "the note never tells of 3 units")
-        assert decision["page_cache_dir"] == str(apart.copies)
+        assert decision["page_cache_dir"] == str(place.copies)
         found = CliRunner().invoke(main, words)
         text = " ".join(found.stdout.split())
-        assert f"page cache of a file in {apart.copies}: 3.0 MiB of 3.0 MiB are there" in text
+        assert f"page cache of a file in {place.copies}: 3.0 MiB of 3.0 MiB are there" in text
         assert "to the page cache" in text

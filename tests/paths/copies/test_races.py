@@ -8,26 +8,34 @@ from typing import Any
 
 import pytest
 
-from paths.apart.helpers import Apart, apart_fixture, copied, deleted, fully, on_disk_nbytes, waited
+from paths.copies.helpers import (
+    CopyPlace,
+    copied,
+    deleted,
+    fully,
+    on_disk_nbytes,
+    place_fixture,
+    waited,
+)
 from paths.helpers import (
     UNIT_NBYTES,
     UNITS,
     filled,
     paths,
+    scans,
     set_budget,
-    turns,
     units,
 )
 from spdk_kv.store import KVStore
 
-apart = apart_fixture
+place = place_fixture
 
 
 class Late:
     """While it lasts, copies are begun and not written, and holes are asked for and not punched."""
 
     def __init__(self, store: KVStore) -> None:
-        engine: Any = store.paths.cache
+        engine: Any = store.paths.routes.cache
         self._engine, self._start, self._drop = engine, engine.start, engine.drop
         self._writes: list[Callable[[], Any]] = []
         self._punch = threading.Event()
@@ -67,9 +75,9 @@ class Late:
 
 
 @pytest.fixture
-def store(apart: Apart) -> Iterator[KVStore]:
-    options = {"capacity": "9 MiB"} if not apart.lasting else {}
-    with apart.open(staging="64 MiB", **options) as opened:
+def store(place: CopyPlace) -> Iterator[KVStore]:
+    options = {"capacity": "9 MiB"} if not place.lasting else {}
+    with place.open(staging="64 MiB", **options) as opened:
         yield opened
 
 
@@ -97,24 +105,24 @@ def test_what_a_reader_makes_of_its_tensors_is_not_what_is_copied(
     late.write()
     waited(store)
     assert min(copied(store)) > 0
-    turns(sequence, reference, 2)
+    scans(sequence, reference, 2)
     nothing_was_wrong(store)
 
 
 def test_a_copy_that_is_late_counts_for_what_was_not_truncated(store: KVStore, late: Late) -> None:
     sequence, reference = filled(store, tokens=1000)
-    turns(sequence, reference)
+    scans(sequence, reference)
     assert late.begun == UNITS
     reference.truncate(sequence, 300)
     reference.append(sequence, 700)
-    turns(sequence, reference)
+    scans(sequence, reference)
     assert late.begun == UNITS  # one of each unit at a time
     late.write()
     waited(store)
     assert 0 < max(unit.filled for unit in units(store)) <= 300 * 512
-    turns(sequence, reference)
+    scans(sequence, reference)
     fully(store, sequence, reference)
-    turns(sequence, reference)
+    scans(sequence, reference)
     nothing_was_wrong(store)
 
 
@@ -122,14 +130,14 @@ def test_a_copy_that_is_late_is_nothing_to_a_unit_that_left_and_came_back(
     store: KVStore, late: Late
 ) -> None:
     sequence, reference = filled(store, tokens=1000)
-    turns(sequence, reference)
+    scans(sequence, reference)
     set_budget(store, 0)
     store.paths.decide()
     assert paths(store) == ["D"] * UNITS
     set_budget(store, 1 << 30)
     store.paths.decide()
     assert paths(store) == ["C"] * UNITS
-    turns(sequence, reference)
+    scans(sequence, reference)
     assert late.begun == UNITS
     assert late.punched == []  # or the late copy would lie there for good
     late.write()
@@ -138,7 +146,7 @@ def test_a_copy_that_is_late_is_nothing_to_a_unit_that_left_and_came_back(
     assert copied(store) == [0] * UNITS
     assert on_disk_nbytes(store) < UNIT_NBYTES // 4
     fully(store, sequence, reference)
-    turns(sequence, reference)
+    scans(sequence, reference)
     nothing_was_wrong(store)
 
 
@@ -153,12 +161,12 @@ def test_nobody_is_copied_to_where_a_hole_is_still_to_be_punched(
     deleted(store, sequence)
     again, other = filled(store, "again")
     assert [unit.extents for unit in units(store)] == before
-    turns(again, other, 3)
+    scans(again, other, 3)
     assert copied(store) == [0] * UNITS
     late.punch()
     fully(store, again, other)
     assert copied(store) == [UNIT_NBYTES] * UNITS
-    turns(again, other)
+    scans(again, other)
     nothing_was_wrong(store)
 
 
@@ -167,13 +175,13 @@ def test_what_was_read_of_a_hole_is_not_used(store: KVStore, ahead: bool) -> Non
     sequence, reference = filled(store)
     sequence.read_ahead = False
     fully(store, sequence, reference)
-    assert store.paths.cache is not None
+    assert store.paths.routes.cache is not None
     for unit in units(store):
         for offset, nbytes in unit.extents:
-            store.paths.cache.drop(offset, nbytes)
+            store.paths.routes.cache.drop(offset, nbytes)
     if ahead:
         sequence.prefetch(range(4))  # finds the holes
     set_budget(store, 0)
     store.paths.decide()  # by which they are to be expected
-    turns(sequence, reference)
+    scans(sequence, reference)
     nothing_was_wrong(store)

@@ -36,7 +36,7 @@ def folder_for_copies() -> Iterator[Path]:
     pytest.skip("no folder on a drive to keep copies in")
 
 
-class Apart:
+class CopyPlace:
     """A drive that the page cache is not of, and a folder for copies.
 
     ``lasting``: it can be opened again. ``image``: its bytes as a file, or None.
@@ -49,7 +49,7 @@ class Apart:
         self.copies = copies
         self.index = index
         self.image = image
-        self.begun = False
+        self.created = False
 
     @property
     def lasting(self) -> bool:
@@ -58,20 +58,20 @@ class Apart:
     def open(self, budget: int = PLENTY, **options: Any) -> KVStore:
         wanted: dict[str, Any] = {"folder": self.copies}
         if self.index is not None:
-            wanted |= {"capacity": None, "index_dir": self.index, "create": not self.begun}
-            self.begun = True
+            wanted |= {"capacity": None, "index_dir": self.index, "create": not self.created}
+            self.created = True
         return open_dual(self.uri, budget, **(wanted | options))
 
 
 @contextlib.contextmanager
-def on_memory() -> Iterator[Apart]:
+def on_memory() -> Iterator[CopyPlace]:
     """Copies of what is in memory: on any machine, whoever runs the tests."""
     with folder_for_copies() as copies:
-        yield Apart("ram://", copies)
+        yield CopyPlace("ram://", copies)
 
 
 @contextlib.contextmanager
-def on_loop_device() -> Iterator[Apart]:
+def on_loop_device() -> Iterator[CopyPlace]:
     """A loop device, taken for a drive that the page cache does not reach: with a bypassing
     engine as good as one, and its image can be made to fail."""
     with folder_for_copies() as copies, pytest.MonkeyPatch.context() as patched:
@@ -80,12 +80,12 @@ def on_loop_device() -> Iterator[Apart]:
         with image.open("wb") as file:
             file.truncate(DRIVE_NBYTES)
         with blockdev.loop_device(image) as node:
-            yield Apart(f"block://{node}", copies, copies / "index", image)
+            yield CopyPlace(f"block://{node}", copies, copies / "index", image)
 
 
 def waited(store: KVStore, until: Callable[[], bool] | None = None) -> None:
     """Waits until nothing is being copied, and nothing of what was forgotten is left."""
-    copy = store.paths.copy
+    copy = store.paths.routes.copy
     assert copy is not None
     end = time.monotonic() + 120
     while copy._held_nbytes or copy._holes or (until is not None and not until()):
@@ -110,14 +110,14 @@ def copied(store: KVStore) -> list[int]:
 
 def on_disk_nbytes(store: KVStore) -> int:
     """What the copies take of their drive, or will when it is written."""
-    assert store.paths.cache is not None
-    return os.fstat(store.paths.cache.fd).st_blocks * 512
+    assert store.paths.routes.cache is not None
+    return os.fstat(store.paths.routes.cache.fd).st_blocks * 512
 
 
 def copy_path(store: KVStore) -> str:
     """The unnamed file of the copies, as this process may open it."""
-    assert store.paths.cache is not None
-    return f"/proc/self/fd/{store.paths.cache.fd}"
+    assert store.paths.routes.cache is not None
+    return f"/proc/self/fd/{store.paths.routes.cache.fd}"
 
 
 def deleted(store: KVStore, sequence: Any) -> None:
@@ -130,6 +130,6 @@ def deleted(store: KVStore, sequence: Any) -> None:
 
 
 @pytest.fixture(params=["memory", "loop"])
-def apart_fixture(request: pytest.FixtureRequest) -> Iterator[Apart]:
+def place_fixture(request: pytest.FixtureRequest) -> Iterator[CopyPlace]:
     with {"memory": on_memory, "loop": on_loop_device}[request.param]() as drive:
         yield drive

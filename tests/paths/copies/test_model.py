@@ -18,28 +18,28 @@ from hypothesis.stateful import (
 )
 
 import spdk_kv
-from paths.apart.helpers import (
-    Apart,
-    apart_fixture,
+from paths.copies.helpers import (
+    CopyPlace,
     copy_path,
     deleted,
     on_loop_device,
     on_memory,
+    place_fixture,
     waited,
 )
 from paths.helpers import (
     MIB,
     PLENTY,
     empty_cache,
+    scans,
     set_budget,
-    turns,
     units,
 )
 from sequence.helpers import Reference
 from spdk_kv.units import KIB
 from support.rounds import examples
 
-apart = apart_fixture
+place = place_fixture
 # 64 rows of 256 bytes to a chunk, so chunks fill often; a unit is 384 KiB when full.
 LITTLE = spdk_kv.KVShape(3, 2, 16, "float32", 1500, 2)
 
@@ -55,16 +55,16 @@ class ApartMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.made = self.drive()
-        self.apart = self.made.__enter__()
+        self.place = self.made.__enter__()
         self.open()
         self.sequences = [self.sequence(name) for name in "ab"]
         self.references = [Reference(LITTLE, seed) for seed in (0, 10**6)]
 
     def open(self) -> None:
         options: dict[str, Any] = {"policy": self.residency}
-        if not self.apart.lasting:
+        if not self.place.lasting:
             options["capacity"] = "5 MiB"
-        self.store = self.apart.open(**options)
+        self.store = self.place.open(**options)
 
     def sequence(self, name: str) -> Any:
         return self.store.sequence(name, LITTLE, granularity=self.granularity)
@@ -103,7 +103,7 @@ class ApartMachine(RuleBasedStateMachine):
 
     @rule(which=which, count=st.integers(1, 3))
     def turn(self, which: int, count: int) -> None:
-        turns(self.sequences[which], self.references[which], count)
+        scans(self.sequences[which], self.references[which], count)
 
     @rule(which=which, layer=layer, first=st.integers(0, 1500), heads=st.sampled_from([None, [1]]))
     def read_part(self, which: int, layer: int, first: int, heads: list[int] | None) -> None:
@@ -146,7 +146,7 @@ class ApartMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         self.store.flush()
 
-    @precondition(lambda self: hasattr(self, "apart") and self.apart.lasting)
+    @precondition(lambda self: hasattr(self, "place") and self.place.lasting)
     @rule()
     def reopen(self) -> None:
         self.store.close()
@@ -176,12 +176,12 @@ def test_bytes_are_those_appended_and_last() -> None:
     run_machine(on_loop_device, "adaptive", "layer", 10)
 
 
-def churn(apart: Apart, rounds: int = 150) -> None:
+def churn(place: CopyPlace, rounds: int = 150) -> None:
     """Threads that append, truncate, read, and give extents to one another, while units move."""
     failures: list[BaseException] = []
     over = threading.Event()
-    options = {} if apart.lasting else {"capacity": "6 MiB"}
-    with apart.open(**options) as store:
+    options = {} if place.lasting else {"capacity": "6 MiB"}
+    with place.open(**options) as store:
 
         def use(number: int) -> None:
             chance = random.Random(number)
@@ -206,8 +206,8 @@ def churn(apart: Apart, rounds: int = 150) -> None:
                         sequence = store.sequence(name, LITTLE)
                         reference = Reference(LITTLE, number * 10**6 + life * 10**4)
                     case _:
-                        turns(sequence, reference)
-            turns(sequence, reference)
+                        scans(sequence, reference)
+            scans(sequence, reference)
 
         def move() -> None:
             chance = random.Random(7)
@@ -241,5 +241,5 @@ def churn(apart: Apart, rounds: int = 150) -> None:
         assert not any(unit.fill for unit in units(store))
 
 
-def test_threads_that_share_extents_one_after_another(apart: Apart) -> None:
-    churn(apart)
+def test_threads_that_share_extents_one_after_another(place: CopyPlace) -> None:
+    churn(place)

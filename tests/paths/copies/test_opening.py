@@ -1,4 +1,4 @@
-"""Stores with a page cache apart: what is opened, what is refused, what is told."""
+"""Stores whose page cache holds copies: opening them, refusing to, and what they report."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from pathlib import Path
 import pytest
 
 import spdk_kv
-from paths.apart.helpers import (
-    Apart,
-    apart_fixture,
+from paths.copies.helpers import (
+    CopyPlace,
     copied,
     copy_path,
     fully,
     on_memory,
+    place_fixture,
 )
 from paths.helpers import (
     UNIT_NBYTES,
     UNITS,
     filled,
     paths,
-    turns,
+    scans,
     units,
 )
 from spdk_kv.errors import EngineUnavailable
 from store.helpers import check_books, folder_fixture, open_store
 
 folder = folder_fixture
-apart = apart_fixture
+place = place_fixture
 
 
-def test_the_file_of_copies_has_no_name_and_is_nobody_elses(apart: Apart) -> None:
-    before = set(os.listdir(apart.copies))
-    with apart.open() as store:
+def test_the_file_of_copies_has_no_name_and_is_nobody_elses(place: CopyPlace) -> None:
+    before = set(os.listdir(place.copies))
+    with place.open() as store:
         sequence, reference = filled(store)
         fully(store, sequence, reference)
-        status = os.fstat(store.paths.cache.fd)
+        status = os.fstat(store.paths.routes.cache.fd)
         assert stat.S_IMODE(status.st_mode) == 0o600
         assert status.st_nlink == 0
         assert status.st_size >= max(offset + n for u in units(store) for offset, n in u.extents)
-        assert set(os.listdir(apart.copies)) - before <= {"index"}
+        assert set(os.listdir(place.copies)) - before <= {"index"}
         held = os.readlink(copy_path(store))
     assert held not in {
         os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
@@ -49,35 +49,35 @@ def test_the_file_of_copies_has_no_name_and_is_nobody_elses(apart: Apart) -> Non
 
 
 @pytest.mark.parametrize("residency", ["adaptive", "paper", "pagecache"])
-def test_policies_decide_as_on_one_medium(apart: Apart, residency: str) -> None:
-    with apart.open(3 * UNIT_NBYTES, policy=residency) as store:
+def test_policies_decide_as_on_one_medium(place: CopyPlace, residency: str) -> None:
+    with place.open(3 * UNIT_NBYTES, policy=residency) as store:
         sequence, reference = filled(store)
         fully(store, sequence, reference)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         cached = paths(store).count("C")
         assert cached == {"adaptive": 2, "paper": 3, "pagecache": UNITS}[residency]
         assert sum(copied(store)) == cached * UNIT_NBYTES
         told = store.stats()["residency"]
-        assert (told["paths"], told["page_cache_dir"]) == (2, str(apart.copies))
-    if apart.lasting:
+        assert (told["paths"], told["page_cache_dir"]) == (2, str(place.copies))
+    if place.lasting:
         # The truth is on the drive: nothing else is needed to have it back.
-        with apart.open(folder=None, create=False) as store:
-            turns(store.sequence("s"), reference)
+        with place.open(folder=None, create=False) as store:
+            scans(store.sequence("s"), reference)
             assert store.stats()["residency"]["page_cache_dir"] is None
             check_books(store)
 
 
-def test_direct_uses_no_folder(apart: Apart) -> None:
-    with apart.open(policy="direct") as store:
+def test_direct_uses_no_folder(place: CopyPlace) -> None:
+    with place.open(policy="direct") as store:
         sequence, reference = filled(store)
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         told = store.stats()["residency"]
         assert (told["paths"], told["cached_read_nbytes"]) == (1, 0)
         assert "the page cache is not used" in told["reason"]
 
 
-def test_why_says_what_is_not_there_yet(apart: Apart) -> None:
-    with apart.open() as store:
+def test_why_says_what_is_not_there_yet(place: CopyPlace) -> None:
+    with place.open() as store:
         sequence, reference = filled(store)
         store.paths.decide()
         assert {entry["path"] for entry in store.why()} == {store.engine.name}
@@ -107,7 +107,7 @@ def test_a_folder_is_refused_where_there_is_nothing_to_copy_or_to_check(folder: 
 
 
 def test_folders_that_will_not_do_are_refused_before_a_store_is_begun(
-    apart: Apart, folder: Path
+    place: CopyPlace, folder: Path
 ) -> None:
     (folder / "file").write_bytes(b"")
     bad = {
@@ -119,9 +119,9 @@ def test_folders_that_will_not_do_are_refused_before_a_store_is_begun(
         bad[Path("/dev/shm")] = "on tmpfs, whose files are memory"
     for where, complaint in bad.items():
         with pytest.raises(EngineUnavailable, match=complaint):
-            apart.open(folder=where)
-    assert apart.index is None or not apart.index.exists()
-    with apart.open(create=True) if apart.lasting else apart.open() as store:
+            place.open(folder=where)
+    assert place.index is None or not place.index.exists()
+    with place.open(create=True) if place.lasting else place.open() as store:
         assert store.stats()["residency"]["paths"] == 2
 
 
@@ -139,8 +139,8 @@ def test_a_filesystem_without_unnamed_files_serves(
 ) -> None:
     # As a kernel or filesystem without O_TMPFILE answers.
     monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
-    with on_memory() as apart, apart.open() as store:
-        assert list(apart.copies.iterdir()) == []
+    with on_memory() as place, place.open() as store:
+        assert list(place.copies.iterdir()) == []
         sequence, reference = filled(store)
         fully(store, sequence, reference)
         assert copied(store) == [UNIT_NBYTES] * UNITS

@@ -11,15 +11,15 @@ import torch
 
 import spdk_kv
 from link.helpers import DEVICES, link_up
-from paths.apart.helpers import (
-    Apart,
-    apart_fixture,
+from paths.copies.helpers import (
+    CopyPlace,
     copied,
     copy_path,
     deleted,
     fully,
     on_disk_nbytes,
     on_loop_device,
+    place_fixture,
     waited,
 )
 from paths.helpers import (
@@ -32,9 +32,9 @@ from paths.helpers import (
     filled,
     paths,
     resident,
+    scans,
     set_budget,
     settled,
-    turns,
     units,
 )
 from sequence.helpers import Reference
@@ -47,15 +47,15 @@ from support import blockdev
 folder = folder_fixture
 # 64 rows of 256 bytes to a chunk, so chunks fill often; a unit is 384 KiB when full.
 LITTLE = spdk_kv.KVShape(3, 2, 16, "float32", 1500, 2)
-apart = apart_fixture
+place = place_fixture
 
 
 def damage(store: KVStore, nbytes: int = 64) -> None:
     """Changes bytes of every unit in the copy."""
-    assert store.paths.cache is not None
+    assert store.paths.routes.cache is not None
     for unit in units(store):
         for offset, _ in unit.extents:
-            os.pwrite(store.paths.cache.fd, b"\xa5" * nbytes, offset + 4096)
+            os.pwrite(store.paths.routes.cache.fd, b"\xa5" * nbytes, offset + 4096)
 
 
 # -- what is copied -------------------------------------------------------------------------------
@@ -64,9 +64,9 @@ def damage(store: KVStore, nbytes: int = 64) -> None:
 @pytest.mark.machine
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 def test_what_is_read_of_the_page_cache_path_is_copied_and_then_read_there(
-    apart: Apart, granularity: str
+    place: CopyPlace, granularity: str
 ) -> None:
-    with apart.open(5 * UNIT_NBYTES) as store:
+    with place.open(5 * UNIT_NBYTES) as store:
         sequence, reference = filled(store, granularity=granularity)
         assert on_disk_nbytes(store) == 0
         fully(store, sequence, reference)
@@ -76,7 +76,7 @@ def test_what_is_read_of_the_page_cache_path_is_copied_and_then_read_there(
         assert copied(store) == expected
         assert [resident(store, unit) for unit in units(store)] == expected
         before = store.stats()["residency"]
-        turns(sequence, reference, 2)
+        scans(sequence, reference, 2)
         told = store.stats()["residency"]
         assert told["cached_read_nbytes"] - before["cached_read_nbytes"] == 8 * UNIT_NBYTES
         assert told["direct_read_nbytes"] - before["direct_read_nbytes"] == 8 * UNIT_NBYTES
@@ -85,32 +85,32 @@ def test_what_is_read_of_the_page_cache_path_is_copied_and_then_read_there(
 
 
 @pytest.mark.machine
-def test_who_leaves_the_page_cache_path_leaves_nothing_there(apart: Apart) -> None:
-    with apart.open() as store:
+def test_who_leaves_the_page_cache_path_leaves_nothing_there(place: CopyPlace) -> None:
+    with place.open() as store:
         sequence, reference = filled(store)
         for _ in range(3):
             set_budget(store, PLENTY)
-            turns(sequence, reference)
+            scans(sequence, reference)
             fully(store, sequence, reference)
             assert copied(store) == [UNIT_NBYTES] * UNITS
             set_budget(store, 0)
-            turns(sequence, reference)
+            scans(sequence, reference)
             waited(store)
             assert paths(store) == ["D"] * UNITS
             assert copied(store) == [0] * UNITS
-            os.fsync(store.paths.cache.fd)
+            os.fsync(store.paths.routes.cache.fd)
             assert on_disk_nbytes(store) < UNIT_NBYTES // 4  # the filesystem's own blocks
             assert sum(resident(store, unit) for unit in units(store)) == 0
 
 
-def test_what_is_appended_and_truncated_moves_the_end(apart: Apart) -> None:
-    with apart.open() as store:
+def test_what_is_appended_and_truncated_moves_the_end(place: CopyPlace) -> None:
+    with place.open() as store:
         sequence, reference = filled(store, tokens=700)
         fully(store, sequence, reference)
         at = units(store)[0].filled
         for _ in range(4):
             reference.append(sequence, 33)
-            turns(sequence, reference)
+            scans(sequence, reference)
         fully(store, sequence, reference)
         assert units(store)[0].filled > at
         # Cut, then other tokens in the place of those that were copied.
@@ -118,23 +118,23 @@ def test_what_is_appended_and_truncated_moves_the_end(apart: Apart) -> None:
             reference.truncate(sequence, keep)
             assert max(copied(store)) <= keep * 512
             reference.append(sequence, 700 - keep)
-            turns(sequence, reference, 2)
+            scans(sequence, reference, 2)
         fully(store, sequence, reference)
         assert store.stats()["residency"]["taken_over_nbytes"] == 0
 
 
-def test_extents_of_a_deleted_sequence_are_copied_for_their_next_owner(apart: Apart) -> None:
-    with apart.open(capacity="9 MiB" if apart.uri == "ram://" else None) as store:
+def test_extents_of_a_deleted_sequence_are_copied_for_their_next_owner(place: CopyPlace) -> None:
+    with place.open(capacity="9 MiB" if place.uri == "ram://" else None) as store:
         for attempt in range(6):
             sequence, reference = filled(store, f"s{attempt}", tokens=1998 - 100 * attempt)
             fully(store, sequence, reference)
             at = [unit.extents for unit in units(store)]
             reference.append(sequence, 50)
-            turns(sequence, reference)  # something is being copied when it is deleted
+            scans(sequence, reference)  # something is being copied when it is deleted
             deleted(store, sequence)
             again, other = filled(store, f"t{attempt}", tokens=2048 - 77 * attempt)
             assert [unit.extents for unit in units(store)] == at
-            turns(again, other, 4)
+            scans(again, other, 4)
             fully(store, again, other)
             deleted(store, again)
         waited(store)
@@ -142,21 +142,21 @@ def test_extents_of_a_deleted_sequence_are_copied_for_their_next_owner(apart: Ap
         assert store.stats()["residency"]["taken_over_nbytes"] == 0
 
 
-def test_the_order_of_rows_is_kept(apart: Apart) -> None:
+def test_the_order_of_rows_is_kept(place: CopyPlace) -> None:
     shape = spdk_kv.KVShape(2, 2, 32, torch.bfloat16, 2000, batch=3)
-    with apart.open() as store:
+    with place.open() as store:
         sequence, reference = store.sequence("s", shape), Reference(shape)
         for rows in ([2, 0, 1], [0, 0, 2], [1, 1, 1]):
             reference.append(sequence, 400)
-            turns(sequence, reference, 2)
+            scans(sequence, reference, 2)
             reference.reorder(sequence, rows)
-            turns(sequence, reference, 2)
+            scans(sequence, reference, 2)
         fully(store, sequence, reference)
-        turns(sequence, reference)
+        scans(sequence, reference)
 
 
-def test_a_readers_changes_of_what_it_got_are_not_copied(apart: Apart) -> None:
-    with apart.open() as store:
+def test_a_readers_changes_of_what_it_got_are_not_copied(place: CopyPlace) -> None:
+    with place.open() as store:
         sequence, reference = filled(store)
         for _ in range(3):
             for layer in range(SHAPE.layers):
@@ -168,8 +168,8 @@ def test_a_readers_changes_of_what_it_got_are_not_copied(apart: Apart) -> None:
         assert store.stats()["residency"]["taken_over_nbytes"] == 0
 
 
-def test_heads_are_read_from_what_was_copied(apart: Apart) -> None:
-    with apart.open() as store:
+def test_heads_are_read_from_what_was_copied(place: CopyPlace) -> None:
+    with place.open() as store:
         sequence, reference = filled(store, granularity="head")
         reference.check_layer(sequence, 1, heads=[0])
         assert copied(store) == [0] * UNITS  # a part of a unit does not fill it
@@ -180,8 +180,8 @@ def test_heads_are_read_from_what_was_copied(apart: Apart) -> None:
         assert store.stats()["residency"]["direct_read_nbytes"] == before
 
 
-def test_layers_read_ahead_are_right_though_they_leave_the_path_meanwhile(apart: Apart) -> None:
-    with apart.open() as store:
+def test_layers_read_ahead_are_right_though_they_leave_the_path_meanwhile(place: CopyPlace) -> None:
+    with place.open() as store:
         sequence, reference = filled(store)
         for budget in (PLENTY, 3 * UNIT_NBYTES) * 4:
             set_budget(store, PLENTY)
@@ -193,24 +193,24 @@ def test_layers_read_ahead_are_right_though_they_leave_the_path_meanwhile(apart:
             waited(store)
             set_budget(store, budget)
             store.paths.decide()
-            turns(sequence, reference)
+            scans(sequence, reference)
         assert store.stats()["residency"]["taken_over_nbytes"] == 0
 
 
 def test_copies_that_have_to_wait_are_made_later(
-    apart: Apart, monkeypatch: pytest.MonkeyPatch
+    place: CopyPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with apart.open(staging="1 MiB") as store:
+    with place.open(staging="1 MiB") as store:
         sequence, reference = filled(store)
-        assert store.paths.copy.most_nbytes == 256 * KIB
+        assert store.paths.routes.copy.max_held_nbytes == 256 * KIB
         held: list[int] = []
-        prepare = store.paths.copy._prepare
+        prepare = store.paths.routes.copy._prepare
 
         def noted(*arguments: Any) -> Any:
-            held.append(store.paths.copy._held_nbytes)
+            held.append(store.paths.routes.copy._held_nbytes)
             return prepare(*arguments)
 
-        monkeypatch.setattr(store.paths.copy, "_prepare", noted)
+        monkeypatch.setattr(store.paths.routes.copy, "_prepare", noted)
         fully(store, sequence, reference)
         assert len(held) >= UNITS * 4
         assert max(held) <= 256 * KIB
@@ -220,20 +220,20 @@ def test_copies_that_have_to_wait_are_made_later(
 
 
 @pytest.mark.machine
-def test_what_the_kernel_evicts_comes_back_from_the_copys_own_drive(apart: Apart) -> None:
-    with apart.open(2 * UNITS * UNIT_NBYTES) as store:
+def test_what_the_kernel_evicts_comes_back_from_the_copys_own_drive(place: CopyPlace) -> None:
+    with place.open(2 * UNITS * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
         fully(store, sequence, reference)
-        turns(sequence, reference)
+        scans(sequence, reference)
         before = store.stats()["residency"]
         assert before["missed_nbytes"] == 0
-        os.fsync(store.paths.cache.fd)
+        os.fsync(store.paths.routes.cache.fd)
         empty_cache(copy_path(store))
         assert sum(resident(store, unit) for unit in units(store)) < UNITS * UNIT_NBYTES // 2
-        turns(sequence, reference)
+        scans(sequence, reference)
         told = store.stats()["residency"]
         assert told["missed_nbytes"] > 0  # until the alarm
-        turns(sequence, reference, 3)
+        scans(sequence, reference, 3)
         told = store.stats()["residency"]
         assert told["direct_read_nbytes"] == before["direct_read_nbytes"]
         assert told["cached_units"] == UNITS
@@ -241,23 +241,23 @@ def test_what_the_kernel_evicts_comes_back_from_the_copys_own_drive(apart: Apart
 
 
 def test_damaged_copies_are_found_and_the_drive_delivers(
-    apart: Apart, caplog: pytest.LogCaptureFixture
+    place: CopyPlace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with apart.open() as store:
+    with place.open() as store:
         sequence, reference = filled(store)
         sequence.read_ahead = False
         fully(store, sequence, reference)
         damage(store)
-        turns(sequence, reference)
+        scans(sequence, reference)
         told = store.stats()["residency"]
         assert told["taken_over_nbytes"] == UNITS * UNIT_NBYTES
         assert "CRC32C differs" in told["trouble"]
         assert caplog.text.count("going on without filling the page cache") == 1
-        turns(sequence, reference, 3)
+        scans(sequence, reference, 3)
         assert copied(store) == [0] * UNITS
         assert store.stats()["corruptions"] == 0
         # After a while it is tried again, and is well.
-        turns(sequence, reference, 70)
+        scans(sequence, reference, 70)
         fully(store, sequence, reference)
         told = store.stats()["residency"]
         assert told["copied_nbytes"] == UNITS * UNIT_NBYTES
@@ -266,13 +266,13 @@ def test_damaged_copies_are_found_and_the_drive_delivers(
 
 
 def test_a_full_folder_means_reading_directly_and_is_told_once(
-    apart: Apart, folder: Path, caplog: pytest.LogCaptureFixture
+    place: CopyPlace, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with blockdev.ext4(folder, 8 * MIB) as small, apart.open(folder=small) as store:
+    with blockdev.ext4(folder, 8 * MIB) as small, place.open(folder=small) as store:
         sequence, reference = filled(store)
-        turns(sequence, reference, 4)
+        scans(sequence, reference, 4)
         waited(store)
-        turns(sequence, reference, 4)
+        scans(sequence, reference, 4)
         told = store.stats()["residency"]
         assert "ENOSPC" in told["trouble"]
         assert 0 < told["copied_nbytes"] < UNITS * UNIT_NBYTES
@@ -283,32 +283,32 @@ def test_a_full_folder_means_reading_directly_and_is_told_once(
         assert all("of it are there so far: write of " in reason for reason in reasons)
         # With room again it goes on.
         set_budget(store, 4 * UNIT_NBYTES)
-        turns(sequence, reference, 70)
+        scans(sequence, reference, 70)
         fully(store, sequence, reference)
         assert store.stats()["residency"]["trouble"] == ""
 
 
 def test_a_drive_that_fails_leaves_what_was_copied(folder: Path) -> None:
-    with on_loop_device() as apart, apart.open(5 * UNIT_NBYTES) as store:
+    with on_loop_device() as place, place.open(5 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
         sequence.read_ahead = False
         sequence.set_weight([1, 2], 2.0)
         fully(store, sequence, reference)
         assert paths(store) == list("DDCCCCDD")
-        assert apart.image is not None
-        os.truncate(apart.image, min(unit.extents[0][0] for unit in units(store)))
+        assert place.image is not None
+        os.truncate(place.image, min(unit.extents[0][0] for unit in units(store)))
         for layer in (1, 2, 1, 2):
             reference.check_layer(sequence, layer)
         for layer in (0, 3):
             with pytest.raises(DeviceError, match="EIO"):
                 sequence.read(layer)
         reference.check_layer(sequence, 1)
-        os.truncate(apart.image, 64 * MIB)
+        os.truncate(place.image, 64 * MIB)
         sequence.delete()
 
 
 def test_a_part_asked_of_the_drive_is_delivered_by_a_copy_made_since(folder: Path) -> None:
-    with on_loop_device() as apart, apart.open() as store:
+    with on_loop_device() as place, place.open() as store:
         sequence, reference = filled(store)
         sequence.read_ahead = False
         sequence.prefetch([0])  # nothing is copied yet: all of it from the drive
@@ -316,14 +316,14 @@ def test_a_part_asked_of_the_drive_is_delivered_by_a_copy_made_since(folder: Pat
         for part in prefetched.parts:
             part.transfer.wait()
         fully(store, sequence, reference)
-        assert apart.image is not None
-        os.truncate(apart.image, min(unit.extents[0][0] for unit in units(store)))
+        assert place.image is not None
+        os.truncate(place.image, min(unit.extents[0][0] for unit in units(store)))
         for unit, extent in zip(units(store)[:2], (range(1), range(1, 2)), strict=True):
             prefetched.request(unit, extent, 0, store.engine, 0, unit.filled)
         del prefetched.parts[:-2]
         prefetched.complete()
         assert store.stats()["residency"]["taken_over_nbytes"] == 2 * UNIT_NBYTES
-        os.truncate(apart.image, 64 * MIB)
+        os.truncate(place.image, 64 * MIB)
         sequence.delete()
 
 
@@ -333,9 +333,9 @@ def test_a_part_asked_of_the_drive_is_delivered_by_a_copy_made_since(folder: Pat
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 def test_what_goes_to_a_device_over_a_link_is_copied_too(
-    apart: Apart, device: str, granularity: str
+    place: CopyPlace, device: str, granularity: str
 ) -> None:
-    with apart.open(5 * UNIT_NBYTES) as store:
+    with place.open(5 * UNIT_NBYTES) as store:
         link_up(store, device)
         sequence = store.sequence("s", SHAPE, granularity=granularity)
         reference = Reference(SHAPE, device=device)
