@@ -347,8 +347,11 @@ class Engine:
         if transfer.run(timeout_s) not in (0, errno.EOPNOTSUPP):
             raise self.error(transfer)
 
-    def ensure(self, nbytes: int) -> None:
-        """Grows the file to at least ``nbytes``; CapacityError where it cannot."""
+    def ensure(self, nbytes: int, limit_nbytes: int | None = None) -> None:
+        """Grows the file to at least ``nbytes``; CapacityError where it cannot.
+
+        It grows in steps, but never beyond ``limit_nbytes`` (None: there is no limit).
+        """
 
     @property
     def capacity_nbytes(self) -> int | None:

@@ -87,7 +87,7 @@ class FileEngine(Engine):
                 return found
         return ""
 
-    def ensure(self, nbytes: int) -> None:
+    def ensure(self, nbytes: int, limit_nbytes: int | None = None) -> None:
         if self._is_block:
             return
         size = os.fstat(self.fd).st_size
@@ -97,7 +97,10 @@ class FileEngine(Engine):
         last_error: OSError | None = None
         free = os.fstatvfs(self.fd)
         free_nbytes = free.f_bavail * free.f_frsize
-        for target in (align_up(nbytes, _GROWTH_NBYTES), align_up(nbytes, 1 << 20)):
+        for step_nbytes in (_GROWTH_NBYTES, 1 << 20):
+            target = align_up(nbytes, step_nbytes)
+            if limit_nbytes is not None:
+                target = max(nbytes, min(target, limit_nbytes))
             if target - size > free_nbytes - _LEFT_NBYTES:
                 continue
             try:

@@ -41,6 +41,11 @@ class Allocator:
         return self._end - self._start
 
     @property
+    def end(self) -> int:
+        """The offset behind the last byte managed."""
+        return self._end
+
+    @property
     def used_nbytes(self) -> int:
         """Bytes in live extents, whole blocks."""
         return self._used_nbytes

@@ -7,7 +7,8 @@ Begin with `sequence.py`, then `layer.py`, which joins the halves of a layer: `w
 
 from __future__ import annotations
 
+from spdk_kv.sequence.host import Host
 from spdk_kv.sequence.opening import create_sequence, restore_sequence
 from spdk_kv.sequence.sequence import Sequence
 
-__all__ = ["Sequence", "create_sequence", "restore_sequence"]
+__all__ = ["Host", "Sequence", "create_sequence", "restore_sequence"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from spdk_kv.store.opening import open
 from spdk_kv.store.options import EngineOptions, PageCacheOptions
-from spdk_kv.store.parts import index_folder, read_superblock
+from spdk_kv.store.parts import index_folder
 from spdk_kv.store.store import KVStore
+from spdk_kv.store.superblocks import read_superblock
 from spdk_kv.store.why import read_why
 
 __all__ = [

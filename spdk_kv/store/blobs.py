@@ -17,8 +17,8 @@ from spdk_kv.errors import (
 )
 from spdk_kv.index import BlobRecord
 from spdk_kv.link import LinkedGpu
-from spdk_kv.store.catalog import shown
 from spdk_kv.store.host import Host
+from spdk_kv.store.records import shown
 from spdk_kv.tensors import Destination, array_from, byte_view, destination, tensor_from
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class BlobWriter:
         self._checksum = store.engine.keeps_bytes
         nbytes = sum(view.nbytes for view in filled)
         self._transfer = _transfer(store.engine, WRITE, nbytes, linked, self._checksum)
-        self._offsets = self._catalog.allocate([v.nbytes for v in filled]) if filled else []
+        self._offsets = self._catalog.room.allocate([v.nbytes for v in filled]) if filled else []
         # None once they are published or given up: that happens once, whatever interrupts it.
         self._owned: list[int] | None = self._offsets
         try:
@@ -75,7 +75,7 @@ class BlobWriter:
         self._publish()
 
     def _take(self) -> list[int] | None:
-        with self._catalog.lock:
+        with self._catalog.records.lock:
             owned, self._owned = self._owned, None
             return owned
 
@@ -83,7 +83,9 @@ class BlobWriter:
         offsets = self._take()
         if offsets:
             # After a deadline the device may still write there.
-            self._catalog.release([self._transfer], lambda: self._catalog.abandon(offsets))
+            self._catalog.quarantine.release(
+                [self._transfer], lambda: self._catalog.room.abandon(offsets)
+            )
 
     def _publish(self) -> None:
         records = {}
@@ -99,9 +101,9 @@ class BlobWriter:
         if offsets is None:
             return  # given up: whoever started it was interrupted
         try:
-            self._catalog.publish(records)
+            self._catalog.records.publish(records)
         except ClosedError:
-            self._catalog.abandon(offsets)
+            self._catalog.room.abandon(offsets)
             raise
 
 
@@ -128,7 +130,7 @@ class BlobReader:
         self._keys = keys
         self._device = device
         self._as_numpy = as_numpy
-        self._records = store.catalog.find(keys)
+        self._records = store.catalog.records.find(keys)
         self._pinned = self._records
         try:
             self._destinations: list[Destination | None] = [None] * len(keys)
@@ -207,17 +209,17 @@ class BlobReader:
 
     def _failed(self, failure: BaseException) -> None:
         """Unpins, once the device has let go; forgets a blob whose bytes cannot be read."""
-        self._store.catalog.release([self._transfer], self._unpin)
+        self._store.catalog.quarantine.release([self._transfer], self._unpin)
         if is_unreadable(failure):
             for key, record in self._failed_blobs():
-                self._store.catalog.drop_damaged(key, record)
+                self._store.catalog.records.drop_damaged(key, record)
 
     def _unpin(self) -> None:
         """Once, even where an interrupted start and the transfer's end both come here: another
         reader may have the same extents pinned."""
-        with self._store.catalog.lock:
+        with self._store.catalog.records.lock:
             pinned, self._pinned = self._pinned, []
-            self._store.catalog.unpin(pinned)
+            self._store.catalog.records.unpin(pinned)
 
     def _failed_blobs(self) -> list[tuple[str, BlobRecord]]:
         """Those that the failed command belongs to."""
@@ -244,7 +246,7 @@ class BlobReader:
                 continue
             if self._transfer.crc(piece) != record.crc:
                 damaged.append(key)
-                self._store.catalog.drop_damaged(key, record)
+                self._store.catalog.records.drop_damaged(key, record)
             piece += 1
         if damaged:
             raise damage(self._store.location, damaged)

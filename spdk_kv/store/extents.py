@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from spdk_kv.placement import Allocator
 
+BLOCK_NBYTES = 4096
+"""Extents are whole blocks of this size, whatever the drive's own is."""
+
 
 class ExtentTable:
     """An allocator whose extents come back only when nothing can read them any more.
@@ -26,6 +29,7 @@ class ExtentTable:
 
     @property
     def has_retired(self) -> bool:
+        """Whether a commit would let go of extents."""
         return bool(self._retired)
 
     def allocate(self, sizes: Sequence[int]) -> list[int]:
@@ -38,6 +42,7 @@ class ExtentTable:
             self._pins[offset] = self._pins.get(offset, 0) + 1
 
     def unpin(self, offsets: Iterable[int]) -> None:
+        """Ends one pin of each; frees those that a commit has let go of meanwhile."""
         for offset in offsets:
             left = self._pins[offset] - 1
             if left:
@@ -48,7 +53,7 @@ class ExtentTable:
                 self._free_when_unpinned.remove(offset)
                 self._free(offset)
 
-    def pinned(self, offset: int) -> bool:
+    def is_pinned(self, offset: int) -> bool:
         """Whether a read of the extent is under way."""
         return offset in self._pins
 

@@ -24,18 +24,18 @@ _MADV_POPULATE_WRITE = 23
 def map_blob(store: Host, key: str) -> Any:
     """A tensor that is the page cache itself. Its extent stays pinned while it lives."""
     check_key(key)
-    (record,) = store.catalog.find((key,))
+    (record,) = store.catalog.records.find((key,))
     if not record.nbytes:
         return tensor_from(None, record.dtype, record.shape)
     try:
         mapping = cast(PageCacheEngine, store.engine).map(record.offset, record.nbytes)
     except BaseException:
-        store.catalog.unpin((record,))
+        store.catalog.records.unpin((record,))
         raise
-    weakref.finalize(mapping, store.catalog.unpin_later, record).atexit = False
+    weakref.finalize(mapping, store.catalog.quarantine.unpin_later, record).atexit = False
     store.mappings.add(mapping)
     if store.verify and crc32c(mapping) != record.crc:
-        store.catalog.drop_damaged(key, record)
+        store.catalog.records.drop_damaged(key, record)
         raise damage(store.location, [key])
     return tensor_from(mapping, record.dtype, record.shape)
 

@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
-from spdk_kv._native.memory import Region
-from spdk_kv._native.transfer import READ, WRITE
 from spdk_kv.engines import Engine, FileEngine, Location, QueueOptions, open_engine, parse_location
 from spdk_kv.errors import (
     CapacityError,
@@ -30,36 +28,35 @@ from spdk_kv.errors import (
 )
 from spdk_kv.index import BlobRecord, Index, SequenceRecord
 from spdk_kv.placement import (
-    COPY_OFFSETS,
     DATA_START,
-    SUPERBLOCK_NBYTES,
     Allocator,
     CommandsLock,
     StoreLock,
     Superblock,
     choose,
     fit_device_id,
-    is_blank,
-    pack,
 )
+from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.store.settings import StoreSettings
+from spdk_kv.store.superblocks import (
+    read_copies,
+    read_superblock,
+    refuse_if_written_over,
+    refuse_unless_blank,
+    write_superblock,
+)
 from spdk_kv.units import GIB, align_down, align_up, format_nbytes, parse_nbytes
 
 log = logging.getLogger(__name__)
 
-BLOCK_NBYTES = 4096
-"""Extents are whole blocks of this size, whatever the device's own is."""
-_VOLATILE_CAPACITY = 1 * GIB
-_MOST_BY_DEFAULT = 64 * GIB
-# This much at either end of a block device has to be zero before a store is begun on it:
-# partition tables, filesystems, md and LVM all leave a mark within it.
-_BLANK_NBYTES = 1 << 20
-# In the index: the generation that an open was about to write.
+# Defaults where nobody says: of ram:// and null://, and the most of a new folder.
+_VOLATILE_CAPACITY_NBYTES = 1 * GIB
+_MOST_BY_DEFAULT_NBYTES = 64 * GIB
+# A killed process holds its drive until its last command has ended.
 _BUSY_TIMEOUT_S = 1.0
-# In which one copy of the superblock may differ from the other: a torn write, a few flipped bits.
-_MOST_DAMAGED_NBYTES = 64
-_MEANT = "next generation"
-# Of stores whose device did not let go: held until the process ends.
+# Key in the index of the generation that an open is about to write.
+_NEXT_GENERATION = "next generation"
+# What stores held whose drive did not let go, kept until the process ends.
 _kept: list[ExitStack] = []
 
 
@@ -108,7 +105,7 @@ def open_parts(location: str | os.PathLike[str], settings: StoreSettings) -> Ope
     if wanted is not None and wanted < BLOCK_NBYTES:
         raise CapacityError(f"a capacity of {capacity!r} holds not even one block of 4096 bytes")
     if place.scheme in ("ram", "null"):
-        nbytes = wanted or _VOLATILE_CAPACITY
+        nbytes = wanted or _VOLATILE_CAPACITY_NBYTES
         opened = open_engine(place, engine=engine, capacity_nbytes=nbytes, options=options)
         return Opened(place, opened, Allocator(nbytes, BLOCK_NBYTES), None, None, uuid.uuid4().hex)
     if place.scheme in ("block", "ng") or place.is_nvme:
@@ -168,13 +165,13 @@ def _open_device(
         device = _open_when_free(place, engine, options)
         undo.callback(device.close)
         index_path = os.path.join(folder, "index.sqlite")
-        copies = _read_copies(device)
+        copies = read_copies(device)
         found = choose(copies)
-        _refuse_if_written_over(device.where, copies)
+        refuse_if_written_over(device.where, copies)
         if found is None and not create:
             raise StoreMismatch(f"{place} is blank; pass create=True to begin a store on it")
         if found is None:
-            _refuse_unless_blank(device)
+            refuse_unless_blank(device)
         elif not os.path.exists(index_path):
             raise StoreMismatch(
                 f"{place} holds the store {found.uuid}, whose index is not in {folder}; pass "
@@ -233,7 +230,7 @@ def _join(
             f"{place}: the data is that of store {current.uuid}, the index that of {index.uuid}"
         )
     if current is not None and current.generation != generation:
-        if str(current.generation) == index.get_meta(_MEANT):
+        if str(current.generation) == index.get_meta(_NEXT_GENERATION):
             generation = index.generation = current.generation
         else:
             raise StoreMismatch(
@@ -251,9 +248,9 @@ def _join(
     # Only now, when nothing can be refused any more.
     generation += 1
     superblock = Superblock(index.uuid, BLOCK_NBYTES, capacity, generation, identity)
-    device.ensure(DATA_START)
-    index.set_meta(_MEANT, str(generation))
-    _write_superblock(device, superblock)
+    device.ensure(DATA_START, DATA_START + capacity)
+    index.set_meta(_NEXT_GENERATION, str(generation))
+    write_superblock(device, superblock)
     index.generation = generation
     return Opened(
         place, device, allocator, index, lock, index.uuid, blobs=blobs, sequences=sequences
@@ -304,81 +301,13 @@ def _capacity(
             return room
         space = os.statvfs(place.path)
         free = align_down(space.f_bavail * space.f_frsize // 2, BLOCK_NBYTES)
-        wanted = max(BLOCK_NBYTES, min(free, _MOST_BY_DEFAULT))
+        wanted = max(BLOCK_NBYTES, min(free, _MOST_BY_DEFAULT_NBYTES))
         log.info("%s: capacity %s", place, format_nbytes(wanted))
     if room is not None and wanted > room:
         raise CapacityError(
             f"{place} has room for {format_nbytes(room)}, not for {format_nbytes(wanted)}"
         )
     return wanted
-
-
-def read_superblock(device: Engine) -> Superblock | None:
-    """The newest good superblock; None where there is none yet. CorruptionError, DeviceError."""
-    return choose(_read_copies(device))
-
-
-def _read_copies(device: Engine) -> list[bytes]:
-    size = device.capacity_nbytes
-    copies = []
-    for offset in COPY_OFFSETS:
-        if size is None and os.path.getsize(device.where) < offset + SUPERBLOCK_NBYTES:
-            copies.append(bytes(SUPERBLOCK_NBYTES))
-        else:
-            copies.append(_read(device, offset, SUPERBLOCK_NBYTES))
-    return copies
-
-
-def _write_superblock(device: Engine, superblock: Superblock) -> None:
-    # One copy at a time, each on the medium before the next: a power cut spoils at most one.
-    for offset in COPY_OFFSETS:
-        region = Region(SUPERBLOCK_NBYTES)
-        transfer = device.transfer(WRITE)
-        transfer.keep(region)
-        memoryview(region)[:SUPERBLOCK_NBYTES] = pack(superblock)
-        transfer.add(offset, region.address, SUPERBLOCK_NBYTES)
-        device.run(transfer)
-        device.flush()
-
-
-def _read(device: Engine, offset: int, nbytes: int) -> bytes:
-    region = Region(nbytes)
-    transfer = device.transfer(READ)
-    transfer.keep(region)
-    transfer.add(offset, region.address, nbytes)
-    device.run(transfer)
-    return bytes(memoryview(region)[:nbytes])
-
-
-def _refuse_unless_blank(device: Engine) -> None:
-    size = device.capacity_nbytes or 0
-    for offset in {0, max(0, align_down(size - _BLANK_NBYTES, BLOCK_NBYTES))}:
-        if any(_read(device, offset, min(_BLANK_NBYTES, size - offset))):
-            raise StoreMismatch(
-                f"{device.where} is not blank within the MiB at offset {offset} and holds no store "
-                "of spdk_kv; it is not touched. `wipefs -n` and `blkid` say what may be on it"
-            )
-
-
-def _refuse_if_written_over(path: str, copies: list[bytes]) -> None:
-    """A filesystem or a partition table made over a store leaves its second superblock: that must
-    not pass for a store with a damaged first one, which opening would mend."""
-    first, second = copies
-    changed = sum(a != b for a, b in zip(first, second, strict=True))
-    if any(map(is_blank, copies)) or changed <= _MOST_DAMAGED_NBYTES:
-        return
-    for bad, good in ((0, 1), (1, 0)):
-        try:
-            choose([copies[bad]])
-        except CorruptionError:
-            at, source = COPY_OFFSETS[bad], COPY_OFFSETS[good]
-            raise StoreMismatch(
-                f"{path} held a store, but something else was written at offset {at} (`wipefs -n` "
-                "and `blkid` may say what); it is not touched. If it is damage and nothing more, "
-                f"mend it: copy its 4096 bytes at offset {source} to offset {at} (of a node: dd "
-                f"if={path} of={path} bs=4096 count=1 conv=notrunc skip={source // 4096} "
-                f"seek={at // 4096})"
-            ) from None
 
 
 def _private_folder(path: str) -> None:

@@ -13,7 +13,7 @@ Eviction = Literal["lru", "none"]
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """The arguments of :func:`spdk_kv.open`, in one value."""
+    """The arguments of :func:`spdk_kv.open`. ValueError for an unknown eviction."""
 
     capacity: int | str | None
     create: bool | None
@@ -23,3 +23,7 @@ class StoreSettings:
     verify: bool
     index_dir: str | os.PathLike[str] | None
     flush_interval_s: float | None
+
+    def __post_init__(self) -> None:
+        if self.eviction not in ("lru", "none"):
+            raise ValueError(f"eviction is 'lru' or 'none', not {self.eviction!r}")

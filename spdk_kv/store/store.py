@@ -15,16 +15,19 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from spdk_kv.engines import PageCacheEngine
-from spdk_kv.errors import ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
+from spdk_kv.errors import ClosedError, SpdkKvError
 from spdk_kv.link import Links
 from spdk_kv.placement import StagingPool
-from spdk_kv.sequence import Sequence, create_sequence, restore_sequence
+from spdk_kv.sequence import Sequence
 from spdk_kv.store import background
 from spdk_kv.store.blobs import BlobReader, BlobWriter
 from spdk_kv.store.catalog import Catalog
+from spdk_kv.store.extents import ExtentTable
 from spdk_kv.store.mapped import detach, map_blob
 from spdk_kv.store.parts import open_parts
 from spdk_kv.store.paths import check_settings, open_paths
+from spdk_kv.store.records import Records
+from spdk_kv.store.sequences import OpenSequences
 from spdk_kv.store.settings import StoreSettings
 from spdk_kv.types import Granularity, KVShape
 
@@ -51,12 +54,20 @@ class KVStore:
             if self._mmap and not isinstance(self.engine, PageCacheEngine):
                 raise ValueError(f"mmap=True is for the pagecache engine, not {self.engine.name}")
             self.verify = settings.verify and self.engine.keeps_bytes
-            self.catalog = Catalog(self._parts, settings.eviction, settings.engine.discard)
+            self._records = Records(
+                self._parts.blobs, self._parts.sequences, ExtentTable(self._parts.allocator)
+            )
+            self.catalog = Catalog(
+                self._records,
+                self.engine,
+                self._parts.index,
+                settings.eviction,
+                settings.engine.discard,
+            )
             self.staging = StagingPool(self.engine.allocate, settings.engine.staging_nbytes)
             self.paths = open_paths(self._parts, self.staging, settings)
             self.links = Links(self.paths.routes.engines)
-            self._sequences: dict[str, Sequence] = {}
-            self._sequence_lock = threading.Lock()
+            self._sequences = OpenSequences(self._records.sequences)
             self._background = background.Background()
             self._close_lock = threading.RLock()
             self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
@@ -182,23 +193,26 @@ class KVStore:
     def delete(self, key: str) -> bool:
         """Forgets ``key``; returns whether it was there. Does not block on the device."""
         self.check_open()
-        return self.catalog.drop(key)
+        return self._records.drop(key)
 
     def contains(self, key: str) -> bool:
         """Whether a blob is stored under ``key``. Does not block."""
         self.check_open()
-        return key in self.catalog.blobs
+        return key in self._records.blobs
 
     __contains__ = contains
 
     def keys(self, prefix: str = "") -> list[str]:
-        """The keys of all blobs that begin with ``prefix``, least recently used first."""
+        """The keys of all blobs that begin with ``prefix``, least recently used first.
+
+        Does not block.
+        """
         self.check_open()
-        with self.catalog.lock:
-            return [key for key in self.catalog.blobs if key.startswith(prefix)]
+        with self._records.lock:
+            return [key for key in self._records.blobs if key.startswith(prefix)]
 
     def __len__(self) -> int:
-        return len(self.catalog.blobs)
+        return len(self._records.blobs)
 
     # -- sequences ------------------------------------------------------------------------------
 
@@ -212,73 +226,57 @@ class KVStore:
     ) -> Sequence:
         """The sequence called ``name``; created, with room for all its tokens, if it is new.
 
-        ``shape``: needed to create; where the sequence exists it must match. ``granularity``:
-        ``layer`` (the default) or ``head``: what lies contiguously. ``temporary``: it is gone
-        when the store is closed, and flushes pass it by. Raises KeyNotFound (no shape and not
-        there), ShapeMismatch, CapacityError, ClosedError.
+        Args:
+            name: Any text. The same object comes back for the same name.
+            shape: Needed to create; where the sequence exists, it must match.
+            granularity: What lies contiguously, ``"layer"`` (the default) or ``"head"``; where the
+                sequence exists, it must match.
+            temporary: The sequence goes away when the store is closed, and flushes pass it by.
+
+        Returns:
+            The sequence. Creating one may block on the drive, to make room.
+
+        Raises:
+            KeyNotFound: There is no such sequence, and no ``shape`` to create it.
+            ShapeMismatch: It has another shape or granularity.
+            CapacityError: There is no room for it.
+            ClosedError: The store is closed.
         """
         self.check_open()
-        if not isinstance(name, str):
-            raise TypeError(f"a sequence's name is a str, not {type(name).__name__}")
-        with self._sequence_lock:
-            sequence = self._sequences.get(name)
-            if sequence is None or sequence.deleted:
-                record = self.catalog.sequences.get(name)
-                if record is not None:
-                    sequence = restore_sequence(self, name, record)
-                elif shape is None:
-                    raise KeyNotFound(f"no sequence {name!r}")
-                else:
-                    sequence = create_sequence(self, name, shape, granularity or "layer", temporary)
-                self._sequences[name] = sequence
-        if shape is not None and sequence.shape != shape:
-            raise ShapeMismatch(f"sequence {name!r} has {sequence.shape}, not {shape}")
-        if granularity is not None and sequence.granularity != granularity:
-            raise ShapeMismatch(
-                f"sequence {name!r} has granularity {sequence.granularity!r}, not {granularity!r}"
-            )
-        return sequence
+        return self._sequences.get(self, name, shape, granularity, temporary)
 
     def sequences(self) -> list[str]:
-        """The names of all sequences, temporary ones included."""
+        """The names of all sequences, temporary ones included. Does not block."""
         self.check_open()
-        with self._sequence_lock:
-            return sorted({*self.catalog.sequences, *self._sequences})
+        return self._sequences.names()
 
     def forget_sequence(self, sequence: Sequence) -> None:
         """Called by :meth:`Sequence.delete`: the name is free again."""
-        with self._sequence_lock:
-            if self._sequences.get(sequence.name) is sequence:
-                del self._sequences[sequence.name]
+        self._sequences.forget(sequence)
 
     # -- the whole ------------------------------------------------------------------------------
 
     @property
     def dirty(self) -> bool:
         """Whether a flush would change anything. False after close."""
-        return not self._closed and (
-            self.catalog.dirty or any(sequence.dirty for sequence in list(self._sequences.values()))
-        )
+        return not self._closed and (self._records.dirty or self._sequences.dirty)
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Blocks until everything put and appended before survives a power cut."""
+        """Blocks until everything put and appended before survives a power cut.
+
+        Args:
+            timeout_s: Seconds to wait for the drive's flush; None waits as long as it takes.
+
+        Raises:
+            DeviceError, DeviceTimeout: The drive failed; the next flush tries again.
+            CapacityError: The index has no room on its disk.
+            ClosedError: The store is closed.
+        """
         self.check_open()
-        failed = self._stage_sequences()
+        failed = self._sequences.stage()
         self.catalog.commit(timeout_s)
         if failed is not None:
             raise failed
-
-    def _stage_sequences(self) -> SpdkKvError | None:
-        """Returns the first failure: a sequence that lost tokens must not keep the rest back."""
-        with self._sequence_lock:
-            sequences = list(self._sequences.values())
-        failed = None
-        for sequence in sequences:
-            try:
-                sequence.stage_for_commit()
-            except SpdkKvError as failure:
-                failed = failed or failure
-        return failed
 
     def flush_async(self, timeout_s: float | None = None) -> Future[None]:
         """As :meth:`flush`, but returns a future."""
@@ -298,7 +296,7 @@ class KVStore:
         return {
             "location": self.location,
             "engine": self.engine.name,
-            **self.catalog.stats(),
+            **self._records.stats(),
             "sequences": len(self.sequences()),
             "staging": self.staging.stats(),
             "residency": self.paths.stats(),
@@ -326,12 +324,10 @@ class KVStore:
             try:
                 self._background.close()
                 self._closed = True
-                for sequence in list(self._sequences.values()):
-                    if sequence.temporary:
-                        sequence.delete()
-                failed = self._stage_sequences()
+                self._sequences.delete_temporary()
+                failed = self._sequences.stage()
                 self.catalog.close()
-                self.catalog.save_order()
+                self.catalog.committer.save_order()
                 if failed is not None:
                     raise failed
             finally:

@@ -124,7 +124,7 @@ def tensor_of(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torc
 
 def extent_of(store: KVStore, key: str) -> tuple[int, int]:
     """Where a blob lies in the data file: offset, bytes."""
-    record = store.catalog.blobs[key]
+    record = store.catalog.records.blobs[key]
     return record.offset, record.nbytes
 
 
@@ -154,13 +154,14 @@ def check_books(store: KVStore) -> None:
     catalog = store.catalog
     deadline = time.monotonic() + 120
     store.flush()
-    while catalog._quarantine and time.monotonic() < deadline:  # writes that were cut short
+    # Writes that were cut short:
+    while not catalog.quarantine.is_empty and time.monotonic() < deadline:
         time.sleep(0.001)
         store.flush()
-    allocator = catalog.extents.allocator
+    allocator = catalog.records.extents.allocator
     allocator.check()
-    named = {blob.offset for blob in catalog.blobs.values() if blob.nbytes}
-    for sequence in store._sequences.values():
+    named = {blob.offset for blob in catalog.records.blobs.values() if blob.nbytes}
+    for sequence in store._sequences.open_sequences():
         named |= set(sequence._offsets)
     assert set(allocator._used) == named
 

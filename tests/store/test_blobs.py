@@ -345,12 +345,12 @@ def test_a_mapped_blob_is_the_page_cache_itself_and_pins_its_extent(folder):
         offset, _ = extent_of(store, "k")
         store.delete("k")
         store.flush()
-        assert offset in store.catalog.extents.allocator._used
+        assert offset in store.catalog.records.extents.allocator._used
         del found
         gc.collect()
         store.put("other", noise(10, 1))
         assert (
-            offset not in store.catalog.extents.allocator._used
+            offset not in store.catalog.records.extents.allocator._used
             or extent_of(store, "other")[0] == offset
         )
         assert_same(store.get("other"), noise(10, 1))

@@ -15,6 +15,8 @@ import pytest
 from spdk_kv.errors import CapacityError, KeyNotFound
 from spdk_kv.store import KVStore
 from store.helpers import (
+    DATA_START,
+    FILE_ENGINES,
     check_books,
     extent_of,
     folder_fixture,
@@ -107,7 +109,7 @@ def test_room_that_a_commit_under_way_will_free_is_waited_for(folder, eviction):
         put(store, "goes", nbytes=3 * MIB)
         store.flush()
         store.delete("goes")
-        index = store.catalog.index
+        index = store.catalog.committer.index
         under_way, may_end, commit = threading.Event(), threading.Event(), index.commit
 
         def held(*changes):
@@ -138,16 +140,16 @@ def test_room_that_came_free_meanwhile_is_used_and_nothing_evicted(folder, evict
     with open_store(folder, capacity="4 MiB", eviction=eviction) as store:
         put(store, "stays")
         put(store, "goes", nbytes=3 * MIB)
-        catalog = store.catalog
-        make_room = catalog._make_room
+        room = store.catalog.room
+        make_room = room._make_room
 
         def after_another_threads_commit(*wanted):
-            catalog._make_room = make_room
+            room._make_room = make_room
             store.delete("goes")
             store.flush()
             return make_room(*wanted)
 
-        catalog._make_room = after_another_threads_commit
+        room._make_room = after_another_threads_commit
         put(store, "new", nbytes=3 * MIB)
         assert store.keys() == ["stays", "new"]
         assert store.stats()["evictions"] == 0
@@ -231,7 +233,7 @@ def test_what_is_being_read_is_neither_reused_nor_evicted(folder):
         store.put("a", payload("a", 2, MIB))
         put(store, *"hij")
         assert version_of("a", held) == 1
-        assert store.catalog.extents.pinned(offset)
+        assert store.catalog.records.extents.is_pinned(offset)
         # All but that one can be had, and not more.
         with pytest.raises(CapacityError):
             put(store, "k", nbytes=4 * MIB)
@@ -291,6 +293,31 @@ def fill(store: KVStore) -> list[str]:
                 put(store, str(i))
             return [str(kept) for kept in range(i)]
     raise AssertionError("the disk did not fill up")
+
+
+@pytest.mark.parametrize("capacity", [4096, 3 * MIB + 4096, 16 * MIB])
+@pytest.mark.parametrize("engine", FILE_ENGINES)
+def test_a_small_store_has_a_small_data_file(folder, engine, capacity):
+    with open_store(folder, engine=engine, capacity=capacity) as store:
+        for i in range(40):
+            store.put(str(i), noise(min(capacity, MIB), i))
+        assert (folder / "data").stat().st_size == DATA_START + capacity
+    with reopen(folder, engine=engine) as store:
+        assert store.stats()["evictions"] == 0
+        store.put("more", noise(min(capacity, MIB), 0))
+    assert (folder / "data").stat().st_size == DATA_START + capacity
+
+
+@pytest.mark.parametrize("engine", FILE_ENGINES)
+def test_a_data_file_grows_in_steps_that_end_at_the_capacity(folder, engine):
+    with open_store(folder, engine=engine, capacity=300 * MIB) as store:
+        assert (folder / "data").stat().st_size == 256 * MIB
+        extents = store.catalog.allocate([300 * MIB])  # grown for, not written
+        assert (folder / "data").stat().st_size == DATA_START + 300 * MIB
+        store.catalog.abandon(extents)
+    with open_store(folder, engine=engine, capacity=310 * MIB) as store:
+        store.catalog.abandon(store.catalog.allocate([310 * MIB]))
+        assert (folder / "data").stat().st_size == DATA_START + 310 * MIB
 
 
 def test_a_full_disk_refuses_the_put_and_keeps_the_rest(small_disk):

@@ -365,7 +365,7 @@ def test_a_put_that_times_out_keeps_its_extent_until_the_device_lets_go(tmp_path
         device.freeze()
         # Far more than one command, so that it certainly cannot end while the device hangs.
         tensor = payload("new", 1, 1 << 20)
-        used = store.catalog.extents.allocator._used
+        used = store.catalog.records.extents.allocator._used
         before = set(used)
         started = time.monotonic()
         with pytest.raises(DeviceTimeout):

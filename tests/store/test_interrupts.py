@@ -74,10 +74,10 @@ def interrupted_everywhere(prepare, call, check, step: int = 1) -> int:
 def still_true(store: spdk_kv.KVStore, at: int) -> None:
     """No extent is in two hands, the books are right, and every key has a value that was put."""
     catalog = store.catalog
-    catalog.extents.allocator.check()
-    named = [record.offset for record in catalog.blobs.values() if record.nbytes]
+    catalog.records.extents.allocator.check()
+    named = [record.offset for record in catalog.records.blobs.values() if record.nbytes]
     assert len(named) == len(set(named))
-    assert set(named) <= set(catalog.extents.allocator._used)
+    assert set(named) <= set(catalog.records.extents.allocator._used)
     for key in store.keys(""):
         assert version_of(key, store.get(key)) <= at
 
@@ -148,7 +148,7 @@ def test_ctrl_c_anywhere_in_a_get(folder, long_lived):
     store = long_lived[0]
     store.put_many({key: payload(key, 0, 60_000) for key in "ab"})
     outs = [np.empty(60_000, np.uint8) for _ in range(2)]
-    held = store.catalog.find(["a", "b"])  # another reader's pins
+    held = store.catalog.records.find(["a", "b"])  # another reader's pins
 
     def get(at: int) -> None:
         store.get_many(["a", "b", "a"])
@@ -159,24 +159,24 @@ def test_ctrl_c_anywhere_in_a_get(folder, long_lived):
         still_true(store, at)
         store.put("c", payload("c", at, 100))  # ends what has come to its end by now
         # Never fewer pins than readers: that would let an extent be reused under one.
-        assert all(store.catalog.extents.pinned(record.offset) for record in held)
+        assert all(store.catalog.records.extents.is_pinned(record.offset) for record in held)
 
     assert interrupted_everywhere(lambda at: None, get, check) > 100
-    store.catalog.unpin(held)
+    store.catalog.records.unpin(held)
 
 
 def test_ctrl_c_just_after_the_start_of_a_future(folder, long_lived):
     # Whoever called gives up, and the transfer comes to its end all the same.
     store = long_lived[0]
     store.put("a", payload("a", 0, 60_000))
-    (held,) = store.catalog.find(["a"])
+    (held,) = store.catalog.records.find(["a"])
     reader = BlobReader(store, ("a",), None, None, True)
     future = reader.start(None, lambda found: found[0])
     reader._failed(KeyboardInterrupt())
     assert version_of("a", future.result(10)) == 0
     store.flush()
-    assert store.catalog.extents.pinned(held.offset)
-    store.catalog.unpin([held])
+    assert store.catalog.records.extents.is_pinned(held.offset)
+    store.catalog.records.unpin([held])
     for _ in range(20):
         writer = BlobWriter(store, {"a": payload("a", 1, 60_000)})
         future = writer.start(None)
@@ -286,7 +286,7 @@ while interrupts <= wanted and time.monotonic() < deadline:
         pass
 over.set()
 timer.join()
-store.catalog.extents.allocator.check()
+store.catalog.records.extents.allocator.check()
 store.close()
 with open_store(sys.argv[1], capacity=None) as store:
     for key in store.keys():

@@ -92,7 +92,7 @@ class StoreMachine(RuleBasedStateMachine):
         if hasattr(self, "store"):
             assert set(self.store.keys()) == set(self.model)
             assert len(self.store) == len(self.model)
-            self.store.catalog.extents.allocator.check()
+            self.store.catalog.records.extents.allocator.check()
 
     @invariant()
     def what_was_got_stays(self):

@@ -46,7 +46,7 @@ with open_it() as store:
     found = len(store), len(store.keys("document/")), store.stats()["used_nbytes"]
     assert store.keys()[-1] == f"document/{COUNT - 1:015}"
     assert (store.get(f"document/{COUNT // 2:015}", as_numpy=True) == 0).all()
-    store.catalog.extents.allocator.check()
+    store.catalog.records.extents.allocator.check()
 print(json.dumps({"grown": grown, "reopened": reopened, "found": found}))
 """
 

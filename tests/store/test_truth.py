@@ -94,10 +94,10 @@ def test_a_flipped_bit_is_found_counted_and_forgotten(folder, how):
 def test_a_damaged_blob_that_was_replaced_meanwhile_stays(folder):
     with open_store(folder) as store:
         store.put("a", payload("a", 1))
-        (old,) = store.catalog.find(["a"])
+        (old,) = store.catalog.records.find(["a"])
         store.put("a", payload("a", 2))
-        store.catalog.drop_damaged("a", old)
-        store.catalog.unpin([old])
+        store.catalog.records.drop_damaged("a", old)
+        store.catalog.records.unpin([old])
         assert version_of("a", store.get("a")) == 2
         assert store.stats()["corruptions"] == 0
 
@@ -216,8 +216,8 @@ def test_records_that_overlap_are_refused_before_anything_is_written(folder):
     # As a bug of an earlier version might leave them: whole by its checksum, and wrong.
     store = filled(folder / "store")
     with reopen(store) as opened:
-        record = opened.catalog.blobs["a"]
-        opened.catalog.index.commit({"twin": record}, {})
+        record = opened.catalog.records.blobs["a"]
+        opened.catalog.committer.index.commit({"twin": record}, {})
     before = sha256(store / "data")
     with pytest.raises(CorruptionError, match="overlap"):
         reopen(store)
@@ -237,7 +237,7 @@ def test_crashes_amid_opening_one_after_another_are_no_old_copies(folder, monkey
             reopen(store)
     # Then the index says that another is meant, and the data does not get it.
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "_write_superblock", crash)
+        patch.setattr(parts, "write_superblock", crash)
         with pytest.raises(SystemExit):
             reopen(store)
     with reopen(store) as opened:
@@ -375,9 +375,9 @@ sys.path[:0] = {[str(TESTS)]!r}
 from store.helpers import open_store, payload
 store = open_store({str(folder)!r}, flush_interval_s=0.05)
 store.put("a", payload("a", 1))
-while store.catalog.dirty:
+while store.dirty:
     time.sleep(0.01)
-with store.catalog._commit_lock:  # what was taken up is committed
+with store.catalog.committer.lock:  # what was taken up is committed
     pass
 os.kill(os.getpid(), 9)
 """

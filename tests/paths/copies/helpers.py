@@ -124,7 +124,7 @@ def deleted(store: KVStore, sequence: Any) -> None:
     """Deletes it, and waits until its extents can have another owner."""
     sequence.delete()
     store.flush()
-    while store.catalog._quarantine:  # writes that were cut short
+    while not store.catalog.quarantine.is_empty:  # writes that were cut short
         time.sleep(0.001)
         store.flush()
 

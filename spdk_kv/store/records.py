@@ -1,0 +1,222 @@
+"""What a store holds: records of blobs and sequences, the order of use, and what is uncommitted."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from spdk_kv.errors import ClosedError, KeyNotFound
+from spdk_kv.index import BlobRecord, SequenceRecord
+from spdk_kv.store.extents import BLOCK_NBYTES, ExtentTable
+from spdk_kv.units import align_up
+
+
+@dataclass
+class Changes:
+    """What a commit writes: records by key (None: deleted), and the extents that it lets go of."""
+
+    blobs: dict[str, BlobRecord | None] = field(default_factory=dict)
+    sequences: dict[str, SequenceRecord | None] = field(default_factory=dict)
+    retired: list[int] = field(default_factory=list)
+
+
+class Records:
+    """The records of one open store. Thread-safe.
+
+    ``lock`` guards everything here, ``extents`` included, and is never held over I/O.
+
+    A signal handler may raise (Ctrl-C) between any two steps of a change. Therefore a change first
+    notes what the index has to learn of it, and one that is interrupted is still finished. Free
+    space may get lost that way, until the store is opened again.
+    """
+
+    def __init__(
+        self,
+        blobs: OrderedDict[str, BlobRecord],
+        sequences: dict[str, SequenceRecord],
+        extents: ExtentTable,
+    ) -> None:
+        self.lock = threading.RLock()
+        self.blobs = blobs
+        """Least recently used first."""
+        self.sequences = sequences
+        self.extents = extents
+        self.counters = {"hits": 0, "misses": 0, "evictions": 0, "corruptions": 0}
+        self.order_changed = False
+        """Whether the index has another order of use."""
+        self.blob_nbytes = sum(_footprint(record) for record in blobs.values())
+        """Space that forgetting all blobs would give."""
+        self._changed_blobs: dict[str, BlobRecord | None] = {}
+        self._changed_sequences: dict[str, SequenceRecord | None] = {}
+        self._closed = False
+
+    # -- blobs ----------------------------------------------------------------------------------
+
+    def find(self, keys: Iterable[str]) -> list[BlobRecord]:
+        """The records of ``keys``, now the most recently used, their extents pinned.
+
+        KeyNotFound (and nothing pinned) unless all are there.
+        """
+        keys = list(keys)
+        with self.lock:
+            missing = [key for key in keys if key not in self.blobs]
+            if missing:
+                self.counters["misses"] += len(missing)
+                first = ", ".join(shown(key) for key in missing[:5])
+                more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+                raise KeyNotFound(f"no blob {first}{more}")
+            self.counters["hits"] += len(keys)
+            self.order_changed = True
+            found = []
+            for key in keys:
+                self.blobs.move_to_end(key)
+                found.append(self.blobs[key])
+            self.extents.pin([record.offset for record in found if record.nbytes])
+            return found
+
+    def unpin(self, records: Iterable[BlobRecord]) -> None:
+        """Ends what :meth:`find` pinned."""
+        with self.lock:
+            self.extents.unpin([record.offset for record in records if record.nbytes])
+
+    def publish(self, records: Mapping[str, BlobRecord]) -> None:
+        """Makes written blobs visible, all or (ClosedError: the last commit is over) none; the
+        extents of those they replace are retired."""
+        with self.lock:
+            if self._closed:
+                raise ClosedError("the store was closed before the blobs were written")
+            try:
+                self._publish(records)
+            except BaseException:
+                self._publish(records)
+                raise
+
+    def _publish(self, records: Mapping[str, BlobRecord]) -> None:
+        for key, record in records.items():
+            if key in self._changed_blobs:
+                # It keeps the place of the earlier change, which is not its place in recency.
+                self.order_changed = True
+            self._changed_blobs[key] = record
+            former = self.blobs.get(key)
+            if former is record:
+                continue
+            self.blobs[key] = record
+            self.blobs.move_to_end(key)
+            self.blob_nbytes += _footprint(record)
+            if former is not None:
+                self._retire(former)
+
+    def drop(self, key: str, only: BlobRecord | None = None) -> bool:
+        """Forgets a blob (``only``: if it is still that one). Returns whether it was there."""
+        with self.lock:
+            record = self.blobs.get(key)
+            if record is None or (only is not None and record is not only):
+                return False
+            self._changed_blobs[key] = None
+            del self.blobs[key]
+            self._retire(record)
+            return True
+
+    def drop_damaged(self, key: str, record: BlobRecord) -> None:
+        """Forgets a blob that cannot be read, if it is still that one, and counts it."""
+        with self.lock:
+            self.counters["corruptions"] += self.drop(key, only=record)
+
+    def evict(self, nbytes: int) -> None:
+        """Drops the least recently used blobs until their extents come to ``nbytes``.
+
+        Those without bytes, and those that are just being read, would give no space.
+        """
+        with self.lock:
+            victims = []
+            for key, record in self.blobs.items():
+                if nbytes <= 0:
+                    break
+                if record.nbytes and not self.extents.is_pinned(record.offset):
+                    victims.append(key)
+                    nbytes -= _footprint(record)
+            for key in victims:
+                self.counters["evictions"] += self.drop(key)
+
+    def _retire(self, record: BlobRecord) -> None:
+        self.blob_nbytes -= _footprint(record)
+        if record.nbytes:
+            self.extents.retire([record.offset])
+
+    # -- sequences ------------------------------------------------------------------------------
+
+    def publish_sequence(self, name: str, record: SequenceRecord) -> None:
+        """Records a sequence's new state, to go into the next commit."""
+        with self.lock:
+            self.sequences[name] = record
+            self._changed_sequences[name] = record
+
+    def drop_sequence(self, name: str) -> None:
+        """Forgets a sequence's record, if there is one. Its extents are the caller's to retire."""
+        with self.lock:
+            if name in self.sequences:
+                self._changed_sequences[name] = None
+                del self.sequences[name]
+
+    def retire(self, offsets: Iterable[int]) -> None:
+        """Marks extents that a dropped sequence has given up."""
+        with self.lock:
+            self.extents.retire(offsets)
+
+    def count_corruption(self) -> None:
+        """Counts damage found in a sequence; :meth:`drop_damaged` counts that of blobs."""
+        with self.lock:
+            self.counters["corruptions"] += 1
+
+    # -- changes --------------------------------------------------------------------------------
+
+    @property
+    def dirty(self) -> bool:
+        """Whether a commit would change anything."""
+        return bool(self._changed_blobs or self._changed_sequences or self.extents.has_retired)
+
+    def take_changes(self, into: Changes) -> None:
+        """Moves what is uncommitted to ``into``, step by step: after an interrupt ``into`` has
+        what was moved."""
+        with self.lock:
+            into.blobs, self._changed_blobs = self._changed_blobs, {}
+            into.sequences, self._changed_sequences = self._changed_sequences, {}
+            into.retired = self.extents.take_retired()
+
+    def give_back(self, changes: Changes) -> None:
+        """Takes back what could not be committed. What changed since wins."""
+        with self.lock:
+            self._changed_blobs = changes.blobs | self._changed_blobs
+            self._changed_sequences = changes.sequences | self._changed_sequences
+            self.extents.retire(changes.retired)
+
+    def close(self) -> None:
+        """Refuses what is published from now on."""
+        with self.lock:
+            self._closed = True
+
+    def stats(self) -> dict[str, int]:
+        """Blobs, bytes, and what was counted."""
+        with self.lock:
+            allocator = self.extents.allocator
+            return {
+                "blobs": len(self.blobs),
+                "capacity_nbytes": allocator.capacity_nbytes,
+                "used_nbytes": allocator.used_nbytes,
+                "free_nbytes": allocator.free_nbytes,
+                "largest_free_nbytes": allocator.largest_free_nbytes,
+                **self.counters,
+            }
+
+
+def _footprint(record: BlobRecord) -> int:
+    """Bytes of the blob's extent."""
+    return align_up(record.nbytes, BLOCK_NBYTES)
+
+
+def shown(key: str) -> str:
+    """``key`` for a message: its beginning, where it is long."""
+    text = repr(key)
+    return text if len(text) <= 80 else f"{text[:77]}..."
