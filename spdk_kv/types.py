@@ -20,8 +20,8 @@ def torch_dtypes() -> Mapping[str, torch.dtype]:
     """Every dtype of the installed torch with whole, unquantised elements, by name."""
     import torch
 
-    # Quantised dtypes carry a scale beside their bytes; the sub-byte ones (bits1x8, int4 ...)
-    # have no element size of their own that torch would let a buffer be viewed as.
+    # Quantised dtypes carry a scale beside their bytes, and torch cannot view a buffer as the
+    # sub-byte ones (bits1x8, int4 ...).
     found: dict[str, torch.dtype] = {}
     for name in sorted(vars(torch)):
         dtype = getattr(torch, name)
@@ -41,12 +41,12 @@ def torch_dtypes() -> Mapping[str, torch.dtype]:
 def dtype_name(dtype: Hashable) -> str:
     """The name under which ``dtype`` (torch, numpy or text) is recorded.
 
-    numpy dtypes that torch does not know (``float128``, strings ...) raise ShapeMismatch.
+    ShapeMismatch for numpy dtypes that torch does not have (``float128``, strings ...).
     """
     text = str(dtype).removeprefix("torch.")
     if text not in torch_dtypes():
         raise ShapeMismatch(
-            f"dtype {dtype!s} cannot be stored; known are {', '.join(torch_dtypes())}"
+            f"dtype {dtype!s} cannot be stored; the ones that can are {', '.join(torch_dtypes())}"
         )
     return text
 
@@ -57,8 +57,8 @@ def dtype_itemsize(name: str) -> int:
 
 
 def movable(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` as elements of equal size that torch can copy, as it cannot every dtype's; its
-    values are resolved where they are lazy (conjugates)."""
+    """``tensor`` viewed as a dtype of equal element size that torch can copy, which it cannot do
+    for every dtype. Lazy values (conjugates) are resolved."""
     import torch
 
     plain = tensor.detach().resolve_conj().resolve_neg()
@@ -70,9 +70,16 @@ def movable(tensor: torch.Tensor) -> torch.Tensor:
 class KVShape:
     """The shape of one sequence's KV cache; fixed when the sequence is created.
 
-    ``layers``, ``kv_heads``, ``head_dim``: as in the model's configuration. ``max_tokens``: the
-    capacity, in tokens. ``batch``: rows that decode together. ``dtype``: a torch or numpy dtype
-    or its name; kept as the name.
+    Attributes:
+        layers: Layers that have a KV cache, as in the model's configuration.
+        kv_heads: Key and value heads of a layer (fewer than its attention heads under GQA).
+        head_dim: Elements of one head's key or value.
+        dtype: A torch or numpy dtype, or its name; kept as the name.
+        max_tokens: Capacity in tokens.
+        batch: Batch rows, which decode together. Default 1.
+
+    Raises:
+        ShapeMismatch: A size is not a positive int, or the dtype cannot be stored.
     """
 
     layers: int

@@ -1,6 +1,7 @@
 """The index: which record belongs to which key, in SQLite, committed after the data.
 
-`database.py` is the file, `records.py` what a row holds, `commits.py` the count that tells a copy.
+`database.py` is the file, `records.py` what a row holds, `commits.py` the count of commits that
+shows an old copy.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""How many commits an index has made, kept beside it: an older state of it is noticed.
+"""How many commits an index has made, counted beside it, so that an older state is noticed.
 
-SQLite ends its log at the first frame whose checksum fails, and says nothing: a flipped bit in it
-brings an earlier state back, in which a key names bytes that were overwritten or deleted since.
-So does a log that is lost, or an older copy of the index. Every transaction counts itself inside
-the index, and once it is on the medium the count is written here as well.
+SQLite silently ends its log at the first frame whose checksum fails. A flipped bit there brings
+back an earlier state, in which a key names bytes that were overwritten or deleted since. A lost
+log and an older copy of the index do the same. Therefore every transaction counts itself inside
+the index, and the count is also written here once the transaction is on the medium.
 
-The count is not flushed, for it needs no order of its own: it is written after its commit is on
-the medium, so whatever reaches the medium of it is never ahead of the index. After a kill it is
-behind by one commit at most. After a power cut it is behind by what the kernel had not yet
-written, and a flipped bit among just those commits goes unnoticed: two faults at once.
+The count itself is not flushed. It is written after its commit is on the medium, so it is never
+ahead of the index. After a kill it is behind by one commit at most. After a power cut it is behind
+by what the kernel had not yet written, and a flipped bit among exactly those commits goes
+unnoticed: two faults at once.
 
-A file that is missing, or of which no copy is good, is refused: an older index looks the same
-from here. Nothing does that on its own: the file is flushed before its index exists, and the
-copies are in different pages, so that neither a flipped bit nor a bad sector takes both.
+A file that is missing, or has no good copy, is refused, because an older index would look the same.
+No single fault causes that: the file is flushed before its index exists, and the copies are in
+different pages, so that neither a flipped bit nor a bad sector takes both.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _CRC = struct.Struct("<I")
 
 
 class CommitCount:
-    """The count at ``path`` of the index ``uuid``, which itself counts ``commits``.
+    """The count in the file at ``path`` for the index ``uuid``, which itself counts ``commits``.
 
-    CorruptionError where that is fewer than here, or where there is no good count. DeviceError
-    where the file cannot be read. Not for several threads at once.
+    CorruptionError where the index counts fewer than the file, or the file has no good count.
+    DeviceError where it cannot be read. Not thread-safe.
     """
 
     def __init__(self, path: str, uuid: str, commits: int) -> None:
@@ -48,8 +48,8 @@ class CommitCount:
             raise CorruptionError(f"{path} is missing; {_UNKNOWN}") from None
         except OSError as error:
             raise device_error("open", 0, 0, error.errno or 0, path) from error
-        # Not brought up to date here: what a killed process left may not be on the medium yet,
-        # and this file must not get there first. The next commit flushes both that and itself.
+        # The count is not brought up to date here: the last commit of a killed process may not be
+        # on the medium yet, and this file must not get there first. The next commit flushes both.
         try:
             counted = self._read()
             if commits < counted:
@@ -62,13 +62,13 @@ class CommitCount:
             raise
 
     def write(self, commits: int) -> None:
-        """Say that the index made ``commits``, the last of which is on the medium."""
+        """Records that the index made ``commits``, the last of which is on the medium."""
         copy = _pack(self._uuid, commits)
         try:
             for offset in _COPY_OFFSETS:
                 os.pwrite(self._file.fileno(), copy, offset)
         except OSError as error:
-            # The commit stands, so this is no error of it. The next one writes its count again.
+            # The commit stands, so this is not its error. The next one writes the count again.
             log.warning("%s stays behind its index: %s", self.path, error)
 
     def close(self) -> None:
@@ -87,17 +87,17 @@ class CommitCount:
                     counts.append(commits)
         if not counts:
             raise CorruptionError(f"{self.path} is damaged, or of another index; {_UNKNOWN}")
-        return max(counts)  # a kill between the two leaves one behind
+        return max(counts)  # a kill between the two writes leaves one behind
 
 
 _UNKNOWN = (
-    "so nothing tells whether the index is the latest. Put the file back, or remove the store to "
+    "so nothing shows whether the index is the latest. Put the file back, or remove the store to "
     "start empty"
 )
 
 
 def create_commit_count(path: str, uuid: str) -> None:
-    """A count of 0 at ``path`` for the new index ``uuid``, on the medium (but for its folder)."""
+    """Creates a count of 0 for the new index ``uuid``, on the medium except for its folder."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.fchmod(file, 0o600)  # whatever the umask

@@ -1,4 +1,4 @@
-"""What is stored under which key: records in SQLite, committed last."""
+"""The index file: records by key in SQLite, committed after the data."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ from spdk_kv.index.records import (
 )
 
 _VERSION = 1
+# The file is ours alone, so a lock on it is a backup tool's or a mistake.
 _BUSY_TIMEOUT_S = 1.0
 
-# id is the recency: a row that is put anew gets the highest one.
+# The id is the recency: a row that is replaced gets the highest one.
 _SCHEMA = (
     "CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL)",
     "CREATE TABLE blobs(id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, record BLOB NOT NULL)",
@@ -48,7 +49,7 @@ _DURABLE = (
     # A stray pointer in a damaged page must find zeroes, not a row that was deleted.
     "PRAGMA secure_delete = ON",
     "PRAGMA cell_size_check = ON",
-    "PRAGMA temp_store = MEMORY",  # keys are private: nothing of them in /tmp
+    "PRAGMA temp_store = MEMORY",  # keys are private and must not reach /tmp
 )
 
 
@@ -58,15 +59,15 @@ def _encode(key: str) -> bytes:
 
 @contextmanager
 def _typed_errors(path: str) -> Iterator[None]:
-    """SQLite's errors as ours, and the file's name on every refusal."""
+    """Turns SQLite's errors into ours, with the file's name in each."""
     try:
         yield
     except (CorruptionError, StoreMismatch) as error:
         raise type(error)(f"index {path}: {error}") from error
-    except UnicodeDecodeError as error:  # of text in SQLite's own tables
+    except UnicodeDecodeError as error:  # damaged text in SQLite's own tables
         raise CorruptionError(f"index {path}: {error}") from error
     except sqlite3.Error as error:
-        # By message, for Python 3.10 does not say SQLite's code.
+        # By message, because Python 3.10 does not give SQLite's code.
         text = str(error)
         if "is locked" in text:
             raise StoreLocked(f"index {path} is in use by another program: {text}") from error
@@ -78,7 +79,7 @@ def _typed_errors(path: str) -> Iterator[None]:
 
 
 def _create(path: str) -> None:
-    """A new, empty index at ``path``: whole or not there, whenever this is interrupted."""
+    """Creates an empty index at ``path``. Interrupted at any moment, it is whole or not there."""
     new = f"{path}.new"
     try:
         if os.path.exists(f"{path}-wal"):
@@ -88,7 +89,7 @@ def _create(path: str) -> None:
             if os.path.exists(leftover):
                 os.unlink(leftover)
         os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        # Against the umask. SQLite gives its log and shared memory the mode of this file.
+        # Whatever the umask. SQLite gives its log and shared memory the mode of this file.
         os.chmod(new, 0o600)
         identity = uuid.uuid4().hex
         with _typed_errors(path), closing(sqlite3.connect(new, isolation_level=None)) as connection:
@@ -100,8 +101,8 @@ def _create(path: str) -> None:
             _write_meta(connection, "commits", "0")
             connection.execute(f"PRAGMA user_version = {_VERSION}")
             connection.execute("COMMIT")
-            # Here and not at the first open: a kill amid that would leave a rollback journal,
-            # which the connection that may not write could not play back.
+            # Not left to the first open: a kill in the middle would leave a rollback journal, which
+            # a read-only connection cannot play back.
             _use_log(connection)
         create_commit_count(_count_path(path), identity)
         _sync_folder(path)  # no index without its count, even after a power cut
@@ -124,7 +125,7 @@ def _count_path(path: str) -> str:
 
 
 def _write_meta(connection: sqlite3.Connection, name: str, value: str) -> None:
-    # Updated where it is: a replaced row would be written to SQLite's index of the names too.
+    # Updated in place: replacing the row would also write to SQLite's index of the names.
     row = (value, meta_crc(name, value), name)
     if not connection.execute("UPDATE meta SET value = ?, crc = ? WHERE name = ?", row).rowcount:
         connection.execute("INSERT INTO meta(value, crc, name) VALUES (?, ?, ?)", row)
@@ -143,17 +144,17 @@ def _read_meta(connection: sqlite3.Connection, name: str) -> str | None:
 def _read_number(connection: sqlite3.Connection, name: str) -> int:
     text = _read_meta(connection, name)
     if text is None or not text.isdecimal():
-        raise CorruptionError(f"meta {name!r} is {text!r}, no number")
+        raise CorruptionError(f"meta {name!r} is {text!r}, not a number")
     return int(text)
 
 
 class Index:
-    """The index of one store, in the SQLite file at ``path``; made new where there is none.
+    """The index of one store, in the SQLite file at ``path``; created where there is none.
 
     Every call may block on the disk, changing ones until the change is on the medium. Errors:
     CorruptionError (damaged, or older than it was; the file and its log are left as they are),
     StoreMismatch (a newer format), StoreLocked (another program holds the file), CapacityError
-    (disk full), DeviceError, ClosedError (closed, or after fork). Safe to use from several threads.
+    (disk full), DeviceError, ClosedError (closed, or after fork). Thread-safe.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -163,8 +164,8 @@ class Index:
         self._connection: sqlite3.Connection | None = None
         if not os.path.exists(self.path):
             _create(self.path)
-        # What refuses must not write, and a last connection that may write would move even a
-        # damaged log into the file as it closes: so the checks are made through one that may not.
+        # A refused index must stay as it is, but the last writable connection moves even a damaged
+        # log into the file when it closes. So the checks use a read-only connection.
         with _typed_errors(self.path), closing(_connect(self.path, "ro")) as reader:
             self.uuid, commits = _check(reader)
             self._count = CommitCount(_count_path(self.path), self.uuid, commits)
@@ -178,11 +179,11 @@ class Index:
                 raise
 
     uuid: str
-    """Identity of the store, drawn when the index was made: 32 hexadecimal digits."""
+    """Identity of the store, drawn when the index was created: 32 hexadecimal digits."""
 
     @property
     def generation(self) -> int:
-        """The superblock generation that this index goes with; 0 when new. Setting it commits."""
+        """The superblock's generation that belongs to it; 0 when new. Setting it commits."""
         with self._lock, _typed_errors(self.path):
             return _read_number(self._use(), "generation")
 
@@ -196,7 +197,7 @@ class Index:
             return _read_meta(self._use(), name)
 
     def set_meta(self, name: str, value: str) -> None:
-        """Store ``value`` under ``name``; on the medium on return."""
+        """Stores ``value`` under ``name``; it is on the medium on return."""
         with self._transaction() as connection:
             _write_meta(connection, name, value)
 
@@ -213,9 +214,10 @@ class Index:
         blobs: Mapping[str, BlobRecord | None],
         sequences: Mapping[str, SequenceRecord | None],
     ) -> None:
-        """Put (or delete, where None) all of these, or on any error none; on the medium on return.
+        """Stores (or deletes, where None) all of these, or none on any error.
 
-        A key that is put becomes the most recently used. ValueError where a field is out of range.
+        Blocks until they are on the medium. A key that is stored becomes the most recently used.
+        ValueError where a field is out of range.
         """
         changed: list[tuple[str, bytes, bytes | None]] = []
         tables: list[tuple[str, Mapping[str, Any]]] = [("blobs", blobs), ("sequences", sequences)]
@@ -232,7 +234,7 @@ class Index:
                     connection.execute(put, (key, row))
 
     def touch_order(self, keys: Iterable[str]) -> None:
-        """Make these blobs the most recently used, the last one most; unknown keys do nothing."""
+        """Makes these blobs the most recently used, the last one most. Unknown keys are ignored."""
         with self._transaction() as connection:
             last = connection.execute("SELECT max(id) FROM blobs").fetchone()[0] or 0
             if not 0 <= last < 1 << 62:
@@ -243,11 +245,11 @@ class Index:
             )
 
     def close(self) -> None:
-        """Move the log into the file and close it; again, or in a forked child: does nothing."""
+        """Moves the log into the file and closes it. Does nothing once closed, or after fork."""
         with self._lock, _typed_errors(self.path):
             if self._connection is not None and self._pid == os.getpid():
-                # SQLite checkpoints as the last connection closes. Where it cannot, the log stays:
-                # all of it is on the medium already, and the next open replays it.
+                # SQLite checkpoints when the last connection closes. Where it cannot, the log stays
+                # and the next open replays it: all of it is on the medium already.
                 self._connection.close()
                 self._connection = None
                 self._count.close()
@@ -265,11 +267,11 @@ class Index:
             connection = self._use()
             try:
                 if connection.in_transaction:
-                    # An interrupt (Ctrl-C) came before the roll-back, or instead of it.
+                    # An interrupt (Ctrl-C) prevented the roll-back.
                     connection.execute("ROLLBACK")
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
-                # Counted from the row, not from memory, which an interrupt can leave behind it.
+                # Counted from the row, because an interrupt can leave a count in memory behind it.
                 commits = _read_number(connection, "commits") + 1
                 _write_meta(connection, "commits", str(commits))
                 connection.execute("COMMIT")
@@ -300,7 +302,7 @@ class Index:
 
 
 def _connect(path: str, mode: str) -> sqlite3.Connection:
-    # As a URI that does not create: an index that vanishes is not replaced by a blank one.
+    # A URI, whose mode does not create: an index that vanished must not become a blank one.
     uri = f"file:{quote(path)}?mode={mode}"
     return sqlite3.connect(
         uri, _BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, uri=True
@@ -308,15 +310,15 @@ def _connect(path: str, mode: str) -> sqlite3.Connection:
 
 
 def _check(connection: sqlite3.Connection) -> tuple[str, int]:
-    """The uuid and the commits of what has to be a whole index of a format we know."""
+    """Checks that the index is whole and of a known format. Returns its uuid and its commits."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > _VERSION:
         raise StoreMismatch(f"its format is {version}; this spdk_kv knows {_VERSION}: upgrade it")
     tables = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
     if version < _VERSION or sorted(sql for (sql,) in tables) != sorted(_SCHEMA):
         raise CorruptionError("not an index of spdk_kv, or its tables are damaged")
-    # Finds a key whose look-up would miss its row: a deleted key could come back. 50 ms for
-    # 100,000 rows.
+    # Finds a key whose look-up would miss its row: a deleted key could come back. Measured: 50 ms
+    # for 100,000 rows.
     connection.execute("PRAGMA cell_size_check = ON")
     (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if verdict != "ok":

@@ -1,4 +1,4 @@
-"""What a record of the index says, and its bytes in a row: packed, checksummed, range-checked."""
+"""The records of the index, and their bytes in a row: packed, checksummed, range-checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spdk_kv.types import KVShape
 
 @dataclass(frozen=True, slots=True)
 class BlobRecord:
-    """Where a blob lies: device offset, payload bytes, dtype name, shape, payload's CRC32C."""
+    """Where a blob lies: drive offset, payload bytes, dtype name, shape, payload's CRC32C."""
 
     offset: int
     nbytes: int
@@ -25,8 +25,8 @@ class BlobRecord:
 
 @dataclass(frozen=True, slots=True)
 class UnitRecord:
-    """Where a unit lies: its extent's device offset, the payload bytes that are valid, and one
-    little-endian uint32 CRC32C per chunk of them."""
+    """Where a unit lies: its extent's offset on the drive, the payload bytes that are valid, and
+    one little-endian uint32 CRC32C per chunk of them."""
 
     offset: int
     nbytes: int
@@ -48,9 +48,9 @@ class SequenceRecord:
 
 _GRANULARITIES = ("layer", "head")
 
-# A row's checksum starts from its table's number, so that a row cannot pass for another table's.
+# A row's checksum starts from its table's number, so that it cannot pass for another table's row.
 _SEEDS = {"meta": 1, "blobs": 2, "sequences": 3}
-# A row is the key's length, a body, and the checksum of key and both.
+# A row is the key's length, a body, and a checksum over the key and both.
 _NUMBER = struct.Struct("<I")
 _BLOB = struct.Struct("<qI")  # offset, crc; then the kind, which many blobs share:
 _KIND = struct.Struct("<qBB")  # nbytes, dtype bytes, dimensions; then dtype, shape
@@ -63,7 +63,7 @@ Record = TypeVar("Record", BlobRecord, SequenceRecord)
 
 
 def pack(table: str, key: bytes, record: BlobRecord | SequenceRecord) -> bytes:
-    """``record`` as its row keeps it. ValueError where a field is out of range."""
+    """The bytes of ``record`` in its row. ValueError where a field is out of range."""
     try:
         body = _pack_blob(record) if isinstance(record, BlobRecord) else _pack_sequence(record)
     except struct.error as error:
@@ -73,7 +73,7 @@ def pack(table: str, key: bytes, record: BlobRecord | SequenceRecord) -> bytes:
 
 
 def unpack(table: str, key: bytes, row: bytes, parse: Callable[[bytes], Record]) -> Record:
-    """The record that ``pack`` made, its body read by ``parse``, or CorruptionError."""
+    """The record in ``row``, its body read by ``parse``. CorruptionError where it is damaged."""
     try:
         if _NUMBER.unpack(row[-4:])[0] != _row_crc(table, key, row[:-4]):
             raise CorruptionError("its checksum does not match")
@@ -101,7 +101,7 @@ def _pack_blob(record: BlobRecord) -> bytes:
 
 
 def parse_blob(body: bytes, kinds: dict[bytes, _Kind]) -> BlobRecord:
-    """For ``unpack``. ``kinds`` keeps the sizes, dtypes and shapes seen: equal ones are shared."""
+    """For :func:`unpack`. ``kinds`` collects what many blobs share: size, dtype, shape."""
     offset, crc = _BLOB.unpack_from(body)
     packed = body[_BLOB.size :]
     kind = kinds.get(packed)
@@ -130,7 +130,7 @@ def _pack_sequence(record: SequenceRecord) -> bytes:
 
 
 def parse_sequence(body: bytes) -> SequenceRecord:
-    """For ``unpack``."""
+    """For :func:`unpack`."""
     layers, kv_heads, head_dim, max_tokens, batch, *rest = _SEQUENCE.unpack_from(body)
     chunk_nbytes, extent_nbytes, granularity, dtype_nbytes, unit_count, map_nbytes = rest
     map_at = _SEQUENCE.size + dtype_nbytes
@@ -168,5 +168,5 @@ def _check_sequence(record: SequenceRecord) -> None:
 
 
 def meta_crc(name: str, value: str) -> int:
-    """The checksum of the text ``value`` that the table meta keeps under ``name``."""
+    """The checksum of ``value``, which the table meta keeps under ``name``."""
     return zlib.crc32(f"{name}\0{value}".encode(), _SEEDS["meta"])

@@ -1,7 +1,7 @@
 """Where bytes lie: extents on the drive, layers within them, staging memory beside them.
 
-`allocator.py` hands out extents, `layout.py` places a sequence in its own, `superblock.py` and
-`lock.py` keep a drive and its index together and theirs alone, `staging.py` keeps memory for DMA.
+`allocator.py` hands out extents, `layout.py` places a sequence in its own, `superblock.py` keeps a
+drive and its index together, `lock.py` keeps other processes out, `staging.py` has memory for DMA.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spdk_kv.placement.superblock import (
     SUPERBLOCK_NBYTES,
     Superblock,
     choose,
-    fit_device_id,
+    fit_drive_id,
     is_blank,
     pack,
 )
@@ -33,7 +33,7 @@ __all__ = [
     "StoreLock",
     "Superblock",
     "choose",
-    "fit_device_id",
+    "fit_drive_id",
     "is_blank",
     "owner_of",
     "pack",

@@ -1,4 +1,4 @@
-"""Which bytes of the device are in use: extents handed out, taken back and joined again."""
+"""Which bytes of the drive are in use: extents handed out, taken back and joined again."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from spdk_kv.units import align_down, align_up, format_nbytes
 
 
 class Allocator:
-    """Hands out extents of the device bytes ``[start, start + capacity_nbytes)``, best fit first.
+    """Hands out extents of the drive's bytes ``[start, start + capacity_nbytes)``, best fit first.
 
     All offsets and sizes are bytes; extents begin and end on multiples of ``block_nbytes``.
     A capacity that is not whole blocks is rounded down. ValueError where the range holds no block
     or ``start`` is not a multiple of the block.
 
-    Not safe for use by several threads: the store calls it under its own lock. Nothing blocks.
+    Not thread-safe: the store calls it under its own lock. Nothing blocks.
     """
 
     # Free runs are known by address (start -> size and end -> start, so that joining neighbours
@@ -84,7 +84,7 @@ class Allocator:
     def allocate_many(self, sizes: Sequence[int]) -> list[int]:
         """Offsets of new extents of ``sizes`` bytes, in that order: all of them, or CapacityError.
 
-        They are neighbours on the device, in order, wherever one free run holds them all.
+        They are neighbours on the drive, in order, wherever one free run holds them all.
         ValueError unless every size is positive.
         """
         rounded = [self._whole_blocks(nbytes) for nbytes in sizes]
@@ -119,7 +119,7 @@ class Allocator:
         return [found[position] for position in range(len(rounded))]
 
     def free(self, offset: int) -> None:
-        """Take the extent at ``offset`` back. ValueError where none begins there (freed twice)."""
+        """Takes the extent at ``offset`` back. ValueError where none begins there (freed twice)."""
         nbytes = self.extent_nbytes(offset)
         try:
             self._free_blocks(offset, nbytes)
@@ -141,11 +141,11 @@ class Allocator:
         self._add_free(offset, nbytes)
 
     def reserve_all(self, extents: Iterable[tuple[int, int]]) -> None:
-        """Mark extents ``(offset, nbytes)`` of a reopened store as live: all of them, or none.
+        """Marks extents ``(offset, nbytes)`` of a reopened store as live: all of them, or none.
 
         Sizes are rounded up as ``allocate`` does. CorruptionError where an extent is empty, not
-        on a block, out of range or overlaps another. Costs one sort of all live extents: give
-        them in one call.
+        on a block, out of range or overlaps another. Each call sorts all live extents, so one
+        call should have them all.
         """
         block = self._block_nbytes
         live = [*self._used.items(), *extents]
@@ -173,7 +173,7 @@ class Allocator:
         self._rebuild(live)
 
     def check(self) -> None:
-        """Prove the books: extents and joined free runs tile the range, and all indices agree.
+        """Proves the books: extents and joined free runs tile the range, and all indices agree.
 
         CorruptionError says what is wrong. Takes time in proportion to the extents.
         """
@@ -188,7 +188,7 @@ class Allocator:
             end = offset + nbytes
             after_free = free
         if end != self._end:
-            raise CorruptionError(f"allocator: runs end at {end}, the device at {self._end}")
+            raise CorruptionError(f"allocator: runs end at {end}, the drive at {self._end}")
         if self._used_nbytes != sum(self._used.values()):
             raise CorruptionError("allocator: used bytes do not sum up")
         if self._free_ends != {start + nbytes: start for start, nbytes in self._free.items()}:
@@ -217,7 +217,7 @@ class Allocator:
         return offset
 
     def _take(self, nbytes: int) -> int:
-        """Cut ``nbytes`` off the front of the shortest run that holds them; there must be one."""
+        """Cuts ``nbytes`` off the front of the shortest run that holds them; there must be one."""
         size = self._sizes[bisect_left(self._sizes, nbytes)]
         start = next(reversed(self._by_size[size]))
         self._remove_free(start)
@@ -246,8 +246,8 @@ class Allocator:
         return nbytes
 
     def _recover(self) -> None:
-        """A signal handler raised between two steps (Ctrl-C): what is free follows anew from the
-        extents, which change in one step."""
+        """Rebuilds what is free from the extents, which change in one step, after a signal handler
+        (Ctrl-C) raised between two steps."""
         self._rebuild(sorted(self._used.items()))
 
     def _rebuild(self, live: list[tuple[int, int]]) -> None:

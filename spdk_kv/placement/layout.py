@@ -10,18 +10,21 @@ from spdk_kv.types import Granularity, KVShape
 from spdk_kv.units import align_down, align_up
 
 CHUNK_NBYTES = 16 << 10
-"""Bytes that share one checksum, and the least that a verified read moves."""
+"""Bytes that share one checksum, and the least that a verified read moves. Part of the on-disk
+format: a sequence's record keeps the size that it was made with."""
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """A layer's K is one unit, its V another. A unit is one extent (granularity ``layer``) or one
-    per KV head (``head``). An extent holds rows, one per token, in order:
+    """Where the tokens of a sequence lie.
 
-    - ``layer``: a row is ``[batch, kv_heads, head_dim]``;
-    - ``head``: a row is ``[batch, head_dim]``.
+    A layer's K is one unit, its V another. A unit is one extent (granularity ``layer``) or one per
+    KV head (``head``). An extent holds the tokens in order, each with these elements:
 
-    So a token's append is contiguous, and a layer is one sequential read.
+    - ``layer``: ``[batch, kv_heads, head_dim]``;
+    - ``head``: ``[batch, head_dim]``.
+
+    An append is contiguous that way, and a layer is one sequential read.
     """
 
     shape: KVShape
@@ -38,10 +41,12 @@ class SequenceLayout:
 
     @property
     def extents_per_unit(self) -> int:
+        """Extents of one layer's K, or of its V."""
         return self.shape.kv_heads if self.granularity == "head" else 1
 
     @property
     def extents_per_layer(self) -> int:
+        """Extents of one layer's K and V together."""
         return 2 * self.extents_per_unit
 
     @property
@@ -68,8 +73,8 @@ class SequenceLayout:
         return align_up(self.shape.max_tokens * self.row_nbytes, self.chunk_nbytes)
 
     def unit_extents(self, offsets: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
-        """Of K and V of each layer, in turn: (offset, nbytes) of their extents, which lie at
-        ``offsets``."""
+        """(offset, nbytes) of the extents of each unit: K, then V of each layer in turn. The
+        extents lie at ``offsets``."""
         step, nbytes = self.extents_per_unit, self.extent_nbytes
         return [
             tuple((offset, nbytes) for offset in offsets[at : at + step])

@@ -11,8 +11,9 @@ import weakref
 
 from spdk_kv.errors import StoreLocked, device_error
 
-# Commands of a process that was killed end when the device is done with them.
+# Commands of a killed process end when the drive is done with them.
 _COMMANDS_TIMEOUT_S = 5.0
+# An owner writes its PID right after it takes the lock; a rival looks for it this often.
 _READ_ATTEMPTS = 5
 _READ_INTERVAL_S = 0.01
 
@@ -30,11 +31,11 @@ class StoreLock:
         self._file: io.FileIO | None = None
 
     def acquire(self) -> None:
-        """Become the owner, without waiting for another one to finish.
+        """Becomes the owner, without waiting for another one to finish.
 
         StoreLocked names the owner's PID, which is ours where another store object of this
         process (or this lock) has it already. DeviceError where the file cannot be opened or
-        its filesystem knows no locks.
+        its filesystem has no locks.
         """
         with _fork_guard:
             try:
@@ -56,21 +57,21 @@ class StoreLock:
             _held.add(self)
 
     def release(self) -> None:
-        """Let the next one own the store. Does nothing where this lock is not held."""
+        """Lets the next one own the store. Does nothing where this lock is not held."""
         with _fork_guard:
             if self._file is None:
                 return
             try:
-                # Emptied while still ours: the next owner's rivals must not read our PID.
+                # Emptied while still locked: the next owner's rivals must not read our PID.
                 os.ftruncate(self._file.fileno(), 0)
             finally:
-                # Said outright: a close leaves the lock with other holders of the descriptor.
+                # Explicit, because a close leaves the lock with other holders of the descriptor.
                 fcntl.flock(self._file, fcntl.LOCK_UN)
                 self._forget()
 
     def _lock(self, file: io.FileIO) -> None:
-        # The owner writes its PID just after it takes the lock, so what is read in between is
-        # empty or a dead predecessor's: look again before naming it.
+        # Until the owner has written its PID, what is read is empty or a dead predecessor's: read
+        # again before naming it.
         for attempt in range(_READ_ATTEMPTS):
             if attempt:
                 time.sleep(_READ_INTERVAL_S)
@@ -94,8 +95,8 @@ class StoreLock:
 
 
 def owner_of(path: str | os.PathLike[str]) -> int | None:
-    """The PID of the living process that has the lock file at ``path``, as the file says; None if
-    nobody. Takes no lock, so that nobody is refused because of it."""
+    """The PID of the living process that holds the lock file at ``path``, or None. Reads the file
+    and takes no lock, so that nobody is refused because of it."""
     try:
         with io.FileIO(os.fspath(path)) as file:
             pid = _read_pid(file)
@@ -108,13 +109,13 @@ class CommandsLock:
     """A lock on the data file, through the open file that the commands use (``fd``).
 
     When a process is killed, its lock file is free at once, but what its ring had in flight may
-    reach the file later: into extents that are ours by then. The kernel keeps an open file, and so
-    its lock, until the last command that uses it has ended; that is waited for here. StoreLocked
-    if it takes long.
+    reach the file later, in extents that are ours by then. The kernel keeps an open file, and so
+    its lock, until the last command that uses it has ended. The constructor waits for that, and
+    raises StoreLocked after 5 s.
     """
 
     def __init__(self, fd: int, path: str) -> None:
-        # Of the same open file, and open still when the engine has closed its own.
+        # The same open file, still open when the engine has closed its own descriptor.
         self._fd = os.dup(fd)
         until = time.monotonic() + _COMMANDS_TIMEOUT_S
         while True:
@@ -134,7 +135,7 @@ class CommandsLock:
             time.sleep(_READ_INTERVAL_S)
 
     def release(self) -> None:
-        """No command is in flight any more; mappings of the file may outlive this."""
+        """Gives the lock up; no command may be in flight. Mappings of the file may outlive this."""
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         os.close(self._fd)
 

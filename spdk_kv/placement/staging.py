@@ -1,4 +1,4 @@
-"""The staging pool: device memory that is leased for a transfer, or for a tensor's whole life."""
+"""The staging pool: pinned memory, leased for a transfer or for a tensor's whole life."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _cuda_runtime() -> Any:
 
 
 class StagingPool:
-    """Leases of memory that the device reaches without a copy.
+    """Leases of memory that the drive reaches without a copy.
 
     ``allocate(nbytes)`` is the engine's. Free memory beyond ``cache_nbytes`` goes back to the
-    system. Where there is a GPU, and once :meth:`pin_for_gpu` was called, regions are registered
-    with it too, so that its copies are DMA and not bounced by the driver.
+    system. Once :meth:`pin_for_gpu` was called, new regions are also registered with the GPU, so
+    that its copies are DMA and not bounced by its driver.
     """
 
     def __init__(self, allocate: Allocate, cache_nbytes: int) -> None:
@@ -41,7 +41,7 @@ class StagingPool:
         return self._pool.lease(nbytes)
 
     def pin_for_gpu(self) -> None:
-        """From now on new regions are registered with the GPU. Does nothing where there is none."""
+        """Registers regions with the GPU from now on. Does nothing where there is none."""
         if self._cudart is None:
             self._cudart = _cuda_runtime()
             if self._cudart is not None:
@@ -52,11 +52,11 @@ class StagingPool:
         self._pool.trim(0)
 
     def shed(self) -> None:
-        """Gives back what was idle ever since the last call: memory that the page cache can use."""
+        """Gives back what has been idle since the last call, for the page cache to use."""
         self._pool.shed()
 
     def stats(self) -> dict[str, int]:
-        """``leased_nbytes``, ``free_nbytes`` and ``peak_nbytes`` (both, at their highest)."""
+        """``leased_nbytes``, ``free_nbytes``, and ``peak_nbytes``: the most that both came to."""
         pool = self._pool
         return {
             "leased_nbytes": pool.leased_nbytes,
@@ -77,9 +77,9 @@ class StagingPool:
         return _GpuRegion(region, self._cudart)
 
 
-# Registered with the GPU, by address. It is freed after it is unregistered and not otherwise: an
-# exception in a finalizer (Ctrl-C) is swallowed, and the GPU would go on copying from pages that
-# are no longer those at the address.
+# Regions that are registered with the GPU, by address. A region is freed only after it was
+# unregistered: an exception in a finalizer (Ctrl-C) is swallowed, and the GPU would go on copying
+# from pages that no longer belong to the address.
 _registered: dict[int, Any] = {}
 
 

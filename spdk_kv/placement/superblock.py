@@ -1,4 +1,4 @@
-"""The block at the head of a raw device that says whose store it is; bytes only, no I/O."""
+"""The block at the head of a drive that says whose store it is; bytes only, no I/O."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from spdk_kv.errors import CorruptionError, StoreMismatch
 SUPERBLOCK_NBYTES = 4096
 """Bytes of one copy."""
 COPY_OFFSETS = (0, 512 * 1024)
-"""Device offsets of the copies: far apart, so that one bad spot does not take both."""
+"""Offsets of the copies on the drive: far apart, so that one bad spot does not take both."""
 DATA_START = 1024 * 1024
-"""Device offset of the first payload byte; a multiple of every block size that is accepted."""
-DEVICE_ID_NBYTES = 512
-"""Most bytes of a device's identity, in UTF-8; longer ones are cut."""
+"""Offset of the first payload byte; a multiple of every block size that is accepted."""
+DRIVE_ID_NBYTES = 512
+"""Most bytes of a drive's identity, in UTF-8; longer ones are cut."""
 
 _MAGIC = b"spdk_kv\0"
 _VERSION = 1
@@ -29,31 +29,31 @@ _CRC_OFFSET = SUPERBLOCK_NBYTES - _CRC.size
 _UUID = re.compile(r"[0-9a-f]{32}")
 
 
-def fit_device_id(text: str) -> str:
-    """``text`` as a superblock keeps it: at most DEVICE_ID_NBYTES of UTF-8, characters whole.
+def fit_drive_id(text: str) -> str:
+    """``text`` as a superblock keeps it: at most DRIVE_ID_NBYTES of UTF-8, characters whole.
 
-    What UTF-8 cannot say (lone surrogates) becomes ``?``. Compare a device with
-    ``superblock.device_id`` by this.
+    What UTF-8 cannot encode (lone surrogates) becomes ``?``. Whoever compares a drive with
+    ``superblock.drive_id`` passes its identity through this first.
     """
-    encoded = text.encode("utf-8", "replace")[:DEVICE_ID_NBYTES]
+    encoded = text.encode("utf-8", "replace")[:DRIVE_ID_NBYTES]
     return encoded.decode("utf-8", "ignore")
 
 
 @dataclass(frozen=True)
 class Superblock:
-    """A raw device's store: identity and geometry. Fields out of range raise ValueError.
+    """The identity and geometry of a store. Fields out of range raise ValueError.
 
     ``uuid``: 32 lower-case hexadecimal digits. ``block_nbytes``: a power of two from 512 to
     DATA_START. ``capacity_nbytes``: payload bytes from DATA_START on, at least one block.
-    ``generation``: counts the writes of the superblock. ``device_id``: what tells this device
-    from another (model, serial, namespace); kept as ``fit_device_id`` makes it.
+    ``generation``: counts the writes of the superblock. ``drive_id``: what identifies
+    the drive (model, serial, namespace); kept as ``fit_drive_id`` makes it.
     """
 
     uuid: str
     block_nbytes: int
     capacity_nbytes: int
     generation: int
-    device_id: str
+    drive_id: str
 
     def __post_init__(self) -> None:
         if not _UUID.fullmatch(self.uuid):
@@ -65,12 +65,12 @@ class Superblock:
             raise ValueError(f"capacity_nbytes is out of range: {self.capacity_nbytes}")
         if not 0 <= self.generation < 1 << 63:
             raise ValueError(f"generation is out of range: {self.generation}")
-        object.__setattr__(self, "device_id", fit_device_id(self.device_id))
+        object.__setattr__(self, "drive_id", fit_drive_id(self.drive_id))
 
 
 def pack(superblock: Superblock) -> bytes:
     """The SUPERBLOCK_NBYTES to write at each of COPY_OFFSETS."""
-    device_id = superblock.device_id.encode()
+    drive_id = superblock.drive_id.encode()
     fields = _LAYOUT.pack(
         _MAGIC,
         _VERSION,
@@ -78,9 +78,9 @@ def pack(superblock: Superblock) -> bytes:
         superblock.capacity_nbytes,
         superblock.generation,
         bytes.fromhex(superblock.uuid),
-        len(device_id),
+        len(drive_id),
     )
-    body = (fields + device_id).ljust(_CRC_OFFSET, b"\0")
+    body = (fields + drive_id).ljust(_CRC_OFFSET, b"\0")
     return body + _CRC.pack(zlib.crc32(body))
 
 
@@ -101,7 +101,7 @@ def parse(block: bytes) -> Superblock:
         raise StoreMismatch(
             f"the superblock has version {version}; this spdk_kv knows {_VERSION}: upgrade it"
         )
-    if version < _VERSION or id_nbytes > DEVICE_ID_NBYTES:
+    if version < _VERSION or id_nbytes > DRIVE_ID_NBYTES:
         raise CorruptionError("the superblock's version or identity length is out of range")
     try:
         return Superblock(
@@ -109,7 +109,7 @@ def parse(block: bytes) -> Superblock:
             block_nbytes=block_nbytes,
             capacity_nbytes=capacity_nbytes,
             generation=generation,
-            device_id=block[_LAYOUT.size : _LAYOUT.size + id_nbytes].decode(),
+            drive_id=block[_LAYOUT.size : _LAYOUT.size + id_nbytes].decode(),
         )
     except ValueError as error:
         raise CorruptionError(f"the superblock's fields are out of range: {error}") from error
@@ -121,11 +121,11 @@ def is_blank(block: bytes) -> bool:
 
 
 def choose(copies: Sequence[bytes]) -> Superblock | None:
-    """The newest good one of a device's copies; None where all are blank: no store was made yet.
+    """The newest good copy of a drive's; None where all are blank: there is no store yet.
 
-    CorruptionError where none is good and not all are blank (foreign data looks like this, so
-    never format on it). StoreMismatch where good copies are not of one store, contradict each
-    other, or one is of a newer version.
+    CorruptionError where none is good and not all are blank (foreign data looks like this, and
+    must not be formatted over). StoreMismatch where good copies are not of one store, contradict
+    each other, or one is of a newer version.
     """
     if not copies:
         raise ValueError("choose() needs at least one copy")
@@ -139,12 +139,12 @@ def choose(copies: Sequence[bytes]) -> Superblock | None:
             continue
     if not good:
         raise CorruptionError(
-            "the device is not blank and none of its superblocks is good: it holds foreign data "
+            "the drive is not blank and none of its superblocks is good: it holds foreign data "
             "or a damaged store"
         )
     if len({superblock.uuid for superblock in good}) > 1:
-        raise StoreMismatch("the device's superblocks belong to different stores")
+        raise StoreMismatch("the drive's superblocks belong to different stores")
     newest = max(good, key=lambda superblock: superblock.generation)
     if any(sb.generation == newest.generation and sb != newest for sb in good):
-        raise StoreMismatch("the device's superblocks have one generation but differ")
+        raise StoreMismatch("the drive's superblocks have one generation but differ")
     return newest

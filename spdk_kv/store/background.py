@@ -1,4 +1,4 @@
-"""What stores do beside their callers: asynchronous work, a flush now and then, close at exit."""
+"""What stores do in the background: asynchronous work, regular flushes, close at exit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _THREADS = 4
-# As long as an engine waits for its device when it is closed.
+# As long as an engine waits for its drive when it is closed.
 _CLOSE_TIMEOUT_S = 30.0
 
 
@@ -51,7 +51,7 @@ class Background:
             self._writes.discard(write)
 
     def close(self) -> None:
-        """Waits for what was begun, writes for 30 s at most. Takes nothing new from now on."""
+        """Waits for work that was begun (for writes 30 s at most), and refuses new work."""
         with self._lock:
             self._closed = True
             executor, writes = self._executor, list(self._writes)
@@ -75,25 +75,26 @@ _open_stores: weakref.WeakSet[Flushable] = weakref.WeakSet()
 
 
 def opened(store: Flushable) -> None:
-    """From now on ``store`` is closed when the interpreter exits."""
+    """Registers ``store`` to be closed when the interpreter exits."""
     _open_stores.add(store)
 
 
 def closed(store: Flushable) -> None:
+    """Ends what :func:`opened` began."""
     _open_stores.discard(store)
 
 
 def flush_every(store: Flushable, stop: threading.Event, interval_s: float) -> None:
     """Starts a thread that flushes ``store`` until ``stop`` is set or the store is gone."""
     threading.Thread(
-        target=_flush_now_and_then,
+        target=_flush_regularly,
         args=(weakref.ref(store), stop, interval_s),
         name="spdk_kv-flush",
         daemon=True,
     ).start()
 
 
-def _flush_now_and_then(
+def _flush_regularly(
     reference: weakref.ref[Flushable], stop: threading.Event, interval_s: float
 ) -> None:
     while not stop.wait(interval_s):
@@ -105,7 +106,7 @@ def _flush_now_and_then(
 
 
 def _flush(store: Flushable) -> None:
-    """Makes durable what is not; logs what fails."""
+    """Flushes what is not durable yet; logs what fails."""
     try:
         if store.dirty:
             store.flush()

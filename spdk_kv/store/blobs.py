@@ -36,12 +36,12 @@ class BlobWriter:
         linked = store.links.of(tensors.values())
         self._views = [byte_view(tensor, on_cpu=linked is None) for tensor in tensors.values()]
         filled = [view for view in self._views if view.nbytes]
-        # Always: a store opened with verify=False now may be opened with it next time.
+        # Also with verify=False: the store may be opened with verify=True next time.
         self._checksum = store.engine.keeps_bytes
         nbytes = sum(view.nbytes for view in filled)
         self._transfer = _transfer(store.engine, WRITE, nbytes, linked, self._checksum)
         self._offsets = self._catalog.room.allocate([v.nbytes for v in filled]) if filled else []
-        # None once they are published or given up: that happens once, whatever interrupts it.
+        # None once they are published or given up, which happens once, whatever interrupts it.
         self._owned: list[int] | None = self._offsets
         try:
             for view, offset in zip(filled, self._offsets, strict=True):
@@ -82,20 +82,20 @@ class BlobWriter:
     def _give_up(self) -> None:
         offsets = self._take()
         if offsets:
-            # After a deadline the device may still write there.
+            # After a deadline the drive may still write there.
             self._catalog.quarantine.release(
                 [self._transfer], lambda: self._catalog.room.abandon(offsets)
             )
 
     def _publish(self) -> None:
         records = {}
-        piece = 0
+        segment = 0
         for key, view in zip(self._keys, self._views, strict=True):
             offset = crc = 0
             if view.nbytes:
-                offset = self._offsets[piece]
-                crc = self._transfer.crc(piece) if self._checksum else 0
-                piece += 1
+                offset = self._offsets[segment]
+                crc = self._transfer.crc(segment) if self._checksum else 0
+                segment += 1
             records[key] = BlobRecord(offset, view.nbytes, view.dtype, view.shape, crc)
         offsets = self._take()
         if offsets is None:
@@ -123,9 +123,7 @@ class BlobReader:
         if outs is not None and len(outs) != len(keys):
             raise ShapeMismatch(f"{len(outs)} outs for {len(keys)} keys")
         if outs is not None and (device is not None or as_numpy):
-            raise ShapeMismatch(
-                "out says where the bytes go; device and as_numpy do not go with it"
-            )
+            raise ShapeMismatch("out is where the bytes go, so it excludes device and as_numpy")
         self._store = store
         self._keys = keys
         self._device = device
@@ -140,7 +138,7 @@ class BlobReader:
                     for out, record in zip(outs, self._records, strict=True)
                 ]
             self._linked = self._reached(outs)
-            # Per key: a lease, or a tensor on the device that is reached over a link.
+            # Per key: a lease, or a tensor on the linked GPU.
             self._places: list[Any] = [None] * len(keys)
             nbytes = sum(record.nbytes for record in self._records)
             self._transfer = _transfer(store.engine, READ, nbytes, self._linked, store.verify)
@@ -151,7 +149,7 @@ class BlobReader:
             raise
 
     def _reached(self, outs: tuple[Any, ...] | None) -> LinkedGpu | None:
-        """The device that everything goes to, if it is reached over a link."""
+        """The GPU that everything goes to, if it is reached over a link."""
         if outs is None:
             wanted = self._device is not None and not self._as_numpy
             return self._store.links.gpu(self._device) if wanted else None
@@ -208,21 +206,21 @@ class BlobReader:
             raise
 
     def _failed(self, failure: BaseException) -> None:
-        """Unpins, once the device has let go; forgets a blob whose bytes cannot be read."""
+        """Unpins once the drive has let go, and forgets a blob whose bytes cannot be read."""
         self._store.catalog.quarantine.release([self._transfer], self._unpin)
         if is_unreadable(failure):
             for key, record in self._failed_blobs():
                 self._store.catalog.records.drop_damaged(key, record)
 
     def _unpin(self) -> None:
-        """Once, even where an interrupted start and the transfer's end both come here: another
-        reader may have the same extents pinned."""
+        """Unpins once, even where an interrupted start and the transfer's end both come here:
+        another reader may have the same extents pinned."""
         with self._store.catalog.records.lock:
             pinned, self._pinned = self._pinned, []
             self._store.catalog.records.unpin(pinned)
 
     def _failed_blobs(self) -> list[tuple[str, BlobRecord]]:
-        """Those that the failed command belongs to."""
+        """The blobs that the failed command belongs to."""
         offset, _ = self._transfer.failure or (-1, 0)
         return [
             (key, record)
@@ -240,14 +238,14 @@ class BlobReader:
 
     def _check(self) -> None:
         damaged = []
-        piece = 0
+        segment = 0
         for key, record in zip(self._keys, self._records, strict=True):
             if not record.nbytes:
                 continue
-            if self._transfer.crc(piece) != record.crc:
+            if self._transfer.crc(segment) != record.crc:
                 damaged.append(key)
                 self._store.catalog.records.drop_damaged(key, record)
-            piece += 1
+            segment += 1
         if damaged:
             raise damage(self._store.location, damaged)
 
@@ -269,7 +267,7 @@ class BlobReader:
 def _transfer(
     engine: Engine, op: int, nbytes: int, linked: LinkedGpu | None, checksum: bool
 ) -> Transfer:
-    """An empty transfer for ``nbytes`` in all, of host memory or of a linked device's."""
+    """An empty transfer for ``nbytes`` in all, of host memory or of a linked GPU's."""
     if linked is None:
         return engine.transfer(op, checksum=checksum)
     return linked.transfer(engine, op, nbytes, linked.stream(), checksum=checksum)

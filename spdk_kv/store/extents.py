@@ -1,4 +1,4 @@
-"""Extents and who still needs them: pinned while read, retired until the index has let go."""
+"""Extents and their users: pinned while read, retired until the index has let go of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ExtentTable:
         self.allocator = allocator
         self._pins: dict[int, int] = {}
         self._retired: list[int] = []
-        # Committed, but pinned at the time.
+        # Their retirement is committed, but they were pinned at the time.
         self._free_when_unpinned: set[int] = set()
         self.freed_count = 0
         """How many came back so far, after a commit or the end of a read."""

@@ -17,7 +17,7 @@ from spdk_kv.tensors import tensor_from
 
 log = logging.getLogger(__name__)
 
-# madvise(2), Linux 5.14: gives every page its own copy, and leaves the bytes as they are.
+# madvise(2), from Linux 5.14 on: gives every page its own copy, and leaves the bytes as they are.
 _MADV_POPULATE_WRITE = 23
 
 
@@ -41,12 +41,12 @@ def map_blob(store: Host, key: str) -> Any:
 
 
 def detach(mappings: weakref.WeakSet[mmap.mmap]) -> None:
-    """Gives what is still mapped memory of its own: nothing keeps the next owner of the store from
-    writing over the extents. Blocks on the device."""
+    """Gives what is still mapped memory of its own, because the next owner of the store may write
+    over the extents. Blocks on the drive."""
     for mapping in list(mappings):
         try:
             mapping.madvise(_MADV_POPULATE_WRITE)
         except OSError as refused:
             log.debug("MADV_POPULATE_WRITE: %s; page by page instead", refused)
-            # The first byte of every page, written as it is: that copies the page.
+            # Writing the first byte of every page as it is copies the page.
             np.frombuffer(mapping, np.uint8)[:: mmap.PAGESIZE] |= 0

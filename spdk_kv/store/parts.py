@@ -1,7 +1,7 @@
 """Opening a store: lock, data, superblock and index, and that they belong together.
 
 Nothing is ever formatted over. A new store is begun only where there is nothing: a folder with
-neither data nor index, or (with ``create``) a device whose ends are blank.
+neither data nor index, or (with ``create``) a drive whose ends are blank.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from spdk_kv.placement import (
     StoreLock,
     Superblock,
     choose,
-    fit_device_id,
+    fit_drive_id,
 )
 from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.store.settings import StoreSettings
@@ -49,10 +49,10 @@ from spdk_kv.units import GIB, align_down, align_up, format_nbytes, parse_nbytes
 
 log = logging.getLogger(__name__)
 
-# Defaults where nobody says: of ram:// and null://, and the most of a new folder.
+# Default capacity of ram:// and null://, and the most that a new folder gets by default.
 _VOLATILE_CAPACITY_NBYTES = 1 * GIB
 _MOST_BY_DEFAULT_NBYTES = 64 * GIB
-# A killed process holds its drive until its last command has ended.
+# A killed process holds its drive until its last command has ended, which is waited for.
 _BUSY_TIMEOUT_S = 1.0
 # Key in the index of the generation that an open is about to write.
 _NEXT_GENERATION = "next generation"
@@ -65,7 +65,7 @@ class Opened:
     """The parts of an open store. ``index`` and ``lock`` are None where nothing persists.
 
     ``allocator`` has the extents of ``blobs`` (least recently used first) and ``sequences``; all
-    three are the catalog's from now on.
+    three belong to the catalog from now on.
     """
 
     location: Location
@@ -79,8 +79,8 @@ class Opened:
     sequences: dict[str, SequenceRecord] = field(default_factory=dict)
 
     def close(self) -> None:
-        """Gives everything back. DeviceTimeout if the device does not let go: the store then stays
-        locked, for whoever opened it would meet our commands still in flight."""
+        """Gives everything back. DeviceTimeout if the drive does not let go: the store then stays
+        locked, because commands still in flight would hit whoever opens it next."""
         with ExitStack() as rest:
             if self.lock is not None:
                 rest.callback(self.lock.release)
@@ -110,9 +110,9 @@ def open_parts(location: str | os.PathLike[str], settings: StoreSettings) -> Ope
         return Opened(place, opened, Allocator(nbytes, BLOCK_NBYTES), None, None, uuid.uuid4().hex)
     if place.scheme in ("block", "ng") or place.is_nvme:
         folder = index_folder(place) if index_dir is None else os.fspath(index_dir)
-        return _open_device(place, wanted, engine, options, folder, bool(create))
+        return _open_drive(place, wanted, engine, options, folder, bool(create))
     if index_dir is not None:
-        raise ValueError("index_dir is for stores on devices; a file:// store has its index inside")
+        raise ValueError("index_dir is for stores on drives; a file:// store has its index inside")
     return _open_folder(place, wanted, engine, options, create is not False)
 
 
@@ -136,18 +136,18 @@ def _open_folder(
             )
         index = Index(index_path)
         undo.callback(index.close)
-        device = open_engine(place, data, engine=engine, options=options)
-        assert isinstance(device, FileEngine)
-        undo.callback(device.close)
-        commands = CommandsLock(device.fd, data)
+        drive = open_engine(place, data, engine=engine, options=options)
+        assert isinstance(drive, FileEngine)
+        undo.callback(drive.close)
+        commands = CommandsLock(drive.fd, data)
         undo.callback(commands.release)
-        opened = _join(place, device, index, lock, wanted)
+        opened = _join(place, drive, index, lock, wanted)
         opened.commands = commands
         undo.pop_all()
         return opened
 
 
-def _open_device(
+def _open_drive(
     place: Location,
     wanted: int | None,
     engine: str | None,
@@ -158,35 +158,35 @@ def _open_device(
     """A store on a drive or a partition, its index in ``folder``."""
     _private_folder(folder)
     with ExitStack() as undo:
-        # Before the device is touched: whoever owns the store is not to notice.
+        # Before the drive is touched, so that an owner of the store does not notice.
         lock = StoreLock(os.path.join(folder, "lock"))
         lock.acquire()
         undo.callback(lock.release)
-        device = _open_when_free(place, engine, options)
-        undo.callback(device.close)
+        drive = _open_when_free(place, engine, options)
+        undo.callback(drive.close)
         index_path = os.path.join(folder, "index.sqlite")
-        copies = read_copies(device)
+        copies = read_copies(drive)
         found = choose(copies)
-        refuse_if_written_over(device.where, copies)
+        refuse_if_written_over(drive.where, copies)
         if found is None and not create:
             raise StoreMismatch(f"{place} is blank; pass create=True to begin a store on it")
         if found is None:
-            refuse_unless_blank(device)
+            refuse_unless_blank(drive)
         elif not os.path.exists(index_path):
             raise StoreMismatch(
                 f"{place} holds the store {found.uuid}, whose index is not in {folder}; pass "
-                "index_dir=, or wipe the device yourself to start empty (wipefs does not know "
+                "index_dir=, or wipe the drive yourself to start empty (wipefs does not know "
                 "this superblock: blkdiscard, or dd over its first MiB)"
             )
         index = Index(index_path)
         undo.callback(index.close)
-        opened = _join(place, device, index, lock, wanted)
+        opened = _join(place, drive, index, lock, wanted)
         undo.pop_all()
         return opened
 
 
 def index_folder(place: Location) -> str:
-    """Where a device's index lies if nobody says otherwise."""
+    """The folder of a drive's index by default."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     name = os.path.basename(place.path)
     if place.is_nvme:
@@ -198,7 +198,6 @@ def index_folder(place: Location) -> str:
 
 
 def _open_when_free(place: Location, engine: str | None, options: QueueOptions) -> Engine:
-    # A process that was killed holds the device until its last command has ended.
     until = time.monotonic() + _BUSY_TIMEOUT_S
     while True:
         try:
@@ -210,15 +209,15 @@ def _open_when_free(place: Location, engine: str | None, options: QueueOptions) 
 
 
 def _join(
-    place: Location, device: Engine, index: Index, lock: StoreLock, wanted: int | None
+    place: Location, drive: Engine, index: Index, lock: StoreLock, wanted: int | None
 ) -> Opened:
     """Checks that data and index are of one store, and marks both with the next generation.
 
-    The index says first which generation is meant, then the data gets it, then the index has it:
-    so a crash in between is told from an old copy of one of the two.
+    The index first notes the next generation, then the data gets it, then the index takes it over.
+    A crash in between can thus be distinguished from an old copy of one of the two.
     """
-    current = read_superblock(device)
-    # Of generation 0 is an index whose store was never begun to the end.
+    current = read_superblock(drive)
+    # Generation 0: the index of a store whose making was interrupted.
     generation = index.generation
     if current is None and generation:
         raise StoreMismatch(
@@ -237,23 +236,23 @@ def _join(
                 f"{place}: data of generation {current.generation} beside an index of generation "
                 f"{generation}: one of them is an old copy"
             )
-    identity = fit_device_id(device.identity)
-    if current is not None and current.device_id != identity:
+    identity = fit_drive_id(drive.identity)
+    if current is not None and current.drive_id != identity:
         raise StoreMismatch(
-            f"{place}: the store was made on device {current.device_id!r}, this is {identity!r}"
+            f"{place}: the store was made on drive {current.drive_id!r}, this is {identity!r}"
         )
     blobs, sequences = OrderedDict(index.load_blobs()), dict(index.load_sequences())
-    capacity = _capacity(place, device, current, wanted)
+    capacity = _capacity(place, drive, current, wanted)
     allocator = _allocator(index, blobs, sequences, current, capacity)
-    # Only now, when nothing can be refused any more.
+    # Written last, when nothing can be refused any more.
     generation += 1
     superblock = Superblock(index.uuid, BLOCK_NBYTES, capacity, generation, identity)
-    device.ensure(DATA_START, DATA_START + capacity)
+    drive.ensure(DATA_START, DATA_START + capacity)
     index.set_meta(_NEXT_GENERATION, str(generation))
-    write_superblock(device, superblock)
+    write_superblock(drive, superblock)
     index.generation = generation
     return Opened(
-        place, device, allocator, index, lock, index.uuid, blobs=blobs, sequences=sequences
+        place, drive, allocator, index, lock, index.uuid, blobs=blobs, sequences=sequences
     )
 
 
@@ -284,13 +283,13 @@ def _allocator(
 
 
 def _capacity(
-    place: Location, device: Engine, current: Superblock | None, wanted: int | None
+    place: Location, drive: Engine, current: Superblock | None, wanted: int | None
 ) -> int:
-    size = device.capacity_nbytes
+    size = drive.capacity_nbytes
     room = None if size is None else align_down(size - DATA_START, BLOCK_NBYTES)
     if room is not None and current is not None and current.capacity_nbytes > room:
         raise StoreMismatch(
-            f"{place} shrank: the store holds {current.capacity_nbytes} bytes, the device {room}"
+            f"{place} shrank: the store holds {current.capacity_nbytes} bytes, the drive {room}"
         )
     if room is not None and room < BLOCK_NBYTES:
         raise CapacityError(f"{place} is too small for a store: {size} bytes")

@@ -1,4 +1,4 @@
-"""The two paths of a store: its engine, and a page cache: of the same bytes, or of copies."""
+"""The two paths of a store: its engine, and a page cache of the same bytes or of copies."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _COHERENT = ("file", "block")
 
 
 def check_settings(location: str | os.PathLike[str], settings: StoreSettings) -> None:
-    """Refuses a folder for copies that will not do, before anything is begun at ``location``:
-    ValueError where it has no use, EngineUnavailable where it cannot be used."""
+    """Refuses an unsuitable folder for copies before anything is begun at ``location``: ValueError
+    where it has no use, EngineUnavailable where it cannot be used."""
     folder = settings.page_cache.folder_path
     if folder is None:
         return

@@ -1,4 +1,4 @@
-"""The store: tensors under keys, and sequences of KV cache, on one device."""
+"""The store: tensors under keys, and sequences of KV cache, on one drive."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ T = TypeVar("T")
 class KVStore:
     """An open store; make one with :func:`spdk_kv.open`. Thread-safe; a context manager.
 
-    What :meth:`put` wrote is visible at once to :meth:`get` in this process, and survives a crash
-    from the next :meth:`flush` (or background flush, or close) on.
+    What :meth:`put` wrote is visible to :meth:`get` in this process at once. It survives a crash
+    from the next :meth:`flush`, background flush or :meth:`close` on.
     """
 
     def __init__(self, location: str | os.PathLike[str], settings: StoreSettings) -> None:
@@ -87,22 +87,33 @@ class KVStore:
 
     @property
     def uuid(self) -> str:
-        """The identity drawn when the store was begun: 32 hexadecimal digits."""
+        """The store's identity, drawn when it was begun: 32 hexadecimal digits."""
         return self._parts.uuid
 
     # -- blobs ----------------------------------------------------------------------------------
 
     def put(self, key: str, tensor: Any, *, timeout_s: float | None = None) -> None:
-        """Stores ``tensor`` (torch or numpy, any dtype, any strides) under ``key``.
+        """Stores ``tensor`` under ``key``, and replaces what was there.
 
-        Replaces what was there. Blocks until the device has the bytes; see :meth:`flush` for
-        durability. Raises ShapeMismatch, CapacityError, DeviceError, DeviceTimeout, ClosedError;
-        after any of them the key holds what it held before.
+        Blocks until the drive has the bytes; see :meth:`flush` for durability.
+
+        Args:
+            key: Any text.
+            tensor: torch or numpy, any dtype, shape and strides, on the CPU or a GPU.
+            timeout_s: Seconds until the write is given up; None waits as long as it takes.
+
+        Raises:
+            ShapeMismatch: The dtype cannot be stored.
+            CapacityError: There is no room, and none can be made.
+            DeviceError, DeviceTimeout: The drive failed, or was too slow.
+            ClosedError: The store is closed.
+
+        After any of these the key holds what it held before.
         """
         self.put_many({key: tensor}, timeout_s=timeout_s)
 
     def put_many(self, tensors: Mapping[str, Any], *, timeout_s: float | None = None) -> None:
-        """Stores several tensors in one transfer; all become visible together, or none."""
+        """As :meth:`put`, for several tensors in one transfer: all become visible, or none."""
         self.check_open()
         writer = BlobWriter(self, tensors)
         writer.run(timeout_s)
@@ -110,8 +121,8 @@ class KVStore:
     def put_async(self, key: str, tensor: Any, *, timeout_s: float | None = None) -> Future[None]:
         """As :meth:`put`, but returns a future. The tensor must stay unchanged until it is done.
 
-        Blocks only for making room, and for the copy of a tensor that is not contiguous on the
-        CPU. Errors before the transfer are raised here.
+        Blocks only to make room, and to copy a tensor that is not contiguous on the CPU. Errors
+        before the transfer are raised here.
         """
         return self.put_many_async({key: tensor}, timeout_s=timeout_s)
 
@@ -131,14 +142,27 @@ class KVStore:
         as_numpy: bool = False,
         timeout_s: float | None = None,
     ) -> Any:
-        """The tensor under ``key``: exactly the bytes, dtype and shape that were put.
+        """The tensor under ``key``: exactly the bytes, dtype and shape that were put. Blocks.
 
-        ``out``: a torch tensor or numpy array of that dtype and shape to read into, returned;
-        after an error its contents are undefined. Without it: a new torch tensor on ``device``
-        (default: CPU, page-aligned memory that the drive wrote to itself), or with ``as_numpy`` a
-        numpy array. A linked GPU gets it while the drive still reads, and torch's current stream
-        waits for the rest. Blocks. Raises KeyNotFound, ShapeMismatch (before any I/O),
-        CorruptionError (the entry is then forgotten), DeviceError, DeviceTimeout, ClosedError.
+        Args:
+            key: The key that it was put under.
+            out: A torch tensor or numpy array of that dtype and shape to read into; excludes
+                ``device`` and ``as_numpy``. Its contents are undefined after an error.
+            device: Of the new torch tensor. None is the CPU, in page-aligned memory that the drive
+                wrote to itself. A GPU gets the tensor while the drive still reads, and torch's
+                current stream waits for the rest.
+            as_numpy: Return a numpy array instead.
+            timeout_s: Seconds until the read is given up; None waits as long as it takes.
+
+        Returns:
+            ``out``, or a new tensor or array.
+
+        Raises:
+            KeyNotFound: There is no such blob.
+            ShapeMismatch: ``out`` does not fit; raised before any I/O.
+            CorruptionError: The bytes are not those that were put. The blob is then forgotten.
+            DeviceError, DeviceTimeout: The drive failed, or was too slow.
+            ClosedError: The store is closed.
         """
         self.check_open()
         if self._mmap and out is None and not as_numpy and device is None:
@@ -155,7 +179,7 @@ class KVStore:
         as_numpy: bool = False,
         timeout_s: float | None = None,
     ) -> list[Any]:
-        """Several tensors by one transfer, in the order of ``keys``; see :meth:`get`."""
+        """As :meth:`get`, for several tensors in one transfer, in the order of ``keys``."""
         self.check_open()
         outs = None if out is None else tuple(out)
         return BlobReader(self, tuple(keys), outs, device, as_numpy).run(timeout_s)
@@ -191,7 +215,7 @@ class KVStore:
         return reader.start(timeout_s, lambda found: found)
 
     def delete(self, key: str) -> bool:
-        """Forgets ``key``; returns whether it was there. Does not block on the device."""
+        """Forgets ``key``. Returns whether it was there. Does not block on the drive."""
         self.check_open()
         return self._records.drop(key)
 
@@ -283,12 +307,12 @@ class KVStore:
         return self.run_in_background(lambda: self.flush(timeout_s))
 
     def run_in_background(self, work: Callable[[], T]) -> Future[T]:
-        """Runs ``work`` on one of the store's threads."""
+        """Runs ``work`` on one of the store's threads. ClosedError after close."""
         self.check_open()
         return self._background.run(work)
 
     def stats(self) -> dict[str, Any]:
-        """What the store holds and did: counts, bytes, hits and misses, the engine's counters
+        """What the store holds and did: counts, bytes, hits and misses, and the engine's counters
         (times in nanoseconds). Does not block."""
         self.check_open()
         engine = self.engine.stats()
@@ -306,14 +330,16 @@ class KVStore:
         }
 
     def why(self) -> list[dict[str, Any]]:
-        """For each layer's K and V of each sequence in use: its path, and why it is on it."""
+        """The path of each unit of each sequence in use, and why. Does not block."""
         self.check_open()
         return self.paths.why()
 
     def close(self) -> None:
-        """Flushes, and gives the device back. May be called twice. Tensors that were got stay
-        valid. Asynchronous work is waited for; what other threads call in the meantime ends with
-        ClosedError. Raises what the flush raised, after everything was released."""
+        """Flushes, and gives the drive back. May be called twice.
+
+        Waits for asynchronous work; calls of other threads meanwhile end with ClosedError. Tensors
+        that were got stay valid. Raises what the flush raised, after everything was released.
+        """
         if os.getpid() != self._pid:
             self._closed = True
             return
@@ -363,7 +389,7 @@ class KVStore:
         return f"<KVStore {self.location} ({state})>"
 
     def check_open(self) -> None:
-        """ClosedError after close, and in a process forked after open."""
+        """Raises ClosedError after close, and in a process forked after open."""
         if self._closed:
             raise ClosedError(f"the store at {self.location} is closed")
         if os.getpid() != self._pid:

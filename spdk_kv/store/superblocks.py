@@ -20,56 +20,59 @@ _BLANK_NBYTES = 1 << 20
 _MOST_DAMAGED_NBYTES = 64
 
 
-def read_superblock(device: Engine) -> Superblock | None:
+def read_superblock(drive: Engine) -> Superblock | None:
     """The newest good superblock; None where there is none yet. CorruptionError, DeviceError."""
-    return choose(read_copies(device))
+    return choose(read_copies(drive))
 
 
-def read_copies(device: Engine) -> list[bytes]:
-    size = device.capacity_nbytes
+def read_copies(drive: Engine) -> list[bytes]:
+    """The bytes at the places of both superblocks; zeroes where a data file is too short."""
+    size = drive.capacity_nbytes
     copies = []
     for offset in COPY_OFFSETS:
-        if size is None and os.path.getsize(device.where) < offset + SUPERBLOCK_NBYTES:
+        if size is None and os.path.getsize(drive.where) < offset + SUPERBLOCK_NBYTES:
             copies.append(bytes(SUPERBLOCK_NBYTES))
         else:
-            copies.append(_read(device, offset, SUPERBLOCK_NBYTES))
+            copies.append(_read(drive, offset, SUPERBLOCK_NBYTES))
     return copies
 
 
-def write_superblock(device: Engine, superblock: Superblock) -> None:
-    # One copy at a time, each on the medium before the next: a power cut spoils at most one.
+def write_superblock(drive: Engine, superblock: Superblock) -> None:
+    """Writes both copies, each on the medium before the next: a power cut spoils at most one."""
     for offset in COPY_OFFSETS:
         region = Region(SUPERBLOCK_NBYTES)
-        transfer = device.transfer(WRITE)
+        transfer = drive.transfer(WRITE)
         transfer.keep(region)
         memoryview(region)[:SUPERBLOCK_NBYTES] = pack(superblock)
         transfer.add(offset, region.address, SUPERBLOCK_NBYTES)
-        device.run(transfer)
-        device.flush()
+        drive.run(transfer)
+        drive.flush()
 
 
-def _read(device: Engine, offset: int, nbytes: int) -> bytes:
+def _read(drive: Engine, offset: int, nbytes: int) -> bytes:
     region = Region(nbytes)
-    transfer = device.transfer(READ)
+    transfer = drive.transfer(READ)
     transfer.keep(region)
     transfer.add(offset, region.address, nbytes)
-    device.run(transfer)
+    drive.run(transfer)
     return bytes(memoryview(region)[:nbytes])
 
 
-def refuse_unless_blank(device: Engine) -> None:
-    size = device.capacity_nbytes or 0
+def refuse_unless_blank(drive: Engine) -> None:
+    """StoreMismatch unless both ends of a drive are zero."""
+    size = drive.capacity_nbytes or 0
     for offset in {0, max(0, align_down(size - _BLANK_NBYTES, BLOCK_NBYTES))}:
-        if any(_read(device, offset, min(_BLANK_NBYTES, size - offset))):
+        if any(_read(drive, offset, min(_BLANK_NBYTES, size - offset))):
             raise StoreMismatch(
-                f"{device.where} is not blank within the MiB at offset {offset} and holds no store "
+                f"{drive.where} is not blank within the MiB at offset {offset} and holds no store "
                 "of spdk_kv; it is not touched. `wipefs -n` and `blkid` say what may be on it"
             )
 
 
 def refuse_if_written_over(path: str, copies: list[bytes]) -> None:
-    """A filesystem or a partition table made over a store leaves its second superblock: that must
-    not pass for a store with a damaged first one, which opening would mend."""
+    """StoreMismatch where something was written over a part of a store. A filesystem or partition
+    table leaves the second superblock, and must not pass for a store whose first one is damaged,
+    which opening would mend."""
     first, second = copies
     changed = sum(a != b for a, b in zip(first, second, strict=True))
     if any(map(is_blank, copies)) or changed <= _MOST_DAMAGED_NBYTES:

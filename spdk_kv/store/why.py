@@ -1,7 +1,7 @@
-"""What an open store tells others of its last decision: a small file beside its index.
+"""The last decision of an open store, in a small file beside its index for other processes.
 
-Whoever asks why a layer is on the path it is on (``spdk-kv stat --why``) is another process, and
-the store is locked by its owner. So the owner leaves a note.
+``spdk-kv stat --why`` shows why a layer is on its path. It runs in another process, while the store
+is locked by its owner, so the owner writes its decisions down.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ _INTERVAL_S = 1.0
 
 
 class WhyFile:
-    """Keeps ``residency.json`` in ``folder`` up to date with ``tell()``; 0600, never torn.
+    """Keeps ``residency.json`` in ``folder`` up to date with ``summary()``; 0600, never torn.
 
-    :meth:`changed` asks for it and does not block: a thread writes, at most once a second, and the
-    last state is always among what it writes. It is not synced, for a crash leaves nothing to be
-    decided. Thread-safe; does nothing in a child after fork.
+    :meth:`changed` does not block: a thread writes at most once a second, and always writes the
+    last state. The file is not synced, because nothing decides after a crash. Thread-safe; does
+    nothing in a child after fork.
     """
 
-    def __init__(self, folder: str, tell: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, folder: str, summary: Callable[[], dict[str, Any]]) -> None:
         self.path = os.path.join(folder, FILE_NAME)
-        self._tell = tell
+        self._summary = summary
         self._lock = threading.Lock()
         self._wanted = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
-        self._remove()  # of an owner that was killed
+        self._remove()  # a killed owner's
 
     def changed(self) -> None:
-        """The file is to be written anew."""
+        """Asks for the file to be written again."""
         if os.getpid() != self._pid or self._wanted.is_set():
             return
         self._wanted.set()
@@ -50,7 +50,7 @@ class WhyFile:
                 self._thread.start()
 
     def close(self) -> None:
-        """Removes the file: nobody decides any more."""
+        """Stops writing and removes the file."""
         if os.getpid() != self._pid:
             return
         with self._lock:
@@ -66,19 +66,19 @@ class WhyFile:
             self._wanted.clear()
             try:
                 self._write()
-            except OSError as refused:  # a full disk must not disturb who decides
+            except OSError as refused:  # a full disk must not disturb decisions
                 log.debug("%s is not written: %s", self.path, refused)
             self._stop.wait(_INTERVAL_S)
 
     def _write(self) -> None:
-        told = {"pid": self._pid, "time": time.time(), **self._tell()}
+        state = {"pid": self._pid, "time": time.time(), **self._summary()}
         new = f"{self.path}.new"
         with suppress(FileNotFoundError):
             os.unlink(new)
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "w", encoding="utf-8") as file:
             os.fchmod(fd, 0o600)  # whatever the umask
-            json.dump(told, file)
+            json.dump(state, file)
         os.replace(new, self.path)
 
     def _remove(self) -> None:
@@ -87,10 +87,10 @@ class WhyFile:
 
 
 def read_why(folder: str) -> dict[str, Any] | None:
-    """What the store in ``folder`` (its index's) has told last; None if nothing, or nonsense."""
+    """What the store whose index lies in ``folder`` wrote last; None if there is nothing valid."""
     try:
         with open(os.path.join(folder, FILE_NAME), encoding="utf-8") as file:
-            told = json.load(file)
+            found = json.load(file)
     except (OSError, ValueError):
         return None
-    return told if isinstance(told, dict) and isinstance(told.get("pid"), int) else None
+    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else None

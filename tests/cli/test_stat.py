@@ -145,7 +145,7 @@ def test_bad_input_is_a_usage_error(words: list[str], complaint: str) -> None:
 def test_index_dir_is_for_block_devices(store_uri: str, tmp_path: Path) -> None:
     result = stat(store_uri, "--index-dir", str(tmp_path / "elsewhere"))
     assert result.exit_code == 2
-    assert "for stores on devices" in result.output
+    assert "for stores on drives" in result.output
     assert not (tmp_path / "elsewhere").exists()
 
 

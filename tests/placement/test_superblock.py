@@ -15,11 +15,11 @@ from spdk_kv.errors import CorruptionError, StoreMismatch
 from spdk_kv.placement.superblock import (
     COPY_OFFSETS,
     DATA_START,
-    DEVICE_ID_NBYTES,
+    DRIVE_ID_NBYTES,
     SUPERBLOCK_NBYTES,
     Superblock,
     choose,
-    fit_device_id,
+    fit_drive_id,
     is_blank,
     pack,
     parse,
@@ -30,7 +30,7 @@ SB = Superblock(
     block_nbytes=4096,
     capacity_nbytes=1 << 40,
     generation=7,
-    device_id="QEMU NVMe Ctrl/deadbeef/1",
+    drive_id="QEMU NVMe Ctrl/deadbeef/1",
 )
 OTHER = replace(SB, uuid="f" * 32)
 BLANK = bytes(SUPERBLOCK_NBYTES)
@@ -53,7 +53,7 @@ def sealed(block: bytes, **fields: tuple[int, str, int]) -> bytes:
         block_nbytes=st.integers(9, 20).map(lambda bits: 1 << bits),
         capacity_nbytes=st.integers(1 << 20, (1 << 63) - 1),
         generation=st.integers(0, (1 << 63) - 1),
-        device_id=st.text(st.characters(), max_size=700),
+        drive_id=st.text(st.characters(), max_size=700),
     )
 )
 def test_every_superblock_comes_back_as_it_was_packed(superblock: Superblock) -> None:
@@ -101,11 +101,11 @@ def test_a_newer_version_is_a_mismatch_and_an_older_unknown_one_corruption() -> 
         parse(sealed(pack(SB), version=(8, "<I", 0)))
 
 
-def test_a_long_device_identity_is_cut_between_characters() -> None:
-    cut = fit_device_id("x" + "é" * DEVICE_ID_NBYTES)
-    assert cut == "x" + "é" * ((DEVICE_ID_NBYTES - 1) // 2)
-    assert replace(SB, device_id="x" + "é" * DEVICE_ID_NBYTES).device_id == cut
-    assert fit_device_id("a\udc80b") == "a?b"
+def test_a_long_drive_identity_is_cut_between_characters() -> None:
+    cut = fit_drive_id("x" + "é" * DRIVE_ID_NBYTES)
+    assert cut == "x" + "é" * ((DRIVE_ID_NBYTES - 1) // 2)
+    assert replace(SB, drive_id="x" + "é" * DRIVE_ID_NBYTES).drive_id == cut
+    assert fit_drive_id("a\udc80b") == "a?b"
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_a_shrunk_device_is_refused_and_unchanged(image, tmp_path):
     before = sha256(smaller)
     with (
         blockdev.loop_device(smaller) as node,
-        pytest.raises(StoreMismatch, match=r"shrank|device"),
+        pytest.raises(StoreMismatch, match=r"shrank|drive"),
     ):
         open_block(node, tmp_path)
     assert sha256(smaller) == before

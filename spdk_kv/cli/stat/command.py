@@ -92,7 +92,7 @@ def _superblock_fields(superblock: Superblock | None, on_drive: bool) -> dict[st
         "capacity_nbytes": superblock.capacity_nbytes,
     }
     if on_drive:
-        fields["device_id"] = superblock.device_id
+        fields["device_id"] = superblock.drive_id
     return fields
 
 

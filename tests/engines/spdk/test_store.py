@@ -209,7 +209,7 @@ def test_an_index_or_namespace_of_another_store_is_refused(target, tmp_path):
     write(new, 0, read(old, 0, 64 * MIB))
     old.close()
     new.close()
-    with pytest.raises(StoreMismatch, match="the store was made on device"):
+    with pytest.raises(StoreMismatch, match="the store was made on drive"):
         Place(target.uri("tcp", other), places[0].folder).open()
     for place in places:
         with place.open() as store:
