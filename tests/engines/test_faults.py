@@ -24,6 +24,7 @@ from spdk_kv.testing import SMALL, address_of, memory, read, write
 from support import blockdev
 from support.media import image, medium
 from support.subprocesses import run_script
+from support.waiting import wait_until
 
 BLOCK = 4096
 MIB = 1 << 20
@@ -200,10 +201,7 @@ def test_a_hung_device_times_out_and_keeps_the_memory_until_it_lets_go(engine, t
         assert pool.leased_nbytes == held
         assert alive() is not None
         device.thaw()
-        until = time.monotonic() + 10
-        while alive() is not None and time.monotonic() < until:
-            time.sleep(0.01)
-        assert alive() is None, "the memory was never given back"
+        wait_until(lambda: alive() is None, "the memory was never given back")
         assert pool.leased_nbytes == 0
         write(hung, 0, b"after".ljust(BLOCK, b"\0"))
         hung.flush(timeout_s=120)

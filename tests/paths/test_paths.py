@@ -15,7 +15,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     rule,
     run_state_machine_as_test,
@@ -39,6 +38,7 @@ from paths.helpers import (
     set_budget,
     units,
 )
+from paths.machine import LITTLE, TwoSequences
 from sequence.helpers import Reference
 from spdk_kv.paths.order import ScanOrder
 from spdk_kv.units import KIB
@@ -48,11 +48,8 @@ from support.rounds import examples
 folder = folder_fixture
 engines = pytest.mark.parametrize("engine", DIRECT_ENGINES)
 
-# 64 rows of 256 bytes to a chunk, so chunks fill often; a unit is 384 KiB when full.
-LITTLE = spdk_kv.KVShape(3, 2, 16, "float32", 1500, 2)
 
-
-class PathsMachine(RuleBasedStateMachine):
+class PathsMachine(TwoSequences):
     """Two sequences, one decision after another, and a kernel that drops pages as it likes."""
 
     options: dict[str, Any]
@@ -79,45 +76,15 @@ class PathsMachine(RuleBasedStateMachine):
             self.store.close()
             shutil.rmtree(self.folder)
 
-    which = st.integers(0, 1)
-    layer = st.integers(0, LITTLE.layers - 1)
-
-    @rule(which=which, layer=layer, count=st.sampled_from([1, 7, 64, 65, 300]))
-    def append(self, which: int, layer: int, count: int) -> None:
-        sequence = self.sequences[which]
-        count = min(count, LITTLE.max_tokens - sequence.tokens(layer))
-        self.references[which].append(sequence, count, layer)
-
-    @rule(which=which, layer=layer)
-    def read(self, which: int, layer: int) -> None:
-        self.references[which].check_layer(self.sequences[which], layer)
+    which, layer = TwoSequences.which, TwoSequences.layer
 
     @rule(which=which)
     def turn(self, which: int) -> None:
         self.references[which].check(self.sequences[which])
 
-    @rule(which=which, layer=layer, first=st.integers(0, 1500), heads=st.sampled_from([None, [1]]))
-    def read_part(self, which: int, layer: int, first: int, heads: list[int] | None) -> None:
-        asked: dict[str, Any] = {"tokens": slice(first, first + 100), "heads": heads}
-        self.references[which].check_layer(self.sequences[which], layer, **asked)
-
-    @rule(which=which, layers=st.permutations(range(LITTLE.layers)), spare=st.integers(0, 70))
-    def prefetch(self, which: int, layers: list[int], spare: int) -> None:
-        self.sequences[which].prefetch(layers, spare_tokens=spare)
-
-    @rule(which=which, layer=layer, data=st.data())
-    def truncate(self, which: int, layer: int, data: st.DataObject) -> None:
-        keep = data.draw(st.integers(0, self.sequences[which].tokens(layer)))
-        self.references[which].truncate(self.sequences[which], keep, layer)
-
     @rule(which=which, layer=layer, weight=st.sampled_from([0.5, 1.0, 2.0]))
     def weigh(self, which: int, layer: int, weight: float) -> None:
         self.sequences[which].set_weight([layer], weight)
-
-    @rule(nbytes=st.sampled_from([0, 100 * KIB, 600 * KIB, 2 * MIB, PLENTY]))
-    def decide(self, nbytes: int) -> None:
-        set_budget(self.store, nbytes)
-        self.store.paths.decide()
 
     @rule()
     def lose_pages(self) -> None:
@@ -134,10 +101,6 @@ class PathsMachine(RuleBasedStateMachine):
             "ab"[which], LITTLE, granularity=self.granularity
         )
         self.references[which] = Reference(LITTLE, self.references[which].seed + 10**4)
-
-    @rule()
-    def flush(self) -> None:
-        self.store.flush()
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])
@@ -387,7 +350,7 @@ def test_a_demand_read_overtakes_a_long_prefetch(folder: Path, engine: str, budg
             small.settle(layer)
         small.read_ahead = False
         store.paths.decide()
-        for _ in range(10):
+        for _ in range(50):
             empty_cache(folder / "data")
             sequence.prefetch(range(SHAPE.layers))
             last = sequence._layers[SHAPE.layers - 1].reader.prefetched.reading.parts[-1].transfer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,3 +92,16 @@ def joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def picked(tensor: torch.Tensor, dim: int, index: list[int]) -> torch.Tensor:
     chosen = torch.tensor(index, dtype=torch.long)
     return tensor.contiguous().view(torch.uint8).index_select(dim, chosen).view(tensor.dtype)
+
+
+def begun(
+    store: spdk_kv.KVStore, granularity: Any = "layer", steps: Iterable[int] = (), **changed: Any
+) -> tuple[spdk_kv.Sequence, Reference]:
+    """A new sequence to which so many tokens were appended in each of ``steps``, and what it
+    should hold."""
+    shape = shape_of(**changed)
+    sequence = store.sequence("s", shape, granularity=granularity)
+    reference = Reference(shape)
+    for count in steps:
+        reference.append(sequence, count)
+    return sequence, reference

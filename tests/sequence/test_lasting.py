@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sequence.helpers import Reference, shape_of
+from sequence.helpers import Reference, begun, shape_of
 from spdk_kv.errors import CorruptionError, DeviceError, KeyNotFound, ShapeMismatch, SpdkKvError
 from store.helpers import check_books, folder_fixture, kill_loop, noise, open_store, python, reopen
 from support.places import TESTS
@@ -17,15 +17,6 @@ from support.rounds import rounds
 
 folder = folder_fixture
 GRANULARITIES = ("layer", "head")
-
-
-def begun(store, granularity="layer", steps=(), **changed):
-    shape = shape_of(**changed)
-    sequence = store.sequence("s", shape, granularity=granularity)
-    reference = Reference(shape)
-    for count in steps:
-        reference.append(sequence, count)
-    return sequence, reference
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

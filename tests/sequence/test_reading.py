@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import spdk_kv
-from sequence.helpers import Reference, shape_of
+from sequence.helpers import Reference, begun, shape_of
 from spdk_kv.errors import (
     CapacityError,
     ClosedError,
@@ -42,15 +42,6 @@ def ram() -> Iterator[KVStore]:
     with open_store("ram://", capacity="64 MiB") as opened:
         yield opened
         check_books(opened)
-
-
-def begun(store: KVStore, granularity: str, steps=(), **changed):
-    shape = shape_of(**changed)
-    sequence = store.sequence("s", shape, granularity=granularity)
-    reference = Reference(shape)
-    for count in steps:
-        reference.append(sequence, count)
-    return sequence, reference
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

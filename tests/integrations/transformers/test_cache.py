@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,25 +23,8 @@ from integrations.transformers.models import (
 )
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.integrations.transformers import OffloadedKVCache
-from spdk_kv.store import EngineOptions, KVStore
+from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[KVStore]:
-    with open_store(
-        f"file://{tmp_path}/kv", capacity="256 MiB", engine=EngineOptions(segment="64 KiB")
-    ) as opened:
-        yield opened
-
 
 # -- the same answers as DynamicCache, whatever is done to it ------------------------------------
 

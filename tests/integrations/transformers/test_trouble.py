@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,25 +21,8 @@ from integrations.transformers.models import (
 )
 from spdk_kv.errors import CapacityError, CorruptionError, ShapeMismatch, SpdkKvError
 from spdk_kv.integrations.transformers.cache import CACHE_ARGUMENT, OffloadedKVCache, layer_windows
-from spdk_kv.store import EngineOptions, KVStore
+from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[KVStore]:
-    with open_store(
-        f"file://{tmp_path}/kv", capacity="256 MiB", engine=EngineOptions(segment="64 KiB")
-    ) as opened:
-        yield opened
-
 
 # -- lasting -------------------------------------------------------------------------------------
 

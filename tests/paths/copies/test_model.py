@@ -10,14 +10,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     precondition,
     rule,
     run_state_machine_as_test,
 )
 
-import spdk_kv
 from paths.copies.helpers import (
     CopyPlace,
     copy_path,
@@ -35,16 +33,15 @@ from paths.helpers import (
     set_budget,
     units,
 )
+from paths.machine import LITTLE, TwoSequences
 from sequence.helpers import Reference
 from spdk_kv.units import KIB
 from support.rounds import examples
 
 place = place_fixture
-# 64 rows of 256 bytes to a chunk, so chunks fill often; a unit is 384 KiB when full.
-LITTLE = spdk_kv.KVShape(3, 2, 16, "float32", 1500, 2)
 
 
-class ApartMachine(RuleBasedStateMachine):
+class ApartMachine(TwoSequences):
     """As of one medium (test_paths.py): sequences that come and go in little room, so that extents
     have one owner after another, on a drive and in a copy of it."""
 
@@ -82,14 +79,7 @@ class ApartMachine(RuleBasedStateMachine):
             self.store.close()
             self.made.__exit__(None, None, None)
 
-    which = st.integers(0, 1)
-    layer = st.integers(0, LITTLE.layers - 1)
-
-    @rule(which=which, layer=layer, count=st.sampled_from([1, 7, 64, 65, 300]))
-    def append(self, which: int, layer: int, count: int) -> None:
-        sequence = self.sequences[which]
-        count = min(count, LITTLE.max_tokens - sequence.tokens(layer))
-        self.references[which].append(sequence, count, layer)
+    which, layer = TwoSequences.which, TwoSequences.layer
 
     @rule(which=which)
     def append_much(self, which: int) -> None:
@@ -97,36 +87,13 @@ class ApartMachine(RuleBasedStateMachine):
             self.append(which, layer, 500)
             self.sequences[which].settle(layer)
 
-    @rule(which=which, layer=layer)
-    def read(self, which: int, layer: int) -> None:
-        self.references[which].check_layer(self.sequences[which], layer)
-
     @rule(which=which, count=st.integers(1, 3))
     def turn(self, which: int, count: int) -> None:
         scans(self.sequences[which], self.references[which], count)
 
-    @rule(which=which, layer=layer, first=st.integers(0, 1500), heads=st.sampled_from([None, [1]]))
-    def read_part(self, which: int, layer: int, first: int, heads: list[int] | None) -> None:
-        asked: dict[str, Any] = {"tokens": slice(first, first + 100), "heads": heads}
-        self.references[which].check_layer(self.sequences[which], layer, **asked)
-
-    @rule(which=which, layers=st.permutations(range(LITTLE.layers)), spare=st.integers(0, 70))
-    def prefetch(self, which: int, layers: list[int], spare: int) -> None:
-        self.sequences[which].prefetch(layers, spare_tokens=spare)
-
-    @rule(which=which, layer=layer, data=st.data())
-    def truncate(self, which: int, layer: int, data: st.DataObject) -> None:
-        keep = data.draw(st.integers(0, self.sequences[which].tokens(layer)))
-        self.references[which].truncate(self.sequences[which], keep, layer)
-
     @rule(which=which, rows=st.sampled_from([[1, 0], [0, 0], [1, 1]]))
     def reorder(self, which: int, rows: list[int]) -> None:
         self.references[which].reorder(self.sequences[which], rows)
-
-    @rule(nbytes=st.sampled_from([0, 100 * KIB, 600 * KIB, 2 * MIB, PLENTY]))
-    def decide(self, nbytes: int) -> None:
-        set_budget(self.store, nbytes)
-        self.store.paths.decide()
 
     @rule()
     def wait(self) -> None:
@@ -141,10 +108,6 @@ class ApartMachine(RuleBasedStateMachine):
         deleted(self.store, self.sequences[which])
         self.sequences[which] = self.sequence("ab"[which])
         self.references[which] = Reference(LITTLE, self.references[which].seed + 10**4)
-
-    @rule()
-    def flush(self) -> None:
-        self.store.flush()
 
     @precondition(lambda self: hasattr(self, "place") and self.place.lasting)
     @rule()

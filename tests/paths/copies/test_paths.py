@@ -45,8 +45,6 @@ from store.helpers import folder_fixture
 from support import blockdev
 
 folder = folder_fixture
-# 64 rows of 256 bytes to a chunk, so chunks fill often; a unit is 384 KiB when full.
-LITTLE = spdk_kv.KVShape(3, 2, 16, "float32", 1500, 2)
 place = place_fixture
 
 
