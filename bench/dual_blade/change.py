@@ -73,14 +73,14 @@ def _steps(
     for step, rho in enumerate(runs[0][0]["rhos"]):
         p25, p50, p75 = quartiles([outcome.steps_s[step] for outcome in outcomes])
         bound, overlapped = sticks.bounds_s(outcomes[0].steps_nbytes[step], rho)
-        limits = [o.steps_limit_nbytes[step] for o in outcomes if o.steps_limit_nbytes]
+        budgets = [o.steps_budget_nbytes[step] for o in outcomes if o.steps_budget_nbytes]
         rows.append(
             {
                 "kind": "change", "variant": variant, "step": step, "rho": rho,
                 "runs": len(outcomes), "decode_s_p50": p50, "decode_s_p25": p25,
                 "decode_s_p75": p75, "bound_s": bound, "bound_overlapped_s": overlapped,
                 "of_bound": p50 / bound, "fio_read_gib_s": sticks.read_gib_s,
-                "x_nbytes": statistics.median(limits) if limits else None,
+                "x_nbytes": statistics.median(budgets) if budgets else None,
             }
         )  # fmt: skip
     return rows

@@ -133,7 +133,7 @@ def _figures(outcomes: Sequence[Outcome], rho: float, sticks: Yardsticks) -> Row
         _middle(one.hit_rate for one in outcomes),
         *(
             _middle(one.get(name) for one in residency)
-            for name in ("limit_nbytes", "cached_nbytes")
+            for name in ("budget_nbytes", "cached_nbytes")
         ),
         statistics.median(one.major_faults / len(one.steps_s) for one in outcomes),
         statistics.median(one.cpu_s / len(one.steps_s) for one in outcomes),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from spdk_kv.devices import read_text
-from spdk_kv.memory import page_cache_budget, read_memory
+from spdk_kv.memory import available_for_page_cache, read_memory
 from spdk_kv.units import KIB, MIB
 
 _MEM_FREE = re.compile(r"^MemFree:\s*([0-9]+) kB$", re.MULTILINE)
@@ -33,7 +33,7 @@ def touch_free_memory(nbytes: int) -> int:
     free = _MEM_FREE.search(read_text(Path("/proc/meminfo")) or "")
     room = min(
         int(free[1]) * KIB - _RESERVE_NBYTES if free else 0,
-        page_cache_budget(read_memory(), _RESERVE_NBYTES),
+        available_for_page_cache(read_memory(), _RESERVE_NBYTES),
     )
     touched = min(nbytes, room)
     if touched <= 0:

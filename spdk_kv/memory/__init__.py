@@ -1,21 +1,21 @@
-"""How much memory there is for the page cache: by the machine, its cgroups, and what is cached."""
+"""How much memory the page cache could hold, and how much of a file it holds now."""
 
 from __future__ import annotations
 
-from spdk_kv.memory.budget import (
-    Budget,
+from spdk_kv.memory.available import (
+    AvailableMemory,
     MemoryReader,
     MemorySnapshot,
+    available_for_page_cache,
     cached_nbytes,
-    page_cache_budget,
     read_memory,
 )
 
 __all__ = [
-    "Budget",
+    "AvailableMemory",
     "MemoryReader",
     "MemorySnapshot",
+    "available_for_page_cache",
     "cached_nbytes",
-    "page_cache_budget",
     "read_memory",
 ]

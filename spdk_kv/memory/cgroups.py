@@ -1,4 +1,4 @@
-"""The memory cgroups around this process: found once, read as often as wanted."""
+"""The memory cgroups around this process: found once, then read repeatedly."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Names:
     usage: str
     file_lru: tuple[str, str]
     mapped: str
-    # Limits that memory.stat of the innermost cgroup tells for those above a container's mount.
+    # Names the limit of cgroups above a container's mount, in memory.stat of the innermost one.
     hierarchical: str | None = None
 
 
@@ -70,8 +70,8 @@ _NAMES = {
 class MemoryCgroups:
     """The memory cgroups of this process, from its own up to the mount point.
 
-    ``levels``: their directories, innermost first. ``pressure_files``: those of v2 that tell
-    their PSI. ``notes``: what was missing or odd when they were looked for.
+    ``levels``: their directories, innermost first. ``pressure_files``: v2's files with their PSI.
+    ``notes``: what was missing or odd when they were searched for.
     """
 
     def __init__(self, root: Path, read_text: ReadText) -> None:
@@ -103,7 +103,7 @@ class MemoryCgroups:
             self._limit_names[-1] = tuple(n for n in self._names.limits if exists(top / n))
 
     def limits(self, notes: list[str]) -> tuple[CgroupLimit, ...]:
-        """Those that limit, innermost first; adds to ``notes`` what was unreadable or nonsense."""
+        """The cgroups that limit, innermost first; notes what was unreadable or nonsense."""
         found = [self._read(place, notes) for place in range(len(self.levels))]
         return tuple(limit for limit in found if limit is not None)
 

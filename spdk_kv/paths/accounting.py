@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from spdk_kv.memory import Budget
+from spdk_kv.memory import AvailableMemory
 from spdk_kv.paths.routes import Routes
 from spdk_kv.paths.units import UnitGroup
 from spdk_kv.residency import Decision, Policy
 from spdk_kv.units import format_nbytes
 
-# Misses above this share of what the page cache is to hold call for a decision before the scan
+# Misses above this share of the budget call for a decision before the scan
 # ends, since the rest of the scan would go on evicting. Chosen well above the 1 % of misses that
 # the adaptive policy puts down to chance.
 _ALARM_SHARE = 0.05
@@ -27,8 +27,8 @@ class Accounting:
         self._policy = policy
         self._routes = routes
         self._single_path_reason = single_path_reason
-        self._budget = Budget(0, "", None, ())
-        self._limit_nbytes = 0
+        self._available = AvailableMemory(0, "", None, ())
+        self._budget_nbytes = 0
         self._reason = single_path_reason or "nothing was decided yet"
         # Of reads through the page cache, since the last decision.
         self._recent_hit_nbytes = 0
@@ -74,7 +74,7 @@ class Accounting:
     @property
     def is_alarming(self) -> bool:
         """So much was missed since the last decision that the next one must not wait."""
-        return self._recent_missed_nbytes > _ALARM_SHARE * self._limit_nbytes
+        return self._recent_missed_nbytes > _ALARM_SHARE * self._budget_nbytes
 
     def take_recent(self) -> tuple[int, int]:
         """(hit, missed) bytes of reads through the page cache since this was called last."""
@@ -82,13 +82,13 @@ class Accounting:
         self._recent_hit_nbytes = self._recent_missed_nbytes = 0
         return recent
 
-    def record_decision(self, decision: Decision, budget: Budget) -> bool:
+    def record_decision(self, decision: Decision, available: AvailableMemory) -> bool:
         """Returns whether its numbers differ from those of the last one."""
-        before = self._limit_nbytes, self._budget.limited_by
+        before = self._budget_nbytes, self._available.limited_by
         self._counters["decisions"] += 1
-        self._limit_nbytes, self._reason = decision.limit_nbytes, decision.reason
-        self._budget = budget
-        return before != (decision.limit_nbytes, budget.limited_by)
+        self._budget_nbytes, self._reason = decision.budget_nbytes, decision.reason
+        self._available = available
+        return before != (decision.budget_nbytes, available.limited_by)
 
     def stats(self, groups: Iterable[UnitGroup]) -> dict[str, Any]:
         """Policy, memory, the last decision, and bytes by path since the opening."""
@@ -100,9 +100,9 @@ class Accounting:
             "paths": len(self._routes.engines),
             **(copy.stats(cached) if copy else {"page_cache_dir": None}),
             "reason": self._reason,
-            "budget_nbytes": self._budget.nbytes,
-            "limited_by": self._budget.limited_by,
-            "limit_nbytes": self._limit_nbytes,
+            "available_nbytes": self._available.nbytes,
+            "limited_by": self._available.limited_by,
+            "budget_nbytes": self._budget_nbytes,
             "units": len(units),
             "cached_units": len(cached),
             "cached_nbytes": sum(unit.nbytes for unit in cached),

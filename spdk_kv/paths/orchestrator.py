@@ -216,22 +216,22 @@ class Orchestrator:
                 self.routes.copy.before_decision()
             tracked: dict[Hashable, TrackedUnit] = {unit.key: unit for unit in self._scans.units()}
             cached = frozenset(key for key, unit in tracked.items() if unit.cached)
-            budget = self._memory.read()
+            available = self._memory.read()
             resident = None
             if self._accounting.has_recent_misses:
                 kept = [unit for unit in tracked.values() if unit.cached]
                 resident = self.routes.measure_resident(kept)
             hit, missed = self._accounting.take_recent()
             seen = Observation(
-                budget_nbytes=budget.nbytes,
-                pressure=budget.pressure or 0.0,
+                available_nbytes=available.nbytes,
+                pressure=available.pressure or 0.0,
                 resident_nbytes=resident,
                 hit_nbytes=hit,
                 missed_nbytes=missed,
             )
             units = [unit.for_policy() for unit in tracked.values()]
             decision = self._policy.decide(units, cached, seen)
-            has_moved = self._accounting.record_decision(decision, budget)
+            has_moved = self._accounting.record_decision(decision, available)
             if has_moved or decision.cached != cached:
                 self._notify()
             for key in cached - decision.cached:

@@ -1,4 +1,8 @@
-"""Which units belong into the page cache: policies, pure functions of numbers. No I/O, no clock."""
+"""Policies: which units belong in the page cache. Pure functions of numbers; no I/O, no clock.
+
+`policies.py` has the simple ones and `make_policy`. `adaptive.py` is the default: `budget.py` moves
+its budget, `edge.py` learns where the kernel evicts, `misses.py` excuses misses that do not count.
+"""
 
 from __future__ import annotations
 

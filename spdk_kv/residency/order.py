@@ -1,8 +1,8 @@
 """The order in which units deserve the page cache; every prefix is spread evenly over the scan.
 
-A fixed order makes changes cheap: growing or shrinking the limit moves only the difference.
-Spreading keeps both paths busy side by side: were the first layers cached and the last ones not,
-one path would idle while the other works.
+A fixed order makes changes cheap: a larger or smaller budget moves only the difference. Spreading
+keeps both paths busy at once: if the first layers were cached and the last ones were not, one path
+would idle while the other works.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from functools import lru_cache
 
 from spdk_kv.residency.types import Unit
 
-# A sequence that takes turns with a few others is not idle.
+# Chosen: a sequence that scans alternately with a few others is not idle.
 _AWAKE_STEPS = 4
 
 
 def priority(units: Sequence[Unit]) -> list[Unit]:
-    """``units``, given in the order of a scan, by what they deserve.
+    """``units``, given in the order of a scan, in the order in which they deserve the page cache.
 
     Sequences in use before idle ones, heavier units before lighter ones, and among equals each
-    sequence's units in the order of `spread` over its scan, the sequences in turn.
+    sequence's units in the order of `spread` over its scan, the sequences alternating.
     """
     ranks = _spread_ranks(units)
     places = range(len(units))
@@ -30,19 +30,19 @@ def priority(units: Sequence[Unit]) -> list[Unit]:
     return [units[place] for place in order]
 
 
-def prefix(order: Iterable[Unit], cached: frozenset[Hashable], limit: int) -> list[Unit]:
-    """The longest prefix of ``order`` that fits ``limit`` bytes, with hysteresis.
+def prefix(order: Iterable[Unit], cached: frozenset[Hashable], budget: int) -> list[Unit]:
+    """The longest prefix of ``order`` that fits ``budget`` bytes, with hysteresis.
 
-    A unit that is larger than the limit is passed over. One that is not in ``cached`` joins only
-    where a little room is left above it, so that a limit that trembles moves nothing.
+    A unit that is larger than the budget is passed over. One that is not in ``cached`` joins only
+    where a little room is left above it, so that small changes of the budget move nothing.
     """
     chosen: list[Unit] = []
     total = 0
     for unit in order:
-        if unit.planned_nbytes > limit:
+        if unit.planned_nbytes > budget:
             continue
         total += unit.planned_nbytes
-        if total > (limit if unit.key in cached else limit - limit // 256):
+        if total > (budget if unit.key in cached else budget - budget // 256):
             break
         chosen.append(unit)
     return chosen
@@ -75,5 +75,5 @@ def _spread_ranks(units: Sequence[Unit]) -> list[int]:
 
 
 def _idleness(steps: int) -> int:
-    # Doubling classes: the longer a sequence sleeps, the rarer its units change their place.
+    # Doubling classes: the longer a sequence is idle, the more rarely its units change places.
     return 0 if steps < _AWAKE_STEPS else steps.bit_length()

@@ -1,7 +1,7 @@
-"""Which units the page cache holds, and which are read directly: policies, pure and exchangeable.
+"""The policies by name: which units the page cache holds, and which are read directly.
 
-A policy is told between the steps what the page cache may hold and what was seen, and answers
-with the set of units for the page-cache path. It does no I/O and looks at no clock.
+Between the steps a policy is given the available memory and what was seen, and returns the set of
+units for the page-cache path. It does no I/O and reads no clock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class AllDirect:
-    """Every unit is read directly, whatever the budget."""
+    """Every unit is read directly."""
 
     name = "direct"
 
@@ -41,7 +41,7 @@ class AllDirect:
 
 
 class AllPageCache:
-    """Every unit is read through the page cache, whatever the budget; it may thrash."""
+    """Every unit is read through the page cache, which may thrash."""
 
     name = "pagecache"
 
@@ -54,7 +54,7 @@ class AllPageCache:
             frozenset(unit.key for unit in units),
             nbytes,
             f"residency is 'pagecache': all {format_nbytes(nbytes)} are read through the page "
-            f"cache, which may hold {format_nbytes(seen.budget_nbytes)}",
+            f"cache, with {format_nbytes(seen.available_nbytes)} of memory available",
         )
 
     def why(self, unit: Unit) -> str:
@@ -65,15 +65,19 @@ class PaperPolicy:
     """DUAL-BLADE's (arXiv 2604.26557): a unit is bound for good when it first appears.
 
     In the order of layers, K then V, units go to the page cache while their final sizes sum up to
-    at most X; all others are direct. X is ``limit_nbytes``, or else the budget at the first
-    decision about any unit, and then stays. A unit that is deleted gives its bytes back.
+    at most the budget ("X" in the paper); all others are direct. A unit that is deleted gives its
+    bytes back.
+
+    Args:
+        budget_nbytes: the budget; None for the memory available at the first decision about any
+            unit. Never changes after that.
     """
 
     name = "paper"
 
-    def __init__(self, limit_nbytes: int | None = None) -> None:
-        self._limit = limit_nbytes
-        self._given = limit_nbytes is not None
+    def __init__(self, budget_nbytes: int | None = None) -> None:
+        self._budget = budget_nbytes
+        self._given = budget_nbytes is not None
         self._bound: dict[Hashable, int] = {}  # final sizes on the page-cache path, 0: direct
         self._cached: frozenset[Hashable] = frozenset()
 
@@ -83,51 +87,56 @@ class PaperPolicy:
         check_keys(units)
         if not units:
             self._bound, self._cached = {}, frozenset()
-            return Decision(self._cached, self._limit or 0, "there are no units yet")
-        if self._limit is None:
-            self._limit = seen.budget_nbytes
+            return Decision(self._cached, self._budget or 0, "there are no units yet")
+        if self._budget is None:
+            self._budget = seen.available_nbytes
         there = {unit.key for unit in units}
         self._bound = {key: size for key, size in self._bound.items() if key in there}
         total = sum(self._bound.values())
         for unit in units:
             if unit.key not in self._bound:
                 size = max(unit.nbytes, unit.capacity_nbytes)
-                fits = 0 < size <= self._limit - total
+                fits = 0 < size <= self._budget - total
                 self._bound[unit.key] = size if fits else 0
                 total += self._bound[unit.key]
         self._cached = frozenset(key for key, size in self._bound.items() if size)
-        source = "given" if self._given else "the budget at the first decision"
+        source = "given" if self._given else "the memory available at the first decision"
         reason = (
-            f"X is {format_nbytes(self._limit)}, {source}, and does not move; it holds "
+            f"the budget is {format_nbytes(self._budget)}, {source}, and never changes; it holds "
             f"{len(self._cached)} of {len(units)} units, {format_nbytes(total)} when they are full"
         )
-        return Decision(self._cached, self._limit, reason)
+        return Decision(self._cached, self._budget, reason)
 
     def why(self, unit: Unit) -> str:
         if unit.key not in self._bound:
             return "direct: it was not there at the last decision"
-        limit = format_nbytes(self._limit or 0)
+        budget = f"the budget of {format_nbytes(self._budget or 0)}"
         if unit.key in self._cached:
-            return f"page cache: when it appeared, its final size still fitted into X, {limit}"
-        return f"direct: when it appeared, its final size did not fit into X, {limit}, any more"
+            return f"page cache: when it appeared, its final size still fitted into {budget}"
+        return f"direct: when it appeared, its final size no longer fitted into {budget}"
 
 
 _POLICIES: dict[str, Callable[[int | None], Policy]] = {
     "adaptive": Adaptive,
     "paper": PaperPolicy,
-    "direct": lambda limit: AllDirect(),
-    "pagecache": lambda limit: AllPageCache(),
+    "direct": lambda _: AllDirect(),
+    "pagecache": lambda _: AllPageCache(),
 }
 
 
-def make_policy(name: str, limit: int | None = None) -> Policy:
-    """A new policy: "adaptive", "paper", "direct" or "pagecache".
+def make_policy(name: str, budget_nbytes: int | None = None) -> Policy:
+    """A new policy.
 
-    ``limit``: bytes that the page cache may hold at most, None for what the budget says; the last
-    two have no use for it. Raises ValueError for an unknown name or a negative limit.
+    Args:
+        name: "adaptive", "paper", "direct" or "pagecache".
+        budget_nbytes: the largest budget of "adaptive", and the budget of "paper"; None to derive
+            it from the available memory. The other two do not use it.
+
+    Raises:
+        ValueError: for an unknown name or a negative budget.
     """
     if name not in _POLICIES:
         raise ValueError(f"no residency policy {name!r}; there are {', '.join(_POLICIES)}")
-    if limit is not None and limit < 0:
-        raise ValueError(f"the limit of a residency policy is not negative: {limit}")
-    return _POLICIES[name](limit)
+    if budget_nbytes is not None and budget_nbytes < 0:
+        raise ValueError(f"the budget of a residency policy is not negative: {budget_nbytes}")
+    return _POLICIES[name](budget_nbytes)

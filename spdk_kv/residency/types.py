@@ -1,4 +1,4 @@
-"""What residency decides about, what it is told, and what it answers: numbers and names only."""
+"""What a policy decides about, what it is given, and what it returns: numbers and names only."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from typing import Protocol
 class Unit:
     """One layer's K or V of one sequence.
 
-    ``key``: opaque to the policy. ``nbytes``: its bytes on the device now; grows as tokens are
-    appended. ``weight``: its importance, given by the caller; more is kept first. ``idle_steps``:
-    decisions since its sequence was last read. ``capacity_nbytes``: its final size, 0 where
-    unknown. ``sequence``: what it is scanned together with; units of equal ``sequence`` are
-    spread over their scan. Raises ValueError for what cannot be.
+    Attributes:
+        key: opaque to the policy.
+        nbytes: its bytes on the drive now; grows as tokens are appended.
+        weight: its importance, given by the caller; heavier units are kept first.
+        idle_steps: decisions since its sequence last started a scan.
+        capacity_nbytes: its final size, 0 where unknown.
+        sequence: units of equal ``sequence`` are scanned together.
+
+    Raises:
+        ValueError: for negative sizes or steps, and a weight that is not finite.
     """
 
     key: Hashable
@@ -35,33 +40,39 @@ class Unit:
 
     @property
     def planned_nbytes(self) -> int:
-        """Bytes to count with: an empty unit is about to be filled."""
+        """Bytes to plan with: an empty unit is about to be filled."""
         return self.nbytes or self.capacity_nbytes
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen since the last decision; all byte counts, raises ValueError below 0.
+    """What was seen since the last decision.
 
-    ``budget_nbytes``: what the page cache may hold for us in all, what it holds already included.
-    ``hit_nbytes``: read by the page-cache path and found in the cache. ``missed_nbytes``: read by
-    that path of units that should have been in the cache, and were not (a unit's first read after
-    its promotion does not count). ``pressure``: PSI memory, some avg10, in percent; 0 where
-    unknown. ``resident_nbytes``: of the units now kept, bytes that the kernel really has in the
-    page cache (`memory.cached_nbytes`); None where that is unknown. It is looked at only after
-    misses, and then tells how much the kernel gives, which the misses alone do not: a cyclic scan
-    over a cache that is one page too small misses everything.
+    Attributes:
+        available_nbytes: the available memory: what the page cache could hold for us in all,
+            including what it holds already.
+        hit_nbytes: bytes that the page-cache path read and found in the cache.
+        missed_nbytes: bytes that it read and did not find there, though they had been. A unit's
+            first read after its promotion does not count.
+        pressure: PSI memory, some avg10, in percent; 0 where unknown.
+        resident_nbytes: bytes of the units now kept that the kernel really has in the page cache
+            (`memory.cached_nbytes`), None where unknown. Measured only after misses, to show how
+            much the kernel keeps. The misses alone do not show it: a cyclic scan over a cache that
+            is one page too small misses everything.
+
+    Raises:
+        ValueError: for negative byte counts, and a pressure that is no percentage.
     """
 
-    budget_nbytes: int
+    available_nbytes: int
     hit_nbytes: int = 0
     missed_nbytes: int = 0
     pressure: float = 0.0
     resident_nbytes: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = (self.budget_nbytes, self.hit_nbytes, self.missed_nbytes, self.resident_nbytes or 0)
-        if min(sizes) < 0:
+        sizes = (self.available_nbytes, self.hit_nbytes, self.missed_nbytes)
+        if min(*sizes, self.resident_nbytes or 0) < 0:
             raise ValueError(f"an observation's byte counts are not negative: {self}")
         if not 0 <= self.pressure <= 100:
             raise ValueError(f"pressure is a percentage: {self}")
@@ -69,22 +80,24 @@ class Observation:
 
 @dataclass(frozen=True)
 class Decision:
-    """``cached``: the keys of the units on the page-cache path; all others are on the direct one.
+    """Which units are on the page-cache path.
 
-    ``limit_nbytes``: X, the bytes that the units in ``cached`` may have in all. ``reason``: one
-    sentence for people.
+    Attributes:
+        cached: their keys; all other units are read directly.
+        budget_nbytes: bytes that the units in ``cached`` may have in all. "X" in DUAL-BLADE.
+        reason: one sentence for people.
     """
 
     cached: frozenset[Hashable]
-    limit_nbytes: int
+    budget_nbytes: int
     reason: str
 
 
 class Policy(Protocol):
-    """Decides between the steps which units the page cache is to hold.
+    """Decides between the steps which units the page cache holds. One instance per store.
 
-    Keeps its state as plain numbers, one instance per store: the same calls give the same
-    answers. No I/O and no clock, so it never blocks; one thread at a time.
+    Its state is plain numbers: the same calls give the same answers. It does no I/O and reads no
+    clock, so it never blocks. One thread at a time.
     """
 
     name: str
@@ -92,12 +105,20 @@ class Policy(Protocol):
     def decide(
         self, units: Sequence[Unit], cached: frozenset[Hashable], seen: Observation
     ) -> Decision:
-        """``units``: all there are, in the order of a scan; ``cached``: keys of those on the
-        page-cache path now. Raises ValueError when two units share a key."""
+        """Chooses the units for the page-cache path.
+
+        Args:
+            units: all there are, in the order of a scan.
+            cached: keys of those on the page-cache path now.
+            seen: what was seen since the last decision.
+
+        Raises:
+            ValueError: two units share a key.
+        """
         ...
 
     def why(self, unit: Unit) -> str:
-        """Of the last decision: why ``unit`` is on the path that it is on."""
+        """Why ``unit`` is on its path since the last decision, for people."""
         ...
 
 

@@ -15,9 +15,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from spdk_kv.errors import StoreMismatch
+
 log = logging.getLogger(__name__)
 
 FILE_NAME = "residency.json"
+# Raised whenever a field changes its name or meaning, since the reader may be another version. The
+# first format had no number.
+FORMAT = 2
 _INTERVAL_S = 1.0
 
 
@@ -71,7 +76,7 @@ class WhyFile:
             self._stop.wait(_INTERVAL_S)
 
     def _write(self) -> None:
-        state = {"pid": self._pid, "time": time.time(), **self._summary()}
+        state = {"format": FORMAT, "pid": self._pid, "time": time.time(), **self._summary()}
         new = f"{self.path}.new"
         with suppress(FileNotFoundError):
             os.unlink(new)
@@ -86,11 +91,32 @@ class WhyFile:
             os.unlink(self.path)
 
 
-def read_why(folder: str) -> dict[str, Any] | None:
-    """What the store whose index lies in ``folder`` wrote last; None if there is nothing valid."""
+def read_why(folder: str, pid: int | None = None) -> dict[str, Any] | None:
+    """The last decision of the store whose index is in ``folder``.
+
+    Args:
+        folder: where the index is.
+        pid: the process that has the store open. What another process left is ignored.
+
+    Returns:
+        None if there is no decision, or the file is nonsense.
+
+    Raises:
+        StoreMismatch: another version of spdk_kv wrote the file.
+    """
     try:
         with open(os.path.join(folder, FILE_NAME), encoding="utf-8") as file:
             found = json.load(file)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else None
+    if not isinstance(found, dict) or not isinstance(found.get("pid"), int):
+        return None
+    if pid is not None and found["pid"] != pid:
+        return None
+    if found.get("format") != FORMAT:
+        raise StoreMismatch(
+            f"process {found['pid']}, which has the store open, runs another version of spdk_kv "
+            f"(its {FILE_NAME} has format {found.get('format', 1)}, this version reads {FORMAT}); "
+            "ask with that version"
+        )
+    return found

@@ -36,14 +36,14 @@ _NONE: frozenset[object] = frozenset()
 class PolicyContract:
     """What holds for every residency policy; a subclass says how its policy is made.
 
-    ``holds_limit`` and ``holds_budget`` may be set to False by a policy that is meant to exceed
-    them: one that binds units for good, or one that ignores the budget.
+    ``holds_budget`` and ``holds_available`` may be set to False by a policy that is meant to exceed
+    them: one that binds units for good, or one that ignores the available memory.
     """
 
-    holds_limit = True
-    """The units on the page-cache path never have more bytes than ``Decision.limit_nbytes``."""
     holds_budget = True
-    """``Decision.limit_nbytes`` never exceeds ``Observation.budget_nbytes``."""
+    """The units on the page-cache path never have more bytes than ``Decision.budget_nbytes``."""
+    holds_available = True
+    """``Decision.budget_nbytes`` never exceeds ``Observation.available_nbytes``."""
 
     def make_policy(self) -> Policy:
         """A new policy, with no state of any other."""
@@ -61,7 +61,7 @@ class PolicyContract:
             decision = policy.decide(units, cached, seen)
             assert units == given_units, "a policy changed its input"
             # Another policy's calls make no difference; the same calls give the same answers.
-            stranger.decide(units[::2], _NONE, Observation(seen.budget_nbytes // 2))
+            stranger.decide(units[::2], _NONE, Observation(seen.available_nbytes // 2))
             assert decision == same.decide(units, cached, seen)
             self.check_decision(units, seen, decision)
             for unit in units:
@@ -74,16 +74,16 @@ class PolicyContract:
         """One decision, by itself."""
         sizes = {unit.key: unit.nbytes for unit in units}
         assert decision.cached <= sizes.keys()
-        if self.holds_limit:
-            assert sum(sizes[key] for key in decision.cached) <= decision.limit_nbytes
         if self.holds_budget:
-            assert decision.limit_nbytes <= seen.budget_nbytes
+            assert sum(sizes[key] for key in decision.cached) <= decision.budget_nbytes
+        if self.holds_available:
+            assert decision.budget_nbytes <= seen.available_nbytes
         assert decision.reason
         assert "\n" not in decision.reason
 
     def test_no_units_are_no_decision(self) -> None:
-        for budget_nbytes in (0, 1 << 30):
-            decision = self.make_policy().decide([], _NONE, Observation(budget_nbytes))
+        for available_nbytes in (0, 1 << 30):
+            decision = self.make_policy().decide([], _NONE, Observation(available_nbytes))
             assert decision.cached == _NONE
 
     def test_keys_that_are_gone_are_ignored(self) -> None:

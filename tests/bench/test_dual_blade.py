@@ -57,8 +57,8 @@ def about() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def explained(limit_nbytes: int) -> dict[str, Any]:
-    return {"residency": {"limit_nbytes": limit_nbytes, "cached_nbytes": limit_nbytes - 1}}
+def explained(budget_nbytes: int) -> dict[str, Any]:
+    return {"residency": {"budget_nbytes": budget_nbytes, "cached_nbytes": budget_nbytes - 1}}
 
 
 def samples() -> list[dict[str, Any]]:
@@ -139,7 +139,7 @@ def changed(parts: dict[str, ModuleType]) -> list[dict[str, Any]]:
     rhos = [1.0] * 4 + [0.5] * 4
     found = []
     for run, steps in enumerate(([1.0] * 4 + [9.0, 2.2, 2.4, 2.0], [1.0] * 4 + [9.0] * 4)):
-        sample = case(run, 0.0, "dual", steps, steps_limit_nbytes=[7 << 20] * 4 + [3 << 20] * 4)
+        sample = case(run, 0.0, "dual", steps, steps_budget_nbytes=[7 << 20] * 4 + [3 << 20] * 4)
         found.append({"kind": "change", "run": run, "rhos": rhos, "outcome": sample["outcome"]})
     return found
 

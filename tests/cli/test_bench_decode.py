@@ -35,7 +35,7 @@ from spdk_kv.measure.decode.case import (
 )
 from spdk_kv.measure.decode.load import Bytes, Load, Noise
 from spdk_kv.measure.decode.replay import Replay, SimulatedGpu, StorePath
-from spdk_kv.memory.budget import read_memory
+from spdk_kv.memory.available import read_memory
 from support.subprocesses import interruptible_fixture
 
 interruptible = interruptible_fixture
@@ -234,7 +234,7 @@ def test_x_follows_a_limit_that_changes_in_mid_run(group: MemoryGroup, tmp_path:
     outcome = run_in_subprocess(case)
     assert not outcome.error
     assert outcome.explained["residency"]["limited_by"] == "the memory cgroup of the run"
-    before, halved, still, doubled = outcome.steps_limit_nbytes
+    before, halved, still, doubled = outcome.steps_budget_nbytes
     assert halved == pytest.approx(still, rel=0.1)
     assert 0 < halved < 0.6 * min(before, doubled)
 
@@ -307,6 +307,19 @@ def test_outcomes_of_other_versions_are_read() -> None:
     found = outcome_from({"variant": "dual", "limit_nbytes": None, "unheard_of": 1})
     assert found.variant == "dual"
     assert found.hit_rate is None
+
+
+def test_outcomes_of_0_1_call_the_budget_the_limit() -> None:
+    old = {"limit_nbytes": 3, "budget_nbytes": 5, "units": 2}
+    found = outcome_from(
+        {
+            "variant": "dual", "limit_nbytes": 9, "steps_limit_nbytes": [4, 3],
+            "explained": {"residency": old},
+        }
+    )  # fmt: skip
+    assert (found.limit_nbytes, found.steps_budget_nbytes) == (9, [4, 3])
+    residency = {"budget_nbytes": 3, "available_nbytes": 5, "units": 2}
+    assert found.explained["residency"] == residency
 
 
 def test_the_first_steps_do_not_count() -> None:

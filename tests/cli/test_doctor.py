@@ -21,7 +21,7 @@ from spdk_kv.cli.main import COMMANDS, LazyGroup, main
 from spdk_kv.devices.host import Host, HugepagePool
 from spdk_kv.devices.io_uring import IoUringStatus
 from spdk_kv.devices.nvme import Namespace, NvmeDrive
-from spdk_kv.memory.budget import CgroupLimit, MemorySnapshot
+from spdk_kv.memory.available import CgroupLimit, MemorySnapshot
 from support.subprocesses import interruptible_fixture
 from support.terminal import run_on_terminal
 
@@ -207,7 +207,7 @@ def test_json_has_the_stable_keys() -> None:
     assert {check["name"] for check in report["checks"]} >= {
         "system", "memory", "hugepages", "memlock", "iommu", "vfio", "io_uring", "gpu"
     }  # fmt: skip
-    assert report["memory"]["page_cache_budget_nbytes"] > 0
+    assert report["memory"]["available_for_page_cache_nbytes"] > 0
 
 
 def test_report_is_whole_in_a_pipe_and_on_a_narrow_terminal() -> None:

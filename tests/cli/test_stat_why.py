@@ -28,7 +28,7 @@ from paths.helpers import (
     set_budget,
 )
 from spdk_kv.cli import main
-from spdk_kv.store.why import FILE_NAME, WhyFile, read_why
+from spdk_kv.store.why import FILE_NAME, FORMAT, WhyFile, read_why
 from store.helpers import folder_fixture, open_store
 from support import blockdev
 from support.places import TESTS
@@ -65,10 +65,10 @@ def test_an_open_store_tells_what_it_decided_and_why(folder: Path) -> None:
         told(folder, cached_units=4)
         found = why(f"file://{folder}")
         assert set(found) == {"location", "memory", "owner_pid", "decision"}
-        assert set(found["memory"]) == {"budget_nbytes", "limited_by", "pressure", "notes"}
+        assert set(found["memory"]) == {"available_nbytes", "limited_by", "pressure", "notes"}
         assert found["owner_pid"] == os.getpid()
         decision, stats = found["decision"], store.stats()["residency"]
-        assert decision.pop("pid") == os.getpid()
+        assert (decision.pop("format"), decision.pop("pid")) == (FORMAT, os.getpid())
         assert time.time() - 60 < decision.pop("time") <= time.time()
         assert decision.pop("engine") == store.engine.name
         (one,) = decision.pop("sequences")
@@ -76,13 +76,13 @@ def test_an_open_store_tells_what_it_decided_and_why(folder: Path) -> None:
         assert (one["k_units"], one["v_units"]) == (SHAPE.layers, SHAPE.layers)
         assert one["k_cached_units"] + one["v_cached_units"] == 4
         assert one["k_cached_nbytes"] + one["v_cached_nbytes"] == stats["cached_nbytes"]
-        steady = ("policy", "paths", "limit_nbytes", "limited_by", "cached_units", "units")
+        steady = ("policy", "paths", "budget_nbytes", "limited_by", "cached_units", "units")
         assert {name: decision[name] for name in steady} == {name: stats[name] for name in steady}
         assert set(decision) == set(stats)
 
         set_budget(store, 0)
         scans(sequence, reference)
-        assert told(folder, limit_nbytes=0)["sequences"][0]["k_cached_units"] == 0
+        assert told(folder, budget_nbytes=0)["sequences"][0]["k_cached_units"] == 0
         sequence.delete()
         assert told(folder, units=0)["sequences"] == []
     assert why(f"file://{folder}")["decision"] is None
@@ -101,7 +101,7 @@ def test_lines_for_people(folder: Path) -> None:
         assert (shown.returncode, shown.stderr) == (0, "")
         assert f"owner       process {os.getpid()};" in shown.stdout
         assert "limited by" in shown.stdout
-        assert "budget      5.0 MiB (what was given)" in shown.stdout
+        assert "available   5.0 MiB (what was given)" in shown.stdout
         assert "it holds 4 of 8 units" in shown.stdout
         assert "sequence 's': layers of K " in shown.stdout
         assert " misses), " in shown.stdout
@@ -189,6 +189,18 @@ def test_what_a_killed_owner_left_is_not_taken_for_the_truth(folder: Path) -> No
 def test_nonsense_in_the_file_is_no_decision(folder: Path, content: bytes) -> None:
     with open_store(folder):
         (folder / FILE_NAME).write_bytes(content)
+        assert why(f"file://{folder}")["decision"] is None
+
+
+@pytest.mark.parametrize("told", [{}, {"format": FORMAT + 1}])
+def test_a_file_of_another_version_is_refused(folder: Path, told: dict[str, int]) -> None:
+    with open_store(folder):
+        (folder / FILE_NAME).write_text(json.dumps({"pid": os.getpid(), **told}))
+        result = CliRunner().invoke(main, ["stat", f"file://{folder}", "--why"])
+        assert result.exit_code != 0
+        assert "another version of spdk_kv" in result.output
+        # What a dead process of another version left is nothing to refuse.
+        (folder / FILE_NAME).write_text(json.dumps({"pid": os.getpid() + 1, **told}))
         assert why(f"file://{folder}")["decision"] is None
 
 

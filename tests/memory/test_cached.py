@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from spdk_kv.memory import cached as memory_cached
-from spdk_kv.memory.budget import cached_nbytes
+from spdk_kv.memory.available import cached_nbytes
 from spdk_kv.memory.cached import by_cachestat, by_mincore
 from spdk_kv.units import MIB
 

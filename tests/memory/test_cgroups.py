@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from spdk_kv.devices.mounts import read_mounts
-from spdk_kv.memory.budget import MemoryReader
+from spdk_kv.memory.available import MemoryReader
 from spdk_kv.units import MIB
 from support.places import ROOT
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.machine
 # A process that does one thing for each line it is given, and answers in one line.
 CHILD = """
 import json, os, sys
-from spdk_kv.memory.budget import MemoryReader, cached_nbytes
+from spdk_kv.memory.available import MemoryReader, cached_nbytes
 from spdk_kv.units import MIB
 reader = MemoryReader()
 held, maps = [], []

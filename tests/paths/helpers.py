@@ -14,7 +14,7 @@ import torch
 import spdk_kv
 from sequence.helpers import Reference
 from spdk_kv.engines.uring import why_unavailable
-from spdk_kv.memory.budget import MemoryReader, cached_nbytes
+from spdk_kv.memory.available import MemoryReader, cached_nbytes
 from spdk_kv.paths.units import TrackedUnit
 from spdk_kv.store import KVStore
 from store.helpers import open_store

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
-from spdk_kv.residency.limit import margin
+from spdk_kv.residency.edge import margin
 from spdk_kv.residency.policies import Decision, Observation, Policy, Unit
 from spdk_kv.units import MIB
 
@@ -15,10 +15,10 @@ Page = tuple[Hashable, int]
 
 
 @dataclass
-class Turn:
-    """One scan: what was decided before it, and what its reads through the page cache found.
+class Scan:
+    """What was decided before a scan, and what its reads through the page cache found.
 
-    ``over``: the kept units were more than the kernel gave when the turn ended.
+    ``over``: the kept units were more than the kernel gave when the scan ended.
     """
 
     decision: Decision
@@ -38,9 +38,10 @@ class Turn:
 class Machine:
     """Layers of K and V that are scanned over and over, through an LRU cache or around it.
 
-    ``edge``: pages that the kernel really gives. ``promise``: what the budget says, in pages.
+    ``edge``: pages that the kernel really gives. ``promise``: the available memory that the
+    kernel reports, in pages.
     ``tells_resident``: whether the kernel tells what it holds (cachestat). ``alarm``: misses, as a
-    part of X, that call for a decision at once.
+    share of the budget, that call for a decision at once.
     """
 
     policy: Policy
@@ -56,7 +57,7 @@ class Machine:
     cached: frozenset[Hashable] = frozenset()
     warmed: dict[Hashable, int] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=lambda: {"hit": 0, "missed": 0})
-    turns: list[Turn] = field(default_factory=list)
+    scans: list[Scan] = field(default_factory=list)
 
     def units(self) -> list[Unit]:
         return [
@@ -64,9 +65,9 @@ class Machine:
         ]
 
     @property
-    def limit(self) -> int:
-        """X in pages."""
-        return self.turns[-1].decision.limit_nbytes // MIB
+    def budget(self) -> int:
+        """In pages."""
+        return self.scans[-1].decision.budget_nbytes // MIB
 
     def decide(self) -> tuple[Decision, int]:
         units = self.units()
@@ -75,7 +76,7 @@ class Machine:
             units,
             self.cached,
             Observation(
-                budget_nbytes=self.promise * MIB,
+                available_nbytes=self.promise * MIB,
                 hit_nbytes=self.seen["hit"] * MIB,
                 missed_nbytes=self.seen["missed"] * MIB,
                 pressure=self.pressure,
@@ -83,9 +84,9 @@ class Machine:
             ),
         )
         sizes = {unit.key: unit.nbytes for unit in units}
-        assert sum(sizes[key] for key in decision.cached) <= decision.limit_nbytes
-        budget = self.promise * MIB
-        assert decision.limit_nbytes <= budget - margin(budget) // 2
+        assert sum(sizes[key] for key in decision.cached) <= decision.budget_nbytes
+        available = self.promise * MIB
+        assert decision.budget_nbytes <= available - margin(available) // 2
         moved = len(decision.cached ^ self.cached)
         for key in self.cached - decision.cached:  # POSIX_FADV_DONTNEED
             self.warmed.pop(key, None)
@@ -95,45 +96,45 @@ class Machine:
         self.seen = {"hit": 0, "missed": 0}
         return decision, moved
 
-    def turn(self, during: Callable[[int], None] = lambda place: None) -> Turn:
+    def scan(self, during: Callable[[int], None] = lambda place: None) -> Scan:
         """Decides, and scans once; ``during`` is called before each unit with its place."""
         decision, moved = self.decide()
-        turn = Turn(decision, moved, 0, 0, 0, False)
+        scan = Scan(decision, moved, 0, 0, 0, False)
         for place, unit in enumerate(self.units()):
             during(place)
             self.shrink()
             if unit.key in self.cached:
-                self.read(unit.key, turn)
-                if self.seen["missed"] * MIB > self.alarm * turn.decision.limit_nbytes:
-                    turn.decision, more = self.decide()
-                    turn.moved += more
-        turn.over = len(self.cached) * self.pages > self.edge
+                self.read(unit.key, scan)
+                if self.seen["missed"] * MIB > self.alarm * scan.decision.budget_nbytes:
+                    scan.decision, more = self.decide()
+                    scan.moved += more
+        scan.over = len(self.cached) * self.pages > self.edge
         self.pages += self.rows
-        self.turns.append(turn)
-        return turn
+        self.scans.append(scan)
+        return scan
 
-    def read(self, key: Hashable, turn: Turn) -> None:
+    def read(self, key: Hashable, scan: Scan) -> None:
         for page in range(self.pages):
             if (key, page) in self.lru:
                 self.lru.move_to_end((key, page))
-                turn.hit += 1
+                scan.hit += 1
                 self.seen["hit"] += 1
                 continue
             self.lru[key, page] = None
             self.shrink()
             if self.warmed.get(key, 0) < self.pages:
                 self.warmed[key] = self.warmed.get(key, 0) + 1
-                turn.filled += 1
+                scan.filled += 1
             else:
-                turn.missed += 1
+                scan.missed += 1
                 self.seen["missed"] += 1
 
     def shrink(self) -> None:
         while len(self.lru) > self.edge:
             self.lru.popitem(last=False)
 
-    def run(self, turns: int) -> list[Turn]:
-        return [self.turn() for _ in range(turns)]
+    def run(self, scans: int) -> list[Scan]:
+        return [self.scan() for _ in range(scans)]
 
 
 def longest(flags: Iterable[bool]) -> int:

@@ -46,9 +46,9 @@ class TestAdaptive(PolicyContract):
 
 
 class TestPaper(PolicyContract):
-    # Binds units for good by their final sizes, under the X of the first decision.
-    holds_limit = False
+    # Binds units for good by their final sizes, under the budget of the first decision.
     holds_budget = False
+    holds_available = False
 
     def make_policy(self) -> Policy:
         return make_policy("paper")
@@ -60,16 +60,18 @@ class TestDirect(PolicyContract):
 
 
 class TestPageCache(PolicyContract):
-    holds_budget = False  # takes every unit, whatever the budget
+    holds_available = False  # takes every unit, however little memory there is
 
     def make_policy(self) -> Policy:
         return make_policy("pagecache")
 
 
 @given(sizes, sizes)
-def test_adaptive_exceeds_neither_the_budget_nor_its_limit(budget: int, most: int) -> None:
-    decision = make_policy("adaptive", most).decide(layers(4, 5), NONE, Observation(budget))
-    assert decision.limit_nbytes <= min(budget, most)
+def test_adaptive_exceeds_neither_the_available_memory_nor_its_maximum(
+    available: int, most: int
+) -> None:
+    decision = make_policy("adaptive", most).decide(layers(4, 5), NONE, Observation(available))
+    assert decision.budget_nbytes <= min(available, most)
 
 
 def test_adaptive_says_what_it_does_and_why() -> None:
@@ -77,19 +79,22 @@ def test_adaptive_says_what_it_does_and_why() -> None:
     units = layers(16)
     decision = policy.decide(units, NONE, Observation(GIB))
     assert decision.reason == (
-        "X is 951.0 MiB and starts under a budget of 1.0 GiB; it holds 14 of 32 units, 896.0 MiB"
+        "the budget is 951.0 MiB, set for the first time with 1.0 GiB of memory available; it "
+        "holds 14 of 32 units, 896.0 MiB"
     )
     assert policy.why(units[0]) == (
-        "page cache: number 1 of 32 by use, weight and place in the scan, of which 14 fit into X, "
-        "951.0 MiB"
+        "page cache: number 1 of 32 by use, weight and place in the scan, of which 14 fit into the "
+        "budget of 951.0 MiB"
     )
     assert policy.why(units[-1]).startswith("direct: number 32 of 32")
     assert policy.why(Unit("new", 1)) == "direct: it was not there at the last decision"
     lost = Observation(GIB, missed_nbytes=896 * MIB, resident_nbytes=500 * MIB)
     decision = policy.decide(units, decision.cached, lost)
-    assert "falls from 951.0 MiB: 896.0 MiB that were to stay were missing, so the kernel keeps " \
-        "only about 500.0 MiB for us" in decision.reason  # fmt: skip
-    assert decision.limit_nbytes == int(500 * MIB * 0.98)
+    assert (
+        "down from 951.0 MiB: 896.0 MiB that should have stayed in the page cache were missing, "
+        "so the kernel keeps only about 500.0 MiB for us"
+    ) in decision.reason
+    assert decision.budget_nbytes == int(500 * MIB * 0.98)
 
 
 def test_empty_units_count_with_the_size_that_they_will_have() -> None:
@@ -178,9 +183,9 @@ def test_unit_joins_only_with_room_to_spare_and_stays_without() -> None:
 
 def test_all_direct_and_all_page_cache_look_at_nothing() -> None:
     units = layers(4)
-    for budget in (0, GIB):
-        assert AllDirect().decide(units, NONE, Observation(budget)).cached == NONE
-        through = AllPageCache().decide(units, NONE, Observation(budget))
+    for available in (0, GIB):
+        assert AllDirect().decide(units, NONE, Observation(available)).cached == NONE
+        through = AllPageCache().decide(units, NONE, Observation(available))
         assert through.cached == {unit.key for unit in units}
 
 
@@ -190,9 +195,10 @@ def test_paper_binds_in_order_by_final_size_and_for_good() -> None:
     units = [replace(unit, nbytes=MIB, capacity_nbytes=100 * MIB) for unit in layers(4)]
     decision = policy.decide(units, NONE, Observation(350 * MIB))
     assert decision.cached == {(0, 0, 0), (0, 0, 1), (0, 1, 0)}
-    assert decision.limit_nbytes == 350 * MIB
-    for budget in (0, 10 * GIB):  # X is fixed at the start
-        assert policy.decide(units, decision.cached, Observation(budget)).cached == decision.cached
+    assert decision.budget_nbytes == 350 * MIB
+    for available in (0, 10 * GIB):  # the budget is fixed at the start
+        again = policy.decide(units, decision.cached, Observation(available))
+        assert again.cached == decision.cached
     assert policy.why(units[0]).startswith("page cache: when it appeared")
     assert policy.why(units[7]).startswith("direct: when it appeared")
     # What a deleted sequence leaves is for those that come, not for those that are bound.
@@ -201,7 +207,7 @@ def test_paper_binds_in_order_by_final_size_and_for_good() -> None:
     assert after == {(0, 0, 1), (0, 1, 0), (1, 0, 0)}
 
 
-def test_paper_takes_a_limit_that_is_given() -> None:
+def test_paper_takes_a_budget_that_is_given() -> None:
     policy = make_policy("paper", 128 * MIB)
     decision = policy.decide(layers(4), NONE, Observation(0))
     assert decision.cached == {(0, 0, 0), (0, 0, 1)}
@@ -237,7 +243,7 @@ def test_impossible_units_are_refused(wrong: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"budget_nbytes": -1},
+        {"available_nbytes": -1},
         {"hit_nbytes": -1},
         {"missed_nbytes": -1},
         {"resident_nbytes": -1},
@@ -248,4 +254,4 @@ def test_impossible_units_are_refused(wrong: dict[str, float]) -> None:
 )
 def test_impossible_observations_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"not negative|percentage"):
-        Observation(**({"budget_nbytes": 1} | wrong))
+        Observation(**({"available_nbytes": 1} | wrong))

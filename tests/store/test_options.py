@@ -91,7 +91,7 @@ def test_old_keywords_still_work(folder: Path) -> None:
         store.sequence("s", spdk_kv.KVShape(1, 1, 8, "float32", 8))
         store.paths.decide()
         residency = store.stats()["residency"]
-        assert (residency["policy"], residency["budget_nbytes"]) == ("paper", 3 << 20)
+        assert (residency["policy"], residency["available_nbytes"]) == ("paper", 3 << 20)
     with pytest.warns(DeprecationWarning, match="PageCacheOptions"):
         store = spdk_kv.open(file_uri(folder), engine="pagecache", mmap=True, **QUICK)
     with store:

@@ -57,7 +57,7 @@ class Good:
         self.last: frozenset[object] = frozenset()
 
     def room(self, seen: Observation) -> int:
-        return seen.budget_nbytes
+        return seen.available_nbytes
 
     def decide(
         self, units: Sequence[Unit], cached: frozenset[object], seen: Observation
@@ -69,7 +69,7 @@ class Good:
                 taken.append(unit.key)
                 left -= unit.nbytes
         self.last = frozenset(taken)
-        return Decision(self.last, seen.budget_nbytes, "what fits")
+        return Decision(self.last, seen.available_nbytes, "what fits")
 
     def why(self, unit: Unit) -> str:
         return "page cache: it fits" if unit.key in self.last else "direct: it does not"
@@ -85,7 +85,7 @@ class SharesItsState(Good):
 
     def room(self, seen: Observation) -> int:
         self.calls.append(0)
-        return seen.budget_nbytes // len(self.calls)
+        return seen.available_nbytes // len(self.calls)
 
 
 class ChangesItsInput(Good):

@@ -12,7 +12,7 @@ from typing import Literal
 
 from spdk_kv.devices import Host, IoUringStatus, NvmeDrive
 from spdk_kv.engines import URING_OLDEST_KERNEL
-from spdk_kv.memory import MemorySnapshot, page_cache_budget
+from spdk_kv.memory import MemorySnapshot, available_for_page_cache
 from spdk_kv.units import GIB, format_nbytes
 
 Status = Literal["ok", "missing", "limited", "info"]
@@ -51,9 +51,10 @@ def check_memory(memory: MemorySnapshot) -> Check:
     tightest = memory.tightest
     if tightest is None:
         return Check("memory", "ok", f"{found}, no cgroup limit")
+    available = format_nbytes(available_for_page_cache(memory, 0))
     found += (
-        f", of which the page cache may use {format_nbytes(page_cache_budget(memory, 0))}: cgroup "
-        f"{tightest.path} has a limit of {format_nbytes(tightest.limit_nbytes)}"
+        f", of which the page cache may use {available}: cgroup {tightest.path} has"
+        f" a limit of {format_nbytes(tightest.limit_nbytes)}"
     )
     if tightest.headroom_nbytes >= memory.available_nbytes:
         return Check("memory", "ok", found)

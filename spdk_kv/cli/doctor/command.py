@@ -22,7 +22,7 @@ from spdk_kv.cli.doctor.checks import (
     check_vfio,
 )
 from spdk_kv.devices import NvmeDrive, list_drives, read_host
-from spdk_kv.memory import MemorySnapshot, page_cache_budget, read_memory
+from spdk_kv.memory import MemorySnapshot, available_for_page_cache, read_memory
 from spdk_kv.terminal import console, is_terminal, json_option, print_json
 from spdk_kv.units import format_nbytes
 
@@ -154,7 +154,7 @@ def _drive_fields(drive: NvmeDrive) -> dict[str, Any]:
 
 
 def _memory_fields(memory: MemorySnapshot) -> dict[str, Any]:
-    return asdict(memory) | {"page_cache_budget_nbytes": page_cache_budget(memory, 0)}
+    return asdict(memory) | {"available_for_page_cache_nbytes": available_for_page_cache(memory, 0)}
 
 
 def _print_lines(report: Sequence[Check]) -> None:

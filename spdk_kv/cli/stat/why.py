@@ -24,7 +24,7 @@ def explain(place: Location, index_dir: str | None) -> dict[str, Any]:
 
     ``memory`` is as this process sees it; ``owner_pid`` is the process that has the store open, or
     None; ``decision`` is its last one, or None if there was none yet. Raises StoreMismatch where
-    there is no store.
+    there is no store, and where the owner is another version of spdk_kv.
     """
     if place.scheme == "file":
         if index_dir is not None:
@@ -35,28 +35,28 @@ def explain(place: Location, index_dir: str | None) -> dict[str, Any]:
     if not os.path.exists(os.path.join(folder, "index.sqlite")):
         raise StoreMismatch(f"no store at {place}: there is no index in {folder}")
     reader = MemoryReader()
-    budget = reader.read()
+    available = reader.read()
     reader.close()
     owner = owner_of(os.path.join(folder, "lock"))
-    decision = read_why(folder)
+    # An owner that was killed leaves its file behind, which describes nothing any more.
+    decision = None if owner is None else read_why(folder, owner)
     return {
         "location": str(place),
         "memory": {
-            "budget_nbytes": budget.nbytes,
-            "limited_by": budget.limited_by,
-            "pressure": budget.pressure,
-            "notes": list(budget.notes),
+            "available_nbytes": available.nbytes,
+            "limited_by": available.limited_by,
+            "pressure": available.pressure,
+            "notes": list(available.notes),
         },
         "owner_pid": owner,
-        # An owner that was killed leaves its file behind, which describes nothing any more.
-        "decision": decision if decision is not None and decision["pid"] == owner else None,
+        "decision": decision,
     }
 
 
 def lines_of(explained: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of (name, text) for people."""
     memory, decision = explained["memory"], explained["decision"]
-    text = f"the page cache may hold {format_nbytes(memory['budget_nbytes'])}, limited by "
+    text = f"the page cache may hold {format_nbytes(memory['available_nbytes'])}, limited by "
     text += memory["limited_by"]
     if memory["pressure"] is not None:
         text += f"; pressure {memory['pressure']:.0f} %"
@@ -76,8 +76,8 @@ def lines_of(explained: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [*rows, *_sequence_rows(decision["sequences"])]
     return [
         *rows,
-        ("budget", f"{format_nbytes(decision['budget_nbytes'])} ({decision['limited_by']})"),
-        ("limit", f"{format_nbytes(decision['limit_nbytes'])} of layers in the page cache"),
+        ("available", f"{format_nbytes(decision['available_nbytes'])} ({decision['limited_by']})"),
+        ("budget", f"{format_nbytes(decision['budget_nbytes'])} of layers in the page cache"),
         *_sequence_rows(decision["sequences"]),
         *_copy_rows(decision),
         ("reads", _reads(decision)),

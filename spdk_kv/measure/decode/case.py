@@ -88,7 +88,7 @@ class Outcome:
     Attributes:
         steps_nbytes: bytes that each step asked for.
         steps_device_nbytes: bytes that the drive read meanwhile; empty where it has no counters.
-        steps_limit_nbytes: what the store let the page cache hold after each step; empty for other
+        steps_budget_nbytes: the store's budget after each step; empty for other
             paths.
         other_nbytes: the most anonymous, pinned and kernel memory seen after a step; 0 without a
             cgroup.
@@ -104,7 +104,7 @@ class Outcome:
     steps_s: list[float] = field(default_factory=list)
     steps_nbytes: list[int] = field(default_factory=list)
     steps_device_nbytes: list[int] = field(default_factory=list)
-    steps_limit_nbytes: list[int] = field(default_factory=list)
+    steps_budget_nbytes: list[int] = field(default_factory=list)
     prefill_written_nbytes: int | None = None
     other_nbytes: int = 0
     cache_nbytes: int = 0
@@ -187,7 +187,16 @@ def _run_process(words: list[str]) -> tuple[int, str, str]:
 def outcome_from(found: Mapping[str, Any]) -> Outcome:
     """An outcome from its JSON; fields that this version does not know are ignored."""
     known = {one.name for one in fields(Outcome)}
-    return Outcome(**{name: value for name, value in found.items() if name in known})
+    outcome = Outcome(**{name: value for name, value in found.items() if name in known})
+    # Results of version 0.1 call the budget the limit, and available memory the budget.
+    if "steps_limit_nbytes" in found:
+        outcome = replace(outcome, steps_budget_nbytes=found["steps_limit_nbytes"])
+    residency = dict(outcome.explained.get("residency") or {})
+    if "limit_nbytes" in residency:
+        residency["available_nbytes"] = residency["budget_nbytes"]
+        residency["budget_nbytes"] = residency.pop("limit_nbytes")
+        outcome = replace(outcome, explained=outcome.explained | {"residency": residency})
+    return outcome
 
 
 def main(makers: Mapping[str, Maker]) -> None:
@@ -256,7 +265,7 @@ def _measure(
     cpu_s, other, cache = 0.0, 0, 0
     steps: list[Step] = []
     from_drive: list[int] = []
-    limits: list[int] = []
+    budgets: list[int] = []
     while len(steps) < load.steps:
         if group and (limit := case.changes.get(str(len(steps)))) is not None:
             group.limit(limit)
@@ -267,7 +276,7 @@ def _measure(
             from_drive.append(now[0] - seen[0])
             seen = now
         if residency := path.explain().get("residency"):
-            limits.append(residency["limit_nbytes"])
+            budgets.append(residency["budget_nbytes"])
         if group:
             use = group.use()
             other, cache = max(other, use.other_nbytes), use.cache_nbytes
@@ -289,7 +298,7 @@ def _measure(
         steps_s=[step.seconds for step in steps],
         steps_nbytes=[step.read_nbytes for step in steps],
         steps_device_nbytes=from_drive,
-        steps_limit_nbytes=limits,
+        steps_budget_nbytes=budgets,
         prefill_written_nbytes=None if before is None or start is None else start[1] - before[1],
         other_nbytes=other,
         cache_nbytes=cache,

@@ -1,7 +1,7 @@
-"""How much DRAM the page cache may hold: MemAvailable and the memory cgroups around us.
+"""The available memory: how much DRAM the page cache could hold.
 
-Inside a container MemAvailable is the host's, so alone it promises memory that the cgroup will
-not give. Both are read; the tightest wins.
+Inside a container MemAvailable is the host's, so alone it promises memory that the cgroup will not
+give. Both MemAvailable and the memory cgroups around this process are read; the tightest wins.
 """
 
 from __future__ import annotations
@@ -19,33 +19,38 @@ from spdk_kv.memory.cgroups import CgroupLimit, MemoryCgroups, ReadText
 from spdk_kv.units import KIB
 
 __all__ = [
-    "Budget",
+    "AvailableMemory",
     "CgroupLimit",
     "MemoryReader",
     "MemorySnapshot",
+    "available_for_page_cache",
     "cached_nbytes",
-    "page_cache_budget",
     "read_memory",
 ]
 
 _MEMINFO = re.compile(r"^(MemTotal|MemAvailable|Mapped):\s*([0-9]+) kB$", re.MULTILINE)
 _SOME_AVG10 = re.compile(r"^some avg10=([0-9]{1,3}(?:\.[0-9]+)?)\s", re.MULTILINE)
 
-# Reads after which what was not found is looked for again.
-_LOOK_AGAIN = 64
-_CHUNK_NBYTES = 16 * KIB
+# Reads after which files that were missing are searched for again. Chosen: about a minute of decode
+# steps.
+_SEARCH_AGAIN = 64
+_CHUNK_NBYTES = 16 * KIB  # holds each of these files in one read on the machines seen so far
 
 
 @dataclass(frozen=True)
 class MemorySnapshot:
     """The memory of the machine and of the cgroups, innermost first, at one moment.
 
-    ``available_nbytes``: MemAvailable, which counts reclaimable page cache; None where unknown.
-    ``limits``: only the cgroups that have a limit. ``notes``: each file that was missing,
-    unreadable or nonsense, and so stands for "no limit known". ``mapped_nbytes``: page cache that
-    processes have mapped (libraries, weights), which looks reclaimable and is in use.
-    ``pressure``: the percentage of the last 10 s in which some task waited for memory (PSI), of
-    the innermost cgroup that tells or else of the machine; None where unknown.
+    Attributes:
+        total_nbytes: MemTotal; None where unknown.
+        available_nbytes: MemAvailable, which counts reclaimable page cache; None where unknown.
+        limits: the cgroups that have a limit.
+        notes: each file that was missing, unreadable or nonsense, and so stands for "no limit
+            known".
+        mapped_nbytes: page cache that processes have mapped (libraries, weights), which looks
+            reclaimable and is in use.
+        pressure: percentage of the last 10 s in which some task waited for memory (PSI), in the
+            innermost cgroup that reports it or else on the machine; None where unknown.
     """
 
     total_nbytes: int | None
@@ -62,11 +67,14 @@ class MemorySnapshot:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """``nbytes``: what the page cache may hold for us in all, what it holds already included.
+class AvailableMemory:
+    """The available memory, and what limits it.
 
-    ``limited_by``: the cgroup's path, "MemAvailable", "what was given", or "nothing is known".
-    ``pressure`` and ``notes`` as in MemorySnapshot.
+    Attributes:
+        nbytes: what the page cache could hold for us in all, including what it holds already.
+        limited_by: the cgroup's path, "MemAvailable", "what was given", or "nothing is known".
+        pressure: as in :class:`MemorySnapshot`.
+        notes: as in :class:`MemorySnapshot`.
     """
 
     nbytes: int
@@ -75,18 +83,25 @@ class Budget:
     notes: tuple[str, ...]
 
 
-def page_cache_budget(snapshot: MemorySnapshot, reserve_nbytes: int) -> int:
-    """Bytes that the page cache may hold for us in all, what it holds already included.
+def available_for_page_cache(snapshot: MemorySnapshot, reserve_nbytes: int) -> int:
+    """Bytes that the page cache could hold for us in all, including what it holds already.
 
-    ``reserve_nbytes`` stays free for others: count in it what will be needed and is not in use
-    yet. 0 where nothing at all is known, so that nobody plans with memory that may not be there.
-    Raises ValueError for a negative reserve.
+    Args:
+        snapshot: what :func:`read_memory` returned.
+        reserve_nbytes: bytes that stay free for others: all that will be needed and is not in use
+            yet.
+
+    Returns:
+        0 where nothing at all is known, so that nobody plans with memory that may not be there.
+
+    Raises:
+        ValueError: for a negative reserve.
     """
     return _tightest(snapshot, reserve_nbytes)[0]
 
 
 def _tightest(snapshot: MemorySnapshot, reserve_nbytes: int) -> tuple[int, str]:
-    """The budget in bytes, and what bounds it."""
+    """The available bytes, and what limits them."""
     if reserve_nbytes < 0:
         raise ValueError(f"reserve_nbytes is not negative: {reserve_nbytes}")
     bounds = [(limit.headroom_nbytes, limit.path) for limit in snapshot.limits]
@@ -97,7 +112,7 @@ def _tightest(snapshot: MemorySnapshot, reserve_nbytes: int) -> tuple[int, str]:
 
 
 def read_memory(root: Path = Path("/")) -> MemorySnapshot:
-    """Reads a dozen small files of procfs and cgroupfs; does not block, does not raise."""
+    """Reads a dozen small files of procfs and cgroupfs. Does not block and does not raise."""
 
     def read_text(path: str) -> str | None:
         return read_file(Path(path))
@@ -135,19 +150,28 @@ def _pressure(root: Path, read_text: ReadText, cgroups: MemoryCgroups) -> float 
 
 
 class MemoryReader:
-    """The budget again and again, cheap enough for every decode step.
+    """Reads the available memory repeatedly, cheaply enough for every decode step.
 
-    ``budget``: bytes that are given instead of read. ``reserve_nbytes`` as in page_cache_budget.
     Keeps the files open, notices when the process is moved to another cgroup, and may be used by
-    several threads and after a fork. Raises ValueError for negative sizes.
+    several threads and after a fork.
+
+    Args:
+        given_nbytes: the available memory where it is given rather than read.
+        reserve_nbytes: as in :func:`available_for_page_cache`.
+        root: where ``proc`` and ``sys`` are.
+
+    Raises:
+        ValueError: for negative sizes.
     """
 
     def __init__(
-        self, budget: int | None = None, reserve_nbytes: int = 0, root: Path = Path("/")
+        self, given_nbytes: int | None = None, reserve_nbytes: int = 0, root: Path = Path("/")
     ) -> None:
-        if min(budget or 0, reserve_nbytes) < 0:
-            raise ValueError(f"budget and reserve are not negative: {budget}, {reserve_nbytes}")
-        self._given = budget
+        if min(given_nbytes or 0, reserve_nbytes) < 0:
+            raise ValueError(
+                f"given and reserve are not negative: {given_nbytes}, {reserve_nbytes}"
+            )
+        self._given = given_nbytes
         self._reserve = reserve_nbytes
         self._root = root
         self._lock = threading.Lock()
@@ -157,16 +181,16 @@ class MemoryReader:
         self._cgroups: MemoryCgroups | None = None
         self._reads = 0
 
-    def read(self) -> Budget:
-        """The budget now; does not block on the device, does not raise for what it finds."""
+    def read(self) -> AvailableMemory:
+        """The available memory now. Does no I/O on a drive and does not raise."""
         with self._lock:
             cgroups = self._find()
             if self._given is not None:
                 pressure = _pressure(self._root, self._files.read, cgroups)
-                return Budget(self._given, "what was given", pressure, ())
+                return AvailableMemory(self._given, "what was given", pressure, ())
             snapshot = _snapshot(self._root, self._files.read, cgroups)
         nbytes, limited_by = _tightest(snapshot, self._reserve)
-        return Budget(nbytes, limited_by, snapshot.pressure, snapshot.notes)
+        return AvailableMemory(nbytes, limited_by, snapshot.pressure, snapshot.notes)
 
     def close(self) -> None:
         """Closes the files; a later read opens them again."""
@@ -178,7 +202,7 @@ class MemoryReader:
             self._files.close()  # /proc/self was opened as the parent's
             self._pid = os.getpid()
         membership = self._files.read(f"{self._root}/proc/self/cgroup")
-        again = self._reads % _LOOK_AGAIN == 0 and self._cgroups and self._cgroups.notes
+        again = self._reads % _SEARCH_AGAIN == 0 and self._cgroups and self._cgroups.notes
         self._reads += 1
         if self._cgroups is None or membership != self._membership or again:
             self._files.close()
@@ -205,7 +229,7 @@ class _OpenFiles:
             except (OSError, ValueError):  # ValueError: a NUL in the path
                 self._forget(path)
             if fresh:
-                break  # else the file behind the descriptor is gone, and may be there anew
+                break  # otherwise the file was removed, and may have been made anew
         return None
 
     def close(self) -> None:

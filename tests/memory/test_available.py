@@ -1,4 +1,4 @@
-"""The memory budget: the tightest of MemAvailable and every cgroup around this process."""
+"""The available memory: the tightest of MemAvailable and every cgroup around this process."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spdk_kv.memory.budget import (
+from spdk_kv.memory.available import (
     CgroupLimit,
     MemoryReader,
     MemorySnapshot,
-    page_cache_budget,
+    available_for_page_cache,
     read_memory,
 )
 from support.rounds import examples
@@ -77,18 +77,18 @@ class Machine:
             stat = f"anon 5\nactive_file {cache // 2}\ninactive_file {cache - cache // 2}"
         self.write(f"{level}/memory.stat", stat)
 
-    def budget(self, reserve: int = 0) -> int:
-        return page_cache_budget(read_memory(self.root), reserve)
+    def available(self, reserve: int = 0) -> int:
+        return available_for_page_cache(read_memory(self.root), reserve)
 
 
-def test_this_machine_has_a_budget() -> None:
+def test_this_machine_has_memory() -> None:
     snapshot = read_memory()
     assert snapshot.total_nbytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < page_cache_budget(snapshot, 0) <= snapshot.total_nbytes
+    assert 0 < available_for_page_cache(snapshot, 0) <= snapshot.total_nbytes
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_without_limits_the_budget_is_what_is_available(tmp_path: Path, version: int) -> None:
+def test_without_limits_there_is_what_is_available(tmp_path: Path, version: int) -> None:
     machine = Machine(tmp_path, version, "/a")
     unlimited = V1_UNLIMITED if version == 1 else "max"
     machine.cgroup("a", unlimited, usage=GIB)
@@ -96,16 +96,16 @@ def test_without_limits_the_budget_is_what_is_available(tmp_path: Path, version:
         machine.cgroup("", unlimited)
     snapshot = read_memory(tmp_path)
     assert (snapshot.limits, snapshot.notes) == ((), ())
-    assert page_cache_budget(snapshot, 0) == 8 * GIB
-    assert page_cache_budget(snapshot, 3 * GIB) == 5 * GIB
-    assert page_cache_budget(snapshot, 9 * GIB) == 0
+    assert available_for_page_cache(snapshot, 0) == 8 * GIB
+    assert available_for_page_cache(snapshot, 3 * GIB) == 5 * GIB
+    assert available_for_page_cache(snapshot, 9 * GIB) == 0
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_page_cache_in_the_cgroup_counts_as_room(tmp_path: Path, version: int) -> None:
     machine = Machine(tmp_path, version, "/a")
     machine.cgroup("a", 2 * GIB, usage=GIB, cache=600 * MIB)
-    assert machine.budget() == GIB + 600 * MIB
+    assert machine.available() == GIB + 600 * MIB
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -125,7 +125,7 @@ def test_tightest_of_nested_cgroups_wins(
     for path, gib in levels.items():
         machine.cgroup(path, gib * GIB)
     machine.cgroup("other", MIB)  # a neighbour's limit is none of ours
-    assert machine.budget() == expected * GIB
+    assert machine.available() == expected * GIB
 
 
 def test_full_outer_cgroup_leaves_less_than_a_small_inner_one(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_full_outer_cgroup_leaves_less_than_a_small_inner_one(tmp_path: Path) ->
     machine.cgroup("a", 4 * GIB, usage=4 * GIB - MIB)
     machine.cgroup("a/b", GIB, usage=0)
     snapshot = read_memory(tmp_path)
-    assert page_cache_budget(snapshot, 0) == MIB
+    assert available_for_page_cache(snapshot, 0) == MIB
     assert snapshot.tightest is not None
     assert snapshot.tightest.path == "/sys/fs/cgroup/a"
 
@@ -142,7 +142,7 @@ def test_memory_high_limits_like_memory_max(tmp_path: Path) -> None:
     machine = Machine(tmp_path, 2, "/a")
     machine.cgroup("a", 4 * GIB)
     machine.write("sys/fs/cgroup/a/memory.high", str(GIB))
-    assert machine.budget() == GIB
+    assert machine.available() == GIB
 
 
 def test_v1_limit_above_the_mount_is_seen_through_memory_stat(tmp_path: Path) -> None:
@@ -150,14 +150,14 @@ def test_v1_limit_above_the_mount_is_seen_through_memory_stat(tmp_path: Path) ->
     machine.cgroup("", V1_UNLIMITED, usage=MIB)
     stat = tmp_path / machine.top / "memory.stat"
     stat.write_text(stat.read_text() + f"hierarchical_memory_limit {GIB}\n")
-    assert machine.budget() == GIB - MIB
+    assert machine.available() == GIB - MIB
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_container_sees_its_cgroup_at_the_mount_point(tmp_path: Path, version: int) -> None:
     machine = Machine(tmp_path, version, "/docker/id", mount_root="/docker/id")
     machine.cgroup("", 3 * GIB)
-    assert machine.budget() == 3 * GIB
+    assert machine.available() == 3 * GIB
     assert read_memory(tmp_path).notes == ()
 
 
@@ -166,7 +166,7 @@ def test_cgroup_outside_the_mount_falls_back_to_its_top(tmp_path: Path, path: st
     machine = Machine(tmp_path, 2, path, mount_root="/pod")
     machine.cgroup("", 3 * GIB)
     machine.write("sys/fs/outside/memory.max", "1")
-    assert machine.budget() == 3 * GIB
+    assert machine.available() == 3 * GIB
     assert f"{path} is outside" in read_memory(tmp_path).notes[0]
 
 
@@ -179,7 +179,7 @@ def test_nonsense_limit_is_no_limit_and_is_named(
     machine.cgroup("", V1_UNLIMITED if version == 1 else "max")
     machine.cgroup("a", nonsense)
     snapshot = read_memory(tmp_path)
-    assert page_cache_budget(snapshot, 0) == 8 * GIB
+    assert available_for_page_cache(snapshot, 0) == 8 * GIB
     (note,) = snapshot.notes
     name = "memory.limit_in_bytes" if version == 1 else "memory.max"
     assert note.startswith(f"/{machine.top}/a/{name}: not a byte count")
@@ -197,7 +197,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     for name in ("memory.usage_in_bytes", "memory.stat"):
         (tmp_path / machine.top / "a" / name).unlink()
     snapshot = read_memory(tmp_path)
-    assert page_cache_budget(snapshot, 0) == GIB
+    assert available_for_page_cache(snapshot, 0) == GIB
     assert [note.split(": ")[0].rsplit("/", 1)[1] for note in snapshot.notes] == [
         "memory.stat",
         "memory.usage_in_bytes",
@@ -207,30 +207,31 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 def test_missing_cgroup_directory_is_named_and_its_parents_count(tmp_path: Path) -> None:
     machine = Machine(tmp_path, 2, "/a/gone/deep")
     machine.cgroup("a", GIB)
-    assert machine.budget() == GIB
+    assert machine.available() == GIB
     assert "/sys/fs/cgroup/a/gone: missing" in read_memory(tmp_path).notes
 
 
 def test_budget_of_the_unknown_is_nothing() -> None:
-    assert page_cache_budget(MemorySnapshot(None, None, (), ()), 0) == 0
+    assert available_for_page_cache(MemorySnapshot(None, None, (), ()), 0) == 0
 
 
 def test_negative_reserve_is_refused() -> None:
     with pytest.raises(ValueError, match="not negative"):
-        page_cache_budget(MemorySnapshot(GIB, GIB, (), ()), -1)
+        available_for_page_cache(MemorySnapshot(GIB, GIB, (), ()), -1)
 
 
 @given(snapshots, sizes, sizes)
 def test_budget_is_bounded_and_falls_with_the_reserve(
     snapshot: MemorySnapshot, reserve: int, more: int
 ) -> None:
-    budget = page_cache_budget(snapshot, reserve)
-    assert 0 <= page_cache_budget(snapshot, reserve + more) <= budget
+    available = available_for_page_cache(snapshot, reserve)
+    assert 0 <= available_for_page_cache(snapshot, reserve + more) <= available
     if snapshot.available_nbytes is not None:
-        assert budget <= snapshot.available_nbytes
+        assert available <= snapshot.available_nbytes
     for limit in snapshot.limits:
-        assert budget <= limit.limit_nbytes
-        assert budget <= max(0, limit.limit_nbytes - limit.usage_nbytes + limit.reclaimable_nbytes)
+        assert available <= limit.limit_nbytes
+        free = limit.limit_nbytes - limit.usage_nbytes + limit.reclaimable_nbytes
+        assert available <= max(0, free)
 
 
 @given(
@@ -254,9 +255,9 @@ def test_no_content_of_any_file_raises(files: dict[str, bytes]) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
         snapshot = read_memory(Path(folder))
-        assert page_cache_budget(snapshot, 0) >= 0
+        assert available_for_page_cache(snapshot, 0) >= 0
         seen = MemoryReader(root=Path(folder)).read()
-        assert (seen.nbytes, seen.notes) == (page_cache_budget(snapshot, 0), snapshot.notes)
+        assert (seen.nbytes, seen.notes) == (available_for_page_cache(snapshot, 0), snapshot.notes)
         assert seen.pressure is None or 0 <= seen.pressure <= 100
         if snapshot.available_nbytes is None:
             assert snapshot.notes
@@ -271,14 +272,14 @@ def test_mapped_page_cache_is_in_use_and_no_room(tmp_path: Path, version: int) -
     stat = tmp_path / machine.top / "a/memory.stat"
     name = "total_mapped_file" if version == 1 else "file_mapped"
     stat.write_text(stat.read_text() + f"{name} {200 * MIB}\n")
-    assert machine.budget() == GIB + 400 * MIB
+    assert machine.available() == GIB + 400 * MIB
     # Mapped shared memory is counted too and is no file: there is never less than no cache.
     stat.write_text(stat.read_text().replace(str(200 * MIB), str(700 * MIB)))
-    assert machine.budget() == GIB
+    assert machine.available() == GIB
     machine.cgroup("a", "max" if version == 2 else V1_UNLIMITED)
     meminfo = tmp_path / "proc/meminfo"
     meminfo.write_text(meminfo.read_text() + f"Mapped: {3 * GIB >> 10} kB\n")
-    assert machine.budget() == 5 * GIB
+    assert machine.available() == 5 * GIB
 
 
 PSI = "some avg10={} avg60=1.00 avg300=0.50 total=123\nfull avg10=99.00 avg60=0 avg300=0 total=1"
@@ -369,11 +370,11 @@ def test_reader_of_nothing_knows_nothing_and_then_something(tmp_path: Path) -> N
     assert reader.read().nbytes == GIB
 
 
-def test_reader_takes_a_budget_that_is_given(tmp_path: Path) -> None:
+def test_reader_takes_what_is_given(tmp_path: Path) -> None:
     reader = MemoryReader(3 * GIB, reserve_nbytes=GIB, root=tmp_path)
     assert (reader.read().nbytes, reader.read().limited_by) == (3 * GIB, "what was given")
     assert MemoryReader(0).read().nbytes == 0
-    for wrong in ({"budget": -1}, {"reserve_nbytes": -1}):
+    for wrong in ({"given_nbytes": -1}, {"reserve_nbytes": -1}):
         with pytest.raises(ValueError, match="not negative"):
             MemoryReader(**wrong)
 
@@ -398,5 +399,5 @@ def test_reader_keeps_few_files_open_and_gives_them_back() -> None:
 def test_reader_agrees_with_the_snapshot_of_this_machine() -> None:
     seen = MemoryReader().read()
     snapshot = read_memory()
-    assert seen.nbytes == pytest.approx(page_cache_budget(snapshot, 0), rel=0.1)
+    assert seen.nbytes == pytest.approx(available_for_page_cache(snapshot, 0), rel=0.1)
     assert seen.notes == snapshot.notes
