@@ -39,7 +39,7 @@ cdef extern from "<time.h>" nogil:
 
 
 cdef inline void init_cond(pthread_cond_t *cond) noexcept nogil:
-    # Monotonic, so that a change of the wall clock neither stretches nor cuts a wait.
+    # Monotonic, so that setting the wall clock changes no wait.
     cdef pthread_condattr_t attributes
     pthread_condattr_init(&attributes)
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
@@ -57,7 +57,7 @@ cdef inline int wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex,
 
 cdef inline int start_thread(pthread_t *thread, void *(*body)(void *) noexcept nogil,
                              void *argument) noexcept nogil:
-    # Signals are Python's business: its handlers expect them in threads that it knows.
+    # All signals blocked: Python's handlers have to run in Python's threads.
     cdef sigset_t every, before
     cdef int rc
     sigfillset(&every)

@@ -19,7 +19,7 @@ def crc32c(const unsigned char[::1] data not None, uint32_t crc=0):
 
 def crc32c_with(str implementation not None, const unsigned char[::1] data not None,
                 uint32_t crc=0):
-    """As :func:`crc32c`, by the named implementation; LookupError where it cannot run here."""
+    """As :func:`crc32c`, by the named implementation; LookupError if it cannot run here."""
     cdef uint32_t result
     cdef bytes name = implementation.encode()
     cdef const unsigned char *address = &data[0] if data.shape[0] else NULL
@@ -34,5 +34,5 @@ def crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b):
 
 
 def implementation():
-    """The implementation that this processor gets: vpclmul, fused, sse4.2, armv8 or table."""
+    """The implementation in use on this processor: vpclmul, fused, sse4.2, armv8 or table."""
     return skv_crc32c_name().decode()

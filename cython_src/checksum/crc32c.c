@@ -1,5 +1,5 @@
 /*
- * CRC32C in plain C because it needs processor intrinsics, which Cython cannot say.
+ * CRC32C. In C because Cython has no processor intrinsics.
  *
  * Polynomials over GF(2) are kept bit-reflected, as the crc32 instructions have them: bit 31 of
  * a 32-bit value is the coefficient of x^0.
@@ -18,9 +18,9 @@
 #endif
 
 #define POLY 0x82f63b78u
-/* Three streams run side by side: the crc32 instruction takes three cycles but starts one every
- * cycle. Long ones, which cost nothing to join; what is left over, and short ranges, in short ones,
- * of which six make all but 16 bytes of a page. */
+/* Three streams in parallel: the crc32 instruction has a latency of three cycles and a throughput
+ * of one per cycle. Long streams, which are cheap to join; then short ones for the rest and for short
+ * ranges: six of them are all but 16 bytes of a page. */
 #define LONG_NBYTES 8192u
 #define SHORT_NBYTES 680u
 
@@ -151,7 +151,7 @@ static void fold_constants(uint64_t k[2], unsigned bits)
     k[1] = (uint64_t)x_to_the(bits - 1) << 32;
 }
 
-/* Common to those below: what needs AVX-512 must not end up in what has to do without. */
+/* Shared by the functions below: code with AVX-512 must not get into those without. */
 #define FOLD128 __attribute__((target("sse4.2,pclmul")))
 #define VPCLMUL __attribute__((target("sse4.2,pclmul,avx512f,avx512vl,vpclmulqdq")))
 
@@ -195,9 +195,9 @@ VPCLMUL static uint32_t crc_vpclmul(uint32_t c, const uint8_t *p, size_t n)
 }
 
 /*
- * Without registers of 64 bytes: the carry-less multiplier does as much per cycle as the crc32
- * instruction, and has a unit of its own. So one part of a block is folded while the instruction
- * runs over three streams behind it: per turn 128 bytes, and 40 of each stream.
+ * Without 64-byte registers: the carry-less multiplier has the throughput of the crc32 instruction
+ * and its own execution unit. One part of a block is folded while the instruction runs over three
+ * streams behind it: 128 bytes, and 40 of each stream, per iteration.
  */
 #define LONG_TURNS 64u
 #define SHORT_TURNS 8u
@@ -358,7 +358,7 @@ uint32_t skv_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b)
 {
     pthread_once(&once, set_up);
     /* Lengths repeat (equal segments), but 64 squarings at most are cheap enough as they are.
-     * 8*nbytes would overflow only past 2^61 bytes, more than any device holds. */
+     * 8*nbytes would overflow only past 2^61 bytes, more than any drive holds. */
     return multiply(x_to_the(8 * nbytes_b), crc_a) ^ crc_b;
 }
 

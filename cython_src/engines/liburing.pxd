@@ -1,4 +1,4 @@
-# The part of liburing that the engine uses; declarations only.
+# The part of liburing that the engines use; declarations only.
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "<liburing.h>" nogil:

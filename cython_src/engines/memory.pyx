@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The two engines without a device: `ram` copies from and to memory, `null` completes at once.
+"""The two engines without a drive: `ram` copies from and to memory, `null` completes at once.
 
-`null` moves no bytes: it measures what everything around the device costs.
+`null` moves no bytes: it measures the cost of everything but the drive.
 """
 
 cimport cython
@@ -50,7 +50,7 @@ cdef int _submit(void *self, skv_io *io) noexcept nogil:
 
 
 cdef void _discard(unsigned char *at, size_t nbytes) noexcept nogil:
-    # Whole pages go back to the kernel and read as zeros; the rest is cleared by hand.
+    # Whole pages return to the kernel and read as zeros; the rest is cleared.
     cdef size_t first = (<size_t>at + 4095) & ~<size_t>4095
     cdef size_t last = (<size_t>at + nbytes) & ~<size_t>4095
     if first >= last:
@@ -62,7 +62,7 @@ cdef void _discard(unsigned char *at, size_t nbytes) noexcept nogil:
 
 
 cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
-    # Everything is done by the time it was submitted: there is never anything to wait for.
+    # Commands complete when they are submitted, so that there is never anything to wait for.
     cdef Memory *m = <Memory *>self
     cdef int n = 0
     while m.done != NULL and n < most:
@@ -82,9 +82,9 @@ cdef void _cancel(void *self, skv_io *io) noexcept nogil:
 
 @cython.no_gc_clear
 cdef class MemoryBackend:
-    """``nbytes`` of memory as a device; 0: the null engine. ``backend`` is its capsule.
+    """``nbytes`` of memory as a drive; 0: the null engine. ``backend`` is its capsule.
 
-    The memory is reserved, not taken: pages come as they are written. Raises MemoryError.
+    Pages are allocated when they are first written. Raises MemoryError.
     """
     cdef Memory _m
     cdef readonly object backend

@@ -33,9 +33,9 @@ DEF ADMIN_IDENTIFY = 0x06
 DEF IDENTIFY_NBYTES = 4096
 # Dataset management, command dword 11: the ranges are deallocated.
 DEF DEALLOCATE = 1 << 2
-# Of a status field: type and code, without the bits on retrying.
+# Type and code of a status field, without the retry bits (NVMe Base 2.0, figure 94).
 DEF STATUS_MASK = 0x7FF
-# What the kernel says of commands that it took back: Command Aborted By Host.
+# The kernel's status for commands that it aborted: Command Aborted By Host.
 DEF ABORTED_BY_HOST = 0x371
 
 
@@ -52,7 +52,7 @@ cdef struct Passthrough:
     bint closed
     uint32_t nsid
     uint32_t block_nbytes
-    # For discards in flight: the device reads its range from here. Only the driver's.
+    # The drive reads the ranges of discards in flight from here. Used only by the driver thread.
     Range *ranges
     unsigned range_count
     skv_io **range_of
@@ -115,13 +115,13 @@ cdef int _submit(void *self, skv_io *io) noexcept nogil:
         command.data_len = io.nbytes
         command.cdw10 = <uint32_t>lba
         command.cdw11 = <uint32_t>(lba >> 32)
-        command.cdw12 = <uint16_t>(count - 1)  # counted from zero
+        command.cdw12 = <uint16_t>(count - 1)  # zero-based
     io_uring_sqe_set_data64(sqe, <uint64_t><size_t>io)
     return 0
 
 
 cdef void _complete(Ring *r, skv_io *io, int res) noexcept nogil:
-    # 0, the device's status field, or an errno; a command that did well moved all of its bytes.
+    # 0, the drive's status field, or -errno; a command that succeeded moved all of its bytes.
     if res == 0:
         io.result = <int>io.nbytes
     elif res > 0:
@@ -135,7 +135,7 @@ cdef void _complete(Ring *r, skv_io *io, int res) noexcept nogil:
 
 
 def namespace_id(int fd):
-    """The number of the namespace behind a generic node. OSError."""
+    """The number of the namespace behind a generic node. Raises OSError."""
     cdef int rc
     with nogil:
         rc = ioctl(fd, NVME_IOCTL_ID)
@@ -145,9 +145,9 @@ def namespace_id(int fd):
 
 
 def identify(int fd, uint32_t nsid, uint32_t cns):
-    """The 4096 bytes of an Identify command (``cns``: what is asked for). Blocks without the GIL.
+    """The 4096 bytes of an Identify command (``cns``: which structure). Blocks without the GIL.
 
-    OSError; with EIO where the device answers with an NVMe status, which the message has.
+    Raises OSError; EIO if the drive answers with an NVMe status, which is in the message.
     """
     cdef nvme_passthru_cmd command
     cdef char *answer = <char *>calloc(1, IDENTIFY_NBYTES)
@@ -167,7 +167,7 @@ def identify(int fd, uint32_t nsid, uint32_t cns):
         if rc < 0:
             raise OSError(failed, f"Identify (CNS {cns}): {strerror(failed).decode()}")
         if rc > 0:
-            raise OSError(EIO, f"Identify (CNS {cns}): the device answers with status {rc:#x}")
+            raise OSError(EIO, f"Identify (CNS {cns}): the drive answers with status {rc:#x}")
         return PyBytes_FromStringAndSize(answer, IDENTIFY_NBYTES)
     finally:
         free(answer)
@@ -179,11 +179,11 @@ cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept no
 
 @cython.no_gc_clear
 cdef class NgBackend:
-    """A ring of ``entries`` on ``fd``, a namespace's generic node, which stays the caller's.
+    """A ring of ``entries`` on ``fd``, a namespace's generic node, which the caller closes.
 
-    ``nsid`` and ``block_nbytes``: the namespace's number and the size of its blocks. ``backend``
-    is the capsule for a queue. OSError where the kernel or a container's rules refuse such a ring
-    (EINVAL: a kernel older than 5.19).
+    ``nsid`` and ``block_nbytes``: the namespace's number and block size. ``backend`` is the capsule
+    for a queue. Raises OSError if the kernel or a container's rules refuse such a ring (EINVAL: a
+    kernel older than 5.19).
     """
     cdef Passthrough _p
     cdef int _pid
@@ -194,7 +194,7 @@ cdef class NgBackend:
         self._pid = getpid()
         p.closed = True
         if block_nbytes == 0:
-            raise ValueError("block_nbytes is the size of a block, not 0")
+            raise ValueError("block_nbytes must be a block size, not 0")
         p.nsid = nsid
         p.block_nbytes = block_nbytes
         p.range_count = entries
@@ -216,7 +216,7 @@ cdef class NgBackend:
         return bool(self._p.common.fixed_file)
 
     def close(self):
-        """Gives the ring back; nothing may be in flight."""
+        """Closes the ring; nothing may be in flight."""
         if not self._p.closed:
             self._p.closed = True
             close_ring(&self._p.common, self._pid == getpid())

@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The thread-pool engine: pread and pwrite, for where io_uring is missing or forbidden.
+"""The thread-pool engine: preadv2 and pwrite, if io_uring is missing or forbidden.
 
-Serves both ways to a file: through a buffered descriptor (the page cache) or one opened with
-O_DIRECT. The threads never touch Python.
+The descriptor is buffered (the page cache) or opened with O_DIRECT. The threads never run Python
+code.
 """
 
 cimport cython
@@ -45,7 +45,7 @@ cdef extern from "<fcntl.h>" nogil:
     int fallocate(int fd, int mode, long offset, long nbytes)
 
 
-# Copied out of the page cache and summed at once: it and its source stay in a core's second cache.
+# Copied out of the page cache, then summed: source and destination fit into a core's L2 cache.
 DEF SLICE_NBYTES = 131072
 
 
@@ -66,11 +66,11 @@ cdef struct ThreadPool:
     bint buffered
     int mapped_fd
     pthread_t *threads
-    uint64_t *claims  # of each thread: the block that it brings into the page cache, or NO_BLOCK
+    uint64_t *claims  # per thread: the block that it is filling, or NO_BLOCK
     int count
 
 
-# Included, because it works on this pool's structure and is of no use to any other engine.
+# Included because it works on this pool's structure and no other engine uses it.
 include "pool_fill.pxi"
 
 
@@ -83,8 +83,7 @@ cdef inline ssize_t _read_at(int fd, skv_io *io, uint32_t first, uint32_t nbytes
 
 
 cdef void _sum(skv_io *io, uint32_t first, uint32_t last) noexcept nogil:
-    """Sums the bytes [first, last) of a read; `first` begins a chunk, and the calls come in
-    order."""
+    """Sums the bytes [first, last) of a read. Calls come in order; `first` starts a chunk."""
     cdef const unsigned char *at = <const unsigned char *>io.addr
     cdef uint32_t take
     if io.chunk_nbytes == 0:
@@ -97,8 +96,8 @@ cdef void _sum(skv_io *io, uint32_t first, uint32_t last) noexcept nogil:
 
 
 cdef uint32_t _read_cached(ThreadPool *p, skv_io *io, uint32_t *summed) noexcept nogil:
-    """Reads what the page cache holds from the start of the range on, and sums it while it is in
-    this core's cache, up to `summed`; returns how much was read."""
+    """Reads the cached start of the range, and sums it up to `summed` while it is in this core's
+    cache; returns the bytes read."""
     cdef uint32_t at = 0, take
     cdef uint32_t slice_nbytes = io.nbytes if io.crcs == NULL else max(
         SLICE_NBYTES, io.chunk_nbytes)
@@ -107,7 +106,7 @@ cdef uint32_t _read_cached(ThreadPool *p, skv_io *io, uint32_t *summed) noexcept
         take = min(slice_nbytes, io.nbytes - at)
         rc = _read_at(p.fd, io, at, take, RWF_NOWAIT)
         if rc < <ssize_t>take:
-            # Not supported or interrupted: it then counts as cold, and is read all the same.
+            # Also if not supported or interrupted: the rest is then read as cold.
             return at + <uint32_t>max(rc, 0)
         if io.crcs != NULL:
             _sum(io, at, at + take)
@@ -131,7 +130,7 @@ cdef int _read(ThreadPool *p, skv_io *io) noexcept nogil:
         if errno != EINTR:
             return -errno
     if p.buffered:
-        # Where the kernel does not tell: what could not be had without waiting.
+        # If the kernel cannot say: the bytes that could not be read without waiting.
         io.cold_nbytes = <uint32_t>(rc if cold < 0 else cold)
     if io.crcs != NULL and warm + rc >= io.sum_nbytes:
         _sum(io, summed, io.sum_nbytes)
@@ -180,7 +179,7 @@ cdef void *_thread_main(void *argument) noexcept nogil:
 
 
 cdef void _finished(ThreadPool *p, skv_io *io) noexcept nogil:
-    """With the mutex held."""
+    """Queues a finished command for poll. With the mutex held."""
     io.next = NULL
     if p.done == NULL:
         p.done = io
@@ -235,7 +234,7 @@ cdef void _wake(void *self) noexcept nogil:
 
 
 cdef void _cancel(void *self, skv_io *io) noexcept nogil:
-    """Only what no thread has begun; a system call cannot be taken back."""
+    """Cancels only commands that no thread has started; a system call cannot be cancelled."""
     cdef ThreadPool *p = <ThreadPool *>self
     cdef skv_io *previous = NULL
     cdef skv_io *at
@@ -258,15 +257,14 @@ cdef void _cancel(void *self, skv_io *io) noexcept nogil:
 
 @cython.no_gc_clear
 cdef class PoolBackend:
-    """``threads`` native threads over the descriptor ``fd``, which stays the caller's.
+    """``threads`` native threads over the descriptor ``fd``, which the caller closes.
 
-    ``buffered``: it goes through the page cache, and what reads do not find there is counted
-    (``Transfer.cold_nbytes``). ``mapped_fd``: another descriptor of the same file (-1: none), of
-    which blocks of 2 MiB are mapped to bring in, in one folio each, what reads find nothing of,
-    where a piece has such: the kernel copies more per second from large folios than from single
-    pages. Reads are summed by the thread that made them.
-    ``backend`` is the capsule for a queue. Close it after the queue; a thread that hangs in a
-    system call would make that wait.
+    ``buffered``: ``fd`` uses the page cache, and bytes that reads do not find there are counted
+    (``Transfer.cold_nbytes``). ``mapped_fd``: another descriptor of the same file (-1: none), used
+    to fill uncached 2 MiB blocks through a mapping, in one folio each: the kernel copies faster
+    from large folios than from single pages. The thread that reads also sums.
+    ``backend`` is the capsule for a queue. Close this after the queue; that waits for threads in
+    system calls. Raises ValueError and MemoryError.
     """
     cdef ThreadPool _p
     cdef readonly object backend
@@ -278,7 +276,7 @@ cdef class PoolBackend:
         self._p.mapped_fd = mapped_fd
         self._pid = getpid()
         if not 1 <= threads <= 1024:
-            raise ValueError(f"threads is 1 to 1024, not {threads}")
+            raise ValueError(f"threads must be 1 to 1024, not {threads}")
         pthread_mutex_init(&self._p.mutex, NULL)
         init_cond(&self._p.work)
         init_cond(&self._p.finished)
@@ -305,11 +303,11 @@ cdef class PoolBackend:
 
     @property
     def threads(self):
-        """Threads that were really started."""
+        """The number of threads that could be started."""
         return self._p.count
 
     def close(self):
-        """Ends the threads; blocks until they are gone."""
+        """Ends the threads; blocks until they have ended."""
         cdef int i
         if self._p.threads == NULL or self._pid != getpid():
             return

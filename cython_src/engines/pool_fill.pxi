@@ -1,4 +1,5 @@
-# Counts what the page cache lacks of a read, and fetches it, in large folios where the kernel has them.
+# Counts the bytes of a read that the page cache lacks, and fills large folios where possible.
+# Included in pool.pyx: it works on the pool's structure.
 
 cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ
@@ -14,7 +15,7 @@ cdef extern from "<unistd.h>" nogil:
     long syscall(long number, ...)
     int getpagesize()
 
-# mman.h has it from glibc 2.35 on; in the kernel since 5.14.
+# In mman.h from glibc 2.35 on; in the kernel since 5.14.
 DEF MADV_POPULATE_READ = 22
 # cachestat (Linux 6.5) has this number on every architecture with the common syscall table.
 DEF CACHESTAT = 451
@@ -23,8 +24,8 @@ DEF PAGE_NBYTES = 4096
 
 
 cdef inline int64_t _cold_nbytes(int fd, uint64_t offset, uint64_t nbytes) noexcept nogil:
-    """Bytes of a range that the page cache lacks, in whole pages; negative where the kernel does not
-    say (one that does also reads large folios). Nothing is read."""
+    """Bytes of a range that the page cache lacks, in whole pages; negative if the kernel has no
+    cachestat (one that has it also reads large folios). Reads nothing."""
     cdef uint64_t wanted[2]  # struct cachestat_range: offset, length
     cdef uint64_t counts[5]  # struct cachestat: nr_cache comes first
     cdef int64_t cached
@@ -36,16 +37,15 @@ cdef inline int64_t _cold_nbytes(int fd, uint64_t offset, uint64_t nbytes) noexc
     return <int64_t>nbytes - cached if cached < <int64_t>nbytes else 0
 
 
-cdef bint _bring_in(int fd, uint64_t offset) noexcept nogil:
-    """Reads one block of 2 MiB in one folio, if the kernel has one.
+cdef bint _fault_in(int fd, uint64_t offset) noexcept nogil:
+    """Reads one block of 2 MiB into one folio, if the kernel can; returns whether it did.
 
-    A read from a descriptor never asks for folios so large (its read-ahead begins with single
-    pages, and POSIX_FADV_RANDOM leaves it there); a fault in a mapping that wants hugepages does
-    (do_sync_mmap_readahead), for one folio and no more if the mapping is read at random. That
-    folio is marked all the same for more to be read when somebody comes to it: which happens where
-    it continues what the reader's own descriptor read ahead (so the mapping has another), or where
-    the kernel's read-ahead reaches beyond it (the engine does not ask for this then).
-    What fails here is left to the read that follows. Returns whether it did not.
+    A read from a descriptor never uses folios so large: its read-ahead starts with single pages,
+    and POSIX_FADV_RANDOM keeps it there. A fault in a mapping with MADV_HUGEPAGE does
+    (do_sync_mmap_readahead), and with MADV_RANDOM reads only that one. The kernel still marks the
+    folio to trigger read-ahead, which happens if it continues what the reader's descriptor read
+    ahead (so the mapping uses another descriptor), or if the kernel's read-ahead is larger than
+    it (the engine then does not use this). After a failure the following read fetches the block.
     """
     cdef void *at = mmap(NULL, LARGE_NBYTES, PROT_READ, MAP_SHARED, fd, <long>offset)
     cdef bint done
@@ -58,12 +58,12 @@ cdef bint _bring_in(int fd, uint64_t offset) noexcept nogil:
     return done
 
 
-# In a list of blocks: none.
+# In `claims`: no block.
 cdef uint64_t NO_BLOCK = <uint64_t>-1
 
 
 cdef bint _claim(ThreadPool *p, uint64_t block) noexcept nogil:
-    """Whether this thread is to see to a block; if another one does, waits until it has."""
+    """Claims a block to fill. False: another thread had it, and has finished."""
     cdef int at, free = -1
     cdef bint others = False
     pthread_mutex_lock(&p.mutex)
@@ -78,7 +78,7 @@ cdef bint _claim(ThreadPool *p, uint64_t block) noexcept nogil:
             free = at
         at += 1
     if not others:
-        p.claims[free] = block  # there is one for each thread
+        p.claims[free] = block  # there is one per thread
     pthread_mutex_unlock(&p.mutex)
     return not others
 
@@ -93,14 +93,14 @@ cdef void _release(ThreadPool *p, uint64_t block) noexcept nogil:
     pthread_mutex_unlock(&p.mutex)
 
 
-cdef int64_t _see_to_block(ThreadPool *p, uint64_t block) noexcept nogil:
-    """Brings a block in if the cache has nothing of it. Returns how much was brought in, by whoever
-    did, for one of all the commands that want it; -1 if it is not like that."""
+cdef int64_t _fill_block(ThreadPool *p, uint64_t block) noexcept nogil:
+    """Fills a block that is not cached at all. Returns the bytes filled, for only one of the
+    commands that read the block; -1: not filled."""
     cdef int64_t nbytes = 0
     if not _claim(p, block):
-        return 0  # whoever brought it in counts it
+        return 0  # the thread that filled it counts it
     if _cold_nbytes(p.fd, block, LARGE_NBYTES) == LARGE_NBYTES:
-        nbytes = LARGE_NBYTES if _bring_in(p.mapped_fd, block) else -1
+        nbytes = LARGE_NBYTES if _fault_in(p.mapped_fd, block) else -1
     else:
         nbytes = -1
     _release(p, block)
@@ -108,11 +108,10 @@ cdef int64_t _see_to_block(ThreadPool *p, uint64_t block) noexcept nogil:
 
 
 cdef int64_t _fill(ThreadPool *p, skv_io *io) noexcept nogil:
-    """What a command's bytes have to be read for: the bytes that the cache lacks, or -1 where the
-    kernel does not tell.
+    """The command's cold bytes: those that the page cache lacked; -1 if the kernel cannot say.
 
-    Of the blocks of 2 MiB that lie in its piece as a whole, those that the cache has nothing of are
-    brought in here, and count as one for all commands that want them.
+    Fills the 2 MiB blocks that lie wholly in the command's piece and are not cached at all; each
+    counts once for all commands that read it.
     """
     cdef uint64_t at = io.offset, last = io.offset + io.nbytes, block, end
     cdef int64_t cold = 0, found
@@ -122,7 +121,7 @@ cdef int64_t _fill(ThreadPool *p, skv_io *io) noexcept nogil:
         found = -1
         if (p.mapped_fd >= 0 and block >= io.piece_offset
                 and block + LARGE_NBYTES <= io.piece_offset + io.piece_nbytes):
-            found = _see_to_block(p, block)
+            found = _fill_block(p, block)
         if found < 0:
             found = _cold_nbytes(p.fd, at, end - at)
             if found < 0:

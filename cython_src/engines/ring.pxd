@@ -1,5 +1,5 @@
-# A ring on one descriptor, with a wake-up in it: what the io_uring engines share. Their structs begin
-# with a Ring. All inline, so that each engine has its own copy and no call goes through a pointer.
+# A ring on one descriptor, with a wake-up: shared by the io_uring engines, whose structs start with
+# a Ring. All inline, so that each engine has its own copy and no call goes through a pointer.
 
 from libc.errno cimport EINTR, ENOSYS, errno
 from libc.stdint cimport int64_t, uint64_t
@@ -35,15 +35,15 @@ cdef struct Ring:
     bint fixed_file
 
 
-# Sets a command's result from its completion's `res`, which each engine reads in its own way.
+# Sets a command's result from its completion's `res`, whose meaning differs by engine.
 ctypedef void (*complete_fn)(Ring *, skv_io *, int) noexcept nogil
 
 
 cdef inline void close_ring(Ring *r, bint owner) noexcept nogil:
-    """Gives the ring back. `owner`: false in a forked child, which leaves the parent's alone."""
+    """Closes the ring. `owner`: false in a forked child, which must not change the parent's."""
     if owner and r.fixed_file:
-        # The kernel takes a ring apart later, in a thread of its own; until then the device
-        # would stay open, exclusively.
+        # The kernel frees a ring later, in its own thread; until then the drive would stay open
+        # exclusively.
         io_uring_unregister_files(&r.ring)
     io_uring_queue_exit(&r.ring)
     if r.wake_fd >= 0:
@@ -52,13 +52,13 @@ cdef inline void close_ring(Ring *r, bint owner) noexcept nogil:
 
 
 cdef inline open_ring(Ring *r, int fd, unsigned entries, unsigned flags):
-    """Sets up the ring; OSError where the kernel or a container's rules refuse it."""
+    """Sets up the ring; OSError if the kernel or a container's rules refuse it."""
     cdef io_uring_params parameters
     cdef int rc
     r.fd = fd
     r.wake_fd = -1
-    # Neither COOP_TASKRUN nor SINGLE_ISSUER: the driver changes, and a completion must not
-    # wait until the thread that submitted the command happens to enter the kernel again.
+    # Neither COOP_TASKRUN nor SINGLE_ISSUER: the driver thread changes, and a completion must not
+    # wait until the thread that submitted the command enters the kernel again.
     memset(&parameters, 0, sizeof(parameters))
     parameters.flags = IORING_SETUP_CLAMP | flags
     rc = io_uring_queue_init_params(entries, &r.ring, &parameters)
@@ -72,7 +72,7 @@ cdef inline open_ring(Ring *r, int fd, unsigned entries, unsigned flags):
     close_ring(r, True)
     if parameters.features & IORING_FEAT_EXT_ARG:
         raise OSError(rc, f"eventfd: {strerror(rc).decode()}")
-    # Without it liburing's timed wait puts commands of its own among ours.
+    # Without it liburing's timed wait submits commands of its own to this ring.
     raise OSError(ENOSYS, "io_uring_setup: no wait with a timeout (IORING_FEAT_EXT_ARG)")
 
 
@@ -85,7 +85,7 @@ cdef inline void arm_wake(Ring *r) noexcept nogil:
 
 
 cdef inline int poll_ring(void *self, skv_io **done, int most, int64_t wait_ns,
-                              complete_fn complete) noexcept nogil:
+                          complete_fn complete) noexcept nogil:
     cdef Ring *r = <Ring *>self
     cdef io_uring_cqe *cqes[MOST_CQES]
     cdef io_uring_cqe *first
@@ -103,7 +103,7 @@ cdef inline int poll_ring(void *self, skv_io **done, int most, int64_t wait_ns,
         rc = io_uring_submit_and_wait_timeout(&r.ring, &first, 1, &timeout, NULL)
         seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, MOST_CQES))
     elif io_uring_sq_ready(&r.ring):
-        # A busy kernel (-EBUSY, -EAGAIN) keeps the entries; they go with the next call.
+        # If the kernel is busy (-EBUSY, -EAGAIN), the next call submits the entries.
         io_uring_submit(&r.ring)
         if seen == 0:
             seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, MOST_CQES))

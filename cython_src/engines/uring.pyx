@@ -1,6 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The io_uring engine: O_DIRECT reads and writes on a descriptor, with registered buffers and
-file where the machine allows them, and without them where it does not."""
+"""The io_uring engine: O_DIRECT reads and writes on a descriptor, with a registered file and
+buffers if the machine allows them."""
 
 cimport cython
 from cpython.pycapsule cimport PyCapsule_New
@@ -28,7 +28,7 @@ cdef extern from "<fcntl.h>" nogil:
     int FALLOC_FL_KEEP_SIZE
 
 
-# Slots in the ring's table of registered buffers; a region takes one.
+# Entries in the ring's table of registered buffers; a region takes one.
 DEF BUFFERS = 1024
 
 
@@ -43,8 +43,8 @@ cdef struct Direct:
     bint closed
     # The table of registered buffers: filled by Python threads, read by the driver.
     pthread_mutex_t mutex
-    # Held over the system calls that change the table, which may last: the driver never waits
-    # for it.
+    # Held over the system calls that change the table, which may be slow: the driver never takes
+    # it.
     pthread_mutex_t registering
     bint fixed_buffers
     Buffer buffers[BUFFERS]
@@ -101,7 +101,7 @@ cdef int _register(Direct *r, size_t address, size_t nbytes) noexcept nogil:
 cdef void _unregister(Direct *r, size_t address) noexcept nogil:
     cdef int slot
     pthread_mutex_lock(&r.registering)
-    # A closed ring's descriptor may by now be another ring's.
+    # A closed ring's descriptor may be reused by now.
     if not r.closed:
         for slot in range(r.used_buffers):
             if r.buffers[slot].nbytes and r.buffers[slot].address == address:
@@ -151,10 +151,10 @@ cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept no
 
 @cython.no_gc_clear
 cdef class UringBackend:
-    """A ring of ``entries`` on the descriptor ``fd``, which stays the caller's.
+    """A ring of ``entries`` on the descriptor ``fd``, which the caller closes.
 
-    ``backend`` is the capsule for a queue. OSError where the kernel or a container's rules
-    refuse a ring. ``fixed_file`` and ``fixed_buffers`` tell what could be registered.
+    ``backend`` is the capsule for a queue; ``fixed_file`` and ``fixed_buffers``: what could be
+    registered. Raises OSError if the kernel or a container's rules refuse a ring.
     """
     cdef Direct _r
     cdef int _pid
@@ -185,15 +185,14 @@ cdef class UringBackend:
 
     @property
     def registered(self):
-        """Buffers registered now."""
+        """The number of buffers that are registered now."""
         cdef int i
         return sum(1 for i in range(self._r.used_buffers) if self._r.buffers[i].nbytes)
 
     def register(self, size_t address, size_t nbytes):
-        """Registers memory, so that the kernel need not look its pages up for every command.
+        """Registers memory, so that the kernel need not pin its pages for every command.
 
-        Returns 0, or the errno that says why not (ENOMEM: RLIMIT_MEMLOCK); the memory can then
-        be used all the same.
+        Returns 0 or an errno (ENOMEM: RLIMIT_MEMLOCK); the memory can be used in either case.
         """
         cdef int rc
         if not self._r.fixed_buffers:
@@ -205,14 +204,14 @@ cdef class UringBackend:
         return -rc
 
     def unregister(self, size_t address):
-        """Takes memory out of the table again; nothing may be in flight in it."""
-        # A forked child shares the ring with its parent, and must leave the parent's table alone.
+        """Removes memory from the table; nothing may be in flight in it."""
+        # A forked child shares the ring with its parent, and must not change its table.
         if self._r.fixed_buffers and self._pid == getpid():
             with nogil:
                 _unregister(&self._r, address)
 
     def close(self):
-        """Gives the ring back; nothing may be in flight."""
+        """Closes the ring; nothing may be in flight."""
         cdef bint ready
         if self._pid == getpid():
             with nogil:
@@ -225,7 +224,7 @@ cdef class UringBackend:
             self._r.closed = True
         if ready:
             if self._r.fixed_buffers and self._pid == getpid():
-                # Or memory would stay pinned until the kernel takes the ring apart, later.
+                # Otherwise memory would stay pinned until the kernel frees the ring, later.
                 io_uring_unregister_buffers(&self._r.common.ring)
             close_ring(&self._r.common, self._pid == getpid())
 

@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The link to an NVIDIA GPU: asynchronous copies on streams of its own.
+"""The link to an NVIDIA GPU: asynchronous copies on its own streams.
 
-The CUDA driver (libcuda) is loaded when a link is made, and never before: neither building nor
-importing this needs it. The GPU's primary context is torch's as well, so torch's addresses,
-streams and errors are ours.
+The CUDA driver (libcuda) is loaded when the first link is opened: building and importing do not
+need it. The GPU's primary context is also torch's, so that addresses, streams and errors are
+shared with torch.
 """
 
 cimport cython
@@ -35,7 +35,7 @@ cdef extern from "<dlfcn.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int getpid()
 
-# Bytes of the two copies that the speed is measured with, and how often each is made.
+# Sizes of the two copies that measure the speed, and how often each runs in a row.
 DEF LARGE = 4 << 20
 DEF SMALL = 64 << 10
 DEF TIMES = 8
@@ -47,7 +47,7 @@ cdef struct State:
     CUcontext context
     CUstream streams[2]      # one per direction: a GPU copies both ways at once
     pthread_mutex_t mutex    # guards what follows
-    CUevent *events          # not in use
+    CUevent *events          # free for use
     uint32_t events_count
     uint32_t events_room
     uint64_t copies
@@ -62,8 +62,8 @@ cdef struct Entered:
 
 
 cdef CUresult _enter(State *s, Entered *entered) noexcept nogil:
-    """Makes our context the thread's. The loop runs on whichever thread waits: it may be one
-    that works with another GPU, and must find everything as it was."""
+    """Makes the link's context current. Any waiting thread may run the loop, also one that uses
+    another GPU: `_leave` restores its state."""
     cdef CUcontext current = NULL
     cdef CUresult rc = s.cuda.CtxGetCurrent(&current)
     entered.pushed = entered.relaxed = False
@@ -71,8 +71,8 @@ cdef CUresult _enter(State *s, Entered *entered) noexcept nogil:
         rc = s.cuda.CtxPushCurrent(s.context)
         entered.pushed = rc == CUDA_SUCCESS
     if rc == CUDA_SUCCESS:
-        # While somebody captures a CUDA graph, even asking an event of another stream would
-        # spoil the capture, unless the thread says that it has nothing to do with it.
+        # While a CUDA graph is captured, even a query of an event of another stream would
+        # invalidate the capture, unless the thread is in relaxed mode.
         entered.mode = CU_STREAM_CAPTURE_MODE_RELAXED
         entered.relaxed = s.cuda.ThreadExchangeStreamCaptureMode(&entered.mode) == CUDA_SUCCESS
     return rc
@@ -91,7 +91,7 @@ cdef inline int _status(CUresult rc) noexcept nogil:
 
 
 cdef CUresult _take_event(State *s, CUevent *event) noexcept nogil:
-    """An event, used before or new. In our context."""
+    """Takes a free event or creates one. In the link's context."""
     pthread_mutex_lock(&s.mutex)
     event[0] = NULL
     if s.events_count:
@@ -104,7 +104,7 @@ cdef CUresult _take_event(State *s, CUevent *event) noexcept nogil:
 
 
 cdef void _release(void *self, void *event) noexcept nogil:
-    # What still waits for it waits for what it stood for then, also when it is recorded again.
+    # Waits already queued refer to the earlier record, so the event may be recorded again.
     cdef State *s = <State *>self
     cdef CUevent *grown
     cdef bint kept = True
@@ -139,7 +139,7 @@ cdef int _copy(void *self, skv_copy *copy) noexcept nogil:
         if rc == CUDA_SUCCESS:
             rc = s.cuda.EventRecord(event, stream)
             if rc != CUDA_SUCCESS:
-                # Begun, and nothing tells its end: the slot must not be used before it.
+                # The copy runs without an event: the slot must not be reused before it ends.
                 s.cuda.StreamSynchronize(stream)
         if rc != CUDA_SUCCESS:
             _release(self, event)
@@ -162,7 +162,7 @@ cdef int _done(void *self, skv_copy *copy) noexcept nogil:
     _leave(s, &entered)
     if rc == CUDA_ERROR_NOT_READY:
         return 0
-    # Any other error is the context's end: the GPU does nothing more in it.
+    # Any other error ends the context: the GPU does nothing more in it.
     copy.result = _status(rc)
     if not copy.hold:
         _release(self, copy.event)
@@ -208,7 +208,7 @@ cdef int _follow(void *self, void *stream, void *event) noexcept nogil:
 
 
 cdef _load(Cuda *cuda, bytes library):
-    """Fills in `cuda`. OSError where there is no driver, or not one that knows all this."""
+    """Fills in `cuda`. OSError if there is no driver or it lacks a function."""
     cdef void *handle = dlopen(library, RTLD_NOW)
     cdef void **pointer = <void **>cuda
     cdef const char *why
@@ -236,8 +236,7 @@ cdef _load(Cuda *cuda, bytes library):
 
 @cython.no_gc_clear
 cdef class _Registered:
-    """Host memory that the GPU reaches by itself, until this goes; holds the memory and the link.
-    """
+    """Host memory registered with the GPU while this lives; holds the memory and the link."""
     cdef CudaLink _link
     cdef object _memory
     cdef size_t _address
@@ -255,11 +254,11 @@ cdef class _Registered:
 
 @cython.no_gc_clear
 cdef class CudaLink:
-    """The link to the GPU ``ordinal``, as the driver counts them. OSError where there is none.
+    """The link to the GPU ``ordinal``, in the driver's numbering.
 
-    ``capsule`` is for transfers; a ``stream`` of theirs is a CUstream's handle, such as
-    ``torch.cuda.current_stream().cuda_stream``. Making one takes the GPU's primary context and
-    measures the copies' speed: some tens of milliseconds, without the GIL.
+    ``capsule`` is for transfers, whose ``stream`` is a CUstream's handle, such as
+    ``torch.cuda.current_stream().cuda_stream``. Creating a link retains the GPU's primary context
+    and blocks without the GIL. Raises OSError if there is no such GPU.
     """
     cdef State _s
     cdef object __weakref__
@@ -298,7 +297,7 @@ cdef class CudaLink:
             rc = _enter(s, &entered)
             for direction in range(2):
                 if rc == CUDA_SUCCESS:
-                    # Non-blocking: the default stream of whoever uses one does not wait for it.
+                    # Non-blocking: a caller's default stream does not wait for it.
                     rc = s.cuda.StreamCreate(&s.streams[direction], CU_STREAM_NON_BLOCKING)
             _leave(s, &entered)
         if rc != CUDA_SUCCESS:
@@ -313,8 +312,8 @@ cdef class CudaLink:
         self.capsule = PyCapsule_New(&s.link, SKV_LINK_CAPSULE, NULL)
 
     def register(self, memory):
-        """Makes host memory (``address``, ``nbytes``) the GPU's to reach, until what this returns
-        is gone; that keeps the memory. OSError, with ENOMEM where the system's limits forbid it.
+        """Registers host memory (``address``, ``nbytes``) with the GPU while the returned object
+        lives, which keeps the memory. Raises OSError (ENOMEM).
         """
         cdef State *s = &self._s
         cdef _Registered registered = _Registered.__new__(_Registered)
@@ -335,7 +334,7 @@ cdef class CudaLink:
         return registered
 
     def explain(self, int code):
-        """The driver's name and words for an error."""
+        """The driver's name and description of an error."""
         cdef const char *name = NULL
         cdef const char *text = NULL
         self._s.cuda.GetErrorName(code, &name)
@@ -345,8 +344,8 @@ cdef class CudaLink:
         return f"{(<bytes>name).decode()} ({(<bytes>text).decode()})"
 
     def measure(self, memory):
-        """Measures copies between ``memory`` (registered, at least 4 MiB) and the GPU, and keeps
-        what they take; blocks for some milliseconds, without the GIL. OSError."""
+        """Measures and stores the cost of copies between ``memory`` (registered, at least 4 MiB)
+        and the GPU. Blocks for some milliseconds, without the GIL. Raises OSError."""
         cdef State *s = &self._s
         cdef Entered entered
         cdef size_t address = memory.address, nbytes = memory.nbytes
@@ -356,7 +355,7 @@ cdef class CudaLink:
         cdef double slope
         cdef CUresult rc
         if nbytes < LARGE:
-            raise ValueError(f"{nbytes} bytes are too few to measure with")
+            raise ValueError(f"measuring needs {LARGE} bytes, not {nbytes}")
         with nogil:
             rc = _enter(s, &entered)
             if rc == CUDA_SUCCESS:
@@ -370,10 +369,10 @@ cdef class CudaLink:
                 s.cuda.MemFree(device)
             _leave(s, &entered)
         if rc != CUDA_SUCCESS:
-            raise OSError(EIO, f"no copy to and from GPU {self.ordinal}: {self.explain(rc)}")
+            raise OSError(EIO, f"copies to and from GPU {self.ordinal} failed: {self.explain(rc)}")
         for direction in range(2):
             slope = (<double>took[direction][1] - <double>took[direction][0]) / (LARGE - SMALL)
-            if slope <= 0:  # nonsense, from a busy machine: as if all of it were bandwidth
+            if slope <= 0:  # noise on a busy machine: count all of it as bandwidth
                 slope = <double>took[direction][1] / LARGE
             s.link.ns_per_byte[direction] = slope
             s.link.latency_ns[direction] = <uint64_t>max(
@@ -386,7 +385,7 @@ cdef class CudaLink:
                 + nbytes * self._s.link.ns_per_byte[direction]) / 1e9
 
     def stats(self):
-        """``copies`` begun, ``to_device_nbytes`` and ``from_device_nbytes``."""
+        """``copies`` started, ``to_device_nbytes`` and ``from_device_nbytes``."""
         return {
             "copies": self._s.copies,
             "to_device_nbytes": self._s.nbytes[SKV_TO_DEVICE],
@@ -399,7 +398,7 @@ cdef class CudaLink:
         cdef uint32_t i
         if not self._retained or self._pid != getpid():
             return
-        # Transfers and engines hold their link: no copy is on its way.
+        # Transfers and engines hold their link: no copy is running.
         with nogil:
             if _enter(s, &entered) == CUDA_SUCCESS:
                 for i in range(s.events_count):
@@ -415,7 +414,7 @@ cdef class CudaLink:
 
 cdef CUresult _time(State *s, int direction, size_t host, CUdeviceptr device, size_t nbytes,
                     uint64_t *took_ns) noexcept nogil:
-    """Nanoseconds for one of several copies in a row: the best of a few rows."""
+    """Nanoseconds per copy of TIMES in a row, at best."""
     cdef CUstream stream = s.streams[direction]
     cdef CUresult rc = CUDA_SUCCESS
     cdef uint64_t began, best = 0
@@ -433,7 +432,7 @@ cdef CUresult _time(State *s, int direction, size_t host, CUdeviceptr device, si
         if rc != CUDA_SUCCESS:
             return rc
         began = (skv_now_ns() - began) // TIMES
-        # The first row also pays for whatever the driver does once.
+        # The first row includes the driver's one-time work.
         if row and (best == 0 or began < best):
             best = began
     took_ns[0] = best

@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""A link without a GPU: "device" memory is host memory, and copies take the time they are told to.
+"""A link without a GPU: host memory stands for GPU memory, and copies take a given time.
 
-For measurements and tests on machines without a GPU. A native thread moves the bytes; a copy is
-over when it moved them, and not before a link of the given speed would have.
+For measurements and tests on machines without a GPU. A native thread moves the bytes; a copy ends
+once they are moved, but not before a link of the given speed would have moved them.
 """
 
 cimport cython
@@ -29,19 +29,19 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<time.h>" nogil:
     int nanosleep(const timespec *request, timespec *remaining)
 
-# The statuses of its own.
+# This link's statuses.
 DEF REFUSED = 1
 DEF FAILED = 2
-# How long a lone `copy` sleeps between two looks.
+# How long `copy` sleeps between two polls.
 DEF LOOK_NS = 50_000
 
 
-# What the loop knows as a copy's event.
+# One copy; for the loop, its event.
 cdef struct Item:
     unsigned char *to
     const unsigned char *source
     size_t nbytes
-    uint64_t due_ns    # a link of this speed would not be done before
+    uint64_t due_ns    # when a link of this speed would be done
     uint8_t moved
     int result
     Item *next
@@ -57,7 +57,7 @@ cdef struct Emulated:
     uint64_t free_ns[2]    # when each direction is free again
     uint64_t copies
     uint64_t nbytes[2]
-    uint64_t refuse_at     # the number of the copy that is refused, or that fails; 0: none
+    uint64_t refuse_at     # number of the copy that is refused or fails; 0: none
     uint64_t fail_at
     bint moves
     bint paused
@@ -124,7 +124,7 @@ cdef void *_thread_main(void *argument) noexcept nogil:
     pthread_mutex_lock(&e.mutex)
     while True:
         item = e.todo
-        # What hangs has not arrived: nothing moves while the link is paused.
+        # Nothing moves while the link is paused.
         if item == NULL or (e.paused and not e.stopping):
             if e.stopping:
                 break
@@ -142,11 +142,11 @@ cdef void *_thread_main(void *argument) noexcept nogil:
 
 @cython.no_gc_clear
 cdef class EmulatedLink:
-    """A link of ``bytes_per_s`` in each direction, and ``latency_s`` more for every copy.
+    """A link of ``bytes_per_s`` in each direction, plus ``latency_s`` per copy.
 
-    ``moves=False``: copies take their time and move nothing, as hardware that copies costs no
-    CPU time; the device's bytes are then not the data. ``capsule`` is for transfers. The loop
-    keeps it alive as long as a copy may be on its way.
+    ``moves=False``: copies take their time and move nothing, since copies by hardware cost no CPU
+    time; "GPU" memory then does not hold the data. ``capsule`` is for transfers, which keep the
+    link alive. Raises ValueError for an impossible speed.
     """
     cdef Emulated _e
     cdef object __weakref__
@@ -161,7 +161,7 @@ cdef class EmulatedLink:
         cdef int direction
         if not 0 < bytes_per_s < 1e15 or not 0 <= latency_s < 1:
             raise ValueError(
-                f"a link of {bytes_per_s:g} bytes/s with {latency_s:g} s per copy is none")
+                f"a link of {bytes_per_s:g} bytes/s with {latency_s:g} s per copy is impossible")
         self.name = "emulated"
         self.bytes_per_s = bytes_per_s
         self.latency_s = latency_s
@@ -176,16 +176,16 @@ cdef class EmulatedLink:
         self._e.link.copy = _copy
         self._e.link.done = _done
         if start_thread(&self._e.thread, _thread_main, &self._e):
-            raise MemoryError("no thread for the emulated link")
+            raise MemoryError("the emulated link's thread could not be started")
         self._started = True
         self.capsule = PyCapsule_New(&self._e.link, SKV_LINK_CAPSULE, NULL)
 
     def register(self, memory):
-        """What holds ``memory`` (its ``address`` and ``nbytes``) reachable: here, itself."""
+        """An object that keeps ``memory`` registered: here, ``memory`` itself."""
         return memory
 
     def explain(self, int code):
-        """The words for the code of a failed copy."""
+        """The description of a failed copy's code."""
         return {REFUSED: "the link refused the copy", FAILED: "the copy failed on its way"}.get(
             code, f"code {code}")
 
@@ -194,13 +194,13 @@ cdef class EmulatedLink:
         return self.latency_s + nbytes / self.bytes_per_s
 
     def copy(self, size_t to, size_t source, size_t nbytes, *, bint to_device=True):
-        """Copies between host memory and the "device" and blocks, without the GIL, until it is
-        over; at most 4 GiB - 1. Raises OSError."""
+        """Copies at most 4 GiB - 1 between host and "GPU" memory. Blocks without the GIL. Raises
+        OSError and ValueError."""
         cdef skv_copy one
         cdef timespec nap
         cdef int rc
         if nbytes > 0xffffffff:
-            raise ValueError(f"at most 4 GiB - 1 at once, not {nbytes} bytes")
+            raise ValueError(f"a copy is at most 4 GiB - 1, not {nbytes} bytes")
         one.host = <void *>(source if to_device else to)
         one.device = to if to_device else source
         one.nbytes = <unsigned int>nbytes
@@ -217,7 +217,7 @@ cdef class EmulatedLink:
             raise OSError(-rc, self.explain(-rc - SKV_LINK_STATUS))
 
     def fail(self, uint64_t number=1, *, bint at_once=False):
-        """The ``number``-th copy from now on fails; ``at_once``: it is not even begun."""
+        """Makes the ``number``-th copy from now on fail; ``at_once``: it is refused."""
         pthread_mutex_lock(&self._e.mutex)
         if at_once:
             self._e.refuse_at = self._e.copies + number
@@ -226,20 +226,20 @@ cdef class EmulatedLink:
         pthread_mutex_unlock(&self._e.mutex)
 
     def pause(self):
-        """Copies hang from now on, those on their way as well."""
+        """Makes copies hang from now on, including those that have started."""
         pthread_mutex_lock(&self._e.mutex)
         self._e.paused = True
         pthread_mutex_unlock(&self._e.mutex)
 
     def resume(self):
-        """What hung goes on."""
+        """Undoes :meth:`pause`."""
         pthread_mutex_lock(&self._e.mutex)
         self._e.paused = False
         pthread_cond_signal(&self._e.work)
         pthread_mutex_unlock(&self._e.mutex)
 
     def stats(self):
-        """``copies`` begun, ``to_device_nbytes`` and ``from_device_nbytes``."""
+        """``copies`` started, ``to_device_nbytes`` and ``from_device_nbytes``."""
         return {
             "copies": self._e.copies,
             "to_device_nbytes": self._e.nbytes[SKV_TO_DEVICE],
@@ -249,7 +249,7 @@ cdef class EmulatedLink:
     def __dealloc__(self):
         if not self._started or self._pid != getpid():
             return
-        # Transfers hold their link: no copy is on its way.
+        # Transfers hold their link: no copy is running.
         with nogil:
             pthread_mutex_lock(&self._e.mutex)
             self._e.stopping = True

@@ -1,5 +1,5 @@
-# The part of the CUDA driver's interface that is used, as pointers to be filled in by dlsym; no
-# header of CUDA's is needed to build.
+# The part of the CUDA driver's interface that the link uses, as pointers that dlsym fills in:
+# building needs no CUDA header.
 
 ctypedef int CUresult
 ctypedef int CUdevice

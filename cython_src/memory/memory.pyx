@@ -1,9 +1,9 @@
 # cython: language_level=3
-"""Aligned, recycled memory: regions, and leases of them that give themselves back.
+"""Aligned, recycled memory: regions, and leases of them that return themselves.
 
 A get reads straight into a lease, and the returned tensor owns that lease through the buffer
-protocol: when the tensor goes, the memory returns to its pool, warm and still registered with
-the device. Fresh memory would cost a page fault per page on every get.
+protocol: when the tensor is freed, the memory returns to its pool, faulted in and still
+registered with the drive. Fresh memory would cost a page fault per page on every get.
 """
 
 cimport cython
@@ -23,7 +23,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef size_t PAGE = 4096
 cdef size_t HUGE = 2 << 20
-# Small leases are carved out of regions of this size: one registration serves many of them.
+# Small leases share regions of this size, so that one registration covers many of them.
 cdef size_t SLAB = 4 << 20
 cdef size_t LARGE = 1 << 20
 
@@ -33,8 +33,8 @@ cdef size_t _round_up(size_t value, size_t multiple) noexcept:
 
 
 cdef size_t size_class(size_t nbytes) noexcept:
-    """Whole pages; four classes to each doubling, where at most a fifth is wasted, and sixteen for
-    what is large, where a seventeenth is."""
+    """Rounds up to whole pages: four classes per doubling, wasting at most a fifth; above LARGE
+    sixteen, wasting at most a seventeenth."""
     cdef size_t step = PAGE
     cdef size_t steps = 8 if nbytes <= LARGE else 32
     while nbytes > steps * step:
@@ -44,10 +44,10 @@ cdef size_t size_class(size_t nbytes) noexcept:
 
 @cython.no_gc_clear
 cdef class Region:
-    """Anonymous memory, page-aligned, on hugepages where there are some; a writable buffer.
+    """Anonymous memory, page-aligned, on hugepages if there are any; a writable buffer.
 
-    ``address`` and ``nbytes``; ``huge`` tells whether it lies on reserved hugepages. Freed when
-    the last reference goes. Raises MemoryError.
+    ``address`` and ``nbytes``; ``huge``: whether it is on reserved hugepages. Freed with its last
+    reference. Raises MemoryError.
     """
     cdef readonly size_t address
     cdef readonly size_t nbytes
@@ -75,7 +75,7 @@ cdef class Region:
         self._mapped_at = self.address = <size_t>at
         if self._mapped_nbytes > self.nbytes:
             # Aligned to 2 MiB so that transparent hugepages can back all of it: a 64 MiB read
-            # then faults 32 times instead of 16,384.
+            # then takes 32 page faults instead of 16,384.
             self.address = _round_up(self.address, HUGE)
             madvise(<void *>self.address, self.nbytes, MADV_HUGEPAGE)
 
@@ -87,33 +87,33 @@ cdef class Region:
             munmap(<void *>self._mapped_at, self._mapped_nbytes)
 
 
-# The pool's book-keeping is plain C: an allocation of a Python object may run the garbage
-# collector, which may give other leases back in the middle of whatever the pool is doing.
+# The pool's bookkeeping is plain C: allocating a Python object may run the garbage collector, which
+# may return other leases while the pool is being changed.
 cdef struct Slab:
     PyObject *region       # owned
-    size_t capacity        # of each of its leases
-    size_t count           # leases in all
-    size_t idle            # those not out
-    Slab *previous         # of its class's slabs with something idle
+    size_t capacity        # of each lease
+    size_t count           # of all leases
+    size_t idle            # of leases not in use
+    Slab *previous         # in its class's list of slabs with an idle lease
     Slab *following
-    size_t addresses[1]    # of the idle ones; in truth `count` of them
+    size_t addresses[1]    # of the idle ones; allocated with `count` elements
 
 
 cdef struct SizeClass:
     size_t capacity
     size_t last_used       # the pool's clock at the last lease
-    size_t whole           # slabs with nothing leased out
-    size_t spare           # the fewest of those since the last shed()
-    Slab *first            # slabs with something idle
+    size_t whole           # slabs that are wholly idle
+    size_t spare           # the lowest `whole` since the last shed()
+    Slab *first            # slabs with an idle lease
     SizeClass *smaller
 
 
 @cython.no_gc_clear
 cdef class Lease:
-    """The right to ``capacity`` bytes at ``address``, until it and all views of it are gone.
+    """The right to ``capacity`` bytes at ``address``, until it and all its views are freed.
 
-    A writable buffer of ``nbytes`` bytes. ``capacity`` is a whole number of pages, so a device
-    may write the last block in full.
+    A writable buffer of ``nbytes`` bytes. ``capacity`` is a whole number of pages, so that a
+    drive may write the last block in full.
     """
     cdef readonly size_t address
     cdef readonly size_t nbytes
@@ -135,17 +135,17 @@ cdef class Lease:
 
     def __dealloc__(self):
         if self._slab != NULL:
-            self._pool._give_back(self._class, self._slab, self.address)
+            self._pool._return(self._class, self._slab, self.address)
 
 
 @cython.no_gc_clear
 cdef class Pool:
-    """Leases by size class, carved from regions that ``allocate(nbytes)`` makes.
+    """Leases by size class, cut from regions that ``allocate(nbytes)`` returns.
 
-    ``allocate`` returns an object with ``address`` and ``nbytes`` whose end of life frees the
-    memory (an engine's own DMA memory, or :class:`Region`). Free memory beyond ``cache_nbytes``
-    is given up, that of sizes not asked for the longest first: what grows by and by (a sequence)
-    leaves one size behind after the other. Thread-safe under the GIL.
+    ``allocate`` returns an object with ``address`` and ``nbytes`` that owns its memory (an
+    engine's DMA memory, or :class:`Region`). Free memory beyond ``cache_nbytes`` is freed, least
+    recently leased sizes first: a growing sequence stops using one size after another.
+    Thread-safe under the GIL.
     """
     cdef object _allocate
     cdef SizeClass *_largest  # all classes, in falling order
@@ -160,11 +160,11 @@ cdef class Pool:
         self.cache_nbytes = cache_nbytes
 
     def lease(self, size_t nbytes):
-        """A lease of ``nbytes`` bytes (whatever was there before is still in it)."""
+        """A lease of ``nbytes`` bytes, not cleared. Raises what ``allocate`` raises."""
         cdef Lease lease = Lease.__new__(Lease)
         cdef SizeClass *kind = self._class_of(size_class(nbytes))
         cdef Slab *slab
-        # Again, should another thread have taken what this one made.
+        # A loop, because another thread may take what this one added.
         while kind.first == NULL:
             self._grow(kind)
         self._clock += 1
@@ -204,7 +204,7 @@ cdef class Pool:
     cdef _grow(self, SizeClass *kind):
         cdef size_t wanted = kind.capacity if 4 * kind.capacity > SLAB else SLAB
         if self.free_nbytes + wanted > self.cache_nbytes:
-            # In the place of what is idle, not on top of it.
+            # Free idle memory first, so that both together stay within the limit.
             self.trim(self.cache_nbytes - min(wanted, self.cache_nbytes))
         region = self._allocate(wanted)
         cdef size_t at = region.address
@@ -224,7 +224,7 @@ cdef class Pool:
         self.free_nbytes += count * kind.capacity
         self.peak_nbytes = max(self.peak_nbytes, self.leased_nbytes + self.free_nbytes)
 
-    cdef _give_back(self, SizeClass *kind, Slab *slab, size_t address):
+    cdef _return(self, SizeClass *kind, Slab *slab, size_t address):
         if not slab.idle:
             _link(kind, slab)
         slab.addresses[slab.idle] = address
@@ -237,19 +237,19 @@ cdef class Pool:
             self.trim(self.cache_nbytes)
 
     def trim(self, size_t keep_nbytes=0):
-        """Gives up idle regions, those of sizes not asked for the longest first, until at most
-        ``keep_nbytes`` are free."""
+        """Frees idle regions, least recently leased sizes first, until at most ``keep_nbytes``
+        are free."""
         cdef Slab *dropped = NULL
-        cdef SizeClass *kind = self._oldest()
+        cdef SizeClass *kind = self._least_recent()
         while kind != NULL and self.free_nbytes > keep_nbytes:
             self._take_whole(kind, &dropped)
             if not kind.whole:
-                kind = self._oldest()
-        # Only now, since the end of a region may run anything.
+                kind = self._least_recent()
+        # Only now, because freeing a region may run any Python code.
         _free_slabs(dropped)
 
     def shed(self):
-        """Gives up the regions that were idle ever since the last call."""
+        """Frees the regions that were idle since the last call."""
         cdef SizeClass *kind = self._largest
         cdef Slab *dropped = NULL
         while kind != NULL:
@@ -261,7 +261,7 @@ cdef class Pool:
         _free_slabs(dropped)
 
     cdef void _take_whole(self, SizeClass *kind, Slab **taken) noexcept:
-        """Moves one of the class's idle regions, of which there is one, to ``taken``."""
+        """Moves one of the class's idle regions to ``taken``; there must be one."""
         cdef Slab *slab = kind.first
         while slab.idle < slab.count:
             slab = slab.following
@@ -272,8 +272,8 @@ cdef class Pool:
         slab.following = taken[0]
         taken[0] = slab
 
-    cdef SizeClass *_oldest(self) noexcept:
-        """Of the classes with an idle region the one used longest ago, or NULL."""
+    cdef SizeClass *_least_recent(self) noexcept:
+        """The least recently leased class with an idle region, or NULL."""
         cdef SizeClass *kind = self._largest
         cdef SizeClass *oldest = NULL
         while kind != NULL:
@@ -283,7 +283,7 @@ cdef class Pool:
         return oldest
 
     def __dealloc__(self):
-        # Leases hold their pool: none are out.
+        # Leases hold their pool, so none is left.
         cdef SizeClass *kind = self._largest
         cdef SizeClass *smaller
         while kind != NULL:

@@ -1,15 +1,16 @@
-# A controller and its namespaces, and the thread that looks after its admin queue.
+# A controller, its namespaces, and the thread that polls its admin queue.
+# Included in spdk.pyx: SPDK's state must exist once, also when linked statically.
 
 cdef extern from "<stdlib.h>" nogil:
     int atexit(void (*)() noexcept nogil)
 
-# Between two looks at the admin queue: keep-alives, asynchronous events, removal.
+# Between two polls of the admin queue: keep-alives, asynchronous events, removal.
 DEF ADMIN_INTERVAL_NS = 50_000_000
-# How long the end of the process waits for drivers.
+# How long the process's exit waits for drivers to park.
 DEF EXIT_NS = 1_000_000_000
 
 
-# SPDK's, generic command status (NVMe Base 2.0, figure 95): the queue ended under the command.
+# Generic command status (NVMe Base 2.0, figure 95): the queue was deleted; also set by SPDK.
 DEF ABORTED_SQ_DELETION = 0x08
 
 
@@ -18,15 +19,15 @@ cdef void _on_removal(void *context, spdk_nvme_ctrlr *ctrlr) noexcept nogil:
     if a.pci != NULL:
         a.gone = True
     else:
-        _ask(a, -ENODEV)
+        _request_reset(a, -ENODEV)
 
 
-cdef void _look_after(Admin *a) noexcept nogil:
-    """One look at the admin queue and at whether the controller is still there. With `use` held."""
+cdef void _poll_controller(Admin *a) noexcept nogil:
+    """Polls the admin queue and checks that the controller still answers. With `use` held."""
     cdef bint failed = False
     if a.ctrlr != NULL:
         if a.pci != NULL and not a.out:
-            _look_for_removal(a)
+            _check_removal(a)
         if spdk_nvme_ctrlr_process_admin_completions(a.ctrlr) == -ENXIO:
             failed = spdk_nvme_ctrlr_is_failed(a.ctrlr)
         if a.by_register:
@@ -34,8 +35,8 @@ cdef void _look_after(Admin *a) noexcept nogil:
             failed |= spdk_nvme_ctrlr_get_regs_csts(a.ctrlr).raw == ALL_ONES
             pthread_mutex_unlock(&_socket)
         if failed and not a.gone:
-            _ask(a, -ENODEV)
-    if a.asked and not a.gone:
+            _request_reset(a, -ENODEV)
+    if a.reset_requested and not a.gone:
         _rebuild(a)
 
 
@@ -45,11 +46,11 @@ cdef void *_admin_main(void *argument) noexcept nogil:
     while not a.stopping:
         pthread_mutex_unlock(&a.mutex)
         pthread_mutex_lock(&a.use)
-        _look_after(a)
+        _poll_controller(a)
         pthread_mutex_unlock(&a.use)
         pthread_mutex_lock(&a.mutex)
-        if not a.stopping and not (a.asked and not a.gone):
-            wait_until(&a.stop_asked, &a.mutex, skv_now_ns() + ADMIN_INTERVAL_NS)
+        if not a.stopping and not (a.reset_requested and not a.gone):
+            wait_until(&a.work, &a.mutex, skv_now_ns() + ADMIN_INTERVAL_NS)
     pthread_mutex_unlock(&a.mutex)
     return NULL
 
@@ -58,7 +59,7 @@ cdef void _stop(Admin *a) noexcept nogil:
     """Ends the controller's thread."""
     pthread_mutex_lock(&a.mutex)
     a.stopping = True
-    pthread_cond_broadcast(&a.stop_asked)
+    pthread_cond_broadcast(&a.work)
     pthread_mutex_unlock(&a.mutex)
     pthread_join(a.thread, NULL)
 
@@ -79,7 +80,7 @@ cdef void _admins_add(Admin *a) noexcept nogil:
     if not _at_exit_is_set:
         _at_exit_is_set = True
         _exit_pid = getpid()
-        atexit(_end_all)
+        atexit(_stop_all)
     pthread_mutex_unlock(&_admins_mutex)
 
 
@@ -93,9 +94,9 @@ cdef void _admins_remove(Admin *a) noexcept nogil:
     pthread_mutex_unlock(&_admins_mutex)
 
 
-cdef void _end_all() noexcept nogil:
-    """At the process's end, for controllers that nobody closed: their threads and the drivers of
-    their pairs stop, because SPDK's own clean-up takes away what they use."""
+cdef void _stop_all() noexcept nogil:
+    """At the process's exit: stops the threads of controllers left open, and the drivers of their
+    pairs, because SPDK's clean-up frees what they use."""
     cdef Admin *a
     cdef uint64_t until_ns = skv_now_ns() + EXIT_NS
     if getpid() != _exit_pid:
@@ -108,7 +109,7 @@ cdef void _end_all() noexcept nogil:
         a.fate = -ENODEV
         a.resetting = True  # for good
         while not _all_parked(a) and skv_now_ns() < until_ns:
-            wait_until(&a.calm, &a.mutex, skv_now_ns() + PARKING_NS)
+            wait_until(&a.state_changed, &a.mutex, skv_now_ns() + PARKING_NS)
         pthread_mutex_unlock(&a.mutex)
         a = a.next
     pthread_mutex_unlock(&_admins_mutex)
@@ -135,8 +136,8 @@ cdef void _on_completion(void *argument, const spdk_nvme_cpl *cpl) noexcept nogi
 cdef class Controller:
     """An NVMe controller, connected by an SPDK transport ID (``trtype:PCIe traddr:0000:01:00.0``).
 
-    Blocks without the GIL while it connects. OSError (ENODEV) where there is none, ValueError for
-    a transport ID that is none.
+    Blocks without the GIL while it connects. Raises OSError (ENODEV) if none answers, and
+    ValueError for an invalid transport ID.
     """
     cdef Admin _a
     cdef bint _open
@@ -164,17 +165,17 @@ cdef class Controller:
         spdk_nvme_ctrlr_set_remove_cb(a.ctrlr, _on_removal, a)
         pthread_mutex_init(&a.use, NULL)
         pthread_mutex_init(&a.mutex, NULL)
-        init_cond(&a.stop_asked)
-        init_cond(&a.calm)
+        init_cond(&a.work)
+        init_cond(&a.state_changed)
         if start_thread(&a.thread, _admin_main, a):
             spdk_nvme_detach(a.ctrlr)
-            raise MemoryError("no thread for the admin queue")
+            raise MemoryError("the admin queue's thread could not be started")
         self._pid = getpid()
         _admins_add(a)
         self._open = True
 
     cdef int _use(self) except -1:
-        """Keeps the controller's thread off until :meth:`_used`. OSError where it is lost."""
+        """Locks out the controller's thread until `_used`. OSError if the controller is lost."""
         with nogil:
             pthread_mutex_lock(&self._a.use)
         if self._open and self._a.ctrlr != NULL:
@@ -187,12 +188,12 @@ cdef class Controller:
 
     @property
     def gone(self):
-        """Whether the drive was removed, or answers no more. Only the second may pass."""
+        """Whether the drive was removed, or does not answer; only the latter can pass."""
         return bool(self._a.gone or self._a.ctrlr == NULL)
 
     def describe(self):
         """``serial``, ``model``, ``firmware``, ``max_transfer_nbytes``, ``volatile_write_cache``
-        and what it can do (``compare``, ``deallocate``, ``write_zeroes``)."""
+        and optional commands (``compare``, ``deallocate``, ``write_zeroes``)."""
         self._use()
         try:
             return self._describe()
@@ -262,7 +263,7 @@ cdef class Controller:
         return ns
 
     def health(self):
-        """The SMART / health log page, main fields. Blocks without the GIL. OSError."""
+        """Main fields of the SMART / health log page. Blocks without the GIL. Raises OSError."""
         cdef spdk_nvme_health_information_page *page
         cdef Completion completion
         cdef int rc
@@ -276,12 +277,12 @@ cdef class Controller:
         if rc == 0:
             with nogil:
                 while not completion.done:
-                    # Below zero the controller failed and has completed what was outstanding.
+                    # A negative result: the controller failed and completed all commands.
                     spdk_nvme_ctrlr_process_admin_completions(self._a.ctrlr)
             rc = completion.status
         self._used()
         if rc:
-            raise OSError(abs(rc), f"the health log of {self.transport_id} cannot be read")
+            raise OSError(abs(rc), f"the health log of {self.transport_id} could not be read")
         return {
             "temperature_c": page.temperature - 273,
             "available_spare_percent": page.available_spare,
@@ -295,24 +296,24 @@ cdef class Controller:
         }
 
     def reset(self):
-        """Resets the controller, all its pairs with it; what was in flight then begins anew.
-        Blocks without the GIL. OSError where it does not come back."""
+        """Resets the controller and its pairs; commands in flight are retried. Blocks without the
+        GIL. Raises OSError if the controller does not come back."""
         cdef Admin *a = &self._a
         cdef uint64_t wanted
         cdef bint lost
         with nogil:
             pthread_mutex_lock(&a.mutex)
             wanted = a.rebuilt + 1 + a.resetting
-            _ask_locked(a, -EAGAIN)
+            _request_reset_locked(a, -EAGAIN)
             while a.rebuilt < wanted and not a.gone and not a.stopping:
-                wait_until(&a.calm, &a.mutex, skv_now_ns() + PARKING_NS)
+                wait_until(&a.state_changed, &a.mutex, skv_now_ns() + PARKING_NS)
             lost = a.rebuilt < wanted or a.ctrlr == NULL
             pthread_mutex_unlock(&a.mutex)
         if lost:
             raise OSError(ENODEV, f"{self.transport_id} did not come back from a reset")
 
     def close(self):
-        """Lets the controller go; its queues have to be closed before. Blocks without the GIL."""
+        """Detaches the controller; close its queues first. Blocks without the GIL."""
         if not self._open:
             return
         self._open = False
@@ -326,6 +327,6 @@ cdef class Controller:
         self._a.ctrlr = NULL
 
     def __dealloc__(self):
-        # A forked child has a copy of the books only.
+        # In a forked child the controller is still the parent's.
         if self._pid == getpid():
             self.close()

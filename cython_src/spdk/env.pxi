@@ -1,4 +1,5 @@
-# SPDK's environment (DPDK underneath): set up once per process, never again.
+# SPDK's environment, on DPDK: set up once per process.
+# Included in spdk.pyx: SPDK's state must exist once, also when linked statically.
 
 cdef extern from "<stdarg.h>" nogil:
     ctypedef struct va_list:
@@ -32,16 +33,16 @@ cdef extern from "<rte_eal.h>" nogil:
 
 cdef int _log_fd = -1
 
-# Held by whoever takes or gives SPDK's memory, and by whoever speaks to a controller's registers or
-# connects to one: SPDK tells every vfio-user controller of new memory over the socket that also
-# carries its registers, and does not keep two threads from taking each other's answers.
+# Held while SPDK's memory is allocated or freed, and while a controller's registers are read or a
+# connection is made: SPDK announces memory to vfio-user controllers over the socket that also
+# carries their registers, and does not keep threads from receiving each other's replies.
 cdef pthread_mutex_t _socket
 pthread_mutex_init(&_socket, NULL)
 
 
 cdef void _log(int level, const char *file, const int line, const char *func, const char *format,
                va_list arguments) noexcept nogil:
-    # One write per message: it is at most a pipe's atomic size, so lines do not mix.
+    # One write per message, below PIPE_BUF and so atomic: lines do not mix.
     cdef char text[2048]
     cdef int used = snprintf(text, sizeof(text), "%d ", level)
     used += vsnprintf(text + used, sizeof(text) - used, format, arguments)
@@ -61,12 +62,21 @@ cdef void *_set_up(void *argument) noexcept nogil:
 
 def set_up_environment(str core not None, *, int memory_mib, bint hugepages, str arguments not None,
                        bint pci, int log_fd):
-    """Sets DPDK's memory and PCI access up. Blocks, without the GIL; for seconds at most.
+    """Sets up DPDK's memory and PCI access. Blocks without the GIL, for seconds at most.
 
-    It pins the calling thread to ``core`` (a core mask or list), and threads started later would
-    inherit that, so it runs in a thread of its own. ``memory_mib``: set aside at once (-1: as
-    needed). ``arguments``: more of DPDK's. ``log_fd``: where DPDK's messages go. Returns 0 or
-    -errno.
+    DPDK pins the calling thread, and threads started later would inherit that, so this runs in
+    its own thread.
+
+    Args:
+        core: Core mask or list.
+        memory_mib: Memory reserved at once; -1: as needed.
+        hugepages: Whether the memory is on hugepages.
+        arguments: More DPDK arguments.
+        pci: Whether to use PCI.
+        log_fd: Where messages go.
+
+    Returns:
+        0 or -errno.
     """
     global _log_fd
     cdef Environment e
@@ -81,10 +91,10 @@ def set_up_environment(str core not None, *, int memory_mib, bint hugepages, str
     e.opts.shm_id = -1
     e.opts.mem_size = memory_mib
     e.opts.no_huge = not hugepages
-    # One file (a nameless one, with --in-memory) per segment: what vfio-user can hand over.
+    # One file per segment (nameless with --in-memory), as vfio-user needs it.
     e.opts.hugepage_single_segments = hugepages
     if hugepages:
-        # Without them SPDK says so itself, and DPDK ends the process over an option given twice.
+        # Without hugepages SPDK sets this itself, and DPDK exits on a repeated option.
         e.opts.iova_mode = "va"
     e.opts.no_pci = not pci
     if arguments:
@@ -101,13 +111,13 @@ def set_up_environment(str core not None, *, int memory_mib, bint hugepages, str
         else:
             pthread_join(thread, NULL)
         if e.rc == 0:
-            # DPDK makes a folder for what processes share; nothing is shared, so it is empty.
+            # DPDK's folder for data shared between processes; nothing is shared, so it is empty.
             rmdir(rte_eal_get_runtime_dir())
     return e.rc
 
 
 def set_log_level(int level):
-    """What SPDK prints: 0 errors, 1 warnings, 2 notices, 3 info, 4 debug; -1 nothing."""
+    """Sets what SPDK prints: 0 errors, 1 warnings, 2 notices, 3 info, 4 debug; -1 nothing."""
     spdk_log_set_print_level(<spdk_log_level>level)
 
 
@@ -118,8 +128,8 @@ def transport_available(str name not None):
 
 @cython.no_gc_clear
 cdef class DmaRegion:
-    """Memory of SPDK's own, which every controller reaches: ``address``, ``nbytes``; a writable
-    buffer. Freed with its last reference. MemoryError where SPDK has none left."""
+    """SPDK memory, which every controller reaches: ``address``, ``nbytes``; a writable buffer.
+    Freed with its last reference. Raises MemoryError."""
     cdef readonly size_t address
     cdef readonly size_t nbytes
     cdef int _pid
@@ -133,7 +143,7 @@ cdef class DmaRegion:
                               SPDK_MALLOC_DMA | SPDK_MALLOC_SHARE)
             pthread_mutex_unlock(&_socket)
         if at == NULL:
-            raise MemoryError(f"SPDK has no {nbytes} bytes of memory left")
+            raise MemoryError(f"SPDK cannot allocate {nbytes} bytes of memory")
         self.address = <size_t>at
         self._pid = getpid()
         self.nbytes = rounded
@@ -142,7 +152,7 @@ cdef class DmaRegion:
         PyBuffer_FillInfo(buffer, self, <void *>self.address, self.nbytes, 0, flags)
 
     def __dealloc__(self):
-        # A forked child has a copy of the books only; the memory is its parent's.
+        # In a forked child the memory is still the parent's.
         if self.address and self._pid == getpid():
             with nogil:
                 pthread_mutex_lock(&_socket)
@@ -151,7 +161,8 @@ cdef class DmaRegion:
 
 
 def register_memory(size_t address, size_t nbytes):
-    """Makes foreign memory reachable for controllers. Returns 0 or -errno (-EBUSY: overlaps)."""
+    """Registers memory with SPDK, so that controllers reach it. Returns 0 or -errno (-EBUSY:
+    overlap)."""
     cdef int rc
     with nogil:
         pthread_mutex_lock(&_socket)
@@ -161,7 +172,7 @@ def register_memory(size_t address, size_t nbytes):
 
 
 def unregister_memory(size_t address, size_t nbytes):
-    """Takes that back. Returns 0 or -errno."""
+    """Undoes :func:`register_memory`. Returns 0 or -errno."""
     cdef int rc
     with nogil:
         pthread_mutex_lock(&_socket)

@@ -1,7 +1,7 @@
-# An I/O queue pair as the backend of a transfer queue. While it has something in flight, only the
-# queue's driver touches it; types.pxd says what holds otherwise.
+# An I/O queue pair as the backend of a transfer queue; types.pxd says which thread may use it.
+# Included in spdk.pyx: SPDK's state must exist once, also when linked statically.
 
-# Polls between two looks at the clock.
+# Polls per reading of the clock.
 DEF POLLS = 256
 # How long an abort may take before the controller is reset.
 DEF ABORT_GRACE_NS = 2_000_000_000
@@ -56,14 +56,14 @@ cdef int _submit(void *self, skv_io *io) noexcept nogil:
     if p.held or p.in_flight >= p.depth:
         return -EAGAIN
     if p.in_flight == 0:
-        rc = _enter(p)
+        rc = _activate(p)
         if rc:
             return rc
     elif p.admin.gone:
         return -ENODEV
     elif p.broken or p.admin.resetting:
         return -EAGAIN
-    # Counted before: a command that SPDK refuses may have called back already.
+    # Counted first: SPDK may call back before it returns.
     p.in_flight += 1
     rc = _command(p, io)
     if rc == 0:
@@ -72,17 +72,17 @@ cdef int _submit(void *self, skv_io *io) noexcept nogil:
     if rc == -ENOMEM and p.in_flight:
         return -EAGAIN
     if rc == -ENXIO:
-        # The connection is down. Nothing of this one was sent, so it may wait for a new one.
+        # The connection is down. This command was not sent, so it can wait for a new one.
         p.broken = True
-        _ask(p.admin, -ENODEV)
+        _request_reset(p.admin, -ENODEV)
         rc = -EAGAIN
     if p.in_flight == 0:
-        _leave(p)
+        _deactivate(p)
     return rc
 
 
 cdef void _give_up(Pair *p) noexcept nogil:
-    """The drive is out. Only the end of a pair brings back all that was in flight on PCIe."""
+    """The drive was removed: on PCIe only freeing the pair completes all commands in flight."""
     spdk_nvme_ctrlr_free_io_qpair(p.pair)
     p.pair = NULL
 
@@ -95,7 +95,7 @@ cdef void _poll_pair(Pair *p, uint64_t until_ns) noexcept nogil:
         _give_up(p)
     elif not p.broken and spdk_nvme_qpair_process_completions(p.pair, 0) < 0 and not a.gone:
         p.broken = True
-        _ask(a, -ENODEV)
+        _request_reset(a, -ENODEV)
 
 
 cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
@@ -120,13 +120,13 @@ cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept no
             elif now >= until_ns:
                 break
             if p.in_flight == 0:
-                _wait_for_calm(p, until_ns)
+                _wait_for_reset(p, until_ns)
                 break
             if p.reset_at_ns and now >= p.reset_at_ns:
-                # The abort did not help: only a reset makes the device let go of the memory.
+                # The abort failed: only a reset ends the drive's access to the memory.
                 p.reset_at_ns = 0
-                _ask(p.admin, -EAGAIN)
-    # Only where it was seen: storing it blindly could take back what a later one has set, unseen.
+                _request_reset(p.admin, -EAGAIN)
+    # Only if it was seen: an unconditional store could erase a later wake-up.
     if p.woken:
         p.woken = False
     if p.held:
@@ -138,7 +138,7 @@ cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept no
     if p.in_flight == 0:
         p.reset_at_ns = 0
         if p.active:
-            _leave(p)
+            _deactivate(p)
     return n
 
 
@@ -169,7 +169,7 @@ cdef void _cancel(void *self, skv_io *io) noexcept nogil:
     cdef Pair *p = <Pair *>self
     if p.held:
         return
-    # Without a pair the abort would mean the admin queue.
+    # Without a pair the abort would apply to the admin queue.
     if p.can_abort and not p.broken and p.pair != NULL:
         spdk_nvme_ctrlr_cmd_abort_ext(p.admin.ctrlr, p.pair, io, _ignore, NULL)
     if p.reset_at_ns == 0:
@@ -180,11 +180,11 @@ cdef void _cancel(void *self, skv_io *io) noexcept nogil:
 cdef class QueuePair:
     """An I/O queue pair of ``controller`` on namespace ``nsid``, for ``depth`` commands.
 
-    ``backend`` is the capsule for a queue. OSError where the controller gives none.
+    ``backend`` is the capsule for a queue. Raises OSError if the controller provides none.
     """
     cdef Pair _p
     cdef Controller _controller
-    cdef int _pid    # 0: there is nothing to give back
+    cdef int _pid    # 0: closed, or never opened
     cdef readonly object backend
 
     def __cinit__(self, Controller controller not None, uint32_t nsid, uint32_t depth):
@@ -195,8 +195,8 @@ cdef class QueuePair:
         p.admin = a
         p.nsid = nsid
         p.depth = depth
-        # SPDK's vfio-user transport cannot walk its requests, and an abort would call through a
-        # null pointer there (seen with 26.09): a reset has to do.
+        # SPDK's vfio-user transport cannot iterate over its requests: an abort would call a null
+        # pointer (seen with 26.09), so commands are cancelled by a reset.
         p.can_abort = not a.by_register
         p.relaxes = a.by_register
         p.backend.self = p
@@ -219,16 +219,16 @@ cdef class QueuePair:
                 pthread_mutex_unlock(&a.mutex)
             pthread_mutex_unlock(&a.use)
         if rc:
-            raise OSError(-rc, f"{controller.transport_id} gives no I/O queue pair")
+            raise OSError(-rc, f"{controller.transport_id} did not provide an I/O queue pair")
         self._pid = getpid()
 
     @property
     def stranger(self):
-        """Whether another namespace answers in this one's place since the connection was lost."""
+        """Whether another namespace has taken this one's place since the connection was lost."""
         return bool(self._p.stranger)
 
     def add_memory(self, size_t address, size_t nbytes):
-        """From now on this memory (SPDK's own, or registered) is used without a copy."""
+        """Makes the drive use this memory (SPDK's, or registered) without a bounce copy."""
         cdef Pair *p = &self._p
         cdef void *grown
         cdef uint32_t room = max(64, 2 * p.reachable_room)
@@ -245,7 +245,7 @@ cdef class QueuePair:
         pthread_mutex_unlock(&p.mutex)
 
     def remove_memory(self, size_t address):
-        """Takes it back, before it is freed or unregistered."""
+        """Undoes :meth:`add_memory`, before the memory is freed or unregistered."""
         cdef Pair *p = &self._p
         cdef uint32_t i
         pthread_mutex_lock(&p.mutex)
@@ -258,8 +258,8 @@ cdef class QueuePair:
 
     def inject_error(self, int opcode, *, uint32_t count=1, bint do_not_submit=False,
                      uint64_t timeout_us=0, int sct=0, int sc=0):
-        """Makes the next ``count`` commands of ``opcode`` fail (tests). The driver must be idle.
-        A reset ends it."""
+        """Makes the next ``count`` commands of ``opcode`` fail, for tests; a reset ends it. The
+        driver must be idle."""
         cdef int rc = -ENODEV
         self._controller._use()
         if self._p.pair != NULL:
@@ -279,7 +279,7 @@ cdef class QueuePair:
         self._controller._used()
 
     def close(self):
-        """Gives the pair back; nothing may be in flight. Blocks without the GIL."""
+        """Frees the pair; nothing may be in flight. Blocks without the GIL."""
         cdef Admin *a = self._p.admin
         cdef Pair **at
         if self._pid != getpid():

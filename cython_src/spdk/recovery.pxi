@@ -1,38 +1,39 @@
-# Resets, and connections that come back. Only the controller's own thread does either.
+# Resets and reconnections, which only the controller's thread does.
+# Included in spdk.pyx: SPDK's state must exist once, also when linked statically.
 #
-# SPDK brings back what a vfio-user pair had in flight only when the pair is freed, and a controller
-# whose target was restarted only when it is connected anew; on PCIe both work too. So there is one
-# way for all: all drivers park, pairs are freed, the controller is reset or else connected again,
-# and pairs are made again if it is the same drive.
+# SPDK completes a vfio-user pair's commands in flight only when the pair is freed, and recovers
+# from a restarted target only by a new connection. PCIe allows both, so there is one procedure:
+# all drivers park, pairs are freed, the controller is reset or else connected again, and pairs are
+# made again if it is the same drive.
 
 cdef extern from "<string.h>" nogil:
     int memcmp(const void *, const void *, size_t)
 
-# Between two attempts to find a lost controller.
+# Between two attempts to reconnect a lost controller.
 DEF RECONNECT_NS = 1_000_000_000
-# Between two looks at whether all drivers have parked.
+# Between two checks whether all drivers have parked.
 DEF PARKING_NS = 50_000_000
 
 
-cdef void _ask_locked(Admin *a, int fate) noexcept nogil:
-    """As :func:`_ask`, with the mutex held."""
-    if not a.asked:
-        a.asked = True
-        a.wish = fate
+cdef void _request_reset_locked(Admin *a, int fate) noexcept nogil:
+    """As `_request_reset`, with the mutex held."""
+    if not a.reset_requested:
+        a.reset_requested = True
+        a.next_fate = fate
     elif fate == -ENODEV:
-        a.wish = fate
-    pthread_cond_broadcast(&a.stop_asked)
+        a.next_fate = fate
+    pthread_cond_broadcast(&a.work)
 
 
-cdef void _ask(Admin *a, int fate) noexcept nogil:
-    """Asks the controller's thread for a reset. `fate`: of what is in flight."""
+cdef void _request_reset(Admin *a, int fate) noexcept nogil:
+    """Requests a reset from the controller's thread. `fate`: the result of commands in flight."""
     pthread_mutex_lock(&a.mutex)
-    _ask_locked(a, fate)
+    _request_reset_locked(a, fate)
     pthread_mutex_unlock(&a.mutex)
 
 
 cdef int _connect_pair(Pair *p) noexcept nogil:
-    """Makes the pair's connection. -ENODEV where its namespace is not there or is another one."""
+    """Connects the pair. -ENODEV if its namespace is missing or is another one."""
     cdef spdk_nvme_ctrlr *ctrlr = p.admin.ctrlr
     cdef spdk_nvme_ns *ns
     cdef spdk_nvme_io_qpair_opts opts
@@ -69,8 +70,8 @@ cdef int _connect_pair(Pair *p) noexcept nogil:
     if p.stranger:
         return -ENODEV
     spdk_nvme_ctrlr_get_default_io_qpair_opts(ctrlr, &opts, sizeof(opts))
-    # Each of our commands may be split at MDTS or a boundary: SPDK then needs more requests
-    # than we have commands, and queues in software what the hardware queue cannot hold.
+    # SPDK may split a command at MDTS or a boundary: it then needs more requests than there are
+    # commands, and queues in software those that the hardware queue cannot hold.
     opts.io_queue_size = max(opts.io_queue_size, 2 * p.depth)
     opts.io_queue_requests = max(opts.io_queue_requests, 16 * p.depth)
     opts.delay_cmd_submit = True
@@ -84,16 +85,16 @@ cdef bint _same_drive(Admin *a) noexcept nogil:
     return memcmp(a.serial, spdk_nvme_ctrlr_get_data(a.ctrlr).sn, sizeof(a.serial)) == 0
 
 
-cdef bint _let_go_of_pairs(Admin *a) noexcept nogil:
-    """Brings back everything in flight. All drivers keep off. Returns whether the controller could
-    be switched off before; where it could not, it was cut off from memory."""
+cdef bint _free_pairs(Admin *a) noexcept nogil:
+    """Completes everything in flight, while all drivers are parked. Returns whether the controller
+    could be disabled first; if not, its DMA was disabled."""
     cdef Pair *p = a.pairs
     cdef bint off = True
     if a.ctrlr != NULL:
         if spdk_nvme_ctrlr_disconnect(a.ctrlr) == 0:
             while spdk_nvme_ctrlr_process_admin_completions(a.ctrlr) != -ENXIO:
                 pass
-        # CSTS.RDY (NVMe Base 2.0, section 3.1.3.6): still enabled, so it may still write.
+        # CSTS.RDY (NVMe Base 2.0, section 3.1.3.6): still enabled, and may still write.
         if a.pci != NULL and spdk_nvme_ctrlr_get_regs_csts(a.ctrlr).raw & 1:
             off = False
             _cut_off(a)
@@ -106,8 +107,8 @@ cdef bint _let_go_of_pairs(Admin *a) noexcept nogil:
 
 
 cdef void _find_controller(Admin *a, bint may_reset) noexcept nogil:
-    """Resets the controller, or connects to it anew. Leaves NULL where it is not there, or is
-    another drive's."""
+    """Resets or reconnects the controller; `ctrlr` is NULL afterwards if it is missing or belongs
+    to another drive."""
     cdef int rc = -EAGAIN
     if a.ctrlr != NULL and may_reset:
         spdk_nvme_ctrlr_reconnect_async(a.ctrlr)
@@ -139,25 +140,25 @@ cdef bint _all_parked(Admin *a) noexcept nogil:
 
 
 cdef void _rebuild(Admin *a) noexcept nogil:
-    """A reset and all that belongs to it. With `use` held."""
+    """Resets or reconnects the controller and its pairs. With `use` held."""
     cdef Pair *p
     cdef bint off
     pthread_mutex_lock(&a.mutex)
-    a.asked = False
+    a.reset_requested = False
     a.resetting = True
-    a.fate = a.wish
+    a.fate = a.next_fate
     while not _all_parked(a):
-        wait_until(&a.calm, &a.mutex, skv_now_ns() + PARKING_NS)
+        wait_until(&a.state_changed, &a.mutex, skv_now_ns() + PARKING_NS)
     pthread_mutex_unlock(&a.mutex)
     pthread_mutex_lock(&_socket)
-    off = _let_go_of_pairs(a)
-    # Whoever waits for what was in flight need not wait for the rest.
+    off = _free_pairs(a)
+    # Commands in flight have completed: their waiters need not wait for the rest.
     pthread_mutex_lock(&a.mutex)
     p = a.pairs
     while p != NULL:
         p.active = p.parked = False
         p = p.next
-    pthread_cond_broadcast(&a.calm)
+    pthread_cond_broadcast(&a.state_changed)
     pthread_mutex_unlock(&a.mutex)
     _find_controller(a, off)
     p = a.pairs
@@ -169,41 +170,41 @@ cdef void _rebuild(Admin *a) noexcept nogil:
     a.resetting = False
     a.tried_ns = skv_now_ns()
     a.rebuilt += 1
-    pthread_cond_broadcast(&a.calm)
+    pthread_cond_broadcast(&a.state_changed)
     pthread_mutex_unlock(&a.mutex)
 
 
-cdef int _enter(Pair *p) noexcept nogil:
-    """The driver wants to submit, and has nothing in flight. 0; -EAGAIN: not yet; -ENODEV."""
+cdef int _activate(Pair *p) noexcept nogil:
+    """Makes an idle pair active before it submits. 0; -EAGAIN: not yet; -ENODEV."""
     cdef Admin *a = p.admin
     cdef int rc = 0
     pthread_mutex_lock(&a.mutex)
     if a.gone:
         rc = -ENODEV
-    elif a.asked or a.resetting:
+    elif a.reset_requested or a.resetting:
         rc = -EAGAIN
     elif p.pair != NULL and not p.broken:
         p.active = True
     elif skv_now_ns() - a.tried_ns < RECONNECT_NS:
         rc = -ENODEV
     else:
-        _ask_locked(a, -EAGAIN)
+        _request_reset_locked(a, -EAGAIN)
         rc = -EAGAIN
     pthread_mutex_unlock(&a.mutex)
     return rc
 
 
-cdef void _leave(Pair *p) noexcept nogil:
-    """Nothing of the pair is in flight any more."""
+cdef void _deactivate(Pair *p) noexcept nogil:
+    """Makes a pair idle: nothing of it is in flight."""
     pthread_mutex_lock(&p.admin.mutex)
     p.active = False
     if p.admin.resetting:
-        pthread_cond_broadcast(&p.admin.calm)
+        pthread_cond_broadcast(&p.admin.state_changed)
     pthread_mutex_unlock(&p.admin.mutex)
 
 
 cdef void _park(Pair *p, uint64_t until_ns) noexcept nogil:
-    """Keeps off the pair while it is taken away; `held` is still set where that lasts longer."""
+    """Waits while the pair is rebuilt; `held` stays set if that lasts beyond `until_ns`."""
     cdef Admin *a = p.admin
     pthread_mutex_lock(&a.mutex)
     if not p.held:
@@ -211,19 +212,19 @@ cdef void _park(Pair *p, uint64_t until_ns) noexcept nogil:
             pthread_mutex_unlock(&a.mutex)
             return
         p.held = p.parked = True
-        pthread_cond_broadcast(&a.calm)
+        pthread_cond_broadcast(&a.state_changed)
     while p.parked:
-        if wait_until(&a.calm, &a.mutex, until_ns):
+        if wait_until(&a.state_changed, &a.mutex, until_ns):
             break
     p.held = p.parked
     pthread_mutex_unlock(&a.mutex)
 
 
-cdef void _wait_for_calm(Pair *p, uint64_t until_ns) noexcept nogil:
-    """With nothing in flight: until submitting may work again."""
+cdef void _wait_for_reset(Pair *p, uint64_t until_ns) noexcept nogil:
+    """Waits, with nothing in flight, until the reset has ended."""
     cdef Admin *a = p.admin
     pthread_mutex_lock(&a.mutex)
-    while (a.asked or a.resetting) and not p.woken:
-        if wait_until(&a.calm, &a.mutex, until_ns):
+    while (a.reset_requested or a.resetting) and not p.woken:
+        if wait_until(&a.state_changed, &a.mutex, until_ns):
             break
     pthread_mutex_unlock(&a.mutex)

@@ -1,9 +1,9 @@
-# A PCIe drive that goes away: pulled out of its slot, or claimed back by the kernel, which then waits
-# for as long as this process holds it.
+# Removal of a PCIe drive: it is pulled out, or the kernel requests it back and waits until this
+# process releases it. Included in spdk.pyx: SPDK's state must exist once.
 
-# When the kernel asks, what is in flight has this long to complete; the drive still answers then.
+# At the kernel's request commands in flight have this long to complete; the drive still answers.
 DEF DRAIN_NS = 1_000_000_000
-# The command register, and its bit that lets a device reach memory (PCI Local Bus 3.0, 6.2.2).
+# The command register, and its bit that enables DMA (PCI Local Bus 3.0, 6.2.2).
 DEF PCI_COMMAND = 4
 DEF PCI_BUS_MASTER = 4
 DEF PCI_CLASS_REVISION = 8
@@ -14,21 +14,21 @@ cdef enum:
 
 
 cdef void _cut_off(Admin *a) noexcept nogil:
-    """The device reaches no memory any more."""
+    """Disables the drive's DMA."""
     cdef uint16_t command = 0xFFFF
     if spdk_pci_device_cfg_read16(a.pci, &command, PCI_COMMAND) == 0 and command != 0xFFFF:
         spdk_pci_device_cfg_write16(a.pci, command & ~<uint16_t>PCI_BUS_MASTER, PCI_COMMAND)
 
 
-cdef void _look_for_removal(Admin *a) noexcept nogil:
-    """Sets ``gone`` when the drive is out or wanted back, and ``out`` when it can do no harm."""
+cdef void _check_removal(Admin *a) noexcept nogil:
+    """Sets ``gone`` if the drive was removed or requested back, and ``out`` once its DMA is off."""
     cdef spdk_nvme_transport_id transport
     cdef uint64_t now
     cdef spdk_nvme_csts_register status = spdk_nvme_ctrlr_get_regs_csts(a.ctrlr)
     cdef uint32_t revision = 0
     cdef bint dead
-    # What is not there reads as all ones. Not all virtual machines do so for a drive's registers;
-    # and of its configuration, vfio-pci answers the vendor's number itself.
+    # A removed drive reads as all ones. Some virtual machines do not do so for its registers, and
+    # in its configuration space vfio-pci emulates the vendor ID.
     spdk_pci_device_cfg_read32(a.pci, &revision, PCI_CLASS_REVISION)
     dead = status.raw == ALL_ONES or revision == ALL_ONES
     if not dead and not spdk_pci_device_is_removed(a.pci):
@@ -40,7 +40,7 @@ cdef void _look_for_removal(Admin *a) noexcept nogil:
     if not dead and now - a.gone_at_ns < DRAIN_NS:
         return
     _cut_off(a)
-    # SPDK then sends it nothing more either, not even a shutdown when it is closed.
+    # After this SPDK sends it nothing, not even a shutdown when it is closed.
     memset(&transport, 0, sizeof(transport))
     spdk_nvme_trid_populate_transport(&transport, SPDK_NVME_TRANSPORT_PCIE)
     spdk_nvme_scan_attached(&transport)

@@ -1,7 +1,8 @@
-# SIGBUS. SPDK's environment library takes the signal over when it is loaded, and swallows what is
-# not its own: a process that touches a truncated mapping would then spin for ever. So: ours in
-# front of it, which lets SPDK try first (a drive that was pulled makes its registers fault, and
-# SPDK maps something else there), and hands a fault that comes back to whoever had the signal.
+# SIGBUS. SPDK's environment library installs a handler when it is loaded, and ignores faults that
+# are not its own: a process that touches a truncated mapping would then loop for ever. The handler
+# here lets SPDK try first (a removed drive's registers fault, and SPDK maps other memory there) and
+# passes a repeated fault to the handler from before.
+# Included in spdk.pyx: SPDK's state must exist once, also when linked statically.
 
 cdef extern from "<signal.h>" nogil:
     ctypedef struct siginfo_t:
@@ -17,7 +18,7 @@ cdef extern from "<signal.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int gettid()
 
-# The last fault of each thread, by the low bits of its number.
+# The last fault of each thread, by the low bits of its thread ID.
 DEF FAULTS = 256
 cdef void *_faulted[FAULTS]
 cdef sigaction_t _sigbus_before
@@ -30,13 +31,13 @@ cdef void _on_sigbus(int signum, siginfo_t *info, void *context) noexcept nogil:
         _faulted[slot] = info.si_addr
         _sigbus_of_spdk.sa_sigaction(signum, info, context)
         return
-    # SPDK did not mend it: the instruction ran again and faulted again. Returning runs it once
-    # more, and then the handler from before (by default: the end of the process) has it.
+    # SPDK did not resolve it: the instruction faulted again. It runs once more on return, and then
+    # the handler from before (by default: the end of the process) gets the fault.
     sigaction(SIGBUS, &_sigbus_before, NULL)
 
 
 def chain_sigbus(const unsigned char[::1] before not None):
-    """Puts our handler before SPDK's; ``before`` is the ``struct sigaction`` from before SPDK was
+    """Installs the handler above SPDK's; ``before``: the ``struct sigaction`` from before SPDK was
     loaded."""
     cdef sigaction_t ours
     if <size_t>before.shape[0] < sizeof(sigaction_t):

@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """SPDK's user-space NVMe driver: the environment, controllers, and the queue pair as a backend.
 
-One driver for all transports: PCIe (the drive is bound to vfio-pci), vfio-user and TCP. Nothing
-here blocks with the GIL held.
+The transports are PCIe (the drive is bound to vfio-pci), vfio-user and TCP. Nothing here blocks
+with the GIL held.
 """
 
 cimport cython
@@ -27,8 +27,8 @@ from spdk.types cimport *
 
 SPDK_VERSION = SPDK_VERSION_STRING.decode()
 
-# Included, not compiled on their own: a statically linked SPDK has its state in the extension, and so
-# have the mutexes and lists here; a second extension would have another copy of all of it.
+# Included rather than compiled separately: the state of SPDK (if linked statically) and of this
+# driver must exist once per process, and a second extension would have its own copy.
 include "sigbus.pxi"
 include "env.pxi"
 include "removal.pxi"

@@ -1,4 +1,4 @@
-# The Python side of a transfer.
+# The class Transfer. Included in transfer.pyx: one C translation unit, so that calls are inlined.
 
 
 @cython.no_gc_clear
@@ -6,24 +6,27 @@ cdef class Transfer:
     """One request to a queue: pieces, one completion.
 
     Add pieces, then :meth:`run` (submit and wait), or :meth:`submit` and later :meth:`wait`.
-    What was given to :meth:`keep` lives until the device is done with the transfer, whatever
-    happens to this object. One thread builds it; any may wait.
+    What was given to :meth:`keep` lives until the drive is done with the transfer, whatever
+    happens to this object. One thread builds a transfer; any thread may wait for it.
 
-    ``op``: READ, WRITE, FLUSH or DISCARD. ``checksum``: compute CRC32C over the callers' bytes.
-    ``chunk_nbytes``: one CRC per that many bytes of a piece (a whole number of blocks that
-    divides the segments); 0: one per piece. ``segment_nbytes``: cut into segments of this size
-    (whole blocks, at most the queue's); 0: the queue's. ``window``: at most so many of them
-    outstanding at once; 0: no limit but the queue's.
+    Args:
+        queue: The queue that carries it.
+        op: READ, WRITE, FLUSH or DISCARD.
+        checksum: Compute CRC32C over the callers' bytes.
+        chunk_nbytes: One CRC per that many bytes of a piece (a whole number of blocks that
+            divides the segments); 0: one per piece.
+        segment_nbytes: Segment size (whole blocks, at most the queue's); 0: the queue's.
+        window: Most segments outstanding at once; 0: only the queue's depth limits them.
+        plan: The number under which :meth:`Queue.outcomes` reports it; 0: not reported.
+        link: The pieces' addresses are GPU memory, and each segment goes through a slot and over
+            this link. What its ``register`` returned for the slots must outlive the queue.
+        stream: Handle of a stream: copies run after what it holds when the transfer is submitted.
+        hand_over: For reads. Waiting ends once everything is read and summed and all copies are
+            started; :meth:`wait` then makes ``stream`` wait for the last copy. Call it also
+            after learning of the end from a future. Kept objects live until the copies are done.
 
-    ``plan``: a number by which :meth:`Queue.outcomes` tells of it, if it goes over a link; 0: not.
-
-    ``link``: the pieces' addresses are device memory, and each segment goes through a slot and
-    over that link; what its ``register`` made of the slots must outlive the queue. ``stream`` (a
-    handle) orders the copies after what was queued on it when the transfer is submitted.
-    ``hand_over``, for reads: it is over for whoever waits once everything is read and summed and
-    all copies are begun. :meth:`wait` (to be called also by who learnt of it from a future) then
-    makes ``stream`` wait for the last of them; nobody else has to. What was kept stays kept until
-    the copies are done.
+    Raises:
+        ValueError: The arguments contradict each other or the queue.
     """
     cdef Transfer_ *_t
     cdef Piece *_pieces
@@ -45,19 +48,19 @@ cdef class Transfer:
         segment_nbytes = segment_nbytes or q.segment_nbytes
         if segment_nbytes % q.block_nbytes or segment_nbytes > q.segment_nbytes:
             raise ValueError(
-                f"segments are whole blocks of {q.block_nbytes} bytes, at most {q.segment_nbytes} "
-                f"and not {segment_nbytes}")
+                f"segments must be whole blocks of {q.block_nbytes} bytes, at most "
+                f"{q.segment_nbytes}, not {segment_nbytes}")
         if chunk_nbytes and (chunk_nbytes % q.block_nbytes or segment_nbytes % chunk_nbytes):
             raise ValueError(
                 f"checksum chunks of {chunk_nbytes} bytes do not divide segments of "
                 f"{segment_nbytes}, or are not whole blocks of {q.block_nbytes}")
         if link is not None:
             if op > SKV_WRITE or not q.slots_count:
-                raise ValueError("over a link go reads and writes, through a queue with slots")
+                raise ValueError("a link carries only reads and writes, on a queue with slots")
             functions = <skv_link *>PyCapsule_GetPointer(link.capsule, SKV_LINK_CAPSULE)
         if hand_over and (functions == NULL or functions.follow == NULL or stream is None
                           or op != SKV_READ):
-            raise ValueError("only a read over a link with streams is handed over, to a stream")
+            raise ValueError("hand_over needs a read, a stream, and a link that supports streams")
         self._t = <Transfer_ *>calloc(1, sizeof(Transfer_))
         if self._t == NULL:
             raise MemoryError()
@@ -79,15 +82,15 @@ cdef class Transfer:
         Py_INCREF(kept)
 
     def keep(self, thing):
-        """Keeps ``thing`` (a lease, a buffer's export, a tensor) alive until the last completion."""
+        """Keeps ``thing`` (a lease, a buffer, a tensor) alive until the last completion."""
         (<list>self._t.kept).append(thing)
 
     def add(self, uint64_t offset, size_t address, uint64_t nbytes, uint64_t capacity=0):
-        """Adds a piece: ``nbytes`` at device ``offset``, to or from memory at ``address``.
+        """Adds a piece: ``nbytes`` at the drive's ``offset``, to or from memory at ``address``.
 
-        ``capacity``: bytes at ``address`` that belong to the transfer, at least ``nbytes``; where
-        they reach to the end of the last block no copy is needed for it. Writes begin at a whole
-        block and fill their last one with zeros. Raises ValueError.
+        ``capacity``: bytes at ``address`` that the transfer may use, at least ``nbytes``; if they
+        cover the last block in full, it needs no copy. Writes start at a whole block and pad the
+        last one with zeros. Raises ValueError.
         """
         self._add(offset, address, nbytes, capacity)
 
@@ -99,7 +102,7 @@ cdef class Transfer:
         if self._submitted:
             raise ValueError("the transfer was already submitted")
         if nbytes > <uint64_t>1 << 62 or offset > <uint64_t>1 << 62:
-            raise ValueError(f"no device has {nbytes} bytes at offset {offset}")
+            raise ValueError(f"no drive has {nbytes} bytes at offset {offset}")
         if misplaced and (self._t.op != SKV_READ or self._t.chunk_nbytes):
             raise ValueError(
                 f"offset {offset} is not a multiple of the block size {q.block_nbytes}")
@@ -132,7 +135,7 @@ cdef class Transfer:
         self._room = room
 
     cdef bint _reaches_all(self):
-        """Whether the device reaches everything from the first piece to the last, by address."""
+        """Whether the drive reaches the address range that spans all pieces."""
         cdef skv_backend *backend = self._t.queue.backend
         cdef size_t first = <size_t>self._pieces[0].address, last = first, address
         cdef uint32_t i
@@ -146,14 +149,14 @@ cdef class Transfer:
         """Cuts the pieces into segments."""
         cdef Queue_ *q = self._t.queue
         cdef uint64_t most = self._t.segment_nbytes, count = 0, chunks = 0, at, skip, take
-        # Powers of two: masks, because a division takes as long as much of the rest.
+        # Masks, as both are powers of two: divisions would be a large part of this function's time.
         cdef uint64_t within = q.block_nbytes - 1, unaligned = q.align_nbytes - 1
         cdef uint32_t i
         cdef bint foreign, asks
         cdef Piece *p
         cdef Segment *s
         if self._t.op >= SKV_FLUSH:
-            most = 1 << 30  # no memory moves; only the field's width bounds it
+            most = 1 << 30  # no memory moves: only the field's width limits it
         for i in range(self._count):
             p = &self._pieces[i]
             p.first_segment = <uint32_t>count
@@ -171,7 +174,7 @@ cdef class Transfer:
                 chunks += p.chunks
         if count >= 0xffffffff or chunks >= 0xffffffff:
             raise ValueError(f"{count} segments are too many for one transfer")
-        free(self._t.segments)  # of an attempt that ran out of memory
+        free(self._t.segments)  # left by an attempt that ran out of memory
         free(self._t.crcs)
         free(self._t.copies)
         self._t.copies = NULL
@@ -183,7 +186,7 @@ cdef class Transfer:
                 or (self._t.link != NULL and self._t.copies == NULL)):
             raise MemoryError()
         asks = q.backend.reaches != NULL and self._t.op <= SKV_WRITE and self._t.link == NULL
-        # Many pieces mostly lie in one buffer: one question for all of them.
+        # Many pieces mostly lie in one buffer, so that one call covers all of them.
         if asks and self._count > 1:
             asks = not self._reaches_all()
         for i in range(self._count):
@@ -202,10 +205,10 @@ cdef class Transfer:
                 s.nbytes = <uint32_t>take
                 s.io.piece_offset = p.offset
                 s.io.piece_nbytes = p.nbytes
-                s.device_nbytes = <uint32_t>((skip + take + within) & ~within)
+                s.drive_nbytes = <uint32_t>((skip + take + within) & ~within)
                 if self._t.op <= SKV_WRITE:
                     s.bounce = (foreign or (<size_t>s.user & unaligned) != 0 or skip != 0
-                                or at + s.device_nbytes > p.capacity)
+                                or at + s.drive_nbytes > p.capacity)
                 if self._t.chunk_nbytes:
                     s.chunk_crcs = &self._t.crcs[
                         p.first_chunk + <uint32_t>(at // self._t.chunk_nbytes)]
@@ -216,7 +219,7 @@ cdef class Transfer:
         self._t.count = self._t.to_copy = self._t.to_hand_over = <uint32_t>count
 
     cdef _mark(self):
-        """Notes what is queued on the caller's stream."""
+        """Records an event after what is queued on the caller's stream."""
         cdef skv_link *link = self._t.link
         cdef size_t stream
         cdef int rc = 0
@@ -253,13 +256,13 @@ cdef class Transfer:
         if timeout_s is not None:
             limit = timeout_s
             if not 0 < limit < 1e9:
-                raise ValueError(f"timeout_s is a positive number of seconds, not {timeout_s!r}")
+                raise ValueError(f"timeout_s must be a positive number, not {timeout_s!r}")
             self._t.deadline_ns = skv_now_ns() + <uint64_t>(limit * 1e9)
         self._cut()
         self._mark()
         _free_orphans(q)
         self._t.nbytes = self.nbytes
-        self._t.begun_ns = skv_now_ns()
+        self._t.started_ns = skv_now_ns()
         self._submitted = True
         self._t.priority = PREFETCH if priority else DEMAND
         if notify:
@@ -272,23 +275,23 @@ cdef class Transfer:
                 _notify(q, self._t)
             pthread_mutex_unlock(&q.mutex)
             return
-        # With the GIL: nobody waits while they hold the mutex, and to hand the GIL on and to get it
-        # back takes longer than this does.
+        # With the GIL: the mutex is never held over a wait, and releasing and retaking the GIL
+        # would take longer than this call.
         taken = _enqueue(q, self._t, wake_thread)
         if not taken:
             self._submitted = False
             if notify:
                 self._t.handle = NULL
                 Py_DECREF(self)
-            raise ClosedError("the engine was closed meanwhile")
+            raise ClosedError("the engine is closed")
 
     cdef _check_fork(self):
         if self.queue.pid != _getpid():
             raise ClosedError(
-                f"this transfer belongs to process {self.queue.pid}, from which this one forked")
+                f"this transfer belongs to process {self.queue.pid}, the parent of this one")
 
     cdef bint _over(self):
-        """Whether it is done. Under the mutex, which also makes visible what the driver wrote."""
+        """Whether it is done. Takes the mutex, which also makes the driver's writes visible."""
         cdef bint done
         if not self._submitted or self.queue.pid != _getpid():
             return self._t.done
@@ -298,7 +301,7 @@ cdef class Transfer:
         return done
 
     cdef bint _waited(self):
-        """Whether nobody has to wait for it any more."""
+        """Whether waiting for it is over."""
         cdef bint over
         if not self._submitted or self.queue.pid != _getpid():
             return self._t.done
@@ -310,7 +313,7 @@ cdef class Transfer:
     def submit(self, timeout_s=None, int priority=0, bint notify=False):
         """Starts the transfer and returns at once.
 
-        ``timeout_s``: deadline, from now. ``priority``: DEMAND goes before PREFETCH. ``notify``:
+        ``timeout_s``: deadline, from now. ``priority``: DEMAND precedes PREFETCH. ``notify``:
         :meth:`Queue.reap` returns this object when it is done.
         """
         self._submit(timeout_s, priority, notify, True)
@@ -323,9 +326,9 @@ cdef class Transfer:
     def wait(self):
         """Blocks, without the GIL, until the transfer is done or past its deadline.
 
-        Returns the status: 0, or the errno of the first failure. An exception raised by a signal
-        handler (KeyboardInterrupt) comes out after what is in flight has ended; a second one
-        comes out at once, and the memory stays kept until the device is done.
+        Returns the status: 0, or the errno of the first failure. An exception of a signal handler
+        (KeyboardInterrupt) propagates once commands in flight have ended; a second one propagates
+        at once, and the memory stays kept until the drive is done.
 
         With ``hand_over`` the stream waits for the bytes from here on; DeviceError if it cannot.
         """
@@ -362,7 +365,7 @@ cdef class Transfer:
         else:
             self._t.priority = DEMAND
         q.changed = 1
-        _tell(q)
+        _notify_driver(q)
         pthread_mutex_unlock(&q.mutex)
 
     cdef _drain(self):
@@ -374,17 +377,17 @@ cdef class Transfer:
             PyErr_CheckSignals()
 
     def cancel(self):
-        """Stops submitting what is left of it; what is in flight still ends by itself."""
+        """Stops submitting the rest; commands in flight still run to their end."""
         self._change(True)
 
     @property
     def done(self):
-        """Whether the device is done with it (after a deadline that may be later than `wait`)."""
+        """Whether the drive is done with it, which may be later than `wait` returns."""
         return bool(self._over())
 
     @property
     def in_flight(self):
-        """Submitted, and the device may still touch what was kept."""
+        """Whether the drive may still touch what was kept."""
         return self._submitted and not self._over()
 
     @property
@@ -407,21 +410,21 @@ cdef class Transfer:
 
     @property
     def cold_nbytes(self):
-        """Of a read through a cache: bytes that had to come from the device."""
-        # Blocks are brought in whole, and one may be evicted and brought in again within a transfer.
+        """Bytes of a read through a cache that had to come from the drive."""
+        # Blocks are filled whole, and one may be evicted and filled again within a transfer.
         return min(self._t.cold_nbytes, <uint64_t>self.nbytes)
 
     @property
     def failure(self):
-        """(device offset, nbytes) of the command that failed first, or None."""
+        """(drive offset, nbytes) of the command that failed first, or None."""
         cdef Segment *s
         if not self._t.status or not self._t.count:
             return None
         s = &self._t.segments[self._t.failed_segment]
-        return s.offset, s.device_nbytes
+        return s.offset, s.drive_nbytes
 
     def crc(self, uint32_t piece=0):
-        """CRC32C of a piece (when ``checksum`` was asked for, without chunks, and it is done)."""
+        """CRC32C of a piece of a finished transfer with ``checksum`` and without chunks."""
         cdef uint32_t crc = 0, i
         cdef Piece *p
         cdef Segment *s
@@ -447,7 +450,7 @@ cdef class Transfer:
         if t == NULL:
             return
         if self.queue.pid != _getpid():
-            return  # a forked child cannot know who held the locks
+            return  # in a forked child the locks' state is unknown
         free(self._pieces)
         if self._submitted and not t.done:
             q = t.queue

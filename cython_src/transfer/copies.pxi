@@ -1,9 +1,9 @@
-# A segment's way between its slot and device memory. In the thread that holds the queue; nothing
-# here waits for a link.
+# Copies between slots and GPU memory, in the driver's thread; nothing here waits for a link.
+# Included in transfer.pyx: one C translation unit, so that the hot path is inlined.
 
 
-cdef bint _begin_copy(Queue_ *q, Segment *s) noexcept nogil:
-    """Begins the copy of a segment that has its slot; False, and the transfer failed, if not."""
+cdef bint _start_copy(Queue_ *q, Segment *s) noexcept nogil:
+    """Starts the copy of a segment that has its slot. False: it failed, and so did the transfer."""
     cdef Transfer_ *t = s.transfer
     cdef skv_link *link = t.link
     cdef Copy *c = &t.copies[s - t.segments]
@@ -27,15 +27,15 @@ cdef bint _begin_copy(Queue_ *q, Segment *s) noexcept nogil:
         return False
     if c.copy.hold:
         t.copied = c.copy.event
-    c.begun_ns = skv_now_ns()
+    c.started_ns = skv_now_ns()
     if link.ns_per_byte[direction] > 0:
         q.link_free_ns[direction] = (
-            max(c.begun_ns, q.link_free_ns[direction]) + link.latency_ns[direction]
+            max(c.started_ns, q.link_free_ns[direction]) + link.latency_ns[direction]
             + <uint64_t>(<double>s.nbytes * link.ns_per_byte[direction]))
         c.copy.due_ns = q.link_free_ns[direction]
     c.next = NULL
     if q.copies == 0:
-        q.copy_since_ns = q.overlap_since_ns = c.begun_ns
+        q.copy_since_ns = q.overlap_since_ns = c.started_ns
         q.copying = c
     else:
         q.copying_tail.next = c
@@ -46,8 +46,8 @@ cdef bint _begin_copy(Queue_ *q, Segment *s) noexcept nogil:
 
 
 cdef void _handed_over(Queue_ *q, Transfer_ *t) noexcept nogil:
-    """One more segment of it is read, summed and being copied. After the last one a stream can
-    wait for the rest, and nobody else has to."""
+    """Counts a segment that is read, summed and being copied. After the last one only a stream
+    still has to wait."""
     t.to_hand_over -= 1
     if t.to_hand_over or t.status:
         return
@@ -59,10 +59,10 @@ cdef void _handed_over(Queue_ *q, Transfer_ *t) noexcept nogil:
     pthread_mutex_unlock(&q.mutex)
 
 
-cdef void _landed(Queue_ *q, Segment *s) noexcept nogil:
-    """What was read is in its slot. The copy goes first: the checksum is computed beside it."""
+cdef void _read_done(Queue_ *q, Segment *s) noexcept nogil:
+    """A read segment is in its slot. The copy starts first: the checksum runs during it."""
     cdef Transfer_ *t = s.transfer
-    if s.failed or t.status or not _begin_copy(q, s):
+    if s.failed or t.status or not _start_copy(q, s):
         _finish_segment(q, s)
     elif t.checksum:
         _follow_up_push(q, s)
@@ -71,13 +71,13 @@ cdef void _landed(Queue_ *q, Segment *s) noexcept nogil:
 
 
 cdef inline void _count_overlap(Queue_ *q, uint64_t now) noexcept nogil:
-    # What began after `now` was taken overlapped with nothing yet.
+    # An overlap that started after `now` was taken counts for nothing yet.
     if now > q.overlap_since_ns:
         q.counters.overlap_ns += now - q.overlap_since_ns
 
 
 cdef void _copied(Queue_ *q, Copy *c, uint64_t now) noexcept nogil:
-    """A copy is over. Its transfer may be gone when this returns."""
+    """Handles a copy's end. Its transfer may be freed when this returns."""
     cdef Segment *s = c.segment
     cdef Transfer_ *t = s.transfer
     s.copying = 0
@@ -107,7 +107,7 @@ cdef void _copied(Queue_ *q, Copy *c, uint64_t now) noexcept nogil:
 
 
 cdef void _poll_copies(Queue_ *q) noexcept nogil:
-    """Looks which copies are over."""
+    """Collects the copies that have ended."""
     cdef Copy *c = q.copying
     cdef Copy *last = NULL
     cdef Copy *following
@@ -119,7 +119,7 @@ cdef void _poll_copies(Queue_ *q) noexcept nogil:
     while c != NULL:
         following = c.next
         link = c.segment.transfer.link
-        # In order: behind one that is on its way there is none that is over.
+        # Copies of one direction end in order: behind an unfinished one all are unfinished.
         if link == busy[c.copy.direction] or not link.done(link.self, &c.copy):
             busy[c.copy.direction] = link
             if last == NULL:
@@ -146,52 +146,52 @@ cdef bint _write_copied(Queue_ *q, Segment *s) noexcept nogil:
     return q.retry != s
 
 
-cdef Transfer_ *_can_go_on(Queue_ *q) noexcept nogil:
-    """The first transfer with a segment that may go now: a link that is slow, or hangs, holds up
-    those alone that need its slots."""
+cdef Transfer_ *_next_submittable(Queue_ *q) noexcept nogil:
+    """The first transfer with a segment that may be submitted now: a slow or hung link delays only
+    transfers that need its slots."""
     cdef Transfer_ *t
-    cdef int priority, looked
+    cdef int priority, searched
     for priority in range(2):
         t = q.todo[priority]
-        looked = 0
-        while t != NULL and looked < PASSED_BY:
+        searched = 0
+        while t != NULL and searched < TODO_SEARCH_LIMIT:
             if ((q.free_slots or not t.segments[t.next].bounce)
                     and (not t.window or t.outstanding < t.window)):
                 return t
             t = t.next_todo
-            looked += 1
+            searched += 1
     return NULL
 
 
-cdef int64_t _until_copied(Queue_ *q, uint64_t now) noexcept nogil:
-    """Nanoseconds until it is worth looking at the copies again."""
+cdef int64_t _copy_wait_ns(Queue_ *q, uint64_t now) noexcept nogil:
+    """Nanoseconds until the copies should be polled again."""
     cdef Copy *c = q.copying
     cdef Transfer_ *t = c.segment.transfer
     cdef uint64_t due = c.copy.due_ns, late
     if q.in_flight >= q.depth and q.free_slots and t.next < t.count:
-        # Nothing waits for the slot, and nobody for the transfer: with the drive's next answer.
-        return LOOK_MOST_NS
+        # Nothing waits for the slot or the transfer: poll with the drive's next completion.
+        return COPY_POLL_MAX_NS
     if due == 0:
-        return LOOK_NS
+        return COPY_POLL_NS
     if not q.free_slots and t.op == SKV_READ and q.copying_tail.copy.due_ns > due:
-        # The link has plenty to do, and the drive nowhere to go: half of it at once.
+        # The link is busy and the drive has no free slot: collect half of the copies at once.
         due += (q.copying_tail.copy.due_ns - due) // 2
     if due > now:
         return <int64_t>(due - now)
     late = now - due
-    return min(<int64_t>(LOOK_NS + late // 4), <int64_t>LOOK_MOST_NS)
+    return min(<int64_t>(COPY_POLL_NS + late // 4), <int64_t>COPY_POLL_MAX_NS)
 
 
-cdef void _nap(Queue_ *q, uint64_t now, int64_t wait) noexcept nogil:
-    """Sleeps until `wait` is over or somebody wakes the driver. With the mutex held."""
+cdef void _sleep(Queue_ *q, uint64_t now, int64_t wait) noexcept nogil:
+    """Sleeps for `wait`, or until another thread wakes the driver. With the mutex held."""
     cdef int slack
-    if wait < NAP_NS:
+    if wait < SLEEP_MIN_NS:
         pthread_mutex_unlock(&q.mutex)
         sched_yield()
         pthread_mutex_lock(&q.mutex)
         return
     q.polling = 2
-    # By default the kernel may wake a thread 50 us late, which is longer than a copy.
+    # The kernel's default timer slack is 50 us, which is longer than a copy.
     slack = prctl(PR_GET_TIMERSLACK, 0)
     prctl(PR_SET_TIMERSLACK, 1)
     wait_until(&q.nap, &q.mutex, now + <uint64_t>wait)
@@ -200,13 +200,13 @@ cdef void _nap(Queue_ *q, uint64_t now, int64_t wait) noexcept nogil:
     q.polling = 0
 
 
-cdef void _note_outcome(Queue_ *q, Transfer_ *t) noexcept nogil:
-    """A transfer over a link is over. With the mutex held."""
+cdef void _record_outcome(Queue_ *q, Transfer_ *t) noexcept nogil:
+    """Records how long a transfer over a link took. With the mutex held."""
     cdef uint64_t now = skv_now_ns()
     cdef Outcome *outcome = &q.outcomes[q.outcomes_count % OUTCOMES]
     if t.plan and not t.status:
         outcome.plan = t.plan
         outcome.nbytes = t.nbytes
-        outcome.took_ns = now - max(t.begun_ns, q.ended_ns)
+        outcome.took_ns = now - max(t.started_ns, q.ended_ns)
         q.outcomes_count += 1
     q.ended_ns = now

@@ -1,4 +1,5 @@
-# The driver: what it looks at in each turn, and how threads hand it on. Without the GIL.
+# The driver's loop, and how threads pass the driver's role on. Without the GIL.
+# Included in transfer.pyx: one C translation unit, so that the hot path is inlined.
 
 
 cdef void _cancel_in_flight(Queue_ *q, Transfer_ *t) noexcept nogil:
@@ -9,8 +10,8 @@ cdef void _cancel_in_flight(Queue_ *q, Transfer_ *t) noexcept nogil:
 
 
 cdef void _expire(Queue_ *q, Transfer_ *t) noexcept nogil:
-    """Its waiters give up; its memory stays kept until the device lets go. `t` may be gone when
-    this returns."""
+    """Ends the waiting for `t`; its memory stays kept until the drive is done. `t` may be freed
+    when this returns."""
     if not t.status and not t.issued:
         t.status = ETIMEDOUT
         t.failed_segment = 0
@@ -25,8 +26,8 @@ cdef void _expire(Queue_ *q, Transfer_ *t) noexcept nogil:
     _maybe_finish(q, t)
 
 
-cdef uint64_t _look_at_deadlines(Queue_ *q) noexcept nogil:
-    """Fails what is overdue; returns when the next deadline is (0: there is none)."""
+cdef uint64_t _check_deadlines(Queue_ *q) noexcept nogil:
+    """Fails overdue transfers; returns the next deadline (0: none)."""
     cdef Transfer_ *t = q.all
     cdef Transfer_ *following
     cdef uint64_t now = skv_now_ns(), soonest = 0
@@ -42,8 +43,8 @@ cdef uint64_t _look_at_deadlines(Queue_ *q) noexcept nogil:
     return soonest
 
 
-cdef void _look_at_changes(Queue_ *q) noexcept nogil:
-    """Cancellations, raised priorities and giving up, asked for by other threads."""
+cdef void _apply_changes(Queue_ *q) noexcept nogil:
+    """Applies what other threads requested: cancelling, a higher priority, giving up."""
     cdef Transfer_ *t = q.all
     cdef Transfer_ *following
     while t != NULL:
@@ -67,7 +68,7 @@ cdef void _look_at_changes(Queue_ *q) noexcept nogil:
 
 
 cdef void _take_incoming(Queue_ *q) noexcept nogil:
-    """With the mutex held."""
+    """Takes over submitted transfers. With the mutex held."""
     cdef Transfer_ *t = q.incoming
     cdef Transfer_ *following
     q.incoming = q.incoming_tail = NULL
@@ -89,7 +90,7 @@ cdef void _take_incoming(Queue_ *q) noexcept nogil:
 
 
 cdef void _take_slots(Queue_ *q) noexcept nogil:
-    """With the mutex held. The new list has room for the old ones."""
+    """Takes over added slots; their list has room for the old ones. With the mutex held."""
     cdef unsigned char **slots = q.more_slots
     cdef uint32_t i
     for i in range(q.free_slots):
@@ -101,13 +102,13 @@ cdef void _take_slots(Queue_ *q) noexcept nogil:
 
 
 cdef inline bint _is_over(Transfer_ *t) noexcept nogil:
-    """Whoever waits for it need not any more. With the mutex held, or by the driver, who alone
-    writes these."""
+    """Whether waiting for `t` is over. With the mutex held, or in the driver, which alone writes
+    these."""
     return t.done or t.expired or t.issued
 
 
 cdef inline bint _is_reached(Queue_ *q, Transfer_ *target) noexcept nogil:
-    """What the driver drives for; `NULL`: that nothing is active, as far as it knows."""
+    """Whether the driver's goal is reached; for a `target` of NULL, whether nothing is active."""
     return _is_over(target) if target != NULL else q.active == 0
 
 
@@ -121,7 +122,7 @@ cdef inline uint64_t _clock(Queue_ *q) noexcept nogil:
 
 
 cdef inline int _take_completions(Queue_ *q, int64_t wait) noexcept nogil:
-    """Waits for some at most `wait`; returns their number, or what else the engine says."""
+    """Waits at most `wait` for completions; returns their number, or the engine's -errno."""
     cdef skv_io *done[BATCH]
     cdef uint64_t now
     cdef int i, n = q.backend.poll(q.backend.self, done, BATCH, wait)
@@ -141,57 +142,57 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
     cdef int64_t wait
     cdef uint64_t now, wake_at
     cdef int n
-    cdef bint look
+    cdef bint changed
     q.clock_uses = 0
     while True:
-        look = False
-        if skv_is_set(&q.news):
+        changed = False
+        if skv_is_set(&q.attention):
             pthread_mutex_lock(&q.mutex)
-            q.news = 0
+            q.attention = 0
             if q.incoming != NULL:
                 _take_incoming(q)
             if q.more_slots != NULL:
                 _take_slots(q)
-            look = q.changed
+            changed = q.changed
             q.changed = 0
             pthread_mutex_unlock(&q.mutex)
         if _is_reached(q, target):
             return True
-        if look:
-            _look_at_changes(q)
+        if changed:
+            _apply_changes(q)
         if q.copies:
             _poll_copies(q)
         _refill(q)
         wait = 0
         wake_at = until_ns
         if q.deadlines:
-            now = _look_at_deadlines(q)
+            now = _check_deadlines(q)
             if now and (wake_at == 0 or now < wake_at):
                 wake_at = now
         now = _clock(q)
-        # Also with work at hand: a thread of Python's has signals to look at.
+        # Also with work left: a Python thread has to check for signals.
         if until_ns and now >= until_ns:
             return False
         if q.follow_up == NULL and not q.more:
-            # Bounded, so that a lost wake-up would cost a delay and never a hang.
+            # Bounded, so that a lost wake-up costs a delay and never a hang.
             wait = SLICE_NS
             if wake_at and wake_at < now + SLICE_NS:
                 wait = <int64_t>(wake_at - now) if wake_at > now else 0
             if q.copies:
-                wait = min(wait, _until_copied(q, now))
+                wait = min(wait, _copy_wait_ns(q, now))
             if _is_reached(q, target):
                 wait = 0
             elif q.copies and not q.in_flight:
-                # Nothing would come out of the engine, and one without a device would not wait.
+                # No completion is due, and an engine without a drive would not wait.
                 pthread_mutex_lock(&q.mutex)
-                if not q.news:
-                    _nap(q, now, wait)
+                if not q.attention:
+                    _sleep(q, now, wait)
                 pthread_mutex_unlock(&q.mutex)
                 wait = 0
             elif q.polling != 1:
-                # It stays so until somebody wakes the engine, so that most turns need no mutex.
+                # Stays set until the engine is woken, so that most turns need no mutex.
                 pthread_mutex_lock(&q.mutex)
-                if q.news:
+                if q.attention:
                     wait = 0
                 else:
                     q.polling = 1
@@ -201,15 +202,15 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
             return False
         if q.follow_up != NULL:
             if n > 0:
-                # Keep the device busy first.
+                # Keep the drive busy first.
                 _refill(q)
                 _take_completions(q, 0)
             if q.follow_up != NULL:
                 _do_follow_up(q)
 
 
-cdef void _let_go(Queue_ *q) noexcept nogil:
-    """The driver leaves; the queue's own thread goes on if there is something to go on with."""
+cdef void _stop_driving(Queue_ *q) noexcept nogil:
+    """Gives up the driver's role; the queue's own thread continues if there is work left."""
     pthread_mutex_lock(&q.mutex)
     q.driven = 0
     q.polling = 0
@@ -230,7 +231,7 @@ cdef void *_thread_main(void *argument) noexcept nogil:
             q.driven = 0
             q.polling = 0
             continue
-        # Not while a waiter still drives: it may be about to poll an engine that close() frees.
+        # Not while a waiter drives: it may be about to poll an engine that close() frees.
         if q.stopping and not q.active and not q.driven:
             break
         pthread_cond_wait(&q.work, &q.mutex)
@@ -241,24 +242,23 @@ cdef void *_thread_main(void *argument) noexcept nogil:
 
 
 cdef inline void _wake(Queue_ *q) noexcept nogil:
-    """With the mutex held: without it the engine could be closed by now, and its descriptor
-    another file's."""
+    """With the mutex held: otherwise close() could have freed the engine and its descriptor."""
     if q.polling == 1:
-        # Once: the engine remembers it, and the driver will look before it waits again.
+        # Once is enough: the engine remembers it until the driver's next poll.
         q.polling = 0
         q.backend.wake(q.backend.self)
     elif q.polling:
         pthread_cond_signal(&q.nap)
 
 
-cdef inline void _tell(Queue_ *q) noexcept nogil:
-    """There is something for the driver to take, or to look at. With the mutex held."""
-    skv_set(&q.news)
+cdef inline void _notify_driver(Queue_ *q) noexcept nogil:
+    """Signals new work or a change to the driver. With the mutex held."""
+    skv_set(&q.attention)
     _wake(q)
 
 
 cdef bint _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
-    """False: the queue is closing."""
+    """Gives `t` to the driver. False: the queue is closing."""
     pthread_mutex_lock(&q.mutex)
     if q.stopping:
         pthread_mutex_unlock(&q.mutex)
@@ -272,13 +272,13 @@ cdef bint _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
     q.active += 1
     if not q.driven and wake_thread:
         pthread_cond_signal(&q.work)
-    _tell(q)
+    _notify_driver(q)
     pthread_mutex_unlock(&q.mutex)
     return True
 
 
 cdef int _wait(Queue_ *q, Transfer_ *t, uint64_t until_ns) noexcept nogil:
-    """Waits until `t` is over or `until_ns`; drives the queue if nobody else does."""
+    """Waits until `t` is over or `until_ns`; drives the queue if no other thread does."""
     cdef bint over
     pthread_mutex_lock(&q.mutex)
     while not _is_over(t):
@@ -286,7 +286,7 @@ cdef int _wait(Queue_ *q, Transfer_ *t, uint64_t until_ns) noexcept nogil:
             q.driven = 1
             pthread_mutex_unlock(&q.mutex)
             _drive(q, t, until_ns)
-            _let_go(q)
+            _stop_driving(q)
             pthread_mutex_lock(&q.mutex)
             break
         if wait_until(&t.finished, &q.mutex, until_ns):

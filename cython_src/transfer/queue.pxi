@@ -1,8 +1,8 @@
-# The Python side of a queue.
+# The class Queue. Included in transfer.pyx: one C translation unit, so that calls are inlined.
 
 
 cdef void _free_transfer(Transfer_ *t):
-    """Drops what the transfer kept alive. Needs the GIL, and that it is done."""
+    """Frees a finished transfer and what it kept alive. With the GIL."""
     if t.mark != NULL:
         t.link.release(t.link.self, t.mark)
     if t.copied != NULL:
@@ -19,7 +19,7 @@ cdef void _free_transfer(Transfer_ *t):
 cdef void _free_orphans(Queue_ *q):
     cdef Transfer_ *t
     cdef Transfer_ *following
-    if q.orphans == NULL:  # a hint; the truth is read under the mutex
+    if q.orphans == NULL:  # a hint, checked again under the mutex
         return
     pthread_mutex_lock(&q.mutex)
     t = q.orphans
@@ -33,13 +33,21 @@ cdef void _free_orphans(Queue_ *q):
 
 @cython.no_gc_clear
 cdef class Queue:
-    """One engine queue and the thread that drives it when nobody waits.
+    """One engine queue, and the thread that drives it while no caller waits.
 
-    ``backend`` is an engine's capsule and ``keep`` whatever must outlive it. ``depth``: segments
-    kept in flight. ``segment_nbytes``: the largest command. ``block_nbytes``, ``align_nbytes``:
-    what the device wants of offsets and of addresses (powers of two). ``slots``: addresses of
-    bounce slots of ``segment_nbytes`` each, for memory that the device cannot reach directly, and
-    for what goes over a link.
+    Args:
+        backend: An engine's capsule.
+        keep: What must outlive the engine.
+        depth: Segments kept in flight.
+        segment_nbytes: The largest command.
+        block_nbytes: The drive's alignment of offsets, a power of two.
+        align_nbytes: The drive's alignment of addresses, a power of two.
+        slots: Addresses of bounce slots of ``segment_nbytes`` each, for memory that the drive
+            cannot reach directly and for transfers over a link.
+        pid: This process's number.
+
+    Raises:
+        ValueError: The sizes do not fit together.
     """
     cdef Queue_ *_q
     cdef list _keep
@@ -52,12 +60,12 @@ cdef class Queue:
         cdef size_t address
         self.closed = True
         if segment_nbytes % block_nbytes or not depth or not segment_nbytes:
-            raise ValueError("segments are a whole number of blocks, and depth is at least 1")
+            raise ValueError("segments must be a whole number of blocks, and depth at least 1")
         if block_nbytes & (block_nbytes - 1) or align_nbytes & (align_nbytes - 1):
             raise ValueError(
-                f"blocks of {block_nbytes} bytes, aligned to {align_nbytes}: powers of two only")
+                f"block size {block_nbytes} and alignment {align_nbytes} must be powers of two")
         if not slots and (align_nbytes > 1 or block_nbytes > 1):
-            raise ValueError("a device that wants alignment needs bounce slots")
+            raise ValueError("a drive that needs alignment needs bounce slots")
         q = <Queue_ *>calloc(1, sizeof(Queue_))
         if q == NULL:
             raise MemoryError()
@@ -79,7 +87,7 @@ cdef class Queue:
         self._keep = [backend, keep]
         self.pid = pid
         if start_thread(&q.thread, _thread_main, q):
-            raise MemoryError("no thread for the transfer loop")
+            raise MemoryError("the transfer loop's thread could not be started")
         self.closed = False
 
     @property
@@ -90,7 +98,7 @@ cdef class Queue:
     @depth.setter
     def depth(self, uint32_t depth):
         if not depth:
-            raise ValueError("depth is at least 1")
+            raise ValueError("depth must be at least 1")
         self._q.depth = depth
 
     @property
@@ -99,26 +107,26 @@ cdef class Queue:
 
     @property
     def active(self):
-        """Transfers submitted and not done, those included that nobody waits for any more."""
+        """Transfers submitted and not done, including those whose waiters gave up."""
         return self._q.active
 
     @property
     def slots(self):
-        """How many there are."""
+        """The number of slots."""
         return self._q.slots_count
 
     def keep(self, thing):
-        """Keeps ``thing`` alive as long as the queue: what its slots lie in, say."""
+        """Keeps ``thing`` (such as the slots' memory) alive as long as the queue."""
         self._keep.append(thing)
 
     def add_slots(self, slots):
-        """More slots, at the addresses ``slots``; for queues that were opened without any."""
+        """Adds slots, at the addresses ``slots``, to a queue that was opened without any."""
         cdef Queue_ *q = self._q
         cdef size_t count = len(slots), address
         cdef uint32_t i = 0
         cdef unsigned char **more
         if q.slots_count:
-            raise ValueError(f"the queue has {q.slots_count} slots already")
+            raise ValueError(f"the queue already has {q.slots_count} slots")
         more = <unsigned char **>calloc(count + 1, sizeof(void *))
         if more == NULL:
             raise MemoryError()
@@ -128,7 +136,7 @@ cdef class Queue:
         pthread_mutex_lock(&q.mutex)
         q.more_slots = more
         q.more_slots_count = q.slots_count = i
-        skv_set(&q.news)
+        skv_set(&q.attention)
         pthread_mutex_unlock(&q.mutex)
 
     def reap(self):
@@ -159,13 +167,13 @@ cdef class Queue:
         return done
 
     def collect(self):
-        """Frees what dropped transfers kept, of those that the device is done with. Does not block;
-        every submission does it too."""
+        """Frees what dropped transfers kept once the drive is done with them; every submission does
+        so as well. Does not block."""
         if self.pid == _getpid():
             _free_orphans(self._q)
 
     def stop_reaping(self):
-        """Lets :meth:`reap` return for good."""
+        """Makes :meth:`reap` return, now and from now on."""
         pthread_mutex_lock(&self._q.mutex)
         self._q.reap_stop = 1
         pthread_cond_broadcast(&self._q.reapable)
@@ -189,17 +197,22 @@ cdef class Queue:
         }
 
     def outcomes(self, uint64_t since):
-        """What became of transfers over links that had a ``plan`` and succeeded: ``(count, list)``
-        of ``(plan, nbytes, took_ns)`` in the order they ended. ``since``: the count that the last
-        call returned, or 0. The oldest are dropped if there are many.
+        """Durations of transfers over links that had a ``plan`` and succeeded.
 
-        ``took_ns``: from when it was submitted, or from the end of the one before it over a link,
-        whichever was later: one by one, what it took; queued, what it added.
+        ``took_ns`` counts from the submission or from the end of the previous transfer over a
+        link, whichever was later: what a lone transfer took, or what a queued one added.
+
+        Args:
+            since: The count that the last call returned, or 0.
+
+        Returns:
+            The count, and ``(plan, nbytes, took_ns)`` of each in the order they ended; the oldest
+            are dropped if there are many.
         """
         cdef Queue_ *q = self._q
         cdef Outcome kept[OUTCOMES]
         cdef uint64_t i, count, first
-        # No Python objects while the mutex is held: freeing a transfer takes it as well.
+        # No Python objects while the mutex is held: freeing a transfer takes it.
         pthread_mutex_lock(&q.mutex)
         count = q.outcomes_count
         first = max(since, count - min(count, <uint64_t>OUTCOMES))
@@ -213,11 +226,11 @@ cdef class Queue:
         return count, found
 
     def close(self, double timeout_s=30.0):
-        """Waits until nothing is in flight, then ends the thread. Returns whether it came to that.
+        """Waits until nothing is in flight, then ends the thread; returns whether it did.
 
-        If the device does not let go within ``timeout_s``, False: whoever waits gets ETIMEDOUT,
-        and the queue's memory is given up rather than freed, since the device may still write to
-        what was kept.
+        If the drive is not done within ``timeout_s``, returns False: waiters get ETIMEDOUT, and
+        the queue's memory is leaked rather than freed, since the drive may still write to what
+        was kept.
         """
         cdef Queue_ *q = self._q
         cdef uint64_t until_ns = skv_now_ns() + <uint64_t>(min(max(timeout_s, 0.0), 1e9) * 1e9)
@@ -238,8 +251,8 @@ cdef class Queue:
             if not q.stopped:
                 q.giving_up = 1
                 q.changed = 1
-                _tell(q)
-                # Soon, unless the driver itself hangs in the kernel.
+                _notify_driver(q)
+                # This is quick unless the driver itself hangs in the kernel.
                 until_ns = skv_now_ns() + 20 * SLICE_NS
                 while not q.stopped and not q.gave_up:
                     if wait_until(&q.reapable, &q.mutex, until_ns):
@@ -251,7 +264,7 @@ cdef class Queue:
             else:
                 pthread_detach(q.thread)
         if not stopped:
-            Py_INCREF(self)  # never freed: the device still owns a part of it
+            Py_INCREF(self)  # never freed: the drive may still use it
             return False
         _free_orphans(q)
         return True
@@ -259,9 +272,9 @@ cdef class Queue:
     def __dealloc__(self):
         cdef Queue_ *q = self._q
         if q == NULL or self.pid != _getpid():
-            return  # a forked child has none of the threads, and locks in whatever state
+            return  # a forked child has none of the threads, and its locks' state is unknown
         if not self.closed:
-            # Only transfers hold a queue, and none are left: nothing can be in flight.
+            # Transfers hold their queue, and none are left: nothing can be in flight.
             with nogil:
                 pthread_mutex_lock(&q.mutex)
                 q.stopping = 1

@@ -1,9 +1,9 @@
-# What the driver does with one segment: prepare, submit, complete, follow up. Without the GIL, in
-# the one thread that drives the queue.
+# A segment's steps: prepare, submit, complete, follow up. In the driver's thread, without the GIL.
+# Included in transfer.pyx: one C translation unit, so that the hot path is inlined.
 
 
 cdef inline void _todo_push(Queue_ *q, Transfer_ *t) noexcept nogil:
-    # Read once: a waiter may raise it at any time.
+    # Read once: a waiter may raise the priority at any time.
     cdef uint8_t priority = (<volatile_uint8 *>&t.priority)[0]
     t.next_todo = NULL
     t.listed = 1 + priority
@@ -35,7 +35,7 @@ cdef void _todo_remove(Queue_ *q, Transfer_ *t) noexcept nogil:
 
 
 cdef void _notify(Queue_ *q, Transfer_ *t) noexcept nogil:
-    """Hands `t` to the reaper, once. With the mutex held."""
+    """Queues `t` for the reaper, once. With the mutex held."""
     if not t.notified:
         t.notified = 1
         t.next_incoming = q.reap
@@ -44,7 +44,8 @@ cdef void _notify(Queue_ *q, Transfer_ *t) noexcept nogil:
 
 
 cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
-    """Nothing of it is in flight: tell whoever waits. `t` may be gone when this returns."""
+    """Ends a transfer that has nothing in flight and wakes its waiters. `t` may be freed when this
+    returns."""
     _todo_remove(q, t)
     if t.previous != NULL:
         t.previous.following = t.following
@@ -59,7 +60,7 @@ cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
         q.counters.errors += 1
     pthread_mutex_lock(&q.mutex)
     if t.link != NULL:
-        _note_outcome(q, t)
+        _record_outcome(q, t)
     q.active -= 1
     t.done = 1
     if t.handle != NULL:
@@ -67,7 +68,7 @@ cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
     elif t.orphan:
         t.next_incoming = q.orphans
         q.orphans = t
-        # What it kept goes as soon as somebody with the GIL can see to it.
+        # A thread with the GIL frees what it kept.
         pthread_cond_broadcast(&q.reapable)
     pthread_cond_broadcast(&t.finished)
     pthread_mutex_unlock(&q.mutex)
@@ -89,7 +90,7 @@ cdef void _fail(Queue_ *q, Segment *s, int status) noexcept nogil:
     if not t.status:
         t.status = status
         t.failed_segment = <uint32_t>(s - t.segments)
-    # The rest would be work for nothing.
+    # The rest would be wasted work.
     _stop_submitting(q, t)
 
 
@@ -119,8 +120,8 @@ cdef inline void _retry(Queue_ *q, Segment *s) noexcept nogil:
 
 
 cdef void _checksum(Segment *s, uint32_t first, uint32_t last) noexcept nogil:
-    """Sums the caller's bytes [first, last) of a segment; `first` begins a chunk, if there are
-    chunks, and the calls for one segment come in order."""
+    """Sums the caller's bytes [first, last) of a segment. Calls for one segment come in order, and
+    `first` starts a chunk if there are chunks."""
     cdef uint32_t chunk = s.transfer.chunk_nbytes
     cdef uint32_t take
     cdef unsigned char *at = s.user
@@ -135,10 +136,11 @@ cdef void _checksum(Segment *s, uint32_t first, uint32_t last) noexcept nogil:
         first += take
 
 
-cdef inline void _move(unsigned char *to, const unsigned char *source, uint32_t nbytes) noexcept nogil:
-    # A page at a time: longer copies make the C library use REP MOVSB, which AMD's Zen 3 and 4 run
-    # at a fifth of their speed when both ends lie nearly alike within their pages, as a tensor
-    # (64 bytes into a page) and a slot (at the start of one) do.
+cdef inline void _move(unsigned char *to, const unsigned char *source,
+                       uint32_t nbytes) noexcept nogil:
+    # A page at a time: for longer copies the C library uses REP MOVSB, which on AMD Zen 3 and 4 is
+    # five times slower if source and destination have nearly the same offset within a page, as a
+    # tensor (64 bytes into a page) and a slot (at its start) have.
     while nbytes > MOVE_NBYTES:
         memcpy(to, source, MOVE_NBYTES)
         to += MOVE_NBYTES
@@ -148,16 +150,15 @@ cdef inline void _move(unsigned char *to, const unsigned char *source, uint32_t 
 
 
 cdef void _copy(Segment *s) noexcept nogil:
-    """Between the caller's memory and the slot, and the checksum with it.
+    """Copies between the caller's memory and the slot, and sums.
 
-    In blocks that stay in the first cache, so that summing what was just copied costs little; the
-    caller's next block is fetched meanwhile. What is summed is the caller's side: the copy is
-    covered too.
+    Works in blocks that stay in the L1 cache, so that summing a block just copied costs little,
+    and prefetches the caller's next block. The caller's side is summed, which covers the copy.
     """
     cdef uint32_t block = COPY_BLOCK_NBYTES, chunk = s.transfer.chunk_nbytes
     cdef uint32_t at = 0, end
     if chunk:
-        # Whole chunks, of whatever length.
+        # Whole chunks, whatever their length.
         block = max(block // chunk, <uint32_t>1) * chunk
     while at < s.nbytes:
         end = min(at + block, s.nbytes)
@@ -172,13 +173,13 @@ cdef void _copy(Segment *s) noexcept nogil:
 
 
 cdef void _do_follow_up(Queue_ *q) noexcept nogil:
-    """One segment's checksum or copy; short enough to look at the device again after it."""
+    """Sums or copies one segment: short enough to poll the drive again afterwards."""
     cdef Segment *s = q.follow_up
     q.follow_up = s.next_follow_up
     s.queued = 0
     q.clock_uses = 0
-    # Of a transfer that failed or expired nobody reads the sums, and its caller's memory should
-    # not change any more than the device changes it.
+    # The sums of a failed or expired transfer are not read, and its caller's memory should not
+    # change more than the drive changes it.
     if not s.failed and not s.transfer.status:
         if s.slot != NULL and s.transfer.link == NULL:
             _copy(s)
@@ -227,13 +228,13 @@ cdef void _prepare(Queue_ *q, Segment *s) noexcept nogil:
                 _copy(s)
                 q.clock_uses = 0
     if s.transfer.op == SKV_WRITE:
-        # Whatever the last block held in memory is somebody else's business.
-        padding = s.device_nbytes - s.nbytes
+        # Bytes that happen to follow in memory must not reach the drive.
+        padding = s.drive_nbytes - s.nbytes
         if padding:
             memset(at + s.nbytes, 0, padding)
     s.io.addr = at
     s.io.offset = s.offset
-    s.io.nbytes = s.device_nbytes
+    s.io.nbytes = s.drive_nbytes
     s.io.op = s.transfer.op
     s.io.next = NULL
     s.io.crcs = NULL
@@ -272,7 +273,7 @@ cdef void _refill(Queue_ *q) noexcept nogil:
                 if not _write_copied(q, s):
                     return
                 continue
-            t = _can_go_on(q)
+            t = _next_submittable(q)
         else:
             t = q.todo[0] if q.todo[0] != NULL else q.todo[1]
         if t == NULL:
@@ -285,20 +286,20 @@ cdef void _refill(Queue_ *q) noexcept nogil:
             _todo_remove(q, t)
         _prepare(q, s)
         if t.link != NULL and t.op == SKV_WRITE:
-            # To its slot first; the drive has it after that.
-            if not _begin_copy(q, s):
+            # Into its slot first, then to the drive.
+            if not _start_copy(q, s):
                 s.io_done = 1
                 _finish_segment(q, s)
             continue
         if t.op == SKV_WRITE and t.checksum and not s.bounce:
-            # Computed while the device is at work, not before it may begin.
+            # Computed while the drive works, not before it starts.
             _follow_up_push(q, s)
         bounced_write = s.bounce and t.op == SKV_WRITE
         _submit_segment(q, s)
         if q.retry == s:
             return
         if bounced_write:
-            # Copying took about as long as the drive needs for it: submit it before the next copy.
+            # The copy took about as long as the drive needs: submit before the next copy.
             q.more = 1
             return
 
@@ -306,7 +307,7 @@ cdef void _refill(Queue_ *q) noexcept nogil:
 cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
     cdef Transfer_ *t = s.transfer
     cdef int32_t result = s.io.result
-    cdef uint32_t needed = s.device_nbytes
+    cdef uint32_t needed = s.drive_nbytes
     cdef uint64_t took = now - s.io.submitted_ns
     q.in_flight -= 1
     s.in_flight = 0
@@ -318,8 +319,8 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
     q.counters.latency_ns += took
     q.counters.histogram[skv_bucket(took)] += 1
     if result < 0:
-        # The kernel cancels what a thread has in flight when that thread ends, and the driver may
-        # have been any thread: so a cancellation that nobody asked for is tried again.
+        # The kernel cancels what a thread has in flight when that thread ends, and any thread may
+        # have been the driver: a cancellation that was not requested is retried.
         if (result == -EAGAIN or result == -EINTR or result == -ECANCELED) and not t.status:
             _retry(q, s)
             return
@@ -328,12 +329,12 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
         if t.op == SKV_READ:
             q.counters.read_nbytes += <uint32_t>result
             t.cold_nbytes += s.io.cold_nbytes
-            # A file may end inside its last block; the caller's bytes are what counts.
+            # A file may end inside its last block; only the caller's bytes count.
             needed = s.skip + s.nbytes
         else:
             q.counters.written_nbytes += <uint32_t>result
         if s.moved + <uint32_t>result < needed:
-            # Short. What is left goes out again, from a block boundary; no progress is an end.
+            # Short: resubmit the rest from a block boundary; fail if there was no progress.
             result -= result % <int32_t>q.block_nbytes
             if result == 0:
                 _fail(q, s, ENODATA if t.op == SKV_READ else EIO)
@@ -342,14 +343,14 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
                 s.io.addr = <unsigned char *>s.io.addr + result
                 s.io.offset += <uint32_t>result
                 s.io.nbytes -= <uint32_t>result
-                s.io.crcs = NULL  # only the whole can be summed
+                s.io.crcs = NULL  # the engine can only sum a whole segment
                 _retry(q, s)
                 return
             else:
                 s.failed = 1
     s.io_done = 1
     if t.link != NULL and t.op == SKV_READ:
-        _landed(q, s)
+        _read_done(q, s)
     elif (not s.failed and t.op == SKV_READ
             and (s.slot != NULL or t.checksum and not s.io.summed)):
         _follow_up_push(q, s)

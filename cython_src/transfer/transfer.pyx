@@ -1,18 +1,18 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """The transfer loop: many segments, one completion.
 
-A :class:`Queue` drives one engine queue. A :class:`Transfer` is a list of pieces (a device range
+A :class:`Queue` drives one engine queue. A :class:`Transfer` is a list of pieces (a drive range
 and a memory range each); the queue cuts them into segments, keeps its target depth of them in
-flight, does what has to follow each one (checksum, copy out of a bounce slot), and wakes whoever
-waits once, at the end. All of that runs without the GIL.
+flight, finishes each one (checksum, copy out of a bounce slot), and wakes the waiters once, at
+the end. All of that runs without the GIL.
 
-A transfer may carry a link (``gpu_link.h``): then the callers' memory is a GPU's. Every segment goes
-through a slot, and its copy to or from the device overlaps with the drive's work on others.
+A transfer may carry a link (``gpu_link.h``): then the callers' memory is a GPU's. Every segment
+goes through a slot, and its copy to or from the GPU overlaps with the drive's work on others.
 
-Who drives. At any moment at most one thread is the queue's driver: it alone talks to the engine.
+The driver: at any moment at most one thread drives the queue, and it alone calls the engine.
 A thread that waits for a transfer becomes the driver if there is none, so that a lone `get`
 costs no thread switch; otherwise the queue's own thread drives. The mutex guards only the lists
-and flags in which the two meet; it is never held over a wait or a copy.
+and flags that threads share; it is never held over a wait or a copy.
 """
 
 cimport cython
@@ -47,7 +47,7 @@ cdef extern from *:
 
 cdef extern from *:
     """
-    /* What another thread wrote before it set the flag is seen by whoever sees the flag. */
+    /* A thread that sees the flag also sees what was written before it was set. */
     static inline int skv_is_set(const unsigned char *flag)
     {
         return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
@@ -56,7 +56,7 @@ cdef extern from *:
     {
         __atomic_store_n(flag, 1, __ATOMIC_RELEASE);
     }
-    /* Asks for memory that will be read, or written, soon. It may be anybody's. */
+    /* Prefetches memory; the addresses need not be valid. */
     static inline void skv_prefetch(const unsigned char *at, uint32_t nbytes, int to_write)
     {
         for (uint32_t i = 0; i < nbytes; i += 64)
@@ -88,7 +88,7 @@ cdef extern from *:
     #include <pthread.h>
     #include <unistd.h>
 
-    /* A small transfer looks four times, and the system call is a twentieth of it each time. */
+    /* Cached: a small transfer needs it four times, and each call would take 5 % of its time. */
     static int skv_pid;
     static void skv_note_pid(void) { skv_pid = (int)getpid(); }
     static int skv_follow_forks(void)
@@ -102,7 +102,7 @@ cdef extern from *:
     int skv_follow_forks()
 
 if skv_follow_forks():
-    raise MemoryError("forks cannot be followed")
+    raise MemoryError("the fork handler could not be registered")
 
 READ = SKV_READ
 WRITE = SKV_WRITE
@@ -112,8 +112,8 @@ DISCARD = SKV_DISCARD
 DEMAND = 0
 PREFETCH = 1
 
-# Included, not compiled on their own: the loop's functions call each other for every segment, and the
-# two classes call the loop; between extensions such calls would go through pointers, not inlined.
+# Included rather than compiled separately: segments, copies and loop call each other for every
+# segment, and the classes call the loop; calls between extensions are never inlined.
 include "segments.pxi"
 include "copies.pxi"
 include "loop.pxi"

@@ -1,4 +1,4 @@
-# The structures of the loop, and its constants. Plain C, because the driver runs without the GIL.
+# The loop's structures and constants. Plain C, because the driver runs without the GIL.
 from cpython.ref cimport PyObject
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -7,56 +7,55 @@ from gpu_link cimport skv_copy, skv_link
 from pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 cdef enum:
-    # How long a driver that Python lent its thread to goes on before it looks for signals.
+    # A driver in a Python thread checks for signals this often.
     SLICE_NS = 50_000_000
-    # Bytes copied, then summed. Processors fetch ahead by themselves to the end of a page and no further,
-    # so it is there that the next one is asked for.
+    # Bytes copied, then summed: a page, because hardware prefetching stops at a page's end.
     COPY_BLOCK_NBYTES = 4096
-    # Bytes moved by one memcpy.
+    # Bytes moved by one memcpy (_move has the reason).
     MOVE_NBYTES = 4096
     # Completions taken from the engine at once.
     BATCH = 64
-    # Between two looks at a copy that should be over, at least and at most.
-    LOOK_NS = 50_000
-    LOOK_MOST_NS = 1_000_000
-    # Commands submitted by one look at the clock, which takes as long as a fifth of a small command.
+    # Shortest and longest time between two polls of an overdue copy.
+    COPY_POLL_NS = 50_000
+    COPY_POLL_MAX_NS = 1_000_000
+    # Commands submitted per reading of the clock, which takes a fifth of a small command's time.
     CLOCK_USES = 8
-    # A sleep shorter than this would last longer than asked for.
-    NAP_NS = 20_000
-    # Outcomes of transfers over links that are kept until somebody asks.
+    # Sleeps shorter than this last longer than requested.
+    SLEEP_MIN_NS = 20_000
+    # Outcomes of transfers over links that are kept for Queue.outcomes.
     OUTCOMES = 256
-    # Transfers looked at for one that can go on while others wait for a slot.
-    PASSED_BY = 64
+    # Transfers searched for one that can continue while others wait for a slot.
+    TODO_SEARCH_LIMIT = 64
 
 
 cdef struct Segment:
     skv_io io              # first, so that the engine's pointer is ours
     Transfer_ *transfer
     unsigned char *user    # the caller's bytes
-    unsigned char *slot    # bounce slot, or NULL: the device reaches the caller's memory
-    uint64_t offset        # where on the device the segment starts (whole blocks)
-    uint32_t device_nbytes # what the device moves: whole blocks
-    uint32_t skip          # device bytes before the caller's
+    unsigned char *slot    # bounce slot, or NULL: the drive reaches the caller's memory
+    uint64_t offset        # where on the drive the segment starts (whole blocks)
+    uint32_t drive_nbytes  # what the drive moves: whole blocks
+    uint32_t skip          # drive bytes before the caller's
     uint32_t nbytes        # the caller's bytes
-    uint32_t moved         # device bytes moved so far
-    uint32_t crc           # of the caller's bytes, where no chunks are asked for
+    uint32_t moved         # drive bytes moved so far
+    uint32_t crc           # of the caller's bytes, if there are no chunks
     uint32_t *chunk_crcs   # one per chunk of this segment, or NULL
     uint8_t bounce         # needs a slot
     uint8_t io_done
     uint8_t failed
     uint8_t queued         # on the follow-up list
     uint8_t in_flight
-    uint8_t copying        # between slot and device memory
-    # Two links, because a write may wait for its checksum and for another try at the same time.
+    uint8_t copying        # between slot and GPU memory
+    # Two lists, because a write may wait for its checksum and for a retry at the same time.
     Segment *next_follow_up
     Segment *next_retry
 
 
-# A segment's way over a link; only transfers that have one have these.
+# A segment's copy over a link; only transfers with a link have these.
 cdef struct Copy:
     skv_copy copy          # first, so that the link's pointer is ours
     Segment *segment
-    uint64_t begun_ns
+    uint64_t started_ns
     Copy *next
 
 
@@ -64,7 +63,7 @@ cdef struct Piece:
     uint64_t offset
     unsigned char *address
     uint64_t nbytes
-    uint64_t capacity      # bytes at address that may be written beyond nbytes
+    uint64_t capacity      # usable bytes at address, at least nbytes
     uint32_t first_segment
     uint32_t segments
     uint32_t first_chunk
@@ -73,8 +72,8 @@ cdef struct Piece:
 
 cdef struct Transfer_:
     Queue_ *queue
-    PyObject *kept         # a list: everything the device may touch, alive until `done`
-    PyObject *handle       # the Transfer, with a reference of its own, if the reaper is to get it
+    PyObject *kept         # a list: everything the drive may touch, alive until `done`
+    PyObject *handle       # the Transfer (an owned reference), if the reaper returns it
     uint32_t *crcs         # of all chunks of all pieces
     Segment *segments
     uint32_t count
@@ -82,28 +81,28 @@ cdef struct Transfer_:
     uint32_t outstanding   # submitted and not finished
     uint32_t chunk_nbytes  # granularity of checksums; 0: one per piece
     uint32_t segment_nbytes
-    uint32_t window        # segments outstanding at once; 0: as many as there is room for
+    uint32_t window        # most segments outstanding at once; 0: no limit
     skv_link *link         # NULL: the callers' memory is the host's
-    uint32_t plan          # whose outcome it is; 0: nobody asks
+    uint32_t plan          # key of its outcome; 0: not recorded
     uint64_t nbytes        # the caller's, of all pieces
-    uint64_t begun_ns      # when it was submitted
+    uint64_t started_ns      # when it was submitted
     Copy *copies           # one per segment
-    uint32_t to_copy       # copies not begun
-    uint32_t to_hand_over  # segments whose copy was not begun, or that were not summed
+    uint32_t to_copy       # copies not started
+    uint32_t to_hand_over  # segments whose copy has not started, or that are not summed
     void *mark             # event that the first copy waits for, or NULL
     void *copied           # event of the last copy, where it is handed over
-    uint8_t hand_over      # `issued` is enough for whoever waits
+    uint8_t hand_over      # waiting ends with `issued`
     uint8_t op
     uint8_t checksum
     uint8_t priority
     uint8_t listed         # 1 + the priority whose to-do list it is on; 0: on none
     # Guarded by the queue's mutex:
-    uint8_t done           # nothing of it is in flight any more
+    uint8_t done           # nothing of it is in flight
     uint8_t expired        # deadline passed
     uint8_t issued         # all is copied, or will be before `copied`
-    uint8_t cancelled      # asked to stop
+    uint8_t cancelled      # to be stopped
     uint8_t notified       # the reaper has it, or will
-    uint8_t orphan         # its handle is gone: free it when done
+    uint8_t orphan         # its Transfer is gone: free it when done
     int status             # first errno
     uint32_t failed_segment
     uint64_t cold_nbytes   # read, and not found in the engine's cache
@@ -111,7 +110,7 @@ cdef struct Transfer_:
     pthread_cond_t finished
     Transfer_ *next_incoming
     Transfer_ *next_todo
-    Transfer_ *previous    # of all in the driver's hands
+    Transfer_ *previous    # in the list of all that the driver has taken
     Transfer_ *following
 
 
@@ -133,8 +132,8 @@ cdef struct Counters:
     uint64_t histogram[SKV_BUCKETS]
 
 
-# What became of a transfer over a link: how long it took from when it was submitted, or from the
-# end of the one before it, whichever was later.
+# How long a transfer over a link took, from its submission or from the end of the one before it,
+# whichever was later.
 cdef struct Outcome:
     uint32_t plan
     uint64_t nbytes
@@ -146,22 +145,22 @@ cdef struct Queue_:
     pthread_mutex_t mutex
     pthread_cond_t work        # for the queue's own thread
     pthread_cond_t reapable    # for the reaper
-    pthread_cond_t nap         # for a driver that only waits for copies
+    pthread_cond_t nap         # for a driver that waits only for copies
     pthread_t thread
     # Guarded by the mutex:
-    uint8_t driven             # somebody is the driver
-    uint8_t polling            # and may sleep: 1 in the engine, 2 on `nap`
-    uint8_t news               # something for the driver, who looks without the mutex
-    uint8_t changed            # a priority or a cancellation has to be looked at
+    uint8_t driven             # a thread is the driver
+    uint8_t polling            # the driver may sleep: 1 in the engine, 2 on `nap`
+    uint8_t attention          # the driver has something to take; it checks without the mutex
+    uint8_t changed            # a priority or a cancellation has to be applied
     uint8_t stopping
     uint8_t stopped
     uint8_t reap_stop
-    uint8_t giving_up          # close() ran out of time: let go of everybody who waits
+    uint8_t giving_up          # close() ran out of time: release all waiters
     uint8_t gave_up
     Transfer_ *incoming
     Transfer_ *incoming_tail
     Transfer_ *reap            # done, for the reaper
-    Transfer_ *orphans         # done, to be freed by whoever holds the GIL next
+    Transfer_ *orphans         # done, to be freed by the next thread with the GIL
     uint64_t active            # transfers submitted and not done
     uint64_t outcomes_count    # since the queue was opened; the last ones are kept
     Outcome outcomes[OUTCOMES]
@@ -180,7 +179,7 @@ cdef struct Queue_:
     unsigned char **slots
     uint32_t free_slots
     uint8_t more               # _refill stopped early: there is more to submit
-    uint32_t linked            # transfers in hand that have a link
+    uint32_t linked            # taken transfers that have a link
     uint32_t copies            # copies on their way
     Copy *copying
     Copy *copying_tail
@@ -190,10 +189,10 @@ cdef struct Queue_:
     uint64_t copy_since_ns
     uint64_t overlap_since_ns
     uint64_t ended_ns          # end of the last transfer over a link
-    uint64_t clock_ns          # the time, and how often that may still pass for it
+    uint64_t clock_ns          # the cached time, and how often it may still be used
     uint32_t clock_uses
     uint64_t busy_since_ns
-    uint8_t deadlines          # some transfer in hand has one
+    uint8_t deadlines          # a taken transfer has one
     # Fixed:
     uint32_t block_nbytes
     uint32_t align_nbytes

@@ -101,7 +101,7 @@ class TransferContract:
         if engine.block_nbytes > 1:
             with pytest.raises(ValueError, match="multiple of the block size"):
                 transfer.add(1, address_of(side), 10)
-        with pytest.raises(ValueError, match="no device"):
+        with pytest.raises(ValueError, match="no drive"):
             transfer.add(0, address_of(side), 1 << 63)
         with pytest.raises(ValueError, match="differ in length"):
             transfer.add_many(*(np.zeros(n, np.uint64) for n in (1, 2, 1)))

@@ -211,9 +211,9 @@ def test_what_cannot_go_over_a_link_is_refused(ram) -> None:
     for op in (FLUSH, DISCARD):
         with pytest.raises(ValueError, match="reads and writes"):
             engine.transfer(op, link=link)
-    with pytest.raises(ValueError, match="handed over"):
+    with pytest.raises(ValueError, match="hand_over needs"):
         engine.transfer(READ, link=link, hand_over=True, stream=0)
-    with pytest.raises(ValueError, match="handed over"):
+    with pytest.raises(ValueError, match="hand_over needs"):
         engine.transfer(READ, hand_over=True, stream=0)
     with pytest.raises(ValueError, match="at most"):
         engine.transfer(READ, segment_nbytes=2 * SEGMENT)
