@@ -156,6 +156,15 @@ def change_sequence(sequence: spdk_kv.Sequence, shared: Shared, rng: random.Rand
 # -- processes ------------------------------------------------------------------------------------
 
 
+STAGES = OPENED, CHECKED, CHANGED = range(3)
+
+
+def reached(shared: Shared, stage: int) -> int:
+    """How often children got as far as ``stage``, the last one in puts and tokens."""
+    counts = shared.counts
+    return int(counts[2] + counts[4] if stage == CHANGED else counts[stage])
+
+
 def child(folder: Path, shared: Shared, seed: int, what: str, engine: str, last: bool) -> None:
     rng = random.Random(seed)
     # Small, so that space is reused all the time.
@@ -183,7 +192,7 @@ def main() -> int:
     for cycle in range(cycles + 1):
         last = cycle == cycles
         engine = FILE_ENGINES[cycle % len(FILE_ENGINES)]
-        before = shared.counts[:2].copy()
+        before = [reached(shared, stage) for stage in STAGES]
         pid = os.fork()
         if not pid:
             status = 1
@@ -197,12 +206,12 @@ def main() -> int:
                 sys.stderr.flush()
                 os._exit(status)
         if not last:
-            # Some amid puts, however slow the machine; some while the store is looked through,
-            # opened, or made.
-            if rng.random() < 0.75:
-                stage = rng.choice((0, 1))
-                deadline = time.monotonic() + 30
-                while shared.counts[stage] == before[stage] and time.monotonic() < deadline:
+            # Some amid puts, however slow the machine, the first one always; some while the store
+            # is looked through, opened, or made.
+            if cycle == 0 or rng.random() < 0.75:
+                stage = CHANGED if cycle == 0 else rng.choice(STAGES)
+                deadline = time.monotonic() + 60
+                while reached(shared, stage) == before[stage] and time.monotonic() < deadline:
                     time.sleep(0.001)
                     if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                         break
