@@ -130,7 +130,7 @@ def vfio_pci_state(root: Path, kernel: str) -> VfioState:
 def _container_hints(root: Path) -> tuple[str, ...]:
     files = (".dockerenv", "run/.containerenv", "run/systemd/container")
     hints = [f"/{name}" for name in files if exists(root / name)]
-    # Of process 1: on a plain host too, our own cgroup may be named after a container manager.
+    # Process 1's cgroup: even on a plain host our own may be named after a container manager.
     if _CONTAINER_CGROUP.search(read_text(root / "proc/1/cgroup") or ""):
         hints.append("/proc/1/cgroup")
     return tuple(hints)

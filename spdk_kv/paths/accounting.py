@@ -30,7 +30,7 @@ class Accounting:
         self._available = AvailableMemory(0, "", None, ())
         self._budget_nbytes = 0
         self._reason = single_path_reason or "nothing was decided yet"
-        # Of reads through the page cache, since the last decision.
+        # Bytes read through the page cache since the last decision.
         self._recent_hit_nbytes = 0
         self._recent_missed_nbytes = 0
         self._counters = {
