@@ -25,7 +25,7 @@ from paths.helpers import (
     filled,
     open_dual,
     scans,
-    set_budget,
+    set_available,
 )
 from spdk_kv.cli import main
 from spdk_kv.store.why import FILE_NAME, FORMAT, WhyFile, read_why
@@ -80,7 +80,7 @@ def test_an_open_store_tells_what_it_decided_and_why(folder: Path) -> None:
         assert {name: decision[name] for name in steady} == {name: stats[name] for name in steady}
         assert set(decision) == set(stats)
 
-        set_budget(store, 0)
+        set_available(store, 0)
         scans(sequence, reference)
         assert told(folder, budget_nbytes=0)["sequences"][0]["k_cached_units"] == 0
         sequence.delete()

@@ -13,7 +13,7 @@ import torch
 
 import spdk_kv
 from link.helpers import CUDA, DEVICES, EMULATED, Linked, linked_store
-from paths.helpers import PLENTY, paths, resident_nbytes, set_budget, units
+from paths.helpers import PLENTY, paths, resident_nbytes, set_available, units
 from sequence.helpers import Reference, shape_of
 from spdk_kv.errors import CorruptionError, DeviceError
 from spdk_kv.types import torch_dtypes
@@ -347,7 +347,7 @@ def test_what_nobody_wants_any_more_is_not_read(folder, how):
 def test_what_is_on_its_way_directly_is_read_through_the_cache_once_promoted(folder):
     with linked_store(folder, *EMULATED.values) as linked:
         store = linked.store
-        set_budget(store, 0)
+        set_available(store, 0)
         sequence, reference = written(linked, "layer", [600])
         sequence.read_ahead = False
         reference.check(sequence, device=linked.device)
@@ -364,7 +364,7 @@ def test_what_is_on_its_way_directly_is_read_through_the_cache_once_promoted(fol
         otherwise.start()
         sequence.prefetch([0])
         reader.plan = planned
-        set_budget(store, PLENTY)
+        set_available(store, PLENTY)
         reference.check_layer(sequence, 0, device=linked.device)
         otherwise.cancel()
         assert paths(store) == ["C"] * 4
@@ -372,12 +372,12 @@ def test_what_is_on_its_way_directly_is_read_through_the_cache_once_promoted(fol
         assert resident_nbytes(store) == whole
         assert store.stats()["residency"]["filled_nbytes"] == whole
         # And what is there already is taken, however it came.
-        set_budget(store, 0)
+        set_available(store, 0)
         reference.check(sequence, device=linked.device)
         sequence.prefetch([0])
         for part in reader.prefetched.reading.parts:
             part.engine.wait(part.transfer)
-        set_budget(store, PLENTY)
+        set_available(store, PLENTY)
         directly = store.stats()["residency"]["direct_read_nbytes"]
         reference.check_layer(sequence, 0, device=linked.device)
         assert store.stats()["residency"]["direct_read_nbytes"] == directly + whole

@@ -1,4 +1,4 @@
-"""Stores with two paths for tests: a budget that can be changed, and a look at the real pages."""
+"""Stores with two paths for tests: available memory that can be changed, and the real pages."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ UNIT_NBYTES = 1 << 20
 UNITS = 8
 
 
-def open_dual(where: Path | str, budget: int = PLENTY, **options: Any) -> KVStore:
-    """A store with both paths, told that the page cache may hold ``budget`` bytes."""
+def open_dual(where: Path | str, available: int = PLENTY, **options: Any) -> KVStore:
+    """A store with both paths, with ``available`` bytes of available memory."""
     store = open_store(where, **({"capacity": "64 MiB"} | options))
-    set_budget(store, budget)
+    set_available(store, available)
     return store
 
 
-def set_budget(store: KVStore, nbytes: int) -> None:
+def set_available(store: KVStore, nbytes: int) -> None:
     """Holds from the next decision on. Without the memory pressure of this machine, for which
     others may be to blame."""
     store.paths._memory.close()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 import spdk_kv
-from paths.helpers import MIB, PLENTY, set_budget
+from paths.helpers import MIB, PLENTY, set_available
 from sequence.helpers import Reference
 from spdk_kv.units import KIB
 
@@ -52,7 +52,7 @@ class TwoSequences(RuleBasedStateMachine):
 
     @rule(nbytes=st.sampled_from([0, 100 * KIB, 600 * KIB, 2 * MIB, PLENTY]))
     def decide(self, nbytes: int) -> None:
-        set_budget(self.store, nbytes)
+        set_available(self.store, nbytes)
         self.store.paths.decide()
 
     @rule()

@@ -24,7 +24,7 @@ from paths.helpers import (
     resident,
     resident_nbytes,
     scans,
-    set_budget,
+    set_available,
     settled,
     units,
 )
@@ -63,7 +63,7 @@ def test_a_few_bytes_behind_cached_units_are_written_where_they_are_read(
         scans(sequence, reference)
         assert (store.stats()["residency"]["filled_nbytes"] == before) == few
 
-        set_budget(store, 0)
+        set_available(store, 0)
         scans(sequence, reference, 2)
         dropped(store)
         # A page that the kernel has a use for just then stays.
@@ -100,7 +100,7 @@ def test_pages_follow_the_decision(folder: Path, engine: str, granularity: str) 
         assert paths(store) == ["C"] * UNITS
         assert [resident(store, unit) for unit in units(store)] == [UNIT_NBYTES] * UNITS
 
-        set_budget(store, UNITS * UNIT_NBYTES // 2)
+        set_available(store, UNITS * UNIT_NBYTES // 2)
         scans(sequence, reference)
         dropped(store)
         kept = paths(store)
@@ -113,12 +113,12 @@ def test_pages_follow_the_decision(folder: Path, engine: str, granularity: str) 
         assert paths(store) == kept
         assert resident_nbytes(store) == kept.count("C") * UNIT_NBYTES
 
-        set_budget(store, PLENTY)
+        set_available(store, PLENTY)
         scans(sequence, reference, 2)
         assert paths(store) == ["C"] * UNITS
         assert resident_nbytes(store) == UNITS * UNIT_NBYTES
 
-        set_budget(store, 0)
+        set_available(store, 0)
         scans(sequence, reference)
         dropped(store)
         assert paths(store) == ["D"] * UNITS
@@ -213,13 +213,13 @@ def test_what_is_read_while_its_pages_go_is_not_missed_after_that(folder: Path) 
         def slowly(offset: int, nbytes: int) -> None:
             store.paths.routes.cache.drop = drop
             drop(offset, nbytes)
-            set_budget(store, PLENTY)
+            set_available(store, PLENTY)
             scans(sequence, reference, 3)
             assert paths(store) == ["C"] * UNITS
             drop(offset, nbytes)
 
         store.paths.routes.cache.drop = slowly
-        set_budget(store, 0)
+        set_available(store, 0)
         store.paths.decide()
         dropped(store)
         assert store.paths.routes.cache.drop == drop
@@ -346,7 +346,7 @@ def test_stats_and_why_tell_the_same_story(folder: Path) -> None:
         assert told["cached_units"] == 4
         assert told["cached_nbytes"] == 4 * UNIT_NBYTES <= told["budget_nbytes"] < 5 * UNIT_NBYTES
         assert "it holds 4 of 8 units, 4.0 MiB" in told["reason"]
-        # The first turn filled the cache, the others found it there; half went directly.
+        # The first scan filled the cache, the others found it there; half went directly.
         assert told["cached_read_nbytes"] == 3 * 4 * UNIT_NBYTES
         assert told["filled_nbytes"] == 4 * UNIT_NBYTES
         assert told["direct_read_nbytes"] == 3 * 4 * UNIT_NBYTES
@@ -387,7 +387,7 @@ def test_paper_binds_the_first_layers_for_good(folder: Path) -> None:
         sequence, reference = filled(store)
         scans(sequence, reference, 2)
         assert paths(store) == list("CCCDDDDD")
-        set_budget(store, PLENTY)
+        set_available(store, PLENTY)
         scans(sequence, reference, 2)
         assert paths(store) == list("CCCDDDDD")
 

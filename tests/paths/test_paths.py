@@ -35,7 +35,7 @@ from paths.helpers import (
     paths,
     resident_nbytes,
     scans,
-    set_budget,
+    set_available,
     units,
 )
 from paths.machine import LITTLE, TwoSequences
@@ -79,7 +79,7 @@ class PathsMachine(TwoSequences):
     which, layer = TwoSequences.which, TwoSequences.layer
 
     @rule(which=which)
-    def turn(self, which: int) -> None:
+    def scan(self, which: int) -> None:
         self.references[which].check(self.sequences[which])
 
     @rule(which=which, layer=layer, weight=st.sampled_from([0.5, 1.0, 2.0]))
@@ -160,7 +160,7 @@ def test_threads_that_append_and_read_while_units_move(folder: Path, engine: str
         def move() -> None:
             chance = random.Random(7)
             while not over.is_set():
-                set_budget(store, chance.choice([0, 200 * KIB, MIB, PLENTY]))
+                set_available(store, chance.choice([0, 200 * KIB, MIB, PLENTY]))
                 store.paths.decide()
                 if chance.random() < 0.1:
                     empty_cache(folder / "data")
@@ -219,15 +219,15 @@ def watch_held(store: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @engines
-@pytest.mark.parametrize("budget", [0, 5 * UNIT_NBYTES])
-def test_the_order_of_the_turns_is_learnt(folder: Path, engine: str, budget: int) -> None:
-    with open_dual(folder, budget, engine=engine) as store:
+@pytest.mark.parametrize("available", [0, 5 * UNIT_NBYTES])
+def test_the_order_of_the_scans_is_learnt(folder: Path, engine: str, available: int) -> None:
+    with open_dual(folder, available, engine=engine) as store:
         sequence, reference = filled(store, tokens=500)
         order = [2, 0, 3, 1]
-        for turn in range(2):
+        for scan in range(2):
             for layer in order:
                 reference.check_layer(sequence, layer)
-                if turn == 0:
+                if scan == 0:
                     assert ahead(sequence) == []
         for at, layer in enumerate(order):
             reference.check_layer(sequence, layer)
@@ -306,10 +306,10 @@ def test_sequences_that_prefetch_at_once_share_the_room(
         sys.setswitchinterval(1e-6)
         try:
             for _ in range(80):
-                begun = threading.Barrier(len(sequences))
+                start = threading.Barrier(len(sequences))
 
-                def ask(sequence: Any, begun: threading.Barrier = begun) -> None:
-                    begun.wait()
+                def ask(sequence: Any, start: threading.Barrier = start) -> None:
+                    start.wait()
                     sequence.prefetch(range(SHAPE.layers))
                     sequence.prefetch(range(SHAPE.layers), first_token=500)
 
@@ -339,10 +339,10 @@ def test_prefetched_memory_is_given_back_with_the_sequence(folder: Path) -> None
 
 @pytest.mark.machine
 @engines
-@pytest.mark.parametrize("budget", [0, PLENTY])
-def test_a_demand_read_overtakes_a_long_prefetch(folder: Path, engine: str, budget: int) -> None:
+@pytest.mark.parametrize("available", [0, PLENTY])
+def test_a_demand_read_overtakes_a_long_prefetch(folder: Path, engine: str, available: int) -> None:
     options: dict[str, Any] = {"depth": 1, "segment": "16 KiB", "staging": "64 MiB"}
-    with open_dual(folder, budget, engine=engine, **options) as store:
+    with open_dual(folder, available, engine=engine, **options) as store:
         sequence, _ = filled(store)
         small, reference = store.sequence("small", LITTLE), Reference(LITTLE)
         reference.append(small, 64)
@@ -366,7 +366,7 @@ def test_a_demand_read_overtakes_a_long_prefetch(folder: Path, engine: str, budg
 
 @pytest.mark.machine
 def test_prefetched_layers_follow_the_path_of_each_half(folder: Path) -> None:
-    with open_dual(folder, policy="paper", budget=3 * UNIT_NBYTES) as store:
+    with open_dual(folder, policy="paper", available=3 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
         scans(sequence, reference)
         assert paths(store) == list("CCCDDDDD")

@@ -26,7 +26,7 @@ from paths.helpers import (
     paths,
     resident,
     scans,
-    set_budget,
+    set_available,
     units,
 )
 from sequence.helpers import Reference
@@ -68,7 +68,7 @@ class Drive:
 
 @pytest.fixture(params=DIRECT_ENGINES)
 def drive(request: pytest.FixtureRequest, folder: Path) -> Iterator[Drive]:
-    """All units direct, nothing of them in the page cache; reads ahead are begun by nobody."""
+    """All units are direct, none is in the page cache, and nobody reads ahead."""
     image = folder / "image"
     with open(image, "wb") as file:
         file.truncate(24 * MIB)
@@ -89,21 +89,21 @@ def drive(request: pytest.FixtureRequest, folder: Path) -> Iterator[Drive]:
 
 @pytest.mark.machine
 def test_both_paths_of_a_device(drive: Drive) -> None:
-    set_budget(drive.store, 5 * UNIT_NBYTES)
+    set_available(drive.store, 5 * UNIT_NBYTES)
     scans(drive.sequence, drive.reference, 3)
     kept = paths(drive.store)
     assert kept.count("C") == 4
     assert [resident(drive.store, unit) for unit in units(drive.store)] == [
         UNIT_NBYTES if path == "C" else 0 for path in kept
     ]
-    set_budget(drive.store, 0)
+    set_available(drive.store, 0)
     scans(drive.sequence, drive.reference)
     dropped(drive.store)
     assert [resident(drive.store, unit) for unit in units(drive.store)] == [0] * UNITS
 
 
 def test_a_drive_that_fails_leaves_what_the_page_cache_holds(drive: Drive) -> None:
-    set_budget(drive.store, 5 * UNIT_NBYTES)
+    set_available(drive.store, 5 * UNIT_NBYTES)
     drive.sequence.set_weight([1, 2], 2.0)
     scans(drive.sequence, drive.reference, 2)
     assert paths(drive.store) == list("DDCCCCDD")
@@ -158,7 +158,7 @@ def test_damaged_pages_are_found_and_a_good_medium_replaces_them(drive: Drive) -
     drive.damage()
     fill_cache(drive.node)
     drive.damage()
-    set_budget(drive.store, PLENTY)
+    set_available(drive.store, PLENTY)
     with dropping_held(drive.store):  # promoted again before the thread comes to them
         scans(drive.sequence, drive.reference)
         assert drive.took_over_nbytes() == UNITS * UNIT_NBYTES
@@ -170,8 +170,8 @@ def test_damaged_pages_are_found_and_a_good_medium_replaces_them(drive: Drive) -
 
 def test_damage_on_both_paths_is_an_error_on_each(drive: Drive) -> None:
     drive.damage()
-    for budget in (0, PLENTY, 0):
-        set_budget(drive.store, budget)
+    for available in (0, PLENTY, 0):
+        set_available(drive.store, available)
         for layer in range(4):
             with pytest.raises(CorruptionError, match="CRC32C differs"):
                 drive.sequence.read(layer)
@@ -231,8 +231,8 @@ class Uses:
         self._reference.check_layer(self._sequence, layer)
 
     def _move(self) -> None:
-        for budget in (0, 3 * UNIT_NBYTES, PLENTY):
-            set_budget(self._store, budget)
+        for available in (0, 3 * UNIT_NBYTES, PLENTY):
+            set_available(self._store, available)
             self._store.check_open()
             self._store.paths.decide()
         if not self._store.why():
@@ -267,7 +267,7 @@ def test_a_closed_store_lets_go_of_its_second_path(folder: Path, engine: str) ->
     store = open_dual(folder, engine=engine)
     sequence, reference = filled(store)
     scans(sequence, reference, 2)
-    set_budget(store, 0)
+    set_available(store, 0)
     scans(sequence, reference)
     store.close()
     assert not any(
@@ -294,7 +294,7 @@ def test_a_child_after_fork_is_refused_and_the_parent_goes_on(folder: Path, engi
         store = open_dual(Path({str(folder)!r}), engine={engine!r}, hugepages=False)
         sequence, reference = filled(store)
         scans(sequence, reference, 2)
-        set_budget(store, 3 * UNIT_NBYTES)
+        set_available(store, 3 * UNIT_NBYTES)
         scans(sequence, reference)
         sequence.prefetch(range(4))
         child = os.fork()
@@ -311,7 +311,7 @@ def test_a_child_after_fork_is_refused_and_the_parent_goes_on(folder: Path, engi
             os._exit(status)
         assert os.waitpid(child, 0)[1] == 0
         scans(sequence, reference, 2)
-        set_budget(store, PLENTY)
+        set_available(store, PLENTY)
         scans(sequence, reference, 2)
         assert paths(store) == ["C"] * UNITS
         store.close()

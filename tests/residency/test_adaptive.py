@@ -14,7 +14,7 @@ from spdk_kv.residency.policies import Adaptive
 from spdk_kv.units import MIB
 
 # How a store may be able to watch: (cachestat tells, decisions within a scan after misses).
-WATCHING = {"told": (True, 1.0), "told at once": (True, 0.05), "blind": (False, 1.0)}
+WATCHING = {"measured": (True, 1.0), "measured at once": (True, 0.05), "blind": (False, 1.0)}
 watching = pytest.mark.parametrize("watch", WATCHING)
 
 
@@ -32,18 +32,18 @@ def under(promise: int) -> int:
 @pytest.mark.parametrize("rows", [0, 1])
 @pytest.mark.parametrize("percent", [100, 98, 96, 95, 92, 80, 61, 50, 33, 10])
 def test_finds_an_edge_that_is_lower_than_promised(watch: str, percent: int, rows: int) -> None:
-    told = machine(watch, 2000 * percent // 100, 2000, rows=rows)
-    told.run(60)
-    best = min(told.edge, under(2000))
-    assert longest(scan.thrashed for scan in told.scans) <= 2
-    # Without being told it takes some attempts, each paid for once.
-    assert sum(scan.thrashed for scan in told.scans) <= (4 if WATCHING[watch][0] else 8)
-    budgets = [scan.decision.budget_nbytes // MIB for scan in told.scans]
-    assert budgets[3] <= told.edge
+    seen = machine(watch, 2000 * percent // 100, 2000, rows=rows)
+    seen.run(60)
+    best = min(seen.edge, under(2000))
+    assert longest(scan.thrashed for scan in seen.scans) <= 2
+    # Without cachestat it takes some attempts, each paid for once.
+    assert sum(scan.thrashed for scan in seen.scans) <= (4 if WATCHING[watch][0] else 8)
+    budgets = [scan.decision.budget_nbytes // MIB for scan in seen.scans]
+    assert budgets[3] <= seen.edge
     if watch != "blind":
         assert min(budgets[3:]) >= 0.95 * best - 2
         # A unit has 64 pages and more, so the budget is not filled entirely.
-        assert sum(scan.hit for scan in told.scans[5:]) >= 55 * (0.94 * best - 1.2 * told.pages)
+        assert sum(scan.hit for scan in seen.scans[5:]) >= 55 * (0.94 * best - 1.2 * seen.pages)
     elif percent >= 33:
         assert max(budgets[40:]) >= 0.6 * best
 
@@ -105,7 +105,7 @@ def test_others_come_and_go_unseen_in_the_available_memory(watch: str, seed: int
     assert shared.budget >= 0.9 * under(600)
 
 
-@pytest.mark.parametrize("watch", ["told", "told at once"])
+@pytest.mark.parametrize("watch", ["measured", "measured at once"])
 def test_edge_that_sinks_and_rises_with_every_step(watch: str) -> None:
     sinking = machine(watch, 1000, 1000)
     sinking.run(10)

@@ -43,7 +43,17 @@ from paths.copies.test_paths import (  # noqa: F401
     test_what_the_kernel_evicts_comes_back_from_the_copys_own_drive,
     test_who_leaves_the_page_cache_path_leaves_nothing_there,
 )
-from paths.helpers import PLENTY, SHAPE, UNIT_NBYTES, UNITS, filled, paths, scans, set_budget, units
+from paths.helpers import (
+    PLENTY,
+    SHAPE,
+    UNIT_NBYTES,
+    UNITS,
+    filled,
+    paths,
+    scans,
+    set_available,
+    units,
+)
 from sequence.helpers import Reference
 from spdk_kv.cli import main
 from spdk_kv.errors import DeviceGone
@@ -104,7 +114,7 @@ def test_threads_that_share_extents_one_after_another(place: CopyPlace) -> None:
 
 
 def test_several_queue_pairs(place: CopyPlace) -> None:
-    with place.open(queue_pairs=2, budget=5 * UNIT_NBYTES) as store:
+    with place.open(queue_pairs=2, available=5 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
         fully(store, sequence, reference)
         scans(sequence, reference, 2)
@@ -123,7 +133,7 @@ reference.append(sequence, 0)
 for layer in range(SHAPE.layers):
     sequence.truncate(1900, layer=layer)
 turns_of = [sequence.read(layer) for layer in range(SHAPE.layers)]
-set_budget(store, 3 * UNIT_NBYTES)
+set_available(store, 3 * UNIT_NBYTES)
 store.paths.decide()  # killed while units leave
 print(sum(copied(store)), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -171,7 +181,7 @@ def test_a_drive_that_goes_away_leaves_what_was_copied(target: Target, tmp_path:
         target.listen()
         wait_until_back(lambda: scans(sequence, reference))
         scans(sequence, reference)
-        set_budget(store, PLENTY)
+        set_available(store, PLENTY)
         fully(store, sequence, reference)
         assert copied(store) == [UNIT_NBYTES] * UNITS
         store.close()
@@ -201,7 +211,7 @@ def test_stat_why_tells_of_the_copies(place: CopyPlace) -> None:
     with place.open(5 * UNIT_NBYTES) as store:
         sequence, reference = filled(store)
         fully(store, sequence, reference)
-        set_budget(store, 4 * UNIT_NBYTES)
+        set_available(store, 4 * UNIT_NBYTES)
         scans(sequence, reference, 2)
         words = ["stat", place.uri, "--index-dir", str(place.index), "--why"]
 

@@ -55,12 +55,12 @@ class CopyPlace:
     def lasting(self) -> bool:
         return self.index is not None
 
-    def open(self, budget: int = PLENTY, **options: Any) -> KVStore:
+    def open(self, available: int = PLENTY, **options: Any) -> KVStore:
         wanted: dict[str, Any] = {"folder": self.copies}
         if self.index is not None:
             wanted |= {"capacity": None, "index_dir": self.index, "create": not self.created}
             self.created = True
-        return open_dual(self.uri, budget, **(wanted | options))
+        return open_dual(self.uri, available, **(wanted | options))
 
 
 @contextlib.contextmanager

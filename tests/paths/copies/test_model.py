@@ -30,7 +30,7 @@ from paths.helpers import (
     PLENTY,
     empty_cache,
     scans,
-    set_budget,
+    set_available,
     units,
 )
 from paths.machine import LITTLE, TwoSequences
@@ -88,7 +88,7 @@ class ApartMachine(TwoSequences):
             self.sequences[which].settle(layer)
 
     @rule(which=which, count=st.integers(1, 3))
-    def turn(self, which: int, count: int) -> None:
+    def scan(self, which: int, count: int) -> None:
         scans(self.sequences[which], self.references[which], count)
 
     @rule(which=which, rows=st.sampled_from([[1, 0], [0, 0], [1, 1]]))
@@ -175,7 +175,7 @@ def churn(place: CopyPlace, rounds: int = 150) -> None:
         def move() -> None:
             chance = random.Random(7)
             while not over.is_set():
-                set_budget(store, chance.choice([0, 200 * KIB, MIB, PLENTY, PLENTY]))
+                set_available(store, chance.choice([0, 200 * KIB, MIB, PLENTY, PLENTY]))
                 store.paths.decide()
                 over.wait(0.02 * chance.random())
                 if chance.random() < 0.1:

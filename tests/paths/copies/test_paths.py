@@ -33,7 +33,7 @@ from paths.helpers import (
     paths,
     resident,
     scans,
-    set_budget,
+    set_available,
     settled,
     units,
 )
@@ -87,11 +87,11 @@ def test_who_leaves_the_page_cache_path_leaves_nothing_there(place: CopyPlace) -
     with place.open() as store:
         sequence, reference = filled(store)
         for _ in range(3):
-            set_budget(store, PLENTY)
+            set_available(store, PLENTY)
             scans(sequence, reference)
             fully(store, sequence, reference)
             assert copied(store) == [UNIT_NBYTES] * UNITS
-            set_budget(store, 0)
+            set_available(store, 0)
             scans(sequence, reference)
             waited(store)
             assert paths(store) == ["D"] * UNITS
@@ -181,15 +181,15 @@ def test_heads_are_read_from_what_was_copied(place: CopyPlace) -> None:
 def test_layers_read_ahead_are_right_though_they_leave_the_path_meanwhile(place: CopyPlace) -> None:
     with place.open() as store:
         sequence, reference = filled(store)
-        for budget in (PLENTY, 3 * UNIT_NBYTES) * 4:
-            set_budget(store, PLENTY)
+        for available in (PLENTY, 3 * UNIT_NBYTES) * 4:
+            set_available(store, PLENTY)
             store.paths.decide()
             fully(store, sequence, reference)
             sequence.prefetch(range(4))
-            set_budget(store, 0)
+            set_available(store, 0)
             store.paths.decide()  # all is forgotten, and punched out
             waited(store)
-            set_budget(store, budget)
+            set_available(store, available)
             store.paths.decide()
             scans(sequence, reference)
         assert store.stats()["residency"]["taken_over_nbytes"] == 0
@@ -280,7 +280,7 @@ def test_a_full_folder_means_reading_directly_and_is_told_once(
         assert reasons
         assert all("of it are there so far: write of " in reason for reason in reasons)
         # With room again it goes on.
-        set_budget(store, 4 * UNIT_NBYTES)
+        set_available(store, 4 * UNIT_NBYTES)
         scans(sequence, reference, 70)
         fully(store, sequence, reference)
         assert store.stats()["residency"]["trouble"] == ""

@@ -23,7 +23,7 @@ from paths.helpers import (
     filled,
     paths,
     scans,
-    set_budget,
+    set_available,
     units,
 )
 from spdk_kv.store import KVStore
@@ -32,7 +32,7 @@ place = place_fixture
 
 
 class Late:
-    """While it lasts, copies are begun and not written, and holes are asked for and not punched."""
+    """While it lasts, copies are started but not written, and holes are kept unpunched."""
 
     def __init__(self, store: KVStore) -> None:
         engine: Any = store.paths.routes.cache
@@ -44,7 +44,7 @@ class Late:
         engine.start, engine.drop = self._started, self._dropped
 
     @property
-    def begun(self) -> int:
+    def started(self) -> int:
         """Copies that are not written yet."""
         return len(self._writes)
 
@@ -63,7 +63,7 @@ class Late:
         self._punch.set()
 
     def write(self) -> None:
-        """What was begun, and from now on everything at once."""
+        """Lets what was started go on, and everything from now on at once."""
         self._engine.start = self._start
         for write in self._writes:
             write()
@@ -101,7 +101,7 @@ def test_what_a_reader_makes_of_its_tensors_is_not_what_is_copied(
     for layer in range(4):
         for part in sequence.read(layer):
             part.zero_()
-    assert late.begun == UNITS
+    assert late.started == UNITS
     late.write()
     waited(store)
     assert min(copied(store)) > 0
@@ -112,11 +112,11 @@ def test_what_a_reader_makes_of_its_tensors_is_not_what_is_copied(
 def test_a_copy_that_is_late_counts_for_what_was_not_truncated(store: KVStore, late: Late) -> None:
     sequence, reference = filled(store, tokens=1000)
     scans(sequence, reference)
-    assert late.begun == UNITS
+    assert late.started == UNITS
     reference.truncate(sequence, 300)
     reference.append(sequence, 700)
     scans(sequence, reference)
-    assert late.begun == UNITS  # one of each unit at a time
+    assert late.started == UNITS  # one of each unit at a time
     late.write()
     waited(store)
     assert 0 < max(unit.filled for unit in units(store)) <= 300 * 512
@@ -131,14 +131,14 @@ def test_a_copy_that_is_late_is_nothing_to_a_unit_that_left_and_came_back(
 ) -> None:
     sequence, reference = filled(store, tokens=1000)
     scans(sequence, reference)
-    set_budget(store, 0)
+    set_available(store, 0)
     store.paths.decide()
     assert paths(store) == ["D"] * UNITS
-    set_budget(store, 1 << 30)
+    set_available(store, 1 << 30)
     store.paths.decide()
     assert paths(store) == ["C"] * UNITS
     scans(sequence, reference)
-    assert late.begun == UNITS
+    assert late.started == UNITS
     assert late.punched == []  # or the late copy would lie there for good
     late.write()
     waited(store)
@@ -181,7 +181,7 @@ def test_what_was_read_of_a_hole_is_not_used(store: KVStore, ahead: bool) -> Non
             store.paths.routes.cache.drop(offset, nbytes)
     if ahead:
         sequence.prefetch(range(4))  # finds the holes
-    set_budget(store, 0)
+    set_available(store, 0)
     store.paths.decide()  # by which they are to be expected
     scans(sequence, reference)
     nothing_was_wrong(store)
