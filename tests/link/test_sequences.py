@@ -344,6 +344,7 @@ def test_what_nobody_wants_any_more_is_not_read(folder, how):
         assert linked.carried()[0] - before < kv.nbytes  # half of what was prefetched
 
 
+@pytest.mark.machine
 def test_what_is_on_its_way_directly_is_read_through_the_cache_once_promoted(folder):
     with linked_store(folder, *EMULATED.values) as linked:
         store = linked.store

@@ -102,6 +102,7 @@ def test_both_paths_of_a_device(drive: Drive) -> None:
     assert [resident(drive.store, unit) for unit in units(drive.store)] == [0] * UNITS
 
 
+@pytest.mark.machine
 def test_a_drive_that_fails_leaves_what_the_page_cache_holds(drive: Drive) -> None:
     set_available(drive.store, 5 * UNIT_NBYTES)
     drive.sequence.set_weight([1, 2], 2.0)
