@@ -75,6 +75,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if hasattr(terminalreporter.config, "workerinput"):
+        return  # a worker of pytest-xdist, whose tests the main process counts
     only_machine = terminalreporter.config.getoption("--machine-tests") == "only"
     path = os.environ.get("SPDK_KV_TEST_SUMMARY")
     write_summary(terminalreporter, only_machine, Path(path) if path else None)
