@@ -226,5 +226,5 @@ def test_stat_why_tells_of_the_copies(place: CopyPlace) -> None:
         assert decision["page_cache_dir"] == str(place.copies)
         found = CliRunner().invoke(main, words)
         text = " ".join(found.stdout.split())
-        assert f"page cache of a file in {place.copies}: 3.0 MiB of 3.0 MiB are there" in text
+        assert f"page cache of a file in {place.copies}: 3.0 MiB of 3.0 MiB copied" in text
         assert "to the page cache" in text
