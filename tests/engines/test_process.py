@@ -118,7 +118,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 engine = opened(name, path)
 write(engine, 0, b"\\x62" * MIB)
 rng = random.Random(1)
-most = 0
+late = []
 for round in range(rounds):
     shots = []
     def shoot(delay):
@@ -134,14 +134,15 @@ for round in range(rounds):
             engine.run(long)
             long = reading(engine, MIB, 3000, checksum=round % 2, shift=round % 2)
     except KeyboardInterrupt:
-        most = max(most, engine.stats()["ios"] - shots[0])
+        late.append(engine.stats()["ios"] - shots[0])
     shooter.join()
     assert not long.in_flight
     del long
     if round % 5 == 0:
         assert read(engine, 0, MIB) == b"\\x62" * MIB
-# Of the 64,000 of one transfer: the interrupt did not wait for all of them.
-assert most < 32_000, most
+# A transfer has up to 64,000 commands, and an interrupt meets it anywhere. If it waited for the
+# rest, three rounds in four would see 16,000 more. A busy machine delays some rounds, not all.
+assert sorted(late)[len(late) // 4] < 4_000, late
 assert engine.queue.active == 0
 engine.close()
 """
