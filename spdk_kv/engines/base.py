@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import DISCARD, FLUSH, READ, WRITE, Queue, Transfer
+from spdk_kv.engines.futures import Callbacks
 from spdk_kv.errors import (
     ClosedError,
     CorruptionError,
@@ -57,7 +58,7 @@ class QueueOptions:
     """How an engine's queues are set up.
 
     ``depth``: commands kept in flight on each. ``segment_nbytes``: the largest command, a multiple
-    of 4096. ``hugepages``: take memory for transfers from reserved hugepages where there are some.
+    of 4096. ``hugepages``: memory for transfers is on transparent hugepages where there are some.
     ``queue_pairs``: queues that transfers are dealt out to, each with a thread and bounce memory
     of its own; more than one is for the engine `spdk` alone.
     """
@@ -104,6 +105,7 @@ class Engine:
         self._slots: Any = None
         self._links: list[Link] = []
         self._reaper: threading.Thread | None = None
+        self._callbacks = Callbacks(f"spdk_kv-{self.name}-callbacks")
         self._lock = threading.Lock()
 
     # -- opening and closing --------------------------------------------------------------------
@@ -187,10 +189,11 @@ class Engine:
             return
         if queue is not None:
             ended = queue.close(timeout_s)
-            if self._reaper is not None and self._reaper is not threading.current_thread():
+            if self._reaper is not None:
                 self._reaper.join()
             while done := queue.reap():
                 self._resolve(done)
+            self._callbacks.close(timeout_s)
             if not ended:
                 raise DeviceTimeout(
                     f"{self.where} still holds memory {timeout_s:g} s after close", op="close"
@@ -268,9 +271,10 @@ class Engine:
         """Submits ``transfer`` and returns a future at once.
 
         ``finish(transfer)`` runs on the engine's reaper thread when it is over, also when it
-        failed; its result or exception becomes the future's.
+        failed; its result or exception becomes the future's. It must not wait for a future;
+        callbacks of the future may, since they run on another thread.
         """
-        future: Future[T] = Future()
+        future: Future[T] = self._callbacks.future()
         future.set_running_or_notify_cancel()
         transfer.on_done = (future, finish)
         with self._lock:

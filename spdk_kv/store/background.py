@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol, TypeVar
 
+from spdk_kv.engines import Callbacks
 from spdk_kv.errors import ClosedError, SpdkKvError
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Background:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
+        self._callbacks = Callbacks("spdk_kv-async-callbacks")
         self._writes: set[Future[Any]] = set()
         self._closed = False
 
@@ -37,13 +39,17 @@ class Background:
                 raise ClosedError("the store is being closed")
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="spdk_kv-async")
-            return self._executor.submit(work)
+            future: Future[T] = self._callbacks.future()
+            self._executor.submit(_complete, future, work)
+            return future
 
     def track(self, write: Future[T]) -> Future[T]:
         """Makes :meth:`close` wait for a write that the engine does."""
         with self._lock:
             self._writes.add(write)
-        write.add_done_callback(self._forget)
+        # On the thread that completes it: handing this on to that for callbacks would take longer
+        # than doing it.
+        Future.add_done_callback(write, self._forget)
         return write
 
     def _forget(self, write: Future[Any]) -> None:
@@ -58,6 +64,18 @@ class Background:
         if executor is not None:
             executor.shutdown()
         wait(writes, _CLOSE_TIMEOUT_S)
+        self._callbacks.close(_CLOSE_TIMEOUT_S)
+
+
+def _complete(future: Future[T], work: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = work()
+    except BaseException as failure:  # raised again by whoever waits for the future
+        future.set_exception(failure)
+    else:
+        future.set_result(result)
 
 
 class Flushable(Protocol):
