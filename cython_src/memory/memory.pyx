@@ -17,7 +17,6 @@ from posix.mman cimport (
 )
 
 cdef extern from "<sys/mman.h>" nogil:
-    int MAP_HUGETLB
     int MADV_HUGEPAGE
     int madvise(void *address, size_t nbytes, int advice)
 
@@ -26,6 +25,8 @@ cdef size_t HUGE = 2 << 20
 # Small leases share regions of this size, so that one registration covers many of them.
 cdef size_t SLAB = 4 << 20
 cdef size_t LARGE = 1 << 20
+# More than any address space has; sums of such sizes stay below 2**64.
+cdef size_t MOST = <size_t>1 << 60
 
 
 cdef size_t _round_up(size_t value, size_t multiple) noexcept:
@@ -42,40 +43,40 @@ cdef size_t size_class(size_t nbytes) noexcept:
     return _round_up(max(nbytes, <size_t>1), step)
 
 
+cdef _check_size(size_t nbytes):
+    if nbytes > MOST:
+        raise MemoryError(f"no machine has {nbytes} bytes of memory")
+
+
 @cython.no_gc_clear
 cdef class Region:
-    """Anonymous memory, page-aligned, on hugepages if there are any; a writable buffer.
+    """Anonymous memory, page-aligned; a writable buffer of ``nbytes`` at ``address``.
 
-    ``address`` and ``nbytes``; ``huge``: whether it is on reserved hugepages. Freed with its last
-    reference. Raises MemoryError.
+    ``hugepages``: on transparent hugepages where the kernel provides them. Never on reserved ones:
+    those are short by nature, and a page that cannot be had (the cgroup forbids it; a forked child
+    and its parent both need the one that they share) ends the process with SIGBUS, where ordinary
+    memory is made of smaller pages. Freed with its last reference. Raises MemoryError.
     """
     cdef readonly size_t address
     cdef readonly size_t nbytes
-    cdef readonly bint huge
     cdef size_t _mapped_at
     cdef size_t _mapped_nbytes
 
     def __cinit__(self, size_t nbytes, bint hugepages=True):
-        cdef void *at = MAP_FAILED
-        cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS
-        cdef int protection = PROT_READ | PROT_WRITE
-        if nbytes >= HUGE:
-            self.nbytes = _round_up(nbytes, HUGE)
-            if hugepages:
-                at = mmap(NULL, self.nbytes, protection, flags | MAP_HUGETLB, -1, 0)
-            self.huge = at != MAP_FAILED
-            self._mapped_nbytes = self.nbytes if self.huge else self.nbytes + HUGE
-        else:
-            self.nbytes = self._mapped_nbytes = _round_up(max(nbytes, PAGE), PAGE)
+        cdef void *at
+        _check_size(nbytes)
+        hugepages = hugepages and nbytes >= HUGE
+        self.nbytes = _round_up(max(nbytes, PAGE), HUGE if hugepages else PAGE)
+        self._mapped_nbytes = self.nbytes + (HUGE if hugepages else 0)
+        at = mmap(NULL, self._mapped_nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                  -1, 0)
         if at == MAP_FAILED:
-            at = mmap(NULL, self._mapped_nbytes, protection, flags, -1, 0)
-            if at == MAP_FAILED:
-                self._mapped_nbytes = 0
-                raise MemoryError(f"mmap of {nbytes} bytes: {strerror(errno).decode()}")
+            self._mapped_nbytes = 0
+            raise MemoryError(f"mmap of {nbytes} bytes: {strerror(errno).decode()}")
         self._mapped_at = self.address = <size_t>at
-        if self._mapped_nbytes > self.nbytes:
-            # Aligned to 2 MiB so that transparent hugepages can back all of it: a 64 MiB read
-            # then takes 32 page faults instead of 16,384.
+        if hugepages:
+            # Aligned to 2 MiB so that hugepages can back all of it: a 64 MiB read then takes 32
+            # page faults instead of 16,384.
             self.address = _round_up(self.address, HUGE)
             madvise(<void *>self.address, self.nbytes, MADV_HUGEPAGE)
 
@@ -161,6 +162,7 @@ cdef class Pool:
 
     def lease(self, size_t nbytes):
         """A lease of ``nbytes`` bytes, not cleared. Raises what ``allocate`` raises."""
+        _check_size(nbytes)
         cdef Lease lease = Lease.__new__(Lease)
         cdef SizeClass *kind = self._class_of(size_class(nbytes))
         cdef Slab *slab

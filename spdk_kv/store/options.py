@@ -24,8 +24,8 @@ class EngineOptions:
             memory for itself.
         queue_pairs: Queues with ``depth`` commands each, 1 to 64, each driven by a thread of its
             own. More than 1 is for ``spdk://`` alone. Default 1.
-        hugepages: Take memory for transfers from reserved hugepages where some are free. Default
-            True.
+        hugepages: Memory for transfers is on transparent hugepages where the kernel provides them;
+            reserved ones are for SPDK alone. Default True.
         staging: Bytes of idle memory kept for the next transfers, as an int or text. Half of it
             may hold what is read ahead. Default 512 MiB; it grows to that only with use.
         discard: Tell the drive which space comes free (TRIM; in a file, a hole). Default False.

@@ -221,7 +221,7 @@ def test_a_child_after_fork_neither_writes_nor_removes_it(folder: Path) -> None:
         from pathlib import Path
         from paths.helpers import *
         where = Path({str(folder)!r})
-        store = open_dual(where, hugepages=False)  # or a fork copies them, if others are free
+        store = open_dual(where)
         sequence, reference = filled(store)
         scans(sequence, reference)
         while not (where / "residency.json").exists():

@@ -329,3 +329,58 @@ def test_without_the_right_to_lock_memory_it_works_all_the_same(limit, wanted):
         data.chmod(0o666)
         body = f"limit = {limit}\nwanted = {wanted!r}\npath = {str(data)!r}\n{MEMLOCK}"
         run_script(body, preamble=PREAMBLE)
+
+
+NO_RESERVED = """
+import ctypes, platform, struct
+def instruction(code, jump_true, jump_false, value):
+    return struct.pack("HBBI", code, jump_true, jump_false, value)
+# seccomp(2): a mapping of reserved hugepages (MAP_HUGETLB) ends the process, as touching one does
+# where a cgroup allows none.
+number = {"x86_64": 9, "aarch64": 222}[platform.machine()]
+rules = b"".join([
+    instruction(0x20, 0, 0, 0),
+    instruction(0x15, 0, 3, number),
+    instruction(0x20, 0, 0, 16 + 8 * 3),  # the fourth argument: flags
+    instruction(0x45, 0, 1, 0x40000),
+    instruction(0x06, 0, 0, 0x80000000),
+    instruction(0x06, 0, 0, 0x7FFF0000),
+])
+libc = ctypes.CDLL(None, use_errno=True)
+held = ctypes.create_string_buffer(rules)
+program = struct.pack("HxxxxxxP", 6, ctypes.addressof(held))
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()  # PR_SET_SECCOMP
+faulthandler.cancel_dump_traceback_later()
+signal.alarm(120)
+options = QueueOptions(depth=4, segment_nbytes=MIB)
+engine = opened(name, path, options)
+write(engine, 0, b"\\x63" * (4 * MIB))
+pool = Pool(engine.allocate, 64 * MIB)
+lease = pool.lease(4 * MIB)
+transfer = engine.transfer(READ)
+transfer.keep(lease)
+transfer.add(0, lease.address, 4 * MIB)
+engine.run(transfer)
+view = np.frombuffer(lease, np.uint8)
+reader, writer = os.pipe()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os.read(reader, 1)  # until the parent has written
+    os._exit(0 if (view == 0x63).all() else 3)
+view[:] = 0x64
+os.write(writer, b"x")
+assert os.waitpid(child, 0)[1] == 0
+assert (view == 0x64).all()
+del view, lease, transfer
+engine.close()
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_reserved_hugepage_is_taken_and_a_forked_child_sees_the_old_bytes(engine, tmp_path):
+    """A reserved hugepage that cannot be had, or that parent and child both need, is SIGBUS."""
+    if platform.machine() not in ("x86_64", "aarch64"):
+        pytest.skip("the filter is written for x86_64 and aarch64")
+    script(NO_RESERVED, engine, tmp_path)

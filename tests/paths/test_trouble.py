@@ -291,8 +291,7 @@ def test_a_child_after_fork_is_refused_and_the_parent_goes_on(folder: Path, engi
         from pathlib import Path
         from paths.helpers import *
         from spdk_kv.errors import ClosedError
-        # Without hugepages, which a fork copies, if others are free.
-        store = open_dual(Path({str(folder)!r}), engine={engine!r}, hugepages=False)
+        store = open_dual(Path({str(folder)!r}), engine={engine!r})
         sequence, reference = filled(store)
         scans(sequence, reference, 2)
         set_available(store, 3 * UNIT_NBYTES)

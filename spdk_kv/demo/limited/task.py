@@ -190,9 +190,8 @@ def _offloaded(task: Task, chosen: DemoModel, prompt: torch.Tensor, nbytes: int)
     from spdk_kv.units import MIB
 
     config = chosen.model.config
-    # Reserved hugepages do not count towards a limit, and not every machine has any. The engine's
-    # own memory is twice the depth in segments, which by default would be 32 MiB.
-    engine = EngineOptions(segment="256 KiB", hugepages=False, staging=task.limit_nbytes // 8)
+    # The engine's own memory is twice the depth in segments, which by default would be 32 MiB.
+    engine = EngineOptions(segment="256 KiB", staging=task.limit_nbytes // 8)
     page_cache = PageCacheOptions(folder=task.page_cache_dir or None)
     capacity = None
     if task.location == f"file://{task.folder}":

@@ -42,8 +42,7 @@ class CopyPageCacheEngine(SharedPageCacheEngine):
 
     def __init__(self, folder: str, capacity_nbytes: int, options: QueueOptions) -> None:
         self._file_nbytes = capacity_nbytes
-        # Hugepages stay with the drive's engine, which may depend on them.
-        super().__init__(folder, replace(options, hugepages=False, queue_pairs=1))
+        super().__init__(folder, replace(options, queue_pairs=1))
 
     def _open_file(self, path: str) -> int:
         fd = _open_unnamed(path)

@@ -30,7 +30,7 @@ from spdk_kv.measure.decode.load import Load, Noise
 from spdk_kv.measure.decode.replay import KVPath, Replay, SimulatedGpu, Step, StorePath
 from spdk_kv.measure.touch_memory import touch_free_memory
 
-# Variant -> fields of PageCacheOptions. All other settings but hugepages are the defaults.
+# Variant -> fields of PageCacheOptions. All other settings are the defaults.
 STORE_VARIANTS: dict[str, dict[str, Any]] = {
     "direct": {"policy": "direct"},
     "pagecache": {"policy": "pagecache"},

@@ -145,7 +145,7 @@ class StorePath:
         options: dict[str, Any],
         ahead: int = 2,
     ) -> None:
-        from spdk_kv.store import EngineOptions, PageCacheOptions
+        from spdk_kv.store import PageCacheOptions
         from spdk_kv.store import open as open_store
 
         self._load = load
@@ -162,12 +162,9 @@ class StorePath:
             batch=load.batch,
         )
         room = shape.nbytes + shape.layers * (1 << 20)
-        # Reserved hugepages do not count towards a limit, and other processes may take them between
-        # the run that measures what the variant needs besides the KV cache, and the next.
         self._store = open_store(
             location,
             capacity=room,
-            engine=EngineOptions(hugepages=False),
             page_cache=PageCacheOptions(**options),
         )
         self._sequence = self._store.sequence("replay", shape, temporary=True)
