@@ -4,7 +4,7 @@
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.pycapsule cimport PyCapsule_New
-from libc.errno cimport EAGAIN, EINTR, EIO, errno
+from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset, strerror
@@ -37,6 +37,8 @@ DEF DEALLOCATE = 1 << 2
 DEF STATUS_MASK = 0x7FF
 # The kernel's status for commands that it aborted: Command Aborted By Host.
 DEF ABORTED_BY_HOST = 0x371
+# A command has the number of its blocks in 16 bits, counted from 0 (NVM Command Set 1.0, figure 47).
+DEF MOST_BLOCKS = 1 << 16
 
 
 # One range of dataset management (NVM Command Set 1.0, figure 44).
@@ -81,6 +83,8 @@ cdef int _submit(void *self, skv_io *io) noexcept nogil:
     cdef nvme_uring_cmd *command
     cdef Range *area = NULL
     cdef io_uring_sqe *sqe
+    if (io.op == SKV_READ or io.op == SKV_WRITE) and not 1 <= count <= MOST_BLOCKS:
+        return -EINVAL
     if io.op == SKV_DISCARD:
         area = _take_range(p, io)
         if area == NULL:

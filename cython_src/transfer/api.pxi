@@ -1,5 +1,10 @@
 # The class Transfer. Included in transfer.pyx: one C translation unit, so that calls are inlined.
 
+# Bytes of a piece; discarding that many takes a million segments.
+DEF MOST_NBYTES = 1 << 50
+# Bytes before a piece, on the drive or in memory: sums with those above stay far from 2**64.
+DEF MOST_OFFSET = 1 << 62
+
 
 @cython.no_gc_clear
 cdef class Transfer:
@@ -101,8 +106,10 @@ cdef class Transfer:
         cdef Piece *p
         if self._submitted:
             raise ValueError("the transfer was already submitted")
-        if nbytes > <uint64_t>1 << 62 or offset > <uint64_t>1 << 62:
+        if nbytes > MOST_NBYTES or offset > MOST_OFFSET:
             raise ValueError(f"no drive has {nbytes} bytes at offset {offset}")
+        if capacity > MOST_OFFSET or address > MOST_OFFSET:
+            raise ValueError(f"no memory has {max(nbytes, capacity)} bytes at address {address:#x}")
         if misplaced and (self._t.op != SKV_READ or self._t.chunk_nbytes):
             raise ValueError(
                 f"offset {offset} is not a multiple of the block size {q.block_nbytes}")
@@ -127,12 +134,14 @@ cdef class Transfer:
             self._add(offsets[i], addresses[i], nbytes[i], 0)
 
     cdef _grow(self):
-        cdef uint32_t room = max(8, 2 * self._room)
-        cdef void *grown = realloc(self._pieces, room * sizeof(Piece))
+        cdef uint64_t room = max(8, 2 * <uint64_t>self._room)
+        cdef void *grown = NULL
+        if room <= MOST_COUNT:
+            grown = realloc(self._pieces, room * sizeof(Piece))
         if grown == NULL:
             raise MemoryError()
         self._pieces = <Piece *>grown
-        self._room = room
+        self._room = <uint32_t>room
 
     cdef bint _reaches_all(self):
         """Whether the drive reaches the address range that spans all pieces."""
@@ -149,6 +158,7 @@ cdef class Transfer:
         """Cuts the pieces into segments."""
         cdef Queue_ *q = self._t.queue
         cdef uint64_t most = self._t.segment_nbytes, count = 0, chunks = 0, at, skip, take
+        cdef uint64_t segments, sums
         # Masks, as both are powers of two: divisions would be a large part of this function's time.
         cdef uint64_t within = q.block_nbytes - 1, unaligned = q.align_nbytes - 1
         cdef uint32_t i
@@ -156,24 +166,29 @@ cdef class Transfer:
         cdef Piece *p
         cdef Segment *s
         if self._t.op >= SKV_FLUSH:
-            most = 1 << 30  # no memory moves: only the field's width limits it
+            most = MOST_SEGMENT_NBYTES  # no memory moves: only the field's width limits it
         for i in range(self._count):
             p = &self._pieces[i]
-            p.first_segment = <uint32_t>count
+            sums = 0
             if self._t.op == SKV_FLUSH:
-                p.segments = 1
+                segments = 1
             else:
                 skip = p.offset & within
-                p.segments = (p.nbytes != 0 if skip + p.nbytes <= most
-                              else <uint32_t>((skip + p.nbytes + most - 1) // most))
-            count += p.segments
+                segments = (p.nbytes != 0 if skip + p.nbytes <= most
+                            else (skip + p.nbytes + most - 1) // most)
             if self._t.chunk_nbytes:
-                p.first_chunk = <uint32_t>chunks
-                p.chunks = <uint32_t>(
-                    (p.nbytes + self._t.chunk_nbytes - 1) // self._t.chunk_nbytes)
-                chunks += p.chunks
-        if count >= 0xffffffff or chunks >= 0xffffffff:
-            raise ValueError(f"{count} segments are too many for one transfer")
+                sums = (p.nbytes + self._t.chunk_nbytes - 1) // self._t.chunk_nbytes
+            # Before they are narrowed to the fields' width.
+            if count + segments > MOST_COUNT or chunks + sums > MOST_COUNT:
+                raise ValueError(
+                    f"{count + segments} segments and {chunks + sums} checksums are too many for "
+                    f"one transfer; {MOST_COUNT} are the most")
+            p.first_segment = <uint32_t>count
+            p.segments = <uint32_t>segments
+            p.first_chunk = <uint32_t>chunks
+            p.chunks = <uint32_t>sums
+            count += segments
+            chunks += sums
         free(self._t.segments)  # left by an attempt that ran out of memory
         free(self._t.crcs)
         free(self._t.copies)
@@ -441,7 +456,7 @@ cdef class Transfer:
         if piece >= self._count:
             raise IndexError(piece)
         cdef Piece *p = &self._pieces[piece]
-        return (<unsigned char *>&self._t.crcs[p.first_chunk])[:4 * p.chunks]
+        return (<unsigned char *>&self._t.crcs[p.first_chunk])[:4 * <Py_ssize_t>p.chunks]
 
     def __dealloc__(self):
         cdef Transfer_ *t = self._t

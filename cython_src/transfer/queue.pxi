@@ -61,6 +61,8 @@ cdef class Queue:
         self.closed = True
         if segment_nbytes % block_nbytes or not depth or not segment_nbytes:
             raise ValueError("segments must be a whole number of blocks, and depth at least 1")
+        if segment_nbytes > MOST_SEGMENT_NBYTES:
+            raise ValueError(f"segments are at most 1 GiB, not {segment_nbytes} bytes")
         if block_nbytes & (block_nbytes - 1) or align_nbytes & (align_nbytes - 1):
             raise ValueError(
                 f"block size {block_nbytes} and alignment {align_nbytes} must be powers of two")

@@ -7,6 +7,10 @@ from gpu_link cimport skv_copy, skv_link
 from pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 cdef enum:
+    # Bytes of the largest command: its result is an int32.
+    MOST_SEGMENT_NBYTES = 1 << 30
+    # Pieces, segments and checksums of a transfer, which are counted in uint32.
+    MOST_COUNT = 1 << 30
     # A driver in a Python thread checks for signals this often.
     SLICE_NS = 50_000_000
     # Bytes copied, then summed: a page, because hardware prefetching stops at a page's end.

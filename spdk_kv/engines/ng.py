@@ -37,6 +37,9 @@ _ROOT = Path("/")
 # CNS of an Identify command: what is asked for (NVMe Base 2.0, figure 273).
 _IDENTIFY_NAMESPACE, _IDENTIFY_CONTROLLER = 0, 1
 _PAGE_NBYTES = 4096
+# A command has the number of its blocks in 16 bits, counted from 0 (NVM Command Set 1.0, figure
+# 47): the limit of drives that have none of their own.
+_MOST_BLOCKS = 1 << 16
 # A DMA address has whole dwords; kernels before 6.0 copy what is not aligned to a sector.
 _OLD_ALIGN_NBYTES = 512
 # A controller in these states is not coming back.
@@ -156,6 +159,12 @@ def read_limits(disk: str, root: Path = _ROOT) -> Limits:
     return Limits(min(most, max(1, segments - 1) * _PAGE_NBYTES), align_nbytes)
 
 
+def largest_command(found: Namespace, limits: Limits) -> int:
+    """Bytes that one read or write may carry to the namespace ``found``."""
+    most = min(limits.nbytes, _MOST_BLOCKS * found.block_nbytes)
+    return min(most, found.max_transfer_nbytes or most)
+
+
 class NgEngine(Engine):
     """One namespace through its generic node, ``/dev/ngXnY``.
 
@@ -206,7 +215,7 @@ class NgEngine(Engine):
             )
         self.block_nbytes = found.block_nbytes
         self.align_nbytes = limits.align_nbytes
-        most = min(limits.nbytes, found.max_transfer_nbytes or limits.nbytes)
+        most = largest_command(found, limits)
         if self.segment_nbytes > most:
             self.segment_nbytes = 1 << (most.bit_length() - 1)
         if self.segment_nbytes < max(_PAGE_NBYTES, self.block_nbytes):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 
 from spdk_kv._native.transfer import DISCARD, FLUSH, READ, WRITE, Queue, Transfer
 from spdk_kv.engines import engine_status, open_engine, parse_location
-from spdk_kv.engines.ng import Limits, parse_identify, read_limits, why_unavailable
+from spdk_kv.engines.ng import Limits, largest_command, parse_identify, read_limits, why_unavailable
 from spdk_kv.errors import DeviceError, DeviceGone, EngineUnavailable
 from spdk_kv.testing import address_of, memory
 from support import blockdev
@@ -99,6 +101,19 @@ def test_a_command_carries_what_its_pages_have_segments_for(tmp_path):
     assert read_limits("nvme0n1", root) == Limits(126 * 4096, 4)
 
 
+@pytest.mark.parametrize(
+    ("mdts", "shift", "most"),
+    [(0, 9, 32 << 20), (0, 12, 64 << 20), (5, 9, 128 * KIB), (9, 12, 2 << 20), (15, 9, 32 << 20)],
+)
+def test_a_command_has_as_many_blocks_as_its_field_counts(mdts, shift, most):
+    """Where neither the drive nor the kernel limits it: more would be cut off, and the command
+    would still say that it moved all."""
+    page = namespace_page(at_128=struct.pack("<HBB", 0, shift, 0))
+    found = parse_identify(1, page, controller_page(mdts=mdts))
+    assert largest_command(found, Limits(64 << 20, 4)) == most
+    assert largest_command(found, Limits(64 * KIB, 4)) == 64 * KIB
+
+
 def test_without_dma_alignment_sectors_are_aligned(tmp_path):
     root = queue_folder(tmp_path, max_hw_sectors_kb=128, max_segments=127)
     assert read_limits("nvme0n1", root) == Limits(128 * KIB, 512)
@@ -145,29 +160,40 @@ def test_its_status_is_told():
     assert status.available or (status.reason and status.remedy)
 
 
-@needs_ring
-def test_commands_to_the_null_device_all_come_back():
-    """Since 6.0 it takes any command and moves nothing: the ring alone is looked at."""
+@contextmanager
+def null_queue(segment_nbytes: int) -> Iterator[Queue]:
+    """A queue on /dev/null, which takes any command since 6.0 and moves nothing."""
     from spdk_kv._native.engines.ng import NgBackend
 
     if tuple(map(int, os.uname().release.split(".")[:2])) < (6, 0):
         pytest.skip("/dev/null takes no commands by io_uring before Linux 6.0")
-    slots = memory(8 * 16 * KIB)
-    side = memory(64 * KIB)
-    side[:] = 0xA5
+    slots = memory(8 * segment_nbytes)
     fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     backend = NgBackend(fd, 16, 1, 512)
     queue = Queue(
         backend.backend,
         (backend, slots),
         depth=4,
-        segment_nbytes=16 * KIB,
+        segment_nbytes=segment_nbytes,
         block_nbytes=512,
         align_nbytes=4,
-        slots=[address_of(slots) + n * 16 * KIB for n in range(8)],
+        slots=[address_of(slots) + n * segment_nbytes for n in range(8)],
         pid=os.getpid(),
     )
     try:
+        yield queue
+    finally:
+        assert queue.close(10.0)
+        backend.close()
+        os.close(fd)
+
+
+@needs_ring
+def test_commands_to_the_null_device_all_come_back():
+    """The ring alone is looked at."""
+    side = memory(64 * KIB)
+    side[:] = 0xA5
+    with null_queue(16 * KIB) as queue:
         offsets = np.arange(PARTS, dtype=np.uint64) * np.uint64(64 * KIB)
         for op, nbytes in ((READ, 64 * KIB), (WRITE, 64 * KIB), (DISCARD, 64 * KIB), (FLUSH, 0)):
             transfer = Transfer(queue, op)
@@ -182,10 +208,18 @@ def test_commands_to_the_null_device_all_come_back():
         stats = queue.stats()
         assert stats["read_nbytes"] == stats["written_nbytes"] == PARTS * 64 * KIB
         assert set(side.tolist()) == {0xA5}
-    finally:
-        assert queue.close(10.0)
-        backend.close()
-        os.close(fd)
+
+
+@needs_ring
+@pytest.mark.parametrize("op", [READ, WRITE])
+def test_a_command_of_too_many_blocks_is_refused(op):
+    most = (1 << 16) * 512
+    with null_queue(most + 512) as queue:
+        for nbytes, status in ((most, 0), (most + 512, errno.EINVAL)):
+            transfer = Transfer(queue, op)
+            transfer.add(0, 1 << 20, nbytes)  # the null device touches no memory
+            assert transfer.run(30.0) == status
+        assert queue.stats()["errors"] == 1
 
 
 @needs_ring
