@@ -28,11 +28,10 @@ cdef void _poll_controller(Admin *a) noexcept nogil:
     if a.ctrlr != NULL:
         if a.pci != NULL and not a.out:
             _check_removal(a)
-        if spdk_nvme_ctrlr_process_admin_completions(a.ctrlr) == -ENXIO:
-            failed = spdk_nvme_ctrlr_is_failed(a.ctrlr)
+        _poll_admin_queue(a)
         if a.by_register:
             pthread_mutex_lock(&_socket)
-            failed |= spdk_nvme_ctrlr_get_regs_csts(a.ctrlr).raw == ALL_ONES
+            failed = spdk_nvme_ctrlr_get_regs_csts(a.ctrlr).raw == ALL_ONES
             pthread_mutex_unlock(&_socket)
         if failed and not a.gone:
             _request_reset(a, -ENODEV)

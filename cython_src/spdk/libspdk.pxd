@@ -118,6 +118,7 @@ cdef extern from "<spdk/nvme.h>" nogil:
 
     uint32_t SPDK_NVME_GLOBAL_NS_TAG
     uint8_t SPDK_NVME_LOG_HEALTH_INFORMATION
+    uint8_t SPDK_NVME_LOG_CHANGED_NS_LIST
     uint32_t SPDK_NVME_DSM_ATTR_DEALLOCATE
 
     ctypedef void (*spdk_nvme_cmd_cb)(void *, const spdk_nvme_cpl *) noexcept nogil

@@ -28,6 +28,9 @@ cdef void _on_io(void *argument, const spdk_nvme_cpl *cpl) noexcept nogil:
         _finish(p, io, p.admin.fate)
     elif p.admin.gone or cpl.status.sct == 0 and cpl.status.sc == ABORTED_SQ_DELETION:
         _finish(p, io, -ENODEV)
+    elif cpl.status.sct == 0 and cpl.status.sc == INVALID_NAMESPACE:
+        _lose(p)
+        _finish(p, io, -ENODEV)
     else:
         _finish(p, io, -status)
 
@@ -56,10 +59,10 @@ cdef int _submit(void *self, skv_io *io) noexcept nogil:
     if p.held or p.in_flight >= p.depth:
         return -EAGAIN
     if p.in_flight == 0:
-        rc = _activate(p)
+        rc = _activate(p, io.op)
         if rc:
             return rc
-    elif p.admin.gone:
+    elif p.admin.gone or p.presence != PRESENT:
         return -ENODEV
     elif p.broken or p.admin.resetting:
         return -EAGAIN
@@ -223,9 +226,11 @@ cdef class QueuePair:
         self._pid = getpid()
 
     @property
-    def stranger(self):
-        """Whether another namespace has taken this one's place since the connection was lost."""
-        return bool(self._p.stranger)
+    def presence(self):
+        """``present``; ``absent``: the controller has no namespace of that number any more;
+        ``stranger``: another has taken its number, or it was formatted anew. Only the first is
+        used."""
+        return ("present", "absent", "stranger")[self._p.presence]
 
     def add_memory(self, size_t address, size_t nbytes):
         """Makes the drive use this memory (SPDK's, or registered) without a bounce copy."""

@@ -6,9 +6,6 @@
 # all drivers park, pairs are freed, the controller is reset or else connected again, and pairs are
 # made again if it is the same drive.
 
-cdef extern from "<string.h>" nogil:
-    int memcmp(const void *, const void *, size_t)
-
 # Between two attempts to reconnect a lost controller.
 DEF RECONNECT_NS = 1_000_000_000
 # Between two checks whether all drivers have parked.
@@ -35,39 +32,11 @@ cdef void _request_reset(Admin *a, int fate) noexcept nogil:
 cdef int _connect_pair(Pair *p) noexcept nogil:
     """Connects the pair. -ENODEV if its namespace is missing or is another one."""
     cdef spdk_nvme_ctrlr *ctrlr = p.admin.ctrlr
-    cdef spdk_nvme_ns *ns
     cdef spdk_nvme_io_qpair_opts opts
-    cdef unsigned char identity[40]
-    cdef const uint8_t *nguid
-    cdef const spdk_uuid *uuid
-    cdef uint64_t eui64
     if ctrlr == NULL:
         return -ENODEV
-    ns = spdk_nvme_ctrlr_get_ns(ctrlr, p.nsid)
-    if ns == NULL or not spdk_nvme_ns_is_active(ns):
-        return -ENODEV
-    memset(identity, 0, sizeof(identity))
-    nguid = spdk_nvme_ns_get_nguid(ns)
-    uuid = spdk_nvme_ns_get_uuid(ns)
-    eui64 = spdk_nvme_ns_get_data(ns).eui64
-    if nguid != NULL:
-        memcpy(identity, nguid, 16)
-    if uuid != NULL:
-        memcpy(identity + 16, uuid, 16)
-    memcpy(identity + 32, &eui64, 8)
-    if not p.known:
-        p.block_nbytes = spdk_nvme_ns_get_sector_size(ns)
-        # LBADS is an exponent (NVM Command Set 1.0, figure 98).
-        p.block_shift = 0
-        while 1 << p.block_shift < p.block_nbytes:
-            p.block_shift += 1
-        p.blocks = spdk_nvme_ns_get_num_sectors(ns)
-        memcpy(p.identity, identity, sizeof(identity))
-        p.known = True
-    p.stranger = (memcmp(p.identity, identity, sizeof(identity)) != 0
-                  or spdk_nvme_ns_get_sector_size(ns) != p.block_nbytes
-                  or spdk_nvme_ns_get_num_sectors(ns) != p.blocks)
-    if p.stranger:
+    p.presence = _presence(p)
+    if p.presence != PRESENT:
         return -ENODEV
     spdk_nvme_ctrlr_get_default_io_qpair_opts(ctrlr, &opts, sizeof(opts))
     # SPDK may split a command at MDTS or a boundary: it then needs more requests than there are
@@ -75,7 +44,7 @@ cdef int _connect_pair(Pair *p) noexcept nogil:
     opts.io_queue_size = max(opts.io_queue_size, 2 * p.depth)
     opts.io_queue_requests = max(opts.io_queue_requests, 16 * p.depth)
     opts.delay_cmd_submit = True
-    p.ns = ns
+    p.ns = spdk_nvme_ctrlr_get_ns(ctrlr, p.nsid)
     p.broken = False
     p.pair = spdk_nvme_ctrlr_alloc_io_qpair(ctrlr, &opts, sizeof(opts))
     return 0 if p.pair != NULL else -ENXIO
@@ -161,6 +130,8 @@ cdef void _rebuild(Admin *a) noexcept nogil:
     pthread_cond_broadcast(&a.state_changed)
     pthread_mutex_unlock(&a.mutex)
     _find_controller(a, off)
+    if a.ctrlr != NULL:
+        _read_changes(a)
     p = a.pairs
     while p != NULL:
         _connect_pair(p)
@@ -174,15 +145,19 @@ cdef void _rebuild(Admin *a) noexcept nogil:
     pthread_mutex_unlock(&a.mutex)
 
 
-cdef int _activate(Pair *p) noexcept nogil:
+cdef int _activate(Pair *p, int op) noexcept nogil:
     """Makes an idle pair active before it submits. 0; -EAGAIN: not yet; -ENODEV."""
     cdef Admin *a = p.admin
     cdef int rc = 0
+    if not _ask_for_events(a, ASKED_NS if op == SKV_READ else 0):
+        return -EAGAIN
     pthread_mutex_lock(&a.mutex)
     if a.gone:
         rc = -ENODEV
     elif a.reset_requested or a.resetting:
         rc = -EAGAIN
+    elif p.presence != PRESENT and a.ctrlr != NULL:
+        rc = -ENODEV  # until an event says that it is back
     elif p.pair != NULL and not p.broken:
         p.active = True
     elif skv_now_ns() - a.tried_ns < RECONNECT_NS:

@@ -10,7 +10,7 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.pycapsule cimport PyCapsule_New
 from libc.errno cimport EAGAIN, ENODEV, ENOMEM, ENXIO
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 
 from backend cimport (
@@ -20,7 +20,7 @@ from backend cimport (
 from pthreads cimport (
     init_cond, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_t, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, pthread_t, start_thread, wait_until,
+    pthread_mutex_trylock, pthread_mutex_unlock, pthread_t, start_thread, wait_until,
 )
 from libspdk cimport *
 from spdk.types cimport *
@@ -32,6 +32,7 @@ SPDK_VERSION = SPDK_VERSION_STRING.decode()
 include "sigbus.pxi"
 include "env.pxi"
 include "removal.pxi"
+include "namespaces.pxi"
 include "recovery.pxi"
 include "controller.pxi"
 include "queue.pxi"

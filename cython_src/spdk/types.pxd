@@ -12,6 +12,20 @@ from libspdk cimport *
 from pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 
+# What tells a namespace from another that took its number, or from itself after a format.
+cdef struct Likeness:
+    unsigned char identity[40]   # NGUID, UUID and EUI64
+    uint64_t blocks
+    uint32_t block_nbytes
+    uint32_t metadata_nbytes
+
+
+cdef enum Presence:
+    PRESENT
+    ABSENT     # the controller has no namespace of that number
+    STRANGER   # another namespace has it, or its own one was formatted anew
+
+
 cdef struct Reachable:
     size_t address
     size_t nbytes
@@ -24,12 +38,10 @@ cdef struct Pair:
     spdk_nvme_ns *ns
     spdk_nvme_qpair *pair    # NULL: not connected
     uint32_t nsid
-    uint32_t block_nbytes
     uint32_t block_shift
-    uint64_t blocks
-    unsigned char identity[40]   # NGUID, UUID and EUI64: must be the same after a reset
-    bint known               # the four above are set
-    bint stranger            # another namespace now has that number
+    Likeness likeness        # the namespace that was opened
+    bint known               # the two above are set
+    int presence             # whether the number is still that namespace's; nothing else is used
     uint32_t depth
     uint32_t in_flight
     skv_io *done
@@ -67,6 +79,7 @@ cdef struct Admin:
     bint gone                # removed: nothing more is submitted
     bint out                 # its DMA is off: memory of commands in flight may be reused
     uint64_t gone_at_ns
+    uint64_t asked_ns        # when the admin queue was last polled
     # Guarded by the mutex:
     Pair *pairs
     bint reset_requested     # or a reconnection

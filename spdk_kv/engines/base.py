@@ -53,6 +53,11 @@ def op_name(op: int) -> str:
     return _OP_NAMES[op]
 
 
+def block_geometry(block_nbytes: int, nbytes: int) -> str:
+    """:attr:`Engine.geometry` of a namespace, whichever engine reaches it."""
+    return f"{nbytes // block_nbytes} blocks of {block_nbytes} bytes"
+
+
 @dataclass(frozen=True)
 class QueueOptions:
     """How an engine's queues are set up.
@@ -365,6 +370,11 @@ class Engine:
     @property
     def identity(self) -> str:
         """What distinguishes this drive from others (serial, namespace), or ""."""
+        return ""
+
+    @property
+    def geometry(self) -> str:
+        """What of the drive's form may not change below a store (block size, size), or ""."""
         return ""
 
     @property

@@ -23,6 +23,7 @@ _GROWTH_NBYTES = 256 << 20
 # written, not even room can be made, since a blob is only gone when the index says so.
 _LEFT_NBYTES = 8 << 20
 _BLKGETSIZE64 = 0x80081272
+_BLKSSZGET = 0x1268
 # statx(2): struct statx and its flags, which Python's os module does not have.
 _AT_EMPTY_PATH = 0x1000
 _STATX_DIOALIGN = 0x2000
@@ -86,6 +87,14 @@ class FileEngine(Engine):
             if found:
                 return found
         return ""
+
+    @property
+    def geometry(self) -> str:
+        # A partition may be enlarged below its store; what is too small is refused by size.
+        if not self._is_block:
+            return ""
+        packed = fcntl.ioctl(self.fd, _BLKSSZGET, bytes(4))
+        return f"blocks of {struct.unpack('I', packed)[0]} bytes"
 
     def ensure(self, nbytes: int, limit_nbytes: int | None = None) -> None:
         if self._is_block:

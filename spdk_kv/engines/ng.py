@@ -23,7 +23,7 @@ from spdk_kv.devices.inspection import (
     claim,
     read_namespace,
 )
-from spdk_kv.engines.base import Engine, QueueOptions, op_name
+from spdk_kv.engines.base import Engine, QueueOptions, block_geometry, op_name
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
 from spdk_kv.engines.uring import ring_refusal
 from spdk_kv.errors import DeviceGone, EngineUnavailable, StoreLocked, device_error
@@ -262,6 +262,10 @@ class NgEngine(Engine):
         found = self.namespace
         names = (found.serial, found.nguid, found.eui64, f"ns{found.nsid}")
         return " ".join(name for name in names if name)
+
+    @property
+    def geometry(self) -> str:
+        return block_geometry(self.namespace.block_nbytes, self.namespace.nbytes)
 
     @property
     def gone(self) -> bool:

@@ -18,12 +18,17 @@ DATA_START = 1024 * 1024
 """Offset of the first payload byte; a multiple of every block size that is accepted."""
 DRIVE_ID_NBYTES = 512
 """Most bytes of a drive's identity, in UTF-8; longer ones are cut."""
+GEOMETRY_NBYTES = 126
+"""Most bytes of a drive's geometry, as of its identity."""
 
 _MAGIC = b"spdk_kv\0"
 _VERSION = 1
 # The magic, the version and the CRC in the last four bytes keep their places in every version,
 # so that an old program knows a newer store from a broken one.
 _LAYOUT = struct.Struct("<8sIIQQ16sH")
+# Added later, in what were zeroes, which is what stores from before have: an empty geometry.
+_GEOMETRY = struct.Struct("<H")
+_GEOMETRY_OFFSET = _LAYOUT.size + DRIVE_ID_NBYTES
 _CRC = struct.Struct("<I")
 _CRC_OFFSET = SUPERBLOCK_NBYTES - _CRC.size
 _UUID = re.compile(r"[0-9a-f]{32}")
@@ -35,8 +40,11 @@ def fit_drive_id(text: str) -> str:
     What UTF-8 cannot encode (lone surrogates) becomes ``?``. Whoever compares a drive with
     ``superblock.drive_id`` passes its identity through this first.
     """
-    encoded = text.encode("utf-8", "replace")[:DRIVE_ID_NBYTES]
-    return encoded.decode("utf-8", "ignore")
+    return _fit(text, DRIVE_ID_NBYTES)
+
+
+def _fit(text: str, nbytes: int) -> str:
+    return text.encode("utf-8", "replace")[:nbytes].decode("utf-8", "ignore")
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,8 @@ class Superblock:
     ``uuid``: 32 lower-case hexadecimal digits. ``block_nbytes``: a power of two from 512 to
     DATA_START. ``capacity_nbytes``: payload bytes from DATA_START on, at least one block.
     ``generation``: counts the writes of the superblock. ``drive_id``: what identifies
-    the drive (model, serial, namespace); kept as ``fit_drive_id`` makes it.
+    the drive (model, serial, namespace); kept as ``fit_drive_id`` makes it. ``geometry``: the
+    drive's block size and size in words; "" for a file, and in superblocks from before it was kept.
     """
 
     uuid: str
@@ -54,6 +63,7 @@ class Superblock:
     capacity_nbytes: int
     generation: int
     drive_id: str
+    geometry: str = ""
 
     def __post_init__(self) -> None:
         if not _UUID.fullmatch(self.uuid):
@@ -66,6 +76,7 @@ class Superblock:
         if not 0 <= self.generation < 1 << 63:
             raise ValueError(f"generation is out of range: {self.generation}")
         object.__setattr__(self, "drive_id", fit_drive_id(self.drive_id))
+        object.__setattr__(self, "geometry", _fit(self.geometry, GEOMETRY_NBYTES))
 
 
 def pack(superblock: Superblock) -> bytes:
@@ -80,7 +91,9 @@ def pack(superblock: Superblock) -> bytes:
         bytes.fromhex(superblock.uuid),
         len(drive_id),
     )
-    body = (fields + drive_id).ljust(_CRC_OFFSET, b"\0")
+    geometry = superblock.geometry.encode()
+    body = (fields + drive_id).ljust(_GEOMETRY_OFFSET, b"\0")
+    body = (body + _GEOMETRY.pack(len(geometry)) + geometry).ljust(_CRC_OFFSET, b"\0")
     return body + _CRC.pack(zlib.crc32(body))
 
 
@@ -101,8 +114,10 @@ def parse(block: bytes) -> Superblock:
         raise StoreMismatch(
             f"the superblock has version {version}; this spdk_kv knows {_VERSION}: upgrade it"
         )
-    if version < _VERSION or id_nbytes > DRIVE_ID_NBYTES:
-        raise CorruptionError("the superblock's version or identity length is out of range")
+    (geometry_nbytes,) = _GEOMETRY.unpack_from(block, _GEOMETRY_OFFSET)
+    if version < _VERSION or id_nbytes > DRIVE_ID_NBYTES or geometry_nbytes > GEOMETRY_NBYTES:
+        raise CorruptionError("the superblock's version or a length in it is out of range")
+    geometry_at = _GEOMETRY_OFFSET + _GEOMETRY.size
     try:
         return Superblock(
             uuid=uuid.hex(),
@@ -110,6 +125,7 @@ def parse(block: bytes) -> Superblock:
             capacity_nbytes=capacity_nbytes,
             generation=generation,
             drive_id=block[_LAYOUT.size : _LAYOUT.size + id_nbytes].decode(),
+            geometry=block[geometry_at : geometry_at + geometry_nbytes].decode(),
         )
     except ValueError as error:
         raise CorruptionError(f"the superblock's fields are out of range: {error}") from error

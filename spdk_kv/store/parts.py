@@ -241,12 +241,19 @@ def _join(
         raise StoreMismatch(
             f"{place}: the store was made on drive {current.drive_id!r}, this is {identity!r}"
         )
+    if current is not None and current.geometry and current.geometry != drive.geometry:
+        raise StoreMismatch(
+            f"{place}: the store was made on a drive of {current.geometry}, this one has "
+            f"{drive.geometry}: it was formatted anew, resized or replaced, and is not touched"
+        )
     blobs, sequences = OrderedDict(index.load_blobs()), dict(index.load_sequences())
     capacity = _capacity(place, drive, current, wanted)
     allocator = _allocator(index, blobs, sequences, current, capacity)
     # Written last, when nothing can be refused any more.
     generation += 1
-    superblock = Superblock(index.uuid, BLOCK_NBYTES, capacity, generation, identity)
+    superblock = Superblock(
+        index.uuid, BLOCK_NBYTES, capacity, generation, identity, drive.geometry
+    )
     drive.ensure(DATA_START, DATA_START + capacity)
     index.set_meta(_NEXT_GENERATION, str(generation))
     write_superblock(drive, superblock)

@@ -31,6 +31,7 @@ SB = Superblock(
     capacity_nbytes=1 << 40,
     generation=7,
     drive_id="QEMU NVMe Ctrl/deadbeef/1",
+    geometry="268435456 blocks of 4096 bytes",
 )
 OTHER = replace(SB, uuid="f" * 32)
 BLANK = bytes(SUPERBLOCK_NBYTES)
@@ -54,6 +55,7 @@ def sealed(block: bytes, **fields: tuple[int, str, int]) -> bytes:
         capacity_nbytes=st.integers(1 << 20, (1 << 63) - 1),
         generation=st.integers(0, (1 << 63) - 1),
         drive_id=st.text(st.characters(), max_size=700),
+        geometry=st.text(st.characters(), max_size=200),
     )
 )
 def test_every_superblock_comes_back_as_it_was_packed(superblock: Superblock) -> None:
@@ -85,7 +87,14 @@ def test_foreign_bytes_are_corruption(block: bytes) -> None:
 
 @pytest.mark.parametrize(
     "field",
-    [(12, "<I", 0), (12, "<I", 1000), (16, "<Q", 0), (16, "<Q", 1 << 63), (24, "<Q", 1 << 63)],
+    [
+        (12, "<I", 0),
+        (12, "<I", 1000),
+        (16, "<Q", 0),
+        (16, "<Q", 1 << 63),
+        (24, "<Q", 1 << 63),
+        (562, "<H", 127),
+    ],
 )
 def test_fields_out_of_range_are_corruption_under_a_good_checksum(
     field: tuple[int, str, int],
@@ -99,6 +108,12 @@ def test_a_newer_version_is_a_mismatch_and_an_older_unknown_one_corruption() -> 
         parse(sealed(pack(SB), version=(8, "<I", 2)))
     with pytest.raises(CorruptionError):
         parse(sealed(pack(SB), version=(8, "<I", 0)))
+
+
+def test_a_superblock_from_before_the_geometry_was_kept_has_none() -> None:
+    block = bytearray(pack(SB))
+    block[562:4092] = bytes(4092 - 562)
+    assert parse(sealed(bytes(block))) == replace(SB, geometry="")
 
 
 def test_a_long_drive_identity_is_cut_between_characters() -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from spdk_kv._native.transfer import DISCARD, Queue, Transfer
-from spdk_kv.engines.base import Engine, QueueOptions, op_name
+from spdk_kv.engines.base import Engine, QueueOptions, block_geometry, op_name
 from spdk_kv.engines.location import Location
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
 from spdk_kv.engines.spdk import environment
@@ -113,10 +113,12 @@ class SpdkEngine(Engine):
             # PRP entries point to whole dwords (NVMe Base 2.0, section 4.1.1).
             self.align_nbytes = 4
             self._start(self._pair.backend, self._pair)
+            self._refuse_if_changed(self._geometry(location.nsid))
             for _ in range(1, options.queue_pairs):
                 lane = SpdkEngine(location, replace(options, queue_pairs=1))
                 self._lanes.append(lane)
                 self._pairs.append(lane._pair)
+                self._refuse_if_changed(lane.namespace)
         except BaseException as failed:
             if self._queue is not None:
                 self.close()
@@ -125,6 +127,11 @@ class SpdkEngine(Engine):
             if isinstance(failed, OSError):
                 raise DeviceGone(f"{failed}; see `spdk-kv doctor`") from failed
             raise
+
+    def _refuse_if_changed(self, now: dict[str, Any]) -> None:
+        """DeviceGone where the queue pairs are not all of the namespace that was looked at."""
+        if now != self.namespace:
+            raise DeviceGone(f"the namespace at {self.where} was replaced while it was opened")
 
     def _geometry(self, nsid: int) -> dict[str, Any]:
         try:
@@ -216,6 +223,10 @@ class SpdkEngine(Engine):
         return " ".join(name for name in (*names, f"ns{self.namespace['nsid']}") if name)
 
     @property
+    def geometry(self) -> str:
+        return block_geometry(self.block_nbytes, self.capacity_nbytes)
+
+    @property
     def gone(self) -> bool:
         """Whether the drive was removed, or does not answer just now."""
         return bool(self._controller.gone)
@@ -229,18 +240,25 @@ class SpdkEngine(Engine):
             raise kind(str(failed), op="health", status=failed.errno) from failed
 
     def error(self, transfer: Transfer) -> Exception:
-        if transfer.status == errno.ENODEV and self._pair.stranger:
-            return DeviceGone(
-                f"another namespace answers at {self.where} now than when it was opened; its bytes "
-                "are not touched",
-                op=op_name(transfer.op),
-                status=errno.ENODEV,
-            )
+        if transfer.status == errno.ENODEV and (why := self._why_not_used()):
+            return DeviceGone(why, op=op_name(transfer.op), status=errno.ENODEV)
         if not is_nvme_status(transfer.status):
             return super().error(transfer)
         offset, nbytes = transfer.failure or (0, 0)
         op = op_name(transfer.op)
         return nvme_error(op, offset, nbytes, transfer.status, self.where, self.block_nbytes)
+
+    def _why_not_used(self) -> str:
+        """What became of the namespace that was opened; "" if it is still there."""
+        presence = {pair.presence for pair in self._pairs}
+        if "stranger" in presence:
+            return (
+                f"{self.where} is another namespace now than when it was opened, or was formatted "
+                "anew (its identity, size or block size differ); its bytes are not touched"
+            )
+        if "absent" in presence:
+            return f"the namespace {self.where} was removed; it is used again once it is back"
+        return ""
 
     def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> None:
         if self.controller["deallocate"]:
