@@ -1,12 +1,14 @@
 """Every error that spdk_kv raises, when it is raised, and what to do about it.
 
-:func:`device_error` turns an errno into one of them.
+:func:`device_error` turns the errno of a drive's command into one of them, :func:`file_error` that
+of a call for a file or folder.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from typing import Any
 
 
 class SpdkKvError(Exception):
@@ -166,11 +168,80 @@ def device_error(op: str, offset: int, nbytes: int, status: int, where: str = ""
     """
     name = errno.errorcode.get(status, str(status))
     place = f" of {where}" if where else ""
-    message = (
-        f"{op} of {nbytes} bytes at offset {offset}{place} failed: {name} ({os.strerror(status)})"
-    )
+    # A flush has no range, and "0 bytes at offset 0" would be read as one.
+    span = f" of {nbytes} bytes at offset {offset}" if nbytes else ""
+    message = f"{op}{span}{place} failed: {name} ({os.strerror(status)})"
     if status in _HINTS:
         message += f"; {_HINTS[status]}"
+    return _typed(message, status, op=op, offset=offset, nbytes=nbytes)
+
+
+def file_error(what: str, path: str, refused: OSError) -> SpdkKvError:
+    """The error for a file, folder or device node that the system refuses.
+
+    Args:
+        what: what was tried, for the message: "open", "create", "lock" ...
+        path: the file's name.
+        refused: the system's answer.
+
+    Returns:
+        The error, to be raised: CapacityError, DeviceGone, DeviceTimeout or DeviceError.
+    """
+    status = refused.errno or 0
+    name = errno.errorcode.get(status, str(status))
+    hint = _missing(path) if status == errno.ENOENT else _FILE_HINTS.get(status, "")
+    if status in (errno.ENOTDIR, errno.EEXIST):
+        hint = _not_a_folder(path)
+    message = f"cannot {what} {path}: {os.strerror(status)} ({name})"
+    return _typed(f"{message}; {hint}" if hint else message, status, op=what)
+
+
+def no_descriptors(status: int | None) -> str:
+    """What to do where no file can be opened any more; empty for any other errno."""
+    return _FILE_HINTS[status] if status in (errno.EMFILE, errno.ENFILE) else ""
+
+
+_FILE_HINTS = {
+    errno.EACCES: "this user may not: `namei -l` shows which folder or file on the way refuses",
+    errno.EPERM: "not permitted here: see `spdk-kv doctor`, and `lsattr` for files made immutable",
+    errno.EROFS: "its filesystem is mounted read-only: remount it, or choose another folder",
+    errno.ENOSPC: "its filesystem is full: free space there (`df -h`; `df -i` counts its inodes)",
+    errno.EDQUOT: "this user's quota there is used up: free space, or have it raised",
+    errno.EMFILE: "this process has too many files open: raise its limit (`ulimit -n`, or "
+    "LimitNOFILE= of a service), or close some",
+    errno.ENFILE: "the machine has too many files open: raise the sysctl fs.file-max",
+    errno.ENOMEM: "not enough memory: see `spdk-kv doctor`",
+    errno.ENAMETOOLONG: "the name is longer than its filesystem takes: choose a shorter one",
+    errno.ELOOP: "its symbolic links lead in a circle: remove one of them",
+    errno.EISDIR: "it is a folder, where a file belongs: choose another place",
+    errno.EINVAL: "its filesystem takes no such name or file: choose another folder",
+    errno.ENOLCK: "its filesystem has no file locks: choose a folder on a local drive",
+    errno.EOPNOTSUPP: "its filesystem cannot do that: choose a folder on a local drive",
+    errno.ESTALE: "the file server no longer knows it: mount its filesystem anew",
+    errno.EIO: "the drive reported an error: look at `dmesg` and its SMART log",
+    errno.ENXIO: "no drive is behind it any more: bring it back",
+    errno.ENODEV: "no drive is behind it any more: bring it back",
+}
+
+
+def _missing(path: str) -> str:
+    """Which part of ``path`` does not exist, and what helps."""
+    if path.startswith("/dev/") and not path.startswith("/dev/shm/"):
+        return "there is no such device node; `lsblk` lists the disks, `ls /dev/ng*` generic nodes"
+    while (above := os.path.dirname(path)) not in ("", path) and not os.path.exists(above):
+        path = above
+    if os.path.islink(path):
+        return f"{path} is a symbolic link to {os.readlink(path)}, which does not exist"
+    return f"there is no {path}: create it, or mount the drive that it belongs on"
+
+
+def _not_a_folder(path: str) -> str:
+    while not os.path.lexists(path) and os.path.dirname(path) not in ("", path):
+        path = os.path.dirname(path)
+    return f"{path} is not a folder: choose another place, or move it away"
+
+
+def _typed(message: str, status: int, **command: Any) -> SpdkKvError:
     if status in (errno.ENOSPC, errno.EDQUOT):
         return CapacityError(message)
     kind = DeviceError
@@ -178,4 +249,4 @@ def device_error(op: str, offset: int, nbytes: int, status: int, where: str = ""
         kind = DeviceGone
     elif status in (errno.ETIME, errno.ETIMEDOUT):
         kind = DeviceTimeout
-    return kind(message, op=op, offset=offset, nbytes=nbytes, status=status)
+    return kind(message, status=status, **command)

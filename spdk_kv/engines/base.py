@@ -319,8 +319,8 @@ class Engine:
             )
         if transfer.status == errno.ETIMEDOUT:
             return DeviceTimeout(
-                f"{op} of {transfer.nbytes} bytes on {self.where} passed its deadline; its memory "
-                "stays out of use until the drive lets go",
+                f"{op}{f' of {transfer.nbytes} bytes' if transfer.nbytes else ''} on {self.where} "
+                "passed its deadline; its memory stays out of use until the drive lets go",
                 op=op,
                 offset=offset,
                 nbytes=transfer.nbytes,

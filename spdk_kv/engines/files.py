@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from spdk_kv.engines.base import Engine, QueueOptions
-from spdk_kv.errors import CapacityError, EngineUnavailable, StoreLocked, device_error
+from spdk_kv.errors import (
+    CapacityError,
+    EngineUnavailable,
+    StoreLocked,
+    device_error,
+    file_error,
+)
 from spdk_kv.units import align_up, format_nbytes
 
 # Alignment of direct I/O: a page, which every drive's logical block (512 or 4096 bytes) divides.
@@ -175,5 +181,5 @@ def _open(path: str, direct: bool, name: str, exclusive: bool) -> int:
                 f"{path} is in use (mounted, swapped on, or held by another program); see "
                 f"`lsblk {path}` and `fuser -v {path}`"
             ) from refused
-        raise device_error("open", 0, 0, refused.errno or 0, path) from refused
+        raise file_error("open", path, refused) from refused
     return fd

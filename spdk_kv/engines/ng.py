@@ -26,7 +26,7 @@ from spdk_kv.devices.inspection import (
 from spdk_kv.engines.base import Engine, QueueOptions, block_geometry, op_name
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
 from spdk_kv.engines.uring import ring_refusal
-from spdk_kv.errors import DeviceGone, EngineUnavailable, StoreLocked, device_error
+from spdk_kv.errors import DeviceGone, EngineUnavailable, StoreLocked, device_error, file_error
 
 OLDEST_KERNEL = "5.19"
 """IORING_OP_URING_CMD and rings with entries of twice the size (IORING_SETUP_SQE128,
@@ -310,7 +310,7 @@ def _names(path: str) -> tuple[str, str]:
     try:
         found = os.stat(path)
     except OSError as refused:
-        raise device_error("open", 0, 0, refused.errno or 0, path) from refused
+        raise file_error("open", path, refused) from refused
     number = f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
     node = os.path.basename(os.path.realpath(f"/sys/dev/char/{number}"))
     if not stat.S_ISCHR(found.st_mode) or not _NODE.fullmatch(node):
@@ -365,7 +365,7 @@ def _open_node(path: str, disk: str) -> int:
     except OSError as refused:
         if refused.errno in (errno.EACCES, errno.EPERM):
             raise EngineUnavailable(f"engine ng: {_permission(path, disk)}") from refused
-        raise device_error("open", 0, 0, refused.errno or 0, path) from refused
+        raise file_error("open", path, refused) from refused
 
 
 def _identify(fd: int, path: str, disk: str) -> Namespace:

@@ -10,7 +10,7 @@ from typing import Any
 from spdk_kv._native.memory import Region
 from spdk_kv.engines.base import QueueOptions
 from spdk_kv.engines.files import FileEngine
-from spdk_kv.errors import EngineUnavailable
+from spdk_kv.errors import EngineUnavailable, no_descriptors
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,10 @@ def why_unavailable() -> tuple[str, str] | None:
             f"built without liburing ({missing})",
             "apt install liburing-dev pkg-config, then reinstall spdk_kv",
         )
-    null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as refused:
+        return ring_refusal(refused)
     try:
         UringBackend(null, 4).close()
     except OSError as refused:
@@ -52,6 +55,8 @@ def ring_refusal(refused: OSError) -> tuple[str, str]:
             "RLIMIT_MEMLOCK is too low for a ring (io_uring_setup: ENOMEM)",
             "ulimit -l 65536, or LimitMEMLOCK=64M in the service",
         )
+    if remedy := no_descriptors(refused.errno):
+        return f"no file descriptor is left for a ring ({refused})", remedy
     return (
         f"io_uring is forbidden here ({refused.strerror})",
         "sysctl kernel.io_uring_disabled=0; in a container, a seccomp profile that allows "

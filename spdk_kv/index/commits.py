@@ -23,7 +23,7 @@ import os
 import struct
 import zlib
 
-from spdk_kv.errors import CorruptionError, device_error
+from spdk_kv.errors import CorruptionError, device_error, file_error
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class CommitCount:
         except FileNotFoundError:
             raise CorruptionError(f"{path} is missing; {_UNKNOWN}") from None
         except OSError as error:
-            raise device_error("open", 0, 0, error.errno or 0, path) from error
+            raise file_error("open", path, error) from error
         # The count is not brought up to date here: the last commit of a killed process may not be
         # on the medium yet, and this file must not get there first. The next commit flushes both.
         try:

@@ -19,7 +19,7 @@ from spdk_kv.errors import (
     DeviceError,
     StoreLocked,
     StoreMismatch,
-    device_error,
+    file_error,
 )
 from spdk_kv.index.commits import CommitCount, create_commit_count
 from spdk_kv.index.records import (
@@ -32,6 +32,7 @@ from spdk_kv.index.records import (
     parse_sequence,
     unpack,
 )
+from spdk_kv.index.unopened import why_unopened
 
 _VERSION = 1
 # The file is ours alone, so a lock on it is a backup tool's or a mistake.
@@ -58,8 +59,9 @@ def _encode(key: str) -> bytes:
 
 
 @contextmanager
-def _typed_errors(path: str) -> Iterator[None]:
-    """Turns SQLite's errors into ours, with the file's name in each."""
+def _typed_errors(path: str, opened: str = "") -> Iterator[None]:
+    """Turns SQLite's errors into ours, with the file's name in each. ``opened``: the file that is
+    opened, where that is not ``path``."""
     try:
         yield
     except (CorruptionError, StoreMismatch) as error:
@@ -73,8 +75,14 @@ def _typed_errors(path: str) -> Iterator[None]:
             raise StoreLocked(f"index {path} is in use by another program: {text}") from error
         if "is full" in text:
             raise CapacityError(f"index {path}: {text}: free space on its filesystem") from error
-        if "I/O error" in text or "unable to open" in text or "readonly" in text:
+        if "unable to open" in text or "readonly" in text:
+            if (refused := why_unopened(opened or path)) is not None:
+                raise file_error("open", refused.filename or path, refused) from error
             raise DeviceError(f"index {path}: {text}", op="index") from error
+        if "I/O error" in text:
+            raise DeviceError(
+                f"index {path}: {text}: look at `dmesg` and its drive's SMART log", op="index"
+            ) from error
         raise CorruptionError(f"index {path}: {text}") from error
 
 
@@ -92,24 +100,24 @@ def _create(path: str) -> None:
         # Whatever the umask. SQLite gives its log and shared memory the mode of this file.
         os.chmod(new, 0o600)
         identity = uuid.uuid4().hex
-        with _typed_errors(path), closing(sqlite3.connect(new, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
+        with _typed_errors(path, new), closing(sqlite3.connect(new, isolation_level=None)) as fresh:
+            fresh.execute("BEGIN IMMEDIATE")
             for statement in _SCHEMA:
-                connection.execute(statement)
-            _write_meta(connection, "uuid", identity)
-            _write_meta(connection, "generation", "0")
-            _write_meta(connection, "commits", "0")
-            connection.execute(f"PRAGMA user_version = {_VERSION}")
-            connection.execute("COMMIT")
+                fresh.execute(statement)
+            _write_meta(fresh, "uuid", identity)
+            _write_meta(fresh, "generation", "0")
+            _write_meta(fresh, "commits", "0")
+            fresh.execute(f"PRAGMA user_version = {_VERSION}")
+            fresh.execute("COMMIT")
             # Not left to the first open: a kill in the middle would leave a rollback journal, which
-            # a read-only connection cannot play back.
-            _use_log(connection)
+            # a read-only fresh cannot play back.
+            _use_log(fresh)
         create_commit_count(_count_path(path), identity)
         _sync_folder(path)  # no index without its count, even after a power cut
         os.rename(new, path)
         _sync_folder(path)
     except OSError as error:
-        raise device_error("create", 0, 0, error.errno or 0, path) from error
+        raise file_error("create", path, error) from error
 
 
 def _sync_folder(path: str) -> None:
@@ -158,7 +166,7 @@ class Index:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.path.abspath(path)
+        self.path = os.path.abspath(os.fsdecode(path))
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
@@ -303,7 +311,7 @@ class Index:
 
 def _connect(path: str, mode: str) -> sqlite3.Connection:
     # A URI, whose mode does not create: an index that vanished must not become a blank one.
-    uri = f"file:{quote(path)}?mode={mode}"
+    uri = f"file:{quote(os.fsencode(path))}?mode={mode}"
     return sqlite3.connect(
         uri, _BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, uri=True
     )

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 
-from spdk_kv.errors import StoreLocked, device_error
+from spdk_kv.errors import StoreLocked, file_error
 
 # Commands of a killed process end when the drive is done with them.
 _COMMANDS_TIMEOUT_S = 5.0
@@ -27,7 +27,7 @@ class StoreLock:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = os.fsdecode(path)
         self._file: io.FileIO | None = None
 
     def acquire(self) -> None:
@@ -41,7 +41,7 @@ class StoreLock:
             try:
                 file = io.FileIO(self.path, "r+", opener=_open_private)
             except OSError as error:
-                raise device_error("open", 0, 0, error.errno or 0, self.path) from error
+                raise file_error("open", self.path, error) from error
             try:
                 self._lock(file)
                 pid = f"{os.getpid()}\n".encode()
@@ -49,7 +49,7 @@ class StoreLock:
                 os.pwrite(file.fileno(), pid, 0)
             except OSError as error:
                 file.close()
-                raise device_error("lock", 0, 0, error.errno or 0, self.path) from error
+                raise file_error("lock", self.path, error) from error
             except BaseException:
                 file.close()
                 raise
@@ -116,7 +116,10 @@ class CommandsLock:
 
     def __init__(self, fd: int, path: str) -> None:
         # The same open file, still open when the engine has closed its own descriptor.
-        self._fd = os.dup(fd)
+        try:
+            self._fd = os.dup(fd)
+        except OSError as error:
+            raise file_error("lock", path, error) from error
         until = time.monotonic() + _COMMANDS_TIMEOUT_S
         while True:
             try:
@@ -131,7 +134,7 @@ class CommandsLock:
                     ) from None
             except OSError as error:
                 os.close(self._fd)
-                raise device_error("lock", 0, 0, error.errno or 0, path) from error
+                raise file_error("lock", path, error) from error
             time.sleep(_READ_INTERVAL_S)
 
     def release(self) -> None:

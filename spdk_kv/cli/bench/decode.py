@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spdk_kv.binding import MemoryGroup, memory_group, why_impossible
-from spdk_kv.errors import CapacityError, SpdkKvError, device_error
+from spdk_kv.errors import CapacityError, SpdkKvError, file_error
 from spdk_kv.terminal import console, is_terminal, json_option, print_json, progress
 from spdk_kv.units import GIB, MIB, format_nbytes, parse_nbytes
 
@@ -108,7 +108,7 @@ def _check_room(folder: str, load: Load) -> None:
     try:
         space = os.statvfs(folder)
     except OSError as refused:
-        raise device_error("open", 0, 0, refused.errno or 0, folder) from refused
+        raise file_error("open", folder, refused) from refused
     needed = load.capacity_nbytes + load.capacity_nbytes // 8 + 64 * MIB
     if space.f_bavail * space.f_frsize < needed:
         raise CapacityError(f"{folder} has no room for {format_nbytes(needed)}")

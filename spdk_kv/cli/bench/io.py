@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spdk_kv.engines import Location, parse_location
-from spdk_kv.errors import CapacityError, device_error
+from spdk_kv.errors import CapacityError, file_error
 from spdk_kv.memory import read_memory
 from spdk_kv.terminal import console, is_terminal, json_option, print_json, progress
 from spdk_kv.units import GIB, KIB, MIB, align_down, format_nbytes, parse_nbytes
@@ -179,7 +179,7 @@ def _check_block(path: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except OSError as refused:
-        raise device_error("open", 0, 0, refused.errno or 0, path) from refused
+        raise file_error("open", path, refused) from refused
     if not stat.S_ISBLK(mode):
         raise click.UsageError(f"{path} is not a block device; a folder is file://")
 
@@ -198,7 +198,7 @@ def _default_size(place: Location) -> int:
     try:
         space = os.statvfs(place.path)
     except OSError as refused:
-        raise device_error("open", 0, 0, refused.errno or 0, place.path) from refused
+        raise file_error("open", place.path, refused) from refused
     return min(size, space.f_bavail * space.f_frsize // 2)
 
 
@@ -233,7 +233,7 @@ def _temporary_file(folder: str, nbytes: int) -> str:
     try:
         fd, path = tempfile.mkstemp(prefix=".spdk_kv-bench-", dir=folder)
     except OSError as refused:
-        raise device_error("create", 0, nbytes, refused.errno or 0, folder) from refused
+        raise file_error("create a file in", folder, refused) from refused
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except BaseException as failed:
@@ -241,7 +241,7 @@ def _temporary_file(folder: str, nbytes: int) -> str:
         if isinstance(failed, OSError) and failed.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CapacityError(f"{folder} has no room for {format_nbytes(nbytes)}") from failed
         if isinstance(failed, OSError):
-            raise device_error("allocation", 0, nbytes, failed.errno or 0, folder) from failed
+            raise file_error("create a file in", folder, failed) from failed
         raise
     finally:
         os.close(fd)
