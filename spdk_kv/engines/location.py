@@ -7,7 +7,12 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)*/?")
 _PCI_ADDRESS = re.compile(r"[0-9a-fA-F]{4}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
+# What a URI gives another meaning, and what no terminal shows; surrogates stand for bytes that are
+# not UTF-8.
+_ODD = re.compile("[%?#\x00-\x1f\x7f\udc80-\udcff]")
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f]")
 _FORMS = {
     "file": "file:///DIR (a folder that holds the data file and the index)",
     "block": "block:///dev/NODE (a partition or a whole drive)",
@@ -44,7 +49,7 @@ class Location:
             return f"spdk+tcp://{host}:{self.port}/{self.nqn}/{self.nsid}"
         if self.scheme == "spdk+vfiouser":
             return f"spdk+vfiouser://{self.path}/{self.nqn}/{self.nsid}"
-        return f"{self.scheme}://{self.path}"
+        return f"{self.scheme}://{_ODD.sub(_escape, self.path)}"
 
     @property
     def is_nvme(self) -> bool:
@@ -58,17 +63,26 @@ def understood() -> str:
 
 
 def parse_location(location: str | os.PathLike[str]) -> Location:
-    """Parses a URI; a bare path means ``file://``. Raises ValueError that lists the known forms."""
-    text = os.fspath(location)
+    """Parses a URI; a bare path means ``file://``. Raises ValueError that lists the known forms.
+
+    A path object (or bytes) is a folder, whatever it is called; text that is a path begins with
+    ``/``, ``./``, ``../`` or ``~``.
+    """
+    text = os.fsdecode(location)
+    if not isinstance(location, str):
+        return _parse_path(text)
     if text == "auto":
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         return Location("file", os.path.join(os.path.abspath(base), "spdk_kv"))
     if "://" not in text:
         if text.startswith(("/", "./", "../", "~")):
-            return Location("file", os.path.abspath(os.path.expanduser(text)))
-        raise ValueError(f"not a location: {text!r}; understood are\n{understood()}")
+            return _parse_path(text)
+        hint = f"; for a folder write ./{text}" if _NAME.fullmatch(text) else ""
+        raise ValueError(f"not a location: {text!r}{hint}; understood are\n{understood()}")
+    if _UNSEEN.search(text):  # urlsplit would leave them out, which is another folder
+        raise ValueError(f"location {text!r}: write control characters as %XX")
     parts = urlsplit(text)
-    path = unquote(parts.path)
+    path = unquote(parts.path, errors="surrogateescape")
     if parts.scheme not in _FORMS or parts.scheme == "auto":
         raise ValueError(f"unknown scheme in location {text!r}; understood are\n{understood()}")
     if parts.query or parts.fragment:
@@ -87,6 +101,20 @@ def parse_location(location: str | os.PathLike[str]) -> Location:
     if not path.startswith("/") or "\0" in path:
         raise ValueError(f"location {text!r} has no absolute path; understood are\n{understood()}")
     return Location(parts.scheme, os.path.normpath(path))
+
+
+def _parse_path(text: str) -> Location:
+    scheme, colon, rest = text.partition(":")
+    if colon and scheme in _FORMS and rest[:1] in ("", "/"):
+        # pathlib makes one slash of two.
+        raise ValueError(f"{text!r} looks like a URI in a path object: pass it as text")
+    if "\0" in text:
+        raise ValueError(f"not a location: {text!r}; a path has no zero bytes")
+    return Location("file", os.path.abspath(os.path.expanduser(text)))
+
+
+def _escape(odd: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in os.fsencode(odd[0]))
 
 
 def _parse_nvme(text: str, scheme: str, netloc: str, path: str) -> Location:
