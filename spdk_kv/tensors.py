@@ -34,10 +34,11 @@ def byte_view(tensor: Any, *, on_cpu: bool = True) -> ByteView:
     ``on_cpu``) where the tensor is.
 
     Copies only what is not contiguous, elsewhere, or a lazy conjugate. Raises ShapeMismatch for
-    what has no plain bytes (sparse, quantised, objects, foreign byte order).
+    what has no plain bytes (sparse, nested, quantised, objects, foreign byte order), or more than
+    them (a mask).
     """
     if isinstance(tensor, np.ndarray):
-        name = _numpy_name(tensor.dtype)
+        name = _numpy_name(tensor)
         array = np.ascontiguousarray(tensor)
         # ascontiguousarray makes 0-d arrays 1-d; the shape recorded is the caller's. While the view
         # holds the export, numpy refuses to resize the array under a running transfer.
@@ -47,22 +48,63 @@ def byte_view(tensor: Any, *, on_cpu: bool = True) -> ByteView:
 
     if not isinstance(tensor, torch.Tensor):
         raise ShapeMismatch(f"a torch tensor or numpy array is stored, not {type(tensor).__name__}")
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise ShapeMismatch(
-            f"only dense tensors with plain elements are stored, not {tensor.type()}"
-        )
+    check_dense(tensor, "the tensor")
     name = dtype_name(tensor.dtype)
     plain = movable(tensor).contiguous()
     if on_cpu:
         plain = plain.cpu()
-    return ByteView(
-        plain.data_ptr(), plain.numel() * plain.element_size(), name, tuple(tensor.shape), plain
-    )
+    nbytes = plain.numel() * plain.element_size()
+    return ByteView(plain.data_ptr(), nbytes, name, tuple(tensor.shape), plain)
 
 
-def _numpy_name(dtype: np.dtype[Any]) -> str:
-    if dtype.hasobject or dtype.names or not dtype.isnative:
-        raise ShapeMismatch(f"numpy dtype {dtype!r} has no plain bytes in this machine's order")
+def check_dense(tensor: torch.Tensor, what: str) -> None:
+    """Raises ShapeMismatch unless all that ``tensor`` is can be kept as bytes in C order. ``what``
+    names it in the message."""
+    import torch
+
+    why = ""
+    # Asked first: of a nested or jagged tensor hardly anything else may be asked.
+    if tensor.is_nested:
+        why = "is nested: pad it (torch.nested.to_padded_tensor), or put its parts one by one"
+    elif tensor.layout is not torch.strided:
+        why = f"has the layout {tensor.layout}, not a dense one: pass x.to_dense()"
+    elif tensor.is_quantized:
+        why = "is quantised: pass x.int_repr(), and keep its scale and zero point beside it"
+    elif tensor.is_meta:
+        why = "is on the device meta, where it has no elements"
+    elif (kind := type(tensor)) is not torch.Tensor and (
+        kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    ):
+        why = f"is a {kind.__name__}, which is more than its bytes: pass the plain tensors in it"
+    elif not _has_memory(tensor):
+        why = "has no memory (it is a lazy zero, or inside of torch.func): pass x.clone()"
+    if why:
+        raise ShapeMismatch(f"{what} {why}")
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    try:
+        return tensor.data_ptr() != 0 or not tensor.numel()
+    except RuntimeError:  # torch.func's wrappers have none of their own
+        return False
+
+
+def _numpy_name(array: np.ndarray[Any, Any]) -> str:
+    if isinstance(array, np.ma.MaskedArray):
+        raise ShapeMismatch(
+            "a masked array would lose its mask: pass numpy.ma.getdata(x), and "
+            "numpy.ma.getmaskarray(x) under another key, or x.filled()"
+        )
+    dtype = array.dtype
+    why = ""
+    if dtype.names:
+        why = "has fields: put them one by one (x['name'])"
+    elif dtype.hasobject:
+        why = "refers to Python objects, which are not kept: convert it to numbers"
+    elif not dtype.isnative:
+        why = "is in foreign byte order: pass x.astype(x.dtype.newbyteorder('='))"
+    if why:
+        raise ShapeMismatch(f"an array of dtype {dtype} {why}")
     return dtype_name(dtype.name)
 
 
@@ -111,7 +153,9 @@ class Destination:
     def fill(self, tensor: torch.Tensor) -> Any:
         """Copies ``tensor`` into ``out`` and returns it; blocks until a GPU has the bytes."""
         if isinstance(self.out, np.ndarray):
-            self.out[...] = tensor.numpy()
+            # Viewed as integers where numpy has the dtype from elsewhere only (ml_dtypes).
+            plain = movable(tensor).numpy().view(self.out.dtype)
+            self.out[...] = plain.reshape(self.out.shape)
         elif self.out.is_conj() or self.out.is_neg():
             self.out.copy_(tensor)
         else:
@@ -122,7 +166,7 @@ class Destination:
 def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
     """Checks ``out`` against what is stored. Raises ShapeMismatch."""
     if isinstance(out, np.ndarray):
-        _check_same(_numpy_name(out.dtype), out.shape, dtype, shape)
+        _check_same(_numpy_name(out), out.shape, dtype, shape)
         if not out.flags.writeable:
             raise ShapeMismatch("out is read-only")
         _check_distinct(out.shape, out.strides)
@@ -132,9 +176,17 @@ def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
 
     if not isinstance(out, torch.Tensor):
         raise ShapeMismatch(f"out is a torch tensor or numpy array, not {type(out).__name__}")
+    # Nearly all are plain, which takes less than a microsecond to see.
+    if (
+        type(out) is not torch.Tensor
+        or out.is_nested
+        or out.layout is not torch.strided
+        or out.is_quantized
+        or not (address := out.data_ptr())
+    ):
+        check_dense(out, "out")
+        address = out.data_ptr()
     _check_same(dtype_name(out.dtype), tuple(out.shape), dtype, shape)
-    if out.layout is not torch.strided or out.is_quantized or out.is_meta:
-        raise ShapeMismatch(f"out is a dense tensor, not {out.type()}")
     if out.requires_grad:
         raise ShapeMismatch("out requires grad; pass out.detach()")
     contiguous = out.is_contiguous()
@@ -146,7 +198,7 @@ def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
     # byte_view would find the same by six torch operations. The alias keeps the memory alive even
     # if the caller points `out` elsewhere meanwhile.
     nbytes = out.numel() * out.element_size()
-    return Destination(out, ByteView(out.data_ptr(), nbytes, dtype, shape, out.detach()), plain)
+    return Destination(out, ByteView(address, nbytes, dtype, shape, out.detach()), plain)
 
 
 def _check_distinct(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spdk_kv.errors import ShapeMismatch
+from spdk_kv.tensors import check_dense
 from spdk_kv.types import KVShape, dtype_name
 
 if TYPE_CHECKING:
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
 
 
 def check_tokens(shape: KVShape, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raises ShapeMismatch unless both are ``[batch, kv_heads, tokens, head_dim]`` of ``shape``,
-    with as many tokens each."""
+    """Raises ShapeMismatch unless both are dense tensors ``[batch, kv_heads, tokens, head_dim]`` of
+    ``shape``, with as many tokens each."""
+    import torch
+
     for name, tensor in (("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ShapeMismatch(f"{name} is a torch tensor, not {type(tensor).__name__}")
+        check_dense(tensor, name)
         found = tuple(tensor.shape)
         if len(found) != 4 or (*found[:2], found[3]) != (
             shape.batch,
