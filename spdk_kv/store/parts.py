@@ -24,7 +24,7 @@ from spdk_kv.errors import (
     DeviceTimeout,
     StoreLocked,
     StoreMismatch,
-    device_error,
+    file_error,
 )
 from spdk_kv.index import BlobRecord, Index, SequenceRecord
 from spdk_kv.placement import (
@@ -109,7 +109,7 @@ def open_parts(location: str | os.PathLike[str], settings: StoreSettings) -> Ope
         opened = open_engine(place, engine=engine, capacity_nbytes=nbytes, options=options)
         return Opened(place, opened, Allocator(nbytes, BLOCK_NBYTES), None, None, uuid.uuid4().hex)
     if place.scheme in ("block", "ng") or place.is_nvme:
-        folder = index_folder(place) if index_dir is None else os.fspath(index_dir)
+        folder = index_folder(place) if index_dir is None else os.fsdecode(index_dir)
         return _open_drive(place, wanted, engine, options, folder, bool(create))
     if index_dir is not None:
         raise ValueError("index_dir is for stores on drives; a file:// store has its index inside")
@@ -168,10 +168,12 @@ def _open_drive(
         copies = read_copies(drive)
         found = choose(copies)
         refuse_if_written_over(drive.where, copies)
-        if found is None and not create:
-            raise StoreMismatch(f"{place} is blank; pass create=True to begin a store on it")
         if found is None:
+            if os.path.exists(index_path):
+                _refuse_wiped(place, index_path)
             refuse_unless_blank(drive)
+            if not create:
+                raise StoreMismatch(f"{place} is blank; pass create=True to begin a store on it")
         elif not os.path.exists(index_path):
             raise StoreMismatch(
                 f"{place} holds the store {found.uuid}, whose index is not in {folder}; pass "
@@ -183,6 +185,21 @@ def _open_drive(
         opened = _join(place, drive, index, lock, wanted)
         undo.pop_all()
         return opened
+
+
+def _refuse_wiped(place: Location, index_path: str) -> None:
+    """StoreMismatch where the index of a blank drive is that of a store which was made already."""
+    index = Index(index_path)
+    try:
+        made = index.generation > 0
+    finally:
+        index.close()
+    if made:
+        raise StoreMismatch(
+            f"{place} holds no store, but {index_path} is the index of store {index.uuid}: the "
+            "drive was replaced or wiped. Put that drive back; to give up what it held, remove "
+            f"{index_path}*, then a new store can be begun with create=True"
+        )
 
 
 def index_folder(place: Location) -> str:
@@ -222,7 +239,8 @@ def _join(
     if current is None and generation:
         raise StoreMismatch(
             f"{place}: the index is that of store {index.uuid}, but the data carries no "
-            "superblock: it was replaced or wiped. Put it back, or remove the index to start empty"
+            f"superblock: it was replaced or wiped. Put it back, or remove {index.path}* to start "
+            "empty"
         )
     if current is not None and current.uuid != index.uuid:
         raise StoreMismatch(
@@ -323,4 +341,4 @@ def _private_folder(path: str) -> None:
             os.mkdir(path, 0o700)
             os.chmod(path, 0o700)  # whatever the umask
     except OSError as refused:
-        raise device_error("mkdir", 0, 0, refused.errno or 0, path) from refused
+        raise file_error("create the folder", path, refused) from refused

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from spdk_kv.errors import CapacityError, CorruptionError, DeviceError, StoreLocked, StoreMismatch
+from spdk_kv.index import Index
 from spdk_kv.placement import superblock
 from spdk_kv.placement.superblock import COPY_OFFSETS
 from store.helpers import check_books, flip, open_store, payload, reopen, sha256, version_of
@@ -137,12 +138,41 @@ def test_a_blank_device_beside_a_used_index_is_refused(image, tmp_path):
         with open(image, "r+b") as file:
             file.truncate(0)
             file.truncate(24 * MIB)
+    # Neither answer advises what the other refuses.
+    for create in (True, False):
+        with (
+            blockdev.loop_device(image) as node,
+            pytest.raises(StoreMismatch, match=r"replaced or wiped.*remove .*index\.sqlite\*"),
+        ):
+            open_block(node, tmp_path, create=create)
+    assert not any(image.read_bytes())
+    for leftover in (tmp_path / "index").glob("index.sqlite*"):
+        leftover.unlink()
+    with blockdev.loop_device(image) as node:
+        open_block(node, tmp_path, create=True).close()
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_create_is_not_advised_where_it_would_be_refused(image, tmp_path, create):
+    with open(image, "r+b") as file:
+        file.seek(64 << 10)  # as btrfs marks a drive, whose superblocks' places stay blank
+        file.write(b"_BHRfS_M")
+    before = sha256(image)
     with (
         blockdev.loop_device(image) as node,
-        pytest.raises(StoreMismatch, match="replaced or wiped"),
+        pytest.raises(StoreMismatch, match="is not blank within the MiB at offset 0"),
     ):
-        open_block(node, tmp_path, create=True)
-    assert not any(image.read_bytes())
+        open_block(node, tmp_path, create=create)
+    assert sha256(image) == before
+
+
+def test_a_store_whose_making_was_interrupted_is_begun_anew(image, tmp_path):
+    (tmp_path / "index").mkdir()
+    Index(tmp_path / "index" / "index.sqlite").close()
+    with blockdev.loop_device(image) as node:
+        with pytest.raises(StoreMismatch, match="pass create=True"):
+            open_block(node, tmp_path)
+        open_block(node, tmp_path, create=True).close()
 
 
 def test_a_mounted_device_is_refused(image, tmp_path):
