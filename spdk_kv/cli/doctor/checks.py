@@ -132,6 +132,9 @@ def check_vfio(host: Host) -> Check:
 def check_io_uring(io_uring: IoUringStatus) -> Check:
     if io_uring.available:
         return Check("io_uring", "ok", io_uring.reason)
+    if io_uring.too_old:
+        remedy = f"boot Linux {URING_OLDEST_KERNEL} or newer"
+        return Check("io_uring", "missing", io_uring.reason, remedy)
     if io_uring.sysctl:
         found = f"{io_uring.reason}; kernel.io_uring_disabled={io_uring.sysctl}"
         return Check("io_uring", "missing", found, "sudo sysctl kernel.io_uring_disabled=0")

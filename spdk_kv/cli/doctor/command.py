@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 _STYLES = {"ok": "green", "missing": "red", "limited": "yellow", "info": "cyan"}
 _PIPE_WIDTH = 80
+_STATUS_WIDTH = 9
+# What is named by more letters than this stands above what was found, not before it.
+_LONGEST_NAME = 20
+_LEAST_WIDTH = 40
 
 
 @click.command()
@@ -75,7 +79,7 @@ def doctor(locations: tuple[str, ...], as_json: bool) -> None:
     checks += [Check("memory", "info", note) for note in memory.notes]
     report = [*(_engine_check(engine) for engine in engines), *checks]
     if is_terminal():
-        _print_table(report)
+        _print_terminal(report)
     else:
         _print_lines(report)
 
@@ -158,42 +162,53 @@ def _memory_fields(memory: MemorySnapshot) -> dict[str, Any]:
 
 
 def _print_lines(report: Sequence[Check]) -> None:
-    width = max(len(check.name) for check in report)
-    for check in report:
-        head = f"{check.status:<8} {check.name:<{width}}  "
-        click.echo(_wrap(head, check.found))
-        if check.remedy:
+    for check, line in _lines(report, _PIPE_WIDTH):
+        click.echo(f"{check.status if line.first else '':<{_STATUS_WIDTH}}{line.text}")
+        if line.last and check.remedy:
             # Not wrapped, so that it can be copied.
-            click.echo(f"{'':8} fix: {check.remedy}")
+            click.echo(f"{'':{_STATUS_WIDTH}}fix: {check.remedy}")
 
 
-def _wrap(head: str, text: str) -> str:
-    return textwrap.fill(
-        text,
-        width=_PIPE_WIDTH,
-        initial_indent=head,
-        subsequent_indent=" " * len(head),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-def _print_table(report: Sequence[Check]) -> None:
-    from rich.table import Table
+def _print_terminal(report: Sequence[Check]) -> None:
     from rich.text import Text
 
     out = console()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("status", no_wrap=True)
-    table.add_column("what", overflow="fold")
-    table.add_column("found", overflow="fold")
-    for check in report:
-        table.add_row(Text(check.status, _STYLES[check.status]), check.name, Text(check.found))
-    out.print(table)
+    for check, line in _lines(report, out.width):
+        status = f"{check.status if line.first else '':<{_STATUS_WIDTH}}"
+        out.print(Text().append(status, _STYLES[check.status]).append(line.text), soft_wrap=True)
     remedies = [check for check in report if check.remedy]
     if remedies:
         out.print("\nTo fix", style="bold")
     for check in remedies:
-        # Outside of the table, and wrapped by the terminal, so that it can be copied whole.
-        out.print(f"{check.name}:", style=_STYLES[check.status])
+        # After the lines, and wrapped by the terminal, so that it can be copied whole.
+        out.print(Text(f"{check.name}:", _STYLES[check.status]), soft_wrap=True)
         out.print(Text(f"  {check.remedy}"), soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a check, what stands behind its status."""
+
+    text: str
+    first: bool
+    last: bool
+
+
+def _lines(report: Sequence[Check], width: int) -> Iterator[tuple[Check, _Line]]:
+    """The report's lines for so many columns, each with its check."""
+    names = max(len(check.name) for check in report if len(check.name) <= _LONGEST_NAME)
+    for check in report:
+        head = f"{check.name:<{names}}  "
+        # A URI would leave no room beside itself, so it has a line of its own.
+        alone = len(head) > names + 2
+        texts = [check.name] if alone else []
+        texts += textwrap.wrap(
+            check.found,
+            width=max(_LEAST_WIDTH, width - _STATUS_WIDTH),
+            initial_indent="  " if alone else head,
+            subsequent_indent="  " if alone else " " * len(head),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for place, text in enumerate(texts):
+            yield check, _Line(text, first=place == 0, last=place == len(texts) - 1)
