@@ -363,6 +363,11 @@ class Engine:
         """
 
     @property
+    def growable_to(self) -> int | None:
+        """How far :meth:`ensure` could grow the file now, in bytes; None where nothing grows."""
+        return None
+
+    @property
     def capacity_nbytes(self) -> int | None:
         """The drive's size in bytes, or None where a file grows."""
         return None

@@ -110,8 +110,7 @@ class FileEngine(Engine):
             return
         # First a generous step, then exactly what is needed.
         last_error: OSError | None = None
-        free = os.fstatvfs(self.fd)
-        free_nbytes = free.f_bavail * free.f_frsize
+        free_nbytes = self._free_nbytes()
         for step_nbytes in (_GROWTH_NBYTES, 1 << 20):
             target = align_up(nbytes, step_nbytes)
             if limit_nbytes is not None:
@@ -134,6 +133,18 @@ class FileEngine(Engine):
             f"{format_nbytes(free_nbytes)} free, of which {format_nbytes(_LEFT_NBYTES)} are left "
             "for the index"
         ) from last_error
+
+    @property
+    def growable_to(self) -> int | None:
+        if self._is_block:
+            return None
+        size = os.fstat(self.fd).st_size
+        return size + max(0, self._free_nbytes() - _LEFT_NBYTES)
+
+    def _free_nbytes(self) -> int:
+        """What the filesystem has free."""
+        free = os.fstatvfs(self.fd)
+        return free.f_bavail * free.f_frsize
 
 
 def _direct_alignment(fd: int) -> tuple[int, int]:

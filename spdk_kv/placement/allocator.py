@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from spdk_kv.errors import CapacityError, CorruptionError
@@ -60,6 +60,27 @@ class Allocator:
         """The longest extent that could be allocated now."""
         return self._sizes[-1] if self._sizes else 0
 
+    @property
+    def live(self) -> Mapping[int, int]:
+        """The live extents: offset -> whole-block size."""
+        return self._used
+
+    @property
+    def gaps(self) -> Mapping[int, int]:
+        """The free runs: offset -> size."""
+        return self._free
+
+    def gap_before(self, offset: int) -> int:
+        """Size of the free run that ends at ``offset``; 0 where there is none."""
+        return offset - self._free_ends.get(offset, offset)
+
+    def gaps_below(self, end: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of the free runs of ``nbytes`` or more, as far as they lie below ``end``."""
+        for size in self._sizes[bisect_left(self._sizes, nbytes) :]:
+            for start in self._by_size[size]:
+                if min(start + size, end) - start >= nbytes:
+                    yield start, min(start + size, end)
+
     def extent_nbytes(self, offset: int) -> int:
         """Whole-block size of the live extent at ``offset``. ValueError where there is none."""
         try:
@@ -81,22 +102,40 @@ class Allocator:
             self._recover()
             raise
 
-    def allocate_many(self, sizes: Sequence[int]) -> list[int]:
+    def allocate_many(self, sizes: Sequence[int], end: int | None = None) -> list[int]:
         """Offsets of new extents of ``sizes`` bytes, in that order: all of them, or CapacityError.
 
-        They are neighbours on the drive, in order, wherever one free run holds them all.
-        ValueError unless every size is positive.
+        They are neighbours on the drive, in order, wherever one free run holds them all. With
+        ``end`` they lie below that offset. ValueError unless every size is positive.
         """
         rounded = [self._whole_blocks(nbytes) for nbytes in sizes]
         if not rounded:
             return []
         try:
-            return self._allocate_all(rounded)
+            hidden = [] if end is None else self._hide_from(end)
+            try:
+                return self._allocate_all(rounded)
+            finally:
+                for start, nbytes in hidden:
+                    self._add_joined(start, nbytes)
         except CapacityError:
             raise
         except BaseException:
             self._recover()
             raise
+
+    def _hide_from(self, end: int) -> list[tuple[int, int]]:
+        """Takes the free runs out of the books as far as they lie behind ``end``. Returns them as
+        (offset, size)."""
+        beyond = [(start, n) for start, n in self._free.items() if start + n > end]
+        hidden = []
+        for start, nbytes in beyond:
+            self._remove_free(start)
+            first = max(start, end)
+            if first > start:
+                self._add_free(start, first - start)
+            hidden.append((first, start + nbytes - first))
+        return hidden
 
     def _allocate_all(self, rounded: list[int]) -> list[int]:
         total = sum(rounded)
@@ -130,6 +169,9 @@ class Allocator:
     def _free_blocks(self, offset: int, nbytes: int) -> None:
         del self._used[offset]
         self._used_nbytes -= nbytes
+        self._add_joined(offset, nbytes)
+
+    def _add_joined(self, offset: int, nbytes: int) -> None:
         following_nbytes = self._free.get(offset + nbytes)
         if following_nbytes is not None:
             self._remove_free(offset + nbytes)

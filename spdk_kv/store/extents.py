@@ -15,11 +15,13 @@ class ExtentTable:
 
     An extent that a record gives up is *retired*: it is free again once the change is committed
     (until then a crash would bring the old record back, which must still find its bytes) and no
-    read has it pinned. Not thread-safe: the store calls it under its lock.
+    read has it pinned. Where nothing is ever committed (``lasting`` is False) there is no old
+    record to come back. Not thread-safe: the store calls it under its lock.
     """
 
-    def __init__(self, allocator: Allocator) -> None:
+    def __init__(self, allocator: Allocator, lasting: bool = True) -> None:
         self.allocator = allocator
+        self._lasting = lasting
         self._pins: dict[int, int] = {}
         self._retired: list[int] = []
         # Their retirement is committed, but they were pinned at the time.
@@ -32,9 +34,9 @@ class ExtentTable:
         """Whether a commit would let go of extents."""
         return bool(self._retired)
 
-    def allocate(self, sizes: Sequence[int]) -> list[int]:
-        """Offsets of new extents, all or none; CapacityError."""
-        return self.allocator.allocate_many(sizes)
+    def allocate(self, sizes: Sequence[int], end: int | None = None) -> list[int]:
+        """Offsets of new extents (below ``end``), all or none; CapacityError."""
+        return self.allocator.allocate_many(sizes, end)
 
     def pin(self, offsets: Iterable[int]) -> None:
         """Keeps extents from being reused until the same number of unpins."""
@@ -64,7 +66,10 @@ class ExtentTable:
 
     def retire(self, offsets: Iterable[int]) -> None:
         """Marks extents that their record has given up."""
-        self._retired.extend(offsets)
+        if self._lasting:
+            self._retired.extend(offsets)
+        else:
+            self.committed(offsets)
 
     def take_retired(self) -> list[int]:
         """Those that the commit about to be made lets go of; give them to :meth:`committed`, or

@@ -53,8 +53,9 @@ def open(
             that may be used.
         page_cache: A :class:`PageCacheOptions`: what is read through the page cache, and how much
             memory it may hold.
-        eviction: ``"lru"`` makes room by forgetting the blobs used longest ago, ``"none"`` refuses
-            with CapacityError.
+        eviction: ``"lru"`` makes room by forgetting the blobs used longest ago (of which those go
+            that are neighbours on the drive: an extent is contiguous), ``"none"`` refuses with
+            CapacityError.
         verify: Check checksums on every read.
         index_dir: The folder for the index of a store on a drive. By default one below
             ``$XDG_STATE_HOME``, named after the drive.

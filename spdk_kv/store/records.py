@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from spdk_kv.errors import ClosedError, KeyNotFound
 from spdk_kv.index import BlobRecord, SequenceRecord
 from spdk_kv.store.extents import BLOCK_NBYTES, ExtentTable
+from spdk_kv.store.residents import Residents
 from spdk_kv.units import align_up
 
 
@@ -43,6 +44,7 @@ class Records:
         """Least recently used first."""
         self.sequences = sequences
         self.extents = extents
+        self.residents = Residents(blobs)
         self.counters = {"hits": 0, "misses": 0, "evictions": 0, "corruptions": 0}
         self.order_changed = False
         """Whether the index has another order of use."""
@@ -72,7 +74,9 @@ class Records:
             found = []
             for key in keys:
                 self.blobs.move_to_end(key)
-                found.append(self.blobs[key])
+                record = self.blobs[key]
+                self.residents.touch(record)
+                found.append(record)
             self.extents.pin([record.offset for record in found if record.nbytes])
             return found
 
@@ -104,6 +108,7 @@ class Records:
                 continue
             self.blobs[key] = record
             self.blobs.move_to_end(key)
+            self.residents.add(key, record)
             self.blob_nbytes += _footprint(record)
             if former is not None:
                 self._retire(former)
@@ -124,23 +129,16 @@ class Records:
         with self.lock:
             self.counters["corruptions"] += self.drop(key, only=record)
 
-    def evict(self, nbytes: int) -> None:
-        """Drops the least recently used blobs until their extents come to ``nbytes``.
-
-        Those without bytes, and those that are just being read, would give no space.
-        """
+    def evict(self, offsets: Iterable[int]) -> int:
+        """Drops the blobs at ``offsets``; returns how many bytes their extents come to."""
         with self.lock:
-            victims = []
-            for key, record in self.blobs.items():
-                if nbytes <= 0:
-                    break
-                if record.nbytes and not self.extents.is_pinned(record.offset):
-                    victims.append(key)
-                    nbytes -= _footprint(record)
-            for key in victims:
-                self.counters["evictions"] += self.drop(key)
+            before = self.blob_nbytes
+            for offset in offsets:
+                self.counters["evictions"] += self.drop(self.residents.keys[offset])
+            return before - self.blob_nbytes
 
     def _retire(self, record: BlobRecord) -> None:
+        self.residents.remove(record)
         self.blob_nbytes -= _footprint(record)
         if record.nbytes:
             self.extents.retire([record.offset])

@@ -12,10 +12,18 @@ from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.store.quarantine import Quarantine
 from spdk_kv.store.records import Records
 from spdk_kv.store.settings import Eviction
-from spdk_kv.units import align_up
+from spdk_kv.store.windows import Windows
+from spdk_kv.units import align_down, align_up, format_nbytes
 
-# A full store evicts at least this share of what it holds at once: every eviction costs a commit.
-_EVICTED_SHARE = 32
+# Every eviction costs a commit, so more is evicted at once than the request needs, for requests to
+# come: at most this share of what the store holds
+_SHARE_AHEAD = 32
+# and half of what was evicted before, so that a store that was just opened loses little to a few
+# requests. Nothing for one that is so much larger than usual: its like will not come soon.
+_SHARE_OF_EVICTED = 2
+_UNUSUAL = 4
+# How fast "usual" follows the requests: each counts for this share.
+_USUAL_SHARE = 16
 
 
 class Room:
@@ -35,72 +43,113 @@ class Room:
         self._engine = engine
         self._eviction = eviction
         self._growth_lock = threading.Lock()
+        self._usual_nbytes = 0.0
+        self._evicted_nbytes = 0
 
     def allocate(self, sizes: Sequence[int]) -> list[int]:
         """Extents for ``sizes`` bytes each, all or none.
 
         Where there is no room: commits, so that retired extents come free, then evicts blobs if
-        that is allowed (both block on the drive). CapacityError.
+        that is allowed (both block on the drive). CapacityError, and nothing is evicted, where
+        there would be no room even without any blob.
         """
         records = self._records
         self._quarantine.settle()
-        wanted = 0
+        self._usual_nbytes += (sum(sizes) - self._usual_nbytes) / _USUAL_SHARE
+        end: int | None = None  # of what the filesystem has room for
         while True:
-            refusal = None
             with records.lock:
                 freed_count = records.extents.freed_count
                 try:
-                    offsets = records.extents.allocate(sizes)
+                    offsets = records.extents.allocate(sizes, end)
                 except CapacityError as full:
                     refusal = full
-            if refusal is None:
-                refusal = self._back(offsets, sizes)
-                if refusal is None:
+                    offsets = []
+            if offsets:
+                reached = self._back(offsets, sizes)
+                if reached is None:
                     return offsets
-            more = self._make_room(sizes, wanted, freed_count)
-            if more is None:
-                raise refusal
-            wanted = more
+                end = reached
+            else:
+                self._make_room(sizes, end, freed_count, refusal)
 
     def abandon(self, offsets: Sequence[int]) -> None:
         """Takes extents back that no record ever named."""
         with self._records.lock:
             self._records.extents.abandon(offsets)
 
-    def _back(self, offsets: Sequence[int], sizes: Sequence[int]) -> CapacityError | None:
-        """Makes the data file reach the extents; gives them up where it cannot."""
+    def _back(self, offsets: Sequence[int], sizes: Sequence[int]) -> int | None:
+        """Makes the data file reach the extents. Where it cannot, gives them up and returns how far
+        it can: below their end."""
         end = max(o + align_up(n, BLOCK_NBYTES) for o, n in zip(offsets, sizes, strict=True))
         try:
             # One at a time: a growth that fails takes back what it added to the file.
             with self._growth_lock:
                 self._engine.ensure(end, self._records.extents.allocator.end)
-        except CapacityError as full:
+        except CapacityError:
             self.abandon(offsets)
-            return full
+            reached = self._engine.growable_to or 0
+            return align_down(min(reached, end - 1), BLOCK_NBYTES)
         except BaseException:
             self.abandon(offsets)
             raise
         return None
 
-    def _make_room(self, sizes: Sequence[int], wanted: int, freed_count: int) -> int | None:
-        """Frees something, by eviction at least ``wanted`` bytes. Returns how much to evict next
-        time if that was not enough; None if nothing can be freed.
+    def _make_room(
+        self, sizes: Sequence[int], end: int | None, freed_count: int, refusal: CapacityError
+    ) -> None:
+        """Frees something below ``end``, or raises CapacityError and says what is lacking.
 
-        ``freed_count``: the extent table's when there was no room.
+        ``freed_count``: the extent table's when there was no room; ``refusal``: what it said.
         """
         records = self._records
         # A commit under way may be about to free something.
         with self._committer.lock, records.lock:
             if records.extents.freed_count != freed_count:
-                return wanted
-            allocator = records.extents.allocator
-            if not records.extents.has_retired and self._eviction == "lru":
-                if sum(sizes) > allocator.free_nbytes + records.blob_nbytes:
-                    # Nothing would be won by losing everything.
-                    return None
-                records.evict(max(wanted, sum(sizes), allocator.used_nbytes // _EVICTED_SHARE))
+                return
             if not records.extents.has_retired:
-                return None
+                if self._eviction != "lru":
+                    raise self._lacking(refusal, end, "")
+                self._evict(sizes, end, refusal)
         self._committer.commit()
-        # What was evicted was enough by size but not by shape: free space is fragmented.
-        return max(2 * wanted, sum(sizes))
+
+    def _evict(self, sizes: Sequence[int], end: int | None, refusal: CapacityError) -> None:
+        records = self._records
+        allocator = records.extents.allocator
+        limit = allocator.end if end is None else end
+        blocks = [align_up(nbytes, BLOCK_NBYTES) for nbytes in sizes]
+        possible = allocator.free_nbytes - (allocator.end - limit) + records.blob_nbytes
+        windows = Windows(records, limit)
+        if sum(blocks) > possible:
+            raise self._lacking(refusal, end, format_nbytes(max(0, possible)))
+        victims = windows.choose(blocks, self._ahead_nbytes(sum(blocks)))
+        if victims is None:
+            largest = format_nbytes(windows.largest())
+            raise self._lacking(refusal, end, f"{largest} in one piece")
+        self._evicted_nbytes += records.evict(victims)
+
+    def _ahead_nbytes(self, nbytes: int) -> int:
+        """How much is evicted beyond a request for ``nbytes``."""
+        if nbytes > _UNUSUAL * self._usual_nbytes:
+            return 0
+        share = self._records.extents.allocator.used_nbytes // _SHARE_AHEAD
+        return min(share, self._evicted_nbytes // _SHARE_OF_EVICTED)
+
+    def _lacking(self, refusal: CapacityError, end: int | None, most: str) -> CapacityError:
+        """``refusal``, and what there would be without blobs: ``most``; "" if none is evicted."""
+        records = self._records
+        text = str(refusal)
+        if end is not None:
+            text += (
+                f"; {self._engine.where} can grow to {format_nbytes(end)} and no further, because "
+                "its filesystem is full"
+            )
+        kept = records.extents.allocator.used_nbytes - records.blob_nbytes
+        if most:
+            text += f"; nothing was evicted, since without any blob there would be {most}"
+        if kept:
+            text += (
+                f"; {format_nbytes(kept)} belong to sequences, which stay until they are deleted, "
+                "or to reads and writes under way"
+            )
+        return CapacityError(text)

@@ -54,9 +54,10 @@ class KVStore:
             if self._mmap and not isinstance(self.engine, PageCacheEngine):
                 raise ValueError(f"mmap=True is for the pagecache engine, not {self.engine.name}")
             self.verify = settings.verify and self.engine.keeps_bytes
-            self._records = Records(
-                self._parts.blobs, self._parts.sequences, ExtentTable(self._parts.allocator)
-            )
+            # Without an index nothing is ever committed.
+            lasting = self._parts.index is not None or settings.engine.discard
+            extents = ExtentTable(self._parts.allocator, lasting)
+            self._records = Records(self._parts.blobs, self._parts.sequences, extents)
             self.catalog = Catalog(
                 self._records,
                 self.engine,
