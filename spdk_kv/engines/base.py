@@ -356,14 +356,14 @@ class Engine:
         if transfer.run(timeout_s) not in (0, errno.EOPNOTSUPP):
             raise self.error(transfer)
 
-    def ensure(self, nbytes: int, limit_nbytes: int | None = None) -> None:
+    def ensure(self, nbytes: int, limit_nbytes: int | None = None, index_nbytes: int = 0) -> None:
         """Grows the file to at least ``nbytes``; CapacityError where it cannot.
 
-        It grows in steps, but never beyond ``limit_nbytes`` (None: there is no limit).
+        It grows in steps, but never beyond ``limit_nbytes`` (None: there is no limit), and leaves
+        ``index_nbytes`` of the filesystem for the index to grow.
         """
 
-    @property
-    def growable_to(self) -> int | None:
+    def growable_to(self, index_nbytes: int = 0) -> int | None:
         """How far :meth:`ensure` could grow the file now, in bytes; None where nothing grows."""
         return None
 

@@ -102,7 +102,7 @@ class FileEngine(Engine):
         packed = fcntl.ioctl(self.fd, _BLKSSZGET, bytes(4))
         return f"blocks of {struct.unpack('I', packed)[0]} bytes"
 
-    def ensure(self, nbytes: int, limit_nbytes: int | None = None) -> None:
+    def ensure(self, nbytes: int, limit_nbytes: int | None = None, index_nbytes: int = 0) -> None:
         if self._is_block:
             return
         size = os.fstat(self.fd).st_size
@@ -110,12 +110,13 @@ class FileEngine(Engine):
             return
         # First a generous step, then exactly what is needed.
         last_error: OSError | None = None
-        free_nbytes = self._free_nbytes()
-        for step_nbytes in (_GROWTH_NBYTES, 1 << 20):
+        free_nbytes, left_nbytes = self._free_nbytes(), _LEFT_NBYTES + index_nbytes
+        # The generous step at most takes half, so that the index beside the data can grow as well.
+        for step_nbytes, share in ((_GROWTH_NBYTES, 2), (1 << 20, 1)):
             target = align_up(nbytes, step_nbytes)
             if limit_nbytes is not None:
                 target = max(nbytes, min(target, limit_nbytes))
-            if target - size > free_nbytes - _LEFT_NBYTES:
+            if (target - size) * share > free_nbytes - left_nbytes:
                 continue
             try:
                 os.posix_fallocate(self.fd, size, target - size)
@@ -130,16 +131,15 @@ class FileEngine(Engine):
                 return
         raise CapacityError(
             f"no room for {self.where} to grow to {format_nbytes(nbytes)}: the filesystem has "
-            f"{format_nbytes(free_nbytes)} free, of which {format_nbytes(_LEFT_NBYTES)} are left "
+            f"{format_nbytes(free_nbytes)} free, of which {format_nbytes(left_nbytes)} are left "
             "for the index"
         ) from last_error
 
-    @property
-    def growable_to(self) -> int | None:
+    def growable_to(self, index_nbytes: int = 0) -> int | None:
         if self._is_block:
             return None
         size = os.fstat(self.fd).st_size
-        return size + max(0, self._free_nbytes() - _LEFT_NBYTES)
+        return size + max(0, self._free_nbytes() - _LEFT_NBYTES - index_nbytes)
 
     def _free_nbytes(self) -> int:
         """What the filesystem has free."""

@@ -6,14 +6,13 @@ import os
 import sqlite3
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 from spdk_kv.errors import (
-    CapacityError,
     ClosedError,
     CorruptionError,
     DeviceError,
@@ -25,13 +24,17 @@ from spdk_kv.index.commits import CommitCount, create_commit_count
 from spdk_kv.index.records import (
     BlobRecord,
     Record,
+    Row,
     SequenceRecord,
+    decode,
+    encode,
     meta_crc,
     pack,
     parse_blob,
     parse_sequence,
     unpack,
 )
+from spdk_kv.index.space import IndexFull, check_space
 from spdk_kv.index.unopened import why_unopened
 
 _VERSION = 1
@@ -54,10 +57,6 @@ _DURABLE = (
 )
 
 
-def _encode(key: str) -> bytes:
-    return key.encode("utf-8", "surrogatepass")
-
-
 @contextmanager
 def _typed_errors(path: str, opened: str = "") -> Iterator[None]:
     """Turns SQLite's errors into ours, with the file's name in each. ``opened``: the file that is
@@ -74,7 +73,7 @@ def _typed_errors(path: str, opened: str = "") -> Iterator[None]:
         if "is locked" in text:
             raise StoreLocked(f"index {path} is in use by another program: {text}") from error
         if "is full" in text:
-            raise CapacityError(f"index {path}: {text}: free space on its filesystem") from error
+            raise IndexFull(f"index {path}: {text}: free space on its filesystem") from error
         if "unable to open" in text or "readonly" in text:
             if (refused := why_unopened(opened or path)) is not None:
                 raise file_error("open", refused.filename or path, refused) from error
@@ -227,19 +226,43 @@ class Index:
         Blocks until they are on the medium. A key that is stored becomes the most recently used.
         ValueError where a field is out of range.
         """
-        changed: list[tuple[str, bytes, bytes | None]] = []
+        changed: list[Row] = []
         tables: list[tuple[str, Mapping[str, Any]]] = [("blobs", blobs), ("sequences", sequences)]
         for table, records in tables:
             for name, record in records.items():
-                key = _encode(name)
-                changed.append((table, key, None if record is None else pack(table, key, record)))
+                key = encode(name)
+                packed = None if record is None else pack(table, key, record)
+                changed.append(Row(table, key, packed))
+        self.write(changed)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """As :meth:`commit`, of packed records. IndexFull where the filesystem has no room for
+        them; rows that delete need none."""
+        try:
+            self._write(rows)
+        except IndexFull:
+            # What the log holds, once it is in the file, is space for the next.
+            self._empty_log()
+            self._write(rows)
+
+    def _write(self, rows: Sequence[Row]) -> None:
         with self._transaction() as connection:
-            for table, key, row in changed:
-                if row is None:
+            check_space(connection, self.path, rows)
+            for table, key, record in rows:
+                if record is None:
                     connection.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
                 else:
                     put = f"INSERT OR REPLACE INTO {table}(key, record) VALUES (?, ?)"
-                    connection.execute(put, (key, row))
+                    connection.execute(put, (key, record))
+
+    def _empty_log(self) -> None:
+        with self._lock, suppress(sqlite3.Error):
+            self._use().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its file, the log not counted."""
+        return os.stat(self.path).st_size
 
     def touch_order(self, keys: Iterable[str]) -> None:
         """Makes these blobs the most recently used, the last one most. Unknown keys are ignored."""
@@ -249,7 +272,7 @@ class Index:
                 raise CorruptionError(f"a row's number is out of range: {last}")
             connection.executemany(
                 "UPDATE blobs SET id = ? WHERE key = ?",
-                ((last + place, _encode(key)) for place, key in enumerate(keys, 1)),
+                ((last + place, encode(key)) for place, key in enumerate(keys, 1)),
             )
 
     def close(self) -> None:
@@ -303,7 +326,7 @@ class Index:
                 number, key, row = found
                 try:
                     record = unpack(table, key, row, parse)
-                    name = key.decode("utf-8", "surrogatepass")
+                    name = decode(key)
                 except (CorruptionError, UnicodeDecodeError) as error:
                     raise CorruptionError(f"row {number} of {table}: {error}") from error
                 yield name, record

@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from spdk_kv.errors import CorruptionError
 from spdk_kv.types import KVShape
@@ -46,6 +46,14 @@ class SequenceRecord:
     row_map: bytes
 
 
+class Row(NamedTuple):
+    """A change of a table: the packed record of ``key``, or None to delete it."""
+
+    table: str
+    key: bytes
+    record: bytes | None
+
+
 _GRANULARITIES = ("layer", "head")
 
 # A row's checksum starts from its table's number, so that it cannot pass for another table's row.
@@ -60,6 +68,16 @@ _UNIT = struct.Struct("<qqI")  # offset, nbytes, checksum bytes
 
 _Kind = tuple[int, str, tuple[int, ...]]
 Record = TypeVar("Record", BlobRecord, SequenceRecord)
+
+
+def encode(name: str) -> bytes:
+    """A blob's key or a sequence's name as bytes; any str is one."""
+    return name.encode("utf-8", "surrogatepass")
+
+
+def decode(key: bytes) -> str:
+    """The name that :func:`encode` made ``key`` of. UnicodeDecodeError where it made none."""
+    return key.decode("utf-8", "surrogatepass")
 
 
 def pack(table: str, key: bytes, record: BlobRecord | SequenceRecord) -> bytes:

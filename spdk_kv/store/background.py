@@ -85,6 +85,7 @@ class Flushable(Protocol):
     def location(self) -> str: ...
     @property
     def dirty(self) -> bool: ...
+    def count_failed_flush(self) -> None: ...
     def flush(self, timeout_s: float | None = None) -> None: ...
     def close(self) -> None: ...
 
@@ -124,13 +125,15 @@ def _flush_regularly(
 
 
 def _flush(store: Flushable) -> None:
-    """Flushes what is not durable yet; logs what fails."""
+    """Flushes what is not durable yet; logs and counts what fails. Nothing ends the thread: without
+    it nothing would be flushed any more, and nobody would know."""
     try:
         if store.dirty:
             store.flush()
     except ClosedError:
         pass
-    except SpdkKvError:
+    except BaseException:
+        store.count_failed_flush()
         log.exception("background flush of %s; the next one tries again", store.location)
 
 

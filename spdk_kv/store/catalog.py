@@ -60,8 +60,8 @@ class Catalog:
         self.records.count_corruption()
 
     def commit(self, timeout_s: float | None = None) -> None:
-        """As :meth:`Committer.commit`."""
-        self.committer.commit(timeout_s)
+        """As :meth:`Room.commit`."""
+        self.room.commit(timeout_s)
 
     def close(self) -> None:
         """The last commit: what is published from now on is refused."""

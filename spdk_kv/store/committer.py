@@ -11,8 +11,8 @@ import threading
 from collections.abc import Sequence
 
 from spdk_kv.engines import Engine
-from spdk_kv.errors import DeviceError
-from spdk_kv.index import Index
+from spdk_kv.errors import CapacityError, DeviceError, SpdkKvError
+from spdk_kv.index import Index, commit_in_batches
 from spdk_kv.store.quarantine import Quarantine
 from spdk_kv.store.records import Changes, Records
 
@@ -39,10 +39,13 @@ class Committer:
         self._engine = engine
         self.index = index
         self._discard = discard
+        # For records that the index cannot hold, until they are raised.
+        self._refused: list[CapacityError] = []
 
     def commit(self, timeout_s: float | None = None) -> None:
         """Data to the medium, then the records; blocks on both. What failed is tried again by the
-        next commit."""
+        next commit, but for a record that the index cannot hold: CapacityError, after all others
+        are committed. IndexFull: its filesystem has no room for the records."""
         self._quarantine.settle()
         records = self._records
         with self.lock:
@@ -53,7 +56,7 @@ class Committer:
                     found = (*changes.blobs.values(), *changes.sequences.values())
                     if found.count(None) < len(found):
                         self._engine.flush(timeout_s)
-                    self.index.commit(changes.blobs, changes.sequences)
+                    commit_in_batches(self.index, changes.blobs, changes.sequences, self._refused)
             except BaseException:
                 records.give_back(changes)
                 raise
@@ -61,6 +64,11 @@ class Committer:
                 self._discard_unpinned(changes.retired)
             with records.lock:
                 records.extents.committed(changes.retired)
+            if self._refused:
+                refused, self._refused = self._refused, []
+                for each in refused[1:]:
+                    log.error("%s", each)
+                raise refused[0]
 
     def _discard_unpinned(self, offsets: Sequence[int]) -> None:
         # Before they are free: a new owner's bytes must not be discarded. No record names them
@@ -82,6 +90,10 @@ class Committer:
 
     def save_order(self) -> None:
         """Records which blobs were used last, for eviction after a reopening. Blocks on the disk
-        of the index."""
-        if self.index is not None and self._records.order_changed:
+        of the index. Nothing is lost where that fails, so it is logged only."""
+        if self.index is None or not self._records.order_changed:
+            return
+        try:
             self.index.touch_order(self._records.blobs)
+        except SpdkKvError as failure:
+            log.warning("the order in which blobs were used is not kept: %s", failure)

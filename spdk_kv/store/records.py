@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from spdk_kv.errors import ClosedError, KeyNotFound
 from spdk_kv.index import BlobRecord, SequenceRecord
 from spdk_kv.store.extents import BLOCK_NBYTES, ExtentTable
-from spdk_kv.store.residents import Residents
+from spdk_kv.store.residents import Residents, index_nbytes
 from spdk_kv.units import align_up
 
 
@@ -136,6 +136,32 @@ class Records:
             for offset in offsets:
                 self.counters["evictions"] += self.drop(self.residents.keys[offset])
             return before - self.blob_nbytes
+
+    @property
+    def index_nbytes(self) -> int:
+        """About what the records of all blobs take up in the index."""
+        return self.residents.index_nbytes
+
+    @property
+    def pending_index_nbytes(self) -> int:
+        """About what the records of blobs that are not committed will take up in the index."""
+        return sum(index_nbytes(key) for key, record in self._changed_blobs.items() if record)
+
+    def evict_for_index(self, nbytes: int) -> int:
+        """Drops the least recently used blobs until their records come to ``nbytes`` of the index;
+        returns to how much they came."""
+        with self.lock:
+            victims: list[str] = []
+            evicted = 0
+            for key, record in self.blobs.items():
+                if evicted >= nbytes:
+                    break
+                if not self.extents.is_pinned(record.offset):
+                    victims.append(key)
+                    evicted += index_nbytes(key)
+            for key in victims:
+                self.counters["evictions"] += self.drop(key)
+            return evicted
 
     def _retire(self, record: BlobRecord) -> None:
         self.residents.remove(record)

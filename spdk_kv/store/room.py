@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 
 from spdk_kv.engines import Engine
 from spdk_kv.errors import CapacityError
+from spdk_kv.index import IndexFull
 from spdk_kv.store.committer import Committer
 from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.store.quarantine import Quarantine
@@ -24,6 +26,10 @@ _SHARE_OF_EVICTED = 2
 _UNUSUAL = 4
 # How fast "usual" follows the requests: each counts for this share.
 _USUAL_SHARE = 16
+# For records that the index has no room for, at most this many times their size is evicted from it.
+_MOST_FOR_INDEX = 4
+
+log = logging.getLogger(__name__)
 
 
 class Room:
@@ -43,6 +49,8 @@ class Room:
         self._engine = engine
         self._eviction = eviction
         self._growth_lock = threading.Lock()
+        # The data file was seen to reach to here; it only grows.
+        self._backed_to = 0
         self._usual_nbytes = 0.0
         self._evicted_nbytes = 0
 
@@ -78,22 +86,57 @@ class Room:
         with self._records.lock:
             self._records.extents.abandon(offsets)
 
+    def commit(self, timeout_s: float | None = None) -> None:
+        """As :meth:`Committer.commit`; where the index has no room for the records, evicts the
+        blobs used longest ago for it, if that is allowed."""
+        most: int | None = None
+        while True:
+            try:
+                self._committer.commit(timeout_s)
+            except IndexFull:
+                with self._records.lock:
+                    if most is None:
+                        most = _MOST_FOR_INDEX * max(self._records.pending_index_nbytes, 1 << 20)
+                    if self._eviction != "lru" or most <= 0:
+                        raise
+                    evicted = self._records.evict_for_index(1 << 20)
+                most -= evicted
+                if not evicted:
+                    raise
+                log.warning("the index is full: evicted the oldest blobs to make room in it")
+            else:
+                return
+
     def _back(self, offsets: Sequence[int], sizes: Sequence[int]) -> int | None:
         """Makes the data file reach the extents. Where it cannot, gives them up and returns how far
         it can: below their end."""
         end = max(o + align_up(n, BLOCK_NBYTES) for o, n in zip(offsets, sizes, strict=True))
+        if end <= self._backed_to:
+            return None
+        index_nbytes = 0
         try:
             # One at a time: a growth that fails takes back what it added to the file.
             with self._growth_lock:
-                self._engine.ensure(end, self._records.extents.allocator.end)
+                index_nbytes = self._expected_index_growth(end)
+                self._engine.ensure(end, self._records.extents.allocator.end, index_nbytes)
+                self._backed_to = max(self._backed_to, end)
         except CapacityError:
             self.abandon(offsets)
-            reached = self._engine.growable_to or 0
+            reached = self._engine.growable_to(index_nbytes) or 0
             return align_down(min(reached, end - 1), BLOCK_NBYTES)
         except BaseException:
             self.abandon(offsets)
             raise
         return None
+
+    def _expected_index_growth(self, end: int) -> int:
+        """Bytes that the index will take up beyond what it has, if the data file up to ``end`` is
+        used as it is used now."""
+        index, records = self._committer.index, self._records
+        if index is None or not records.blob_nbytes:
+            return 0
+        expected = records.index_nbytes * (end / records.blob_nbytes)
+        return max(0, int(expected) - index.nbytes)
 
     def _make_room(
         self, sizes: Sequence[int], end: int | None, freed_count: int, refusal: CapacityError
@@ -111,7 +154,7 @@ class Room:
                 if self._eviction != "lru":
                     raise self._lacking(refusal, end, "")
                 self._evict(sizes, end, refusal)
-        self._committer.commit()
+        self.commit()
 
     def _evict(self, sizes: Sequence[int], end: int | None, refusal: CapacityError) -> None:
         records = self._records

@@ -70,6 +70,7 @@ class KVStore:
             self.links = Links(self.paths.routes.engines)
             self._sequences = OpenSequences(self._records.sequences)
             self._background = background.Background()
+            self._failed_flushes = 0
             self._close_lock = threading.RLock()
             self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
             self._stop = threading.Event()
@@ -294,7 +295,8 @@ class KVStore:
 
         Raises:
             DeviceError, DeviceTimeout: The drive failed; the next flush tries again.
-            CapacityError: The index has no room on its disk.
+            CapacityError: The index has no room on its disk, even after eviction (if that is
+                allowed), or cannot hold a record, which the message names; the rest is flushed.
             ClosedError: The store is closed.
         """
         self.check_open()
@@ -306,6 +308,10 @@ class KVStore:
     def flush_async(self, timeout_s: float | None = None) -> Future[None]:
         """As :meth:`flush`, but returns a future."""
         return self.run_in_background(lambda: self.flush(timeout_s))
+
+    def count_failed_flush(self) -> None:
+        """Called by the thread that flushes in the background."""
+        self._failed_flushes += 1
 
     def run_in_background(self, work: Callable[[], T]) -> Future[T]:
         """Runs ``work`` on one of the store's threads. ClosedError after close."""
@@ -323,6 +329,7 @@ class KVStore:
             "engine": self.engine.name,
             **self._records.stats(),
             "sequences": len(self.sequences()),
+            "failed_background_flushes": self._failed_flushes,
             "staging": self.staging.stats(),
             "residency": self.paths.stats(),
             "pipelines": self.links.stats(),

@@ -73,6 +73,8 @@ class WhyFile:
                 self._write()
             except OSError as refused:  # a full disk must not disturb decisions
                 log.debug("%s is not written: %s", self.path, refused)
+            except Exception:  # nor end this thread, which would leave an old state there
+                log.exception("%s is not written", self.path)
             self._stop.wait(_INTERVAL_S)
 
     def _write(self) -> None:

@@ -110,14 +110,14 @@ def test_room_that_a_commit_under_way_will_free_is_waited_for(folder, eviction):
         store.flush()
         store.delete("goes")
         index = store.catalog.committer.index
-        under_way, may_end, commit = threading.Event(), threading.Event(), index.commit
+        under_way, may_end, write = threading.Event(), threading.Event(), index.write
 
-        def held(*changes):
+        def held(rows):
             under_way.set()
             assert may_end.wait(60)
-            commit(*changes)
+            write(rows)
 
-        index.commit = held
+        index.write = held
         with ThreadPoolExecutor(2) as threads:
             try:
                 committed = threads.submit(store.flush)
