@@ -24,7 +24,12 @@ from pathlib import Path
 from labkit.guestlink import GuestLost
 from labkit.hardware import MIB, Drive, Hardware, default_drives
 from labkit.machine import Machine
-from labkit.needs import LabUnavailable, install_command, missing_packages
+from labkit.needs import (
+    LabUnavailable,
+    install_command,
+    missing_for_tests,
+    missing_packages,
+)
 
 CANNOT, FAILED, TIMED_OUT = 3, 4, 124
 
@@ -59,7 +64,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog="lab.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     modes = parser.add_subparsers(dest="mode", required=True)
-    check = modes.add_parser("check", help="what this host lacks; exit status 3 if anything")
+    check = modes.add_parser(
+        "check",
+        help="what this host lacks, for all tests as well; exit status 3 if a boot needs it",
+    )
     machine = argparse.ArgumentParser(add_help=False)
     for with_install in (check, machine):
         with_install.add_argument(
@@ -84,20 +92,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_packages(install: bool) -> bool:
-    """Whether all packages are there, after installing them where asked and allowed."""
-    missing = missing_packages()
+def check_packages(install: bool, for_tests: bool) -> bool:
+    """Whether all packages are there, after installing them where asked and allowed.
+    ``for_tests``: those as well without which tests are skipped, which are not needed to boot."""
+    missing = missing_packages() + (missing_for_tests() if for_tests else [])
     if missing and install and os.geteuid() == 0:
         command = install_command(missing)
         say("installing:", *missing)
         subprocess.run(["apt-get", "update"], stdout=sys.stderr, check=False)
         env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         subprocess.run(command, stdout=sys.stderr, env=env, check=False)
-        missing = missing_packages()
+        missing = missing_packages() + (missing_for_tests() if for_tests else [])
     if missing:
         say("missing:", *missing)
         say("install with:", *install_command(missing), "(or as root: lab.py check --install)")
-    return not missing
+    return not missing_packages()
 
 
 def make_machine(options: argparse.Namespace) -> Machine:
@@ -137,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse_arguments(argv)
     # So that a polite kill, too, takes the machine down with us.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if not check_packages(options.install):
+    if not check_packages(options.install, for_tests=options.mode == "check"):
         return CANNOT
     try:
         if options.mode == "check":

@@ -16,8 +16,6 @@ from spdk_kv.cli import main
 from support.places import ROOT
 
 _OPTION = re.compile(r"--[a-z][a-z-]+")
-# Of programs that are not ours, where a text speaks of them alone.
-_OTHERS_OPTIONS = {"--force-reinstall", "--no-deps"}
 
 
 def _missing(words: list[str]) -> str | None:
@@ -94,7 +92,7 @@ def _lines(page: Page) -> Iterator[tuple[str, str]]:
 def test_named_commands_and_options_exist(page: Page) -> None:
     wrong = [f"{where}: {bad}" for where, line in _lines(page) if (bad := _wrong(line))]
     for code in page.inline_code:
-        found = set(_OPTION.findall(code)) - _all_options() - _OTHERS_OPTIONS
+        found = set(_OPTION.findall(code)) - _all_options()
         wrong += [f"{page.name}: no {option}" for option in found]
     assert not wrong, "\n".join(wrong)
 

@@ -113,10 +113,10 @@ SITUATIONS = {
 }  # fmt: skip
 
 
-def setup(lab: Lab, *arguments: object) -> tuple[int, dict[str, Any]]:
+def setup(lab: Lab, *arguments: object, script: Any = SCRIPT) -> tuple[int, dict[str, Any]]:
     """Runs the script inside, with the system's Python: its exit status and what it said."""
     done = lab.machine.run(
-        "/usr/bin/env", "python3", SCRIPT, *arguments, "--json", timeout_s=PATIENCE_S
+        "/usr/bin/env", "python3", script, *arguments, "--json", timeout_s=PATIENCE_S
     )
     assert done.status in (0, 2, 3), done.text()
     return done.status, json.loads(done.text("out"))

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from lab.binding_script import SITUATIONS
 from lab.conftest import PATIENCE_S, ROOT
+from labkit.needs import TEST_TOOLS
+from support.subprocesses import interruptible_fixture
 
+interruptible = interruptible_fixture
 LAB = [sys.executable, str(ROOT / "vagrant" / "lab.py")]
 
 
@@ -46,6 +50,12 @@ def test_a_command_inside_gives_its_output_and_status():
     assert "to err" in done.stderr
 
 
+def test_check_names_every_tool_that_a_test_may_be_skipped_for():
+    asked_for = {case.tool for case in SITUATIONS.values()} - {"sh", "busybox"}
+    assert asked_for <= {*TEST_TOOLS.values()}
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_the_machine_ends_with_lab_py_however_that_ends(number, tmp_path):
     env = os.environ | {"SPDK_KV_LAB_ACCEL": "tcg", "TMPDIR": str(tmp_path)}

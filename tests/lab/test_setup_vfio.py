@@ -11,12 +11,13 @@ import re
 import pytest
 
 from lab.binding_script import KERNELS, SCRIPT, SITUATIONS, codes, driver, node, setup
-from lab.conftest import PATIENCE_S
+from lab.conftest import PATIENCE_S, ROOT
 
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason=f"{SCRIPT.name} is not there")
 
 SERIAL = "LAB-BIND"
 UDEVD = "/lib/systemd/systemd-udevd"
+INSTALLED = "/opt/spdk_kv-lab"
 UNIT = "/etc/systemd/system/spdk-kv-vfio.service"
 
 
@@ -151,8 +152,11 @@ def test_udev_gives_the_group_the_node_when_it_is_made_anew(lab, address):
 
 def test_a_persistent_binding_is_made_again_at_boot(lab, address):
     lab.shell("mkdir -p /run/systemd/system")  # as where systemd runs
+    # Installed where only root can write, as --persist demands. A checkout may lie below /tmp.
+    lab.shell(f"mkdir -p {INSTALLED} && cp -r {ROOT}/scripts {ROOT}/spdk_kv {INSTALLED}/")
+    script = f"{INSTALLED}/scripts/{SCRIPT.name}"
     try:
-        status, answer = setup(lab, "bind", address, SERIAL, "--yes", "--persist")
+        status, answer = setup(lab, "bind", address, SERIAL, "--yes", "--persist", script=script)
         assert (status, driver(lab, address)) == (0, "vfio-pci"), str(answer)
         status, answer = setup(lab, "permissions", "--group", "disk", address)
         assert status == 0, str(answer)

@@ -70,6 +70,22 @@ def missing_packages() -> list[str]:
     return [name for name, found in wanted.items() if not found]
 
 
+# Package -> a program in it with which tests prepare drives; they skip what they can't prepare.
+TEST_TOOLS = {
+    "dmsetup": "dmsetup",
+    "fdisk": "sfdisk",
+    "lvm2": "lvcreate",
+    "mdadm": "mdadm",
+    "udev": "udevadm",
+}
+
+
+def missing_for_tests() -> list[str]:
+    """Debian's packages without which some of the lab's tests are skipped here."""
+    _add_sbin()
+    return [name for name, program in TEST_TOOLS.items() if not shutil.which(program)]
+
+
 def static_busybox() -> str | None:
     """A busybox that needs no libraries: there are none in the first file system."""
     path = shutil.which("busybox")
