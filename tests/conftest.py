@@ -7,6 +7,8 @@ alone, one after the other. Plain `pytest` runs both kinds together.
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,9 @@ from support.rounds import LONG
 from support.summary import write_summary
 
 TESTS = Path(__file__).parent
+# Where spdk_kv is installed, the package in the checkout lacks what was compiled, and `python -m
+# pytest` puts it in front. An editable install needs no path.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != TESTS.resolve().parent]
 # Longest first, so that no worker is left with a long one at the end.
 FIRST = ("engines/spdk/", "test_packaging.py", "store/", "bench/", "cli/")
 # Each module starts a target that keeps a core busy and takes hugepages: one at a time.
@@ -52,6 +57,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
     items[:] = sorted(kept, key=_place)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _folder_without_packages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The children's working folder: `python -c` and `-m` import from there before all else."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("work"))
+    yield
+    os.chdir(before)
 
 
 def _place(item: pytest.Item) -> int:

@@ -161,9 +161,8 @@ def test_what_a_killed_owner_left_is_not_taken_for_the_truth(folder: Path) -> No
         "print('told', flush=True)\n"
         "sys.stdin.read()\n"
     )
-    here = TESTS
     owner = subprocess.Popen(
-        [sys.executable, "-c", script, str(folder), str(here), str(here.parent)],
+        [sys.executable, "-c", script, str(folder), str(TESTS)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert owner.stdout is not None

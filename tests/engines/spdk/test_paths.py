@@ -65,7 +65,7 @@ folder = folder_fixture
 target = target_fixture
 
 _CHILD = f"""
-import sys; sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
+import sys; sys.path[:0] = [{str(TESTS)!r}]
 import os, signal
 from pathlib import Path
 from engines.spdk.target import SETTINGS

@@ -5,7 +5,6 @@ Every test has a process of its own, since the environment is set up once per pr
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -84,7 +83,7 @@ os.truncate(path, 0)
 
 def faulting(tmp_path: Path, uri: str, before: str) -> subprocess.CompletedProcess[str]:
     tests = str(TESTS)
-    head = f"import sys; sys.path[:0] = [{tests!r}, {os.path.dirname(tests)!r}]\n"
+    head = f"import sys; sys.path[:0] = [{tests!r}]\n"
     head += f"path, uri = {str(tmp_path / 'mapped')!r}, {uri!r}\n"
     code = f"{head}{_PREAMBLE}\n{before}\nengine = opened(uri)\n{_TRUNCATED}\nview[0]\n"
     words = [sys.executable, "-c", code]

@@ -32,7 +32,7 @@ SHAPE = spdk_kv.KVShape(2, 2, 40, torch.float16, 400, batch=1)
 target = target_fixture
 
 _CHILD = f"""
-import sys; sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
+import sys; sys.path[:0] = [{str(TESTS)!r}]
 from store.helpers import open_store, payload
 from engines.spdk.target import SETTINGS
 from spdk_kv.engines.spdk import environment
