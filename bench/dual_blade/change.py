@@ -72,11 +72,15 @@ def _steps(
     rows = []
     for step, rho in enumerate(runs[0][0]["rhos"]):
         p25, p50, p75 = quartiles([outcome.steps_s[step] for outcome in outcomes])
-        bound, overlapped = sticks.bounds_s(outcomes[0].steps_nbytes[step], rho)
+        left = [o.steps_cached_nbytes[step] for o in outcomes if o.steps_cached_nbytes]
+        share = statistics.median(left) / sticks.load.nbytes if left else None
+        nbytes = outcomes[0].steps_nbytes[step]
+        bound, overlapped = sticks.bounds_s(nbytes, rho if share is None else share)
         budgets = [o.steps_budget_nbytes[step] for o in outcomes if o.steps_budget_nbytes]
         rows.append(
             {
                 "kind": "change", "variant": variant, "step": step, "rho": rho,
+                "cached_share": share,
                 "runs": len(outcomes), "decode_s_p50": p50, "decode_s_p25": p25,
                 "decode_s_p75": p75, "bound_s": bound, "bound_overlapped_s": overlapped,
                 "of_bound": p50 / bound, "fio_read_gib_s": sticks.read_gib_s,

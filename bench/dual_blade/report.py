@@ -80,6 +80,10 @@ _TABLES: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("Prefill, seconds", lambda row: _spread(row, "prefill_s")),
     ("Utilisation: read from the drive while decoding, of fio", lambda r: _share(r, "utilisation")),
     ("Hit rate: asked for and not read from the drive", lambda row: _share(row, "hit_rate")),
+    (
+        "Left to the page cache while decoding, as a share of W (cached_share)",
+        lambda row: "" if row["cached_share"] is None else f"{row['cached_share']:.3f}",
+    ),
     ("CPU-seconds per token", lambda row: f"{row['cpu_s_per_token']:.2f}"),
     ("Major faults per token", lambda row: f"{row['major_faults_per_token']:,.0f}"),
 )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spdk_kv.measure import Load, Outcome, outcome_from
+from spdk_kv.measure import Load, Outcome, cached_share, outcome_from
 from spdk_kv.units import GIB
 
 VARIANTS = ("flexllmgen", "strong", "direct", "pagecache", "dual")
@@ -22,18 +22,12 @@ Sample = Mapping[str, Any]
 Row = dict[str, Any]
 
 
-def limit_nbytes(other_nbytes: int, rho: float, load: Load) -> int:
-    """The memory limit: the variant's own memory, and ``rho`` of the KV cache for the page
-    cache."""
-    return other_nbytes + round(rho * load.nbytes)
-
-
 def bounds_s(
-    nbytes: float, rho: float, load: Load, drive_gib_s: float, copy_gib_s: float
+    nbytes: float, share: float, load: Load, drive_gib_s: float, copy_gib_s: float
 ) -> tuple[float, float]:
-    """The least seconds for reading ``nbytes`` where the page cache may hold ``rho`` of the KV
+    """The least seconds for reading ``nbytes`` where the page cache may hold ``share`` of the KV
     cache: the drive and the memory one after the other, and side by side."""
-    cached = min(nbytes, rho * load.nbytes)
+    cached = min(nbytes, share * load.nbytes)
     from_drive = (nbytes - cached) / GIB / drive_gib_s
     from_memory = cached / GIB / copy_gib_s
     return from_drive + from_memory, max(from_drive, from_memory)
@@ -56,8 +50,8 @@ class Yardsticks:
             "memory_copy_gib_s": self.copy_gib_s,
         }
 
-    def bounds_s(self, nbytes: float, rho: float) -> tuple[float, float]:
-        return bounds_s(nbytes, rho, self.load, self.read_gib_s, self.copy_gib_s)
+    def bounds_s(self, nbytes: float, share: float) -> tuple[float, float]:
+        return bounds_s(nbytes, share, self.load, self.read_gib_s, self.copy_gib_s)
 
 
 def yardsticks_of(samples: Sequence[Sample]) -> Yardsticks:
@@ -110,14 +104,16 @@ _FIGURES = (
     *("decode_s_p50", "decode_s_p25", "decode_s_p75", "decode_first_s", "decode_mean_s"),
     *("prefill_s_p50", "prefill_s_p25", "prefill_s_p75", "prefill_cpu_s"),
     *("bound_s", "bound_overlapped_s", "of_bound", "read_gib_s", "device_gib_s", "utilisation"),
-    *("hit_rate", "x_nbytes", "cached_nbytes"),
+    *("hit_rate", "x_nbytes", "cached_nbytes", "cached_share"),
     *("major_faults_per_token", "cpu_s_per_token", "limit_nbytes", "other_nbytes"),
 )
 
 
 def _figures(outcomes: Sequence[Outcome], rho: float, sticks: Yardsticks) -> Row:
     nbytes = statistics.fmean(one.step_nbytes for one in outcomes)
-    one_after_other, side_by_side = sticks.bounds_s(nbytes, rho)
+    share = _middle(cached_share(one, sticks.load) for one in outcomes)
+    # Samples of earlier versions do not say what was left to the page cache.
+    one_after_other, side_by_side = sticks.bounds_s(nbytes, rho if share is None else share)
     p25, p50, p75 = quartiles([one.step_s for one in outcomes])
     prefill = quartiles([one.prefill_s for one in outcomes])
     device_bytes_s = _middle(one.drive_bytes_s for one in outcomes)
@@ -135,6 +131,7 @@ def _figures(outcomes: Sequence[Outcome], rho: float, sticks: Yardsticks) -> Row
             _middle(one.get(name) for one in residency)
             for name in ("budget_nbytes", "cached_nbytes")
         ),
+        share,
         statistics.median(one.major_faults / len(one.steps_s) for one in outcomes),
         statistics.median(one.cpu_s / len(one.steps_s) for one in outcomes),
         *(outcomes[0].limit_nbytes, max(one.other_nbytes for one in outcomes)),

@@ -7,8 +7,9 @@ Three parts: every variant over the budgets (--budgets), a budget that changes i
 (--change), and what each part of it gives (--ablation); all of them, unless some are named.
 --quick is a look in three minutes at the first with a smaller load.
 
-Each run is a process of its own in a memory cgroup of its own, whose limit is the variant's own
-memory (measured by a run without a limit) and rho times the KV cache. The samples are kept line by
+Each run is a process of its own in a memory cgroup of its own, whose limit is rho times the KV
+cache and the variant's own memory: in the prompt the most that a run without a limit held, then
+what this run really holds while it decodes. The samples are kept line by
 line (--samples); a further call with the same file adds to them, and report.py draws the report
 from them again.
 """
@@ -36,13 +37,20 @@ import plots  # noqa: E402
 import report  # noqa: E402
 import yardsticks  # noqa: E402
 from plan import RHOS, Plan, interleaved, turn  # noqa: E402
-from rows import VARIANTS, limit_nbytes  # noqa: E402
+from rows import VARIANTS  # noqa: E402
 
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
 import record  # noqa: E402
 from spdk_kv.binding import memory_group, why_impossible  # noqa: E402
-from spdk_kv.measure import Case, Load, Outcome, run_in_subprocess  # noqa: E402
+from spdk_kv.measure import (  # noqa: E402
+    Case,
+    Load,
+    Outcome,
+    limits,
+    outcome_from,
+    run_in_subprocess,
+)
 from spdk_kv.units import GIB, MIB, format_nbytes  # noqa: E402
 
 # The simulated drive's: the kernel's default for most NVMe drives. A loop device's own depends on
@@ -79,7 +87,7 @@ class Rig:
         self._folder = folder
         self._file = file
         probes = [one for one in samples.all if one["kind"] == "probe"]
-        self._own = {one["variant"]: one["other_nbytes"] for one in probes}
+        self._own = {one["variant"]: outcome_from(one["outcome"]) for one in probes}
         samples.add("copy", gib_s=yardsticks.memory_copy_gib_s())
         best = self.fio()
         self._link_bytes_s = None if plan.link is None else plan.link * best * GIB
@@ -91,20 +99,25 @@ class Rig:
         _say(f"fio: {seen['read_gib_s']:.2f} GiB/s read, {seen['write_gib_s']:.2f} write")
         return seen["read_gib_s"]
 
-    def limit(self, variant: str, rho: float) -> int:
-        """The memory limit: rho of the KV cache beside the variant's own memory, which is
-        measured once for all runs whose samples are kept together."""
+    def budget(self, rho: float) -> int:
+        """What the page cache may hold, in bytes."""
+        return round(rho * self.plan.load.nbytes)
+
+    def limits(self, variant: str, rho: float) -> dict[str, int]:
+        """The fields of a Case that leave rho of the KV cache to the page cache beside the
+        variant's own memory, which is first measured by a run without a limit, once for all runs
+        whose samples are kept together."""
         if variant not in self._own:
-            outcome = self.case(variant, self.plan.load, None, seconds=0.0)
+            outcome = self.case(variant, self.plan.load, seconds=0.0)
             if outcome.error:
                 raise RuntimeError(f"{variant} without a limit: {outcome.error}")
-            self._own[variant] = outcome.other_nbytes
-            self.samples.add("probe", variant=variant, other_nbytes=outcome.other_nbytes)
-            own = format_nbytes(outcome.other_nbytes)
-            _say(f"{variant}: own memory {own}; {_summary(outcome)}")
-        return limit_nbytes(self._own[variant], rho, self.plan.load)
+            self._own[variant] = outcome
+            self.samples.add("probe", variant=variant, outcome=asdict(outcome))
+            most, held = format_nbytes(outcome.other_nbytes), format_nbytes(outcome.held_nbytes)
+            _say(f"{variant}: own memory {most}, decoding {held}; {_summary(outcome)}")
+        return limits(self._own[variant], self.budget(rho))
 
-    def case(self, variant: str, load: Load, limit: int | None, **more: Any) -> Outcome:
+    def case(self, variant: str, load: Load, **more: Any) -> Outcome:
         """One run. ``more``: other fields of a Case."""
         with memory_group() as group:
             group.forbid_swap()
@@ -114,7 +127,6 @@ class Rig:
                 load=asdict(load),
                 group=str(group.path),
                 group_version=group.version,
-                limit_nbytes=limit,
                 compute_s=self.plan.compute_s,
                 link_bytes_s=self._link_bytes_s,
                 drop_caches=True,
@@ -136,7 +148,7 @@ def measure(plan: Plan, folder: Path, samples: Samples) -> None:
 
 def _budgets(rig: Rig, number: int) -> None:
     for rho, variant in interleaved(rig.plan, number):
-        outcome = rig.case(variant, rig.plan.load, rig.limit(variant, rho))
+        outcome = rig.case(variant, rig.plan.load, **rig.limits(variant, rho))
         rig.samples.add("case", run=number, rho=rho, outcome=asdict(outcome))
         _say(f"run {number}, rho {rho:g}, {variant}: {_summary(outcome)}")
 
@@ -144,20 +156,19 @@ def _budgets(rig: Rig, number: int) -> None:
 def _change(rig: Rig, number: int) -> None:
     load, rhos = change.load_for(rig.plan.load), change.budgets()
     for variant in turn([name for name in change.VARIANTS if name in rig.plan.variants], number):
-        limits = {str(step): rig.limit(variant, rho) for step, rho in change.changes()}
-        limit = rig.limit(variant, rhos[0])
-        outcome = rig.case(variant, load, limit, changes=limits)
+        changes = {str(step): rig.budget(rho) for step, rho in change.changes()}
+        outcome = rig.case(variant, load, **rig.limits(variant, rhos[0]), changes=changes)
         rig.samples.add("change", run=number, rhos=rhos, outcome=asdict(outcome))
         _say(f"run {number}, changing budget, {variant}: {_summary(outcome)}")
 
 
 def _ablation(rig: Rig, number: int) -> None:
-    limit = rig.limit("dual", ablation.RHO)
+    memory = rig.limits("dual", ablation.RHO)
     for setting in turn(ablation.SETTINGS, number):
         outcome = rig.case(
             setting.variant,
             rig.plan.load,
-            limit,
+            **memory,
             ahead=setting.ahead,
             options=setting.options(rig.plan.load),
         )
@@ -335,6 +346,8 @@ def _begin(samples: Samples, plan: Plan, folder: Path) -> None:
     earlier = [one for one in samples.all if one["kind"] == "about"]
     if earlier and (earlier[0]["load"], earlier[0]["link"]) != (load, plan.link):
         raise ValueError("the samples kept there are of another load or link")
+    if any(one["kind"] == "probe" and "outcome" not in one for one in samples.all):
+        raise ValueError("the samples kept there had more memory than rho says: begin a new file")
     if not earlier:
         link = "none: KV is of use in host memory"
         if plan.link is not None:

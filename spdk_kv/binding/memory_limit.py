@@ -68,16 +68,19 @@ class MemoryGroup:
         self._write("cgroup.procs", str(pid))
 
     def use(self) -> MemoryUse:
-        """What the group holds now; reads two small files."""
+        """What the group holds now; reads small files."""
+        name = "memory.current" if self.version == 2 else "memory.usage_in_bytes"
+        before = read_count(self.path / name) or 0
         stat = self.stat()
+        # The files are not of one moment: what the page cache gains or loses between them must not
+        # pass for other memory.
+        used = min(before, read_count(self.path / name) or 0)
         if self.version == 2:
             cache = stat.get("file", 0) - stat.get("shmem", 0)
-            used = read_count(self.path / "memory.current")
         else:
             cache = stat.get("total_cache", 0) - stat.get("total_shmem", 0)
-            used = read_count(self.path / "memory.usage_in_bytes")
         faults = stat.get("pgmajfault", stat.get("total_pgmajfault", 0))
-        return MemoryUse(cache, max(0, (used or 0) - cache), faults)
+        return MemoryUse(cache, max(0, used - cache), faults)
 
     def peak_nbytes(self) -> int | None:
         """The most that the group ever held, page cache included.

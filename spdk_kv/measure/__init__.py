@@ -5,7 +5,14 @@
 
 from __future__ import annotations
 
-from spdk_kv.measure.decode.case import Case, Outcome, outcome_from, run_in_subprocess
+from spdk_kv.measure.decode.case import (
+    Case,
+    Outcome,
+    cached_share,
+    limits,
+    outcome_from,
+    run_in_subprocess,
+)
 from spdk_kv.measure.decode.load import HEAD_DIM, Bytes, Load, Noise
 from spdk_kv.measure.decode.replay import KVPath, SimulatedGpu
 from spdk_kv.measure.io import Measurement, Workload, fill, filled_memory, measure
@@ -21,8 +28,10 @@ __all__ = [
     "Outcome",
     "SimulatedGpu",
     "Workload",
+    "cached_share",
     "fill",
     "filled_memory",
+    "limits",
     "measure",
     "outcome_from",
     "run_in_subprocess",

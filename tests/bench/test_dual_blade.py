@@ -75,10 +75,6 @@ def samples() -> list[dict[str, Any]]:
     ]
 
 
-def test_the_limit_is_own_memory_and_a_share_of_the_cache(parts: dict[str, ModuleType]) -> None:
-    assert parts["rows"].limit_nbytes(100, 0.5, LOAD) == 100 + LOAD.nbytes // 2
-
-
 def test_bounds(parts: dict[str, ModuleType]) -> None:
     bounds = parts["rows"].bounds_s
     load = Load(layers=16, hidden=2048, batch=16, prompt=1024)
@@ -98,6 +94,7 @@ def test_rows_are_medians_over_runs_of_medians_over_all_but_the_first_steps(
         (0.5, "flexllmgen"), (0.5, "dual"), (1.2, "flexllmgen")
     ]  # fmt: skip
     dual = rows[1]
+    assert dual["cached_share"] is None  # as in samples of earlier versions
     assert (dual["runs"], dual["decode_s_p50"], dual["prefill_s_p50"]) == (3, 4.0, 16.0)
     assert (dual["decode_s_p25"], dual["decode_s_p75"]) == (3.0, 5.0)
     assert (dual["decode_first_s"], dual["decode_mean_s"]) == (8.0, pytest.approx(87 / 15))
@@ -112,6 +109,29 @@ def test_rows_are_medians_over_runs_of_medians_over_all_but_the_first_steps(
     # Where there are no others, the first steps count.
     assert (rows[2]["decode_s_p50"], rows[2]["decode_first_s"]) == (2.0, 2.0)
     json.dumps(rows)
+
+
+def test_the_bound_is_of_what_was_really_left_to_the_page_cache(
+    parts: dict[str, ModuleType],
+) -> None:
+    def row(share: float) -> dict[str, Any]:
+        left = [LOAD.nbytes, LOAD.nbytes, *[round(share * LOAD.nbytes)] * 3]
+        own = case(0, 0.5, "dual", [3.0] * 5, steps_cached_nbytes=left)
+        (found,) = parts["rows"].make_rows([*samples()[:4], own])
+        return found
+
+    flattered, exact = row(0.62), row(0.5)
+    assert (flattered["cached_share"], exact["cached_share"]) == (
+        pytest.approx(0.62, abs=1e-4),
+        0.5,
+    )
+    assert flattered["bound_s"] < exact["bound_s"]
+    assert flattered["of_bound"] > exact["of_bound"]
+    rho_only = parts["rows"].make_rows([*samples()[:4], case(0, 0.5, "dual", [3.0] * 5)])[0]
+    assert exact["bound_s"] == pytest.approx(rho_only["bound_s"])
+    text = parts["report"].markdown([*samples()[:4]], [flattered], [])
+    assert "## Left to the page cache while decoding" in text
+    assert "0.620" in text
 
 
 def test_a_run_that_failed_is_told_and_counts_in_no_figure(parts: dict[str, ModuleType]) -> None:
@@ -263,5 +283,6 @@ def test_a_tiny_real_run(tmp_path: Path) -> None:
             row
         )
         assert row["decode_s_p50"] > 0
+        assert row["cached_share"] == pytest.approx(1.2, rel=0.02)
     assert "## Decode, seconds per token" in (tmp_path / "out" / "README.md").read_text()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "rows.json"]

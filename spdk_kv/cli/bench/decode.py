@@ -71,9 +71,10 @@ def bench_decode(folder: str, budgets: tuple[int, ...], size: int, as_json: bool
     directly, every layer is read through the page cache, or the store chooses for each layer (dual,
     the default of a store).
 
-    As root, each run is in a memory cgroup that leaves exactly the budget to the page cache, and
-    the machine's page cache is emptied before each run. Otherwise the store is given the budget,
-    and the page cache itself is not limited. Takes about a minute and leaves nothing behind.
+    As root, each run is in a memory cgroup whose limit is the budget and what the run really holds
+    besides while it decodes, and the machine's page cache is emptied before each run. Otherwise the
+    store is given the budget, and the page cache itself is not limited. Takes about a
+    minute and leaves nothing behind.
     """
     load = _load(size)
     _check_room(folder, load)
@@ -119,16 +120,16 @@ def _measure(
 ) -> Iterator[dict[str, Any]]:
     """One row per budget and variant."""
     cases = cases_of(budgets, limited=limited)
-    own: dict[str, int] = {}
+    own: dict[str, Outcome] = {}
     with progress(len(cases) + (len(_VARIANTS) if limited else 0), "decoding") as advance:
         for variant in _VARIANTS if limited else ():
-            own[variant] = _run(place, load, variant, None, None, seconds=0.0).other_nbytes
+            own[variant] = _run(place, load, variant, seconds=0.0)
             advance(1)
         for budget, variant in cases:
             if limited:
-                outcome = _run(place, load, variant, own[variant] + budget, None)
+                outcome = _run(place, load, variant, budget=budget, alone=own[variant])
             else:
-                outcome = _run(place, load, variant, None, budget)
+                outcome = _run(place, load, variant, budget=budget, limited=False)
             advance(1)
             yield _row(budget, outcome, load)
 
@@ -146,25 +147,29 @@ def _run(
     place: str,
     load: Load,
     variant: str,
-    limit: int | None,
-    page_cache: int | None,
+    *,
+    budget: int | None = None,
+    alone: Outcome | None = None,
+    limited: bool = True,
     seconds: float = _SECONDS,
 ) -> Outcome:
-    """One run under the cgroup's ``limit``, or with a store that is given ``page_cache`` instead.
+    """One run in a cgroup that leaves ``budget`` to the page cache beside what the run ``alone``
+    held; without one where there is none. Not ``limited``: the store is given the budget instead.
 
     Raises SpdkKvError.
     """
-    from spdk_kv.measure import Case, run_in_subprocess
+    from spdk_kv.measure import Case, limits, run_in_subprocess
 
-    options = {} if page_cache is None or variant != "dual" else {"memory": page_cache}
-    with _group(page_cache is None) as group:
+    options = {"memory": budget} if variant == "dual" and not limited else {}
+    memory = limits(alone, budget) if alone is not None and budget is not None else {}
+    with _group(limited) as group:
         case = Case(
             variant=variant,
             folder=place,
             load=asdict(load),
             group=str(group.path) if group else "",
             group_version=group.version if group else 2,
-            limit_nbytes=limit,
+            **memory,
             options=options,
             drop_caches=os.geteuid() == 0,
             seconds=seconds,
@@ -186,9 +191,12 @@ def _group(wanted: bool) -> Iterator[MemoryGroup | None]:
 
 
 def _row(budget: int, outcome: Outcome, load: Load) -> dict[str, Any]:
+    from spdk_kv.measure import cached_share
+
     return {
         "budget_nbytes": budget,
         "rho": budget / load.nbytes,
+        "cached_share": cached_share(outcome, load),
         "variant": outcome.variant,
         "decode_s_p50": outcome.step_s,
         "decode_first_s": outcome.steps_s[0],
@@ -228,6 +236,10 @@ def _report(
 _Cell = Callable[[Mapping[str, Any]], str]
 _COLUMNS: tuple[tuple[str, _Cell], ...] = (
     ("budget", lambda row: f"{format_nbytes(row['budget_nbytes'])} ({row['rho']:.0%})"),
+    (
+        "left to cache",
+        lambda row: "" if row["cached_share"] is None else f"{row['cached_share']:.0%}",
+    ),
     ("path", lambda row: row["variant"]),
     ("ms per token", lambda row: f"{row['decode_s_p50'] * 1e3:,.0f}"),
     ("first", lambda row: f"{row['decode_first_s'] * 1e3:,.0f}"),
@@ -271,7 +283,7 @@ def _print_table(
 
     shown = Table(box=None, pad_edge=False)
     for at, name in enumerate(names):
-        shown.add_column(name, justify="left" if at in (0, 1, len(names) - 1) else "right")
+        shown.add_column(name, justify="left" if at in (0, 2, len(names) - 1) else "right")
     for number, line in enumerate(table):
         last = number + 1 == len(rows) or (
             rows[number]["budget_nbytes"] != rows[number + 1]["budget_nbytes"]

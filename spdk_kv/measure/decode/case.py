@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 from spdk_kv.binding import MemoryGroup, drop_page_cache
 from spdk_kv.devices import read_text
 from spdk_kv.errors import SpdkKvError
+from spdk_kv.measure.decode.held import Budget, HeldMemory
 from spdk_kv.measure.decode.load import Load, Noise
 from spdk_kv.measure.decode.replay import KVPath, Replay, SimulatedGpu, Step, StorePath
 from spdk_kv.measure.touch_memory import touch_free_memory
@@ -55,13 +56,16 @@ class Case:
         folder: a folder on the drive to be measured.
         load: the arguments of :class:`Load`.
         group, group_version: the memory cgroup to join; "" for none.
-        limit_nbytes: its limit; None for none.
+        limit_nbytes: its limit; None for none. With ``cache_nbytes`` that of the prompt.
+        cache_nbytes: what the page cache may hold while decoding. After the prompt, and after each
+            step, the limit becomes that and what is really held besides; None leaves it alone.
+        held_nbytes: what is held besides in the first step, as another run of the variant found.
         compute_s, link_bytes_s: the arguments of :class:`SimulatedGpu`.
         options: further fields of :class:`spdk_kv.PageCacheOptions`.
         ahead: layers that are read ahead of the one in use.
         drop_caches: empty the machine's page cache first (needs root).
         seconds: begin no further step after this time, once there were three; None to do them all.
-        changes: step -> the limit from that step on.
+        changes: step -> ``cache_nbytes`` from that step on.
         relay_nbytes: for paths of `bench/`: the host buffer that copies to the GPU go through.
     """
 
@@ -71,6 +75,8 @@ class Case:
     group: str = ""
     group_version: int = 2
     limit_nbytes: int | None = None
+    cache_nbytes: int | None = None
+    held_nbytes: int = 0
     compute_s: float = 0.0
     link_bytes_s: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -90,8 +96,11 @@ class Outcome:
         steps_device_nbytes: bytes that the drive read meanwhile; empty where it has no counters.
         steps_budget_nbytes: the store's budget after each step; empty for other
             paths.
-        other_nbytes: the most anonymous, pinned and kernel memory seen after a step; 0 without a
-            cgroup.
+        steps_other_nbytes: the most anonymous, pinned and kernel memory in each step; empty without
+            a cgroup.
+        steps_cached_nbytes: what the limit left to the page cache in each step: the limit less
+            that; empty without a limit.
+        other_nbytes: the most of such memory in the whole run, the prompt included.
         cache_nbytes: page cache in the cgroup after the last step.
         cpu_s: CPU time of all threads of the process; the kernel's threads do not count.
         explained: what the path reports about itself.
@@ -105,6 +114,8 @@ class Outcome:
     steps_nbytes: list[int] = field(default_factory=list)
     steps_device_nbytes: list[int] = field(default_factory=list)
     steps_budget_nbytes: list[int] = field(default_factory=list)
+    steps_other_nbytes: list[int] = field(default_factory=list)
+    steps_cached_nbytes: list[int] = field(default_factory=list)
     prefill_written_nbytes: int | None = None
     other_nbytes: int = 0
     cache_nbytes: int = 0
@@ -130,6 +141,17 @@ class Outcome:
         return statistics.fmean(self.steps_nbytes[self.later])
 
     @property
+    def held_nbytes(self) -> int:
+        """The most that was held in a step besides the page cache."""
+        return max(self.steps_other_nbytes, default=self.other_nbytes)
+
+    @property
+    def cached_nbytes(self) -> float | None:
+        """What the limit left to the page cache, in the median step; None without a limit."""
+        later = self.steps_cached_nbytes[self.later]
+        return statistics.median(later) if later else None
+
+    @property
     def drive_bytes_s(self) -> float | None:
         """Bytes per second that the drive read; None where it has no counters."""
         if not self.steps_device_nbytes:
@@ -143,6 +165,23 @@ class Outcome:
             return None
         asked = sum(self.steps_nbytes[self.later])
         return max(0.0, 1.0 - sum(self.steps_device_nbytes[self.later]) / asked)
+
+
+def limits(alone: Outcome, cache_nbytes: int) -> dict[str, Any]:
+    """The fields of a :class:`Case` that leave ``cache_nbytes`` to the page cache. ``alone``: a run
+    of the same variant and load without a limit."""
+    return {
+        "limit_nbytes": alone.other_nbytes + cache_nbytes,
+        "cache_nbytes": cache_nbytes,
+        "held_nbytes": alone.held_nbytes,
+    }
+
+
+def cached_share(outcome: Outcome, load: Load) -> float | None:
+    """The share of the KV cache that the page cache could hold while decoding; None without a
+    limit."""
+    cached = outcome.cached_nbytes
+    return None if cached is None else cached / load.nbytes
 
 
 def run_in_subprocess(case: Case, module: str | Path = "spdk_kv.measure.decode.case") -> Outcome:
@@ -229,8 +268,12 @@ def _run(case: Case, makers: Mapping[str, Maker]) -> Outcome:
     if group is not None:
         group.limit(case.limit_nbytes)
         group.add(os.getpid())
-    with _path(case, makers) as (replay, path):
-        return _measure(case, load, replay, path, group)
+    with _path(case, makers) as (replay, path), ExitStack() as rest:
+        held = None
+        if group is not None:
+            held = HeldMemory(group)
+            rest.callback(held.close)
+        return _measure(case, load, replay, path, group, held)
 
 
 @contextmanager
@@ -253,7 +296,12 @@ def _make_store(case: Case, noise: Noise, gpu: SimulatedGpu, folder: Path) -> KV
 
 
 def _measure(
-    case: Case, load: Load, replay: Replay, path: KVPath, group: MemoryGroup | None
+    case: Case,
+    load: Load,
+    replay: Replay,
+    path: KVPath,
+    group: MemoryGroup | None,
+    held: HeldMemory | None,
 ) -> Outcome:
     counters = DriveCounters(Path(case.folder))
     before = counters.read()
@@ -261,14 +309,20 @@ def _measure(
     prefill_s = replay.prefill()
     prefill_cpu_s = time.process_time() - cpu
     start = seen = counters.read()
+    other = held.take() if held else 0
+    limited = None
+    if group and case.cache_nbytes is not None:
+        limited = Budget(group, case.cache_nbytes, case.held_nbytes)
     faults = group.use().major_faults if group else 0
-    cpu_s, other, cache = 0.0, 0, 0
+    cpu_s, cache = 0.0, 0
+    others: list[int] = []
+    cached: list[int] = []
     steps: list[Step] = []
     from_drive: list[int] = []
     budgets: list[int] = []
     while len(steps) < load.steps:
-        if group and (limit := case.changes.get(str(len(steps)))) is not None:
-            group.limit(limit)
+        if limited and (changed := case.changes.get(str(len(steps)))) is not None:
+            limited.change(changed)
         cpu = time.process_time()
         steps.append(replay.step())
         cpu_s += time.process_time() - cpu
@@ -277,9 +331,14 @@ def _measure(
             seen = now
         if residency := path.explain().get("residency"):
             budgets.append(residency["budget_nbytes"])
-        if group:
-            use = group.use()
-            other, cache = max(other, use.other_nbytes), use.cache_nbytes
+        if group and held:
+            others.append(held.take())
+            cache = group.use().cache_nbytes
+            limit = limited.limit_nbytes if limited else case.limit_nbytes
+            if limit is not None:
+                cached.append(limit - others[-1])
+            if limited:
+                limited.follow(others[-1])
         spent = sum(step.seconds for step in steps)
         if case.seconds is not None and spent > case.seconds and len(steps) > _FIRST_STEPS:
             break
@@ -300,7 +359,9 @@ def _measure(
         steps_device_nbytes=from_drive,
         steps_budget_nbytes=budgets,
         prefill_written_nbytes=None if before is None or start is None else start[1] - before[1],
-        other_nbytes=other,
+        steps_other_nbytes=others,
+        steps_cached_nbytes=cached,
+        other_nbytes=max([other, *others]),
         cache_nbytes=cache,
         major_faults=after - faults,
         cpu_s=cpu_s,
