@@ -334,22 +334,38 @@ cdef class Transfer:
         self._submit(timeout_s, priority, notify, True)
 
     def run(self, timeout_s=None):
-        """Submits and waits. Blocks without the GIL; see :meth:`wait`."""
-        self._submit(timeout_s, 0, False, False)
-        return self.wait()
+        """Submits and waits. Blocks without the GIL; returns what :meth:`wait` does.
 
-    def wait(self):
+        Nobody else was promised the transfer, so an exception of a signal handler
+        (KeyboardInterrupt) cancels it, and propagates once commands in flight have ended; a second
+        one propagates at once, and the memory stays kept until the drive is done.
+        """
+        self._submit(timeout_s, 0, False, False)
+        return self._await(0, True)
+
+    def wait(self, timeout_s=None):
         """Blocks, without the GIL, until the transfer is done or past its deadline.
 
-        Returns the status: 0, or the errno of the first failure. An exception of a signal handler
-        (KeyboardInterrupt) propagates once commands in flight have ended; a second one propagates
-        at once, and the memory stays kept until the drive is done.
+        Returns the status: 0, or the errno of the first failure; None where that takes longer than
+        ``timeout_s`` seconds. An exception of a signal handler (KeyboardInterrupt) propagates at
+        once. Neither ends more than this wait: the transfer goes on.
 
         With ``hand_over`` the stream waits for the bytes from here on; DeviceError if it cannot.
         """
+        cdef uint64_t until = 0
+        cdef double limit
+        if timeout_s is not None:
+            limit = timeout_s
+            until = skv_now_ns() + <uint64_t>(max(0.0, min(limit, 1e9)) * 1e9)
+        return self._await(until, False)
+
+    cdef _await(self, uint64_t until_ns, bint drain):
+        """``until_ns``: when to give up, 0 for never. ``drain``: an interrupt cancels the
+        transfer."""
         cdef Transfer_ *t = self._t
         cdef Queue_ *q = t.queue
         cdef bint over = self._waited()
+        cdef uint64_t now
         if not self._submitted:
             raise ValueError("the transfer was not submitted")
         if not over:
@@ -357,13 +373,20 @@ cdef class Transfer:
         if not over and t.priority != DEMAND:
             self._change(False)
         while not over:
+            now = skv_now_ns()
+            if until_ns and until_ns <= now:
+                return None
+            now += SLICE_NS
+            if until_ns and until_ns < now:
+                now = until_ns
             with nogil:
-                over = _wait(q, t, skv_now_ns() + SLICE_NS)
+                over = _wait(q, t, now)
             if not over:
                 try:
                     PyErr_CheckSignals()
                 except BaseException:
-                    self._drain()
+                    if drain:
+                        self._drain()
                     raise
         if t.copied != NULL and not t.status:
             self._follow()

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from spdk_kv._native.memory import Region
 from spdk_kv._native.transfer import DISCARD, FLUSH, READ, WRITE, Queue, Transfer
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines.futures import Callbacks
 from spdk_kv.errors import (
     ClosedError,
@@ -259,9 +260,14 @@ class Engine:
         if status:
             raise self.error(transfer)
 
-    def wait(self, transfer: Transfer) -> None:
-        """Blocks until a submitted transfer is done, and raises its error if it failed."""
-        status = transfer.wait()
+    def wait(self, transfer: Transfer, deadline: Deadline = NEVER) -> None:
+        """Blocks until a submitted transfer is done, and raises its error if it failed.
+
+        Past ``deadline`` (DeviceTimeout), and after an interrupt, the transfer goes on.
+        """
+        status = transfer.wait(deadline.left_s())
+        if status is None:
+            raise deadline.error(f"{_OP_NAMES[transfer.op]} on {self.where}")
         if status:
             raise self.error(transfer)
 
