@@ -24,6 +24,7 @@ from spdk_kv.errors import SpdkKvError
 from spdk_kv.memory import MemoryReader
 from spdk_kv.paths.accounting import Accounting
 from spdk_kv.paths.admission import ReadAheadAdmission
+from spdk_kv.paths.backlog import Backlog
 from spdk_kv.paths.copy import Copy
 from spdk_kv.paths.dropping import Dropper
 from spdk_kv.paths.routes import Routes
@@ -55,7 +56,8 @@ class Watcher(Protocol):
 class Orchestrator:
     """Decides which units are on which path, between the scans of the sequences. Thread-safe.
 
-    ``routes`` holds the engines and chooses between them; ``ahead`` admits what is read ahead.
+    ``routes`` holds the engines and chooses between them; ``ahead`` admits what is read ahead, and
+    ``backlog`` what is to be written.
 
     Args:
         direct: the store's engine; its owner closes it.
@@ -83,6 +85,7 @@ class Orchestrator:
             copy = Copy(cache, self._lock, min(ahead_nbytes // 2, _MAX_COPYING_NBYTES))
         self.routes = Routes(direct, cache, copy, policy.name == "pagecache", self._lock)
         self.ahead = ReadAheadAdmission(ahead_nbytes)
+        self.backlog = Backlog()
         self._scans = Scans()
         self._accounting = Accounting(policy, self.routes, single_path_reason)
         self._dropper = Dropper(cache, copy, self._lock) if cache is not None else None
@@ -298,6 +301,7 @@ class Orchestrator:
             self._closed = True
             if self.routes.copy is not None:
                 self.routes.copy.close()
+        self.backlog.close()
         if self._watcher is not None:
             self._watcher.close()
         if self._dropper is not None:

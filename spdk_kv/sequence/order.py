@@ -18,6 +18,8 @@ class RowOrder:
 
     def __init__(self, shape: KVShape) -> None:
         self._shape = shape
+        self.changes = 0
+        """How often :meth:`change` was called."""
         # rows[t, b]: the stored row; None while each is its own.
         self._rows: np.ndarray[Any, np.dtype[np.int32]] | None = None
 
@@ -31,7 +33,9 @@ class RowOrder:
         if self._rows is None:
             own = np.arange(self._shape.batch, dtype=np.int32)
             self._rows = np.tile(own, (self._shape.max_tokens, 1))
+        # No call comes between these two, so that no interrupt does.
         self._rows[:tokens] = self._rows[:tokens, rows]
+        self.changes += 1
 
     def apply(
         self, stored: torch.Tensor, first: int, last: int, buffer: ReadBuffer

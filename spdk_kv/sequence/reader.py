@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from spdk_kv._native.transfer import PREFETCH
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.link import LinkedGpu
 from spdk_kv.paths import Orchestrator
 from spdk_kv.placement import StagingPool
@@ -79,8 +80,8 @@ class Reader:
         self._extend_to(reading, self._layout.token_range(0, last)[1], priority)
 
     def _extend_to(self, reading: Reading, end: int, priority: int = 0) -> None:
-        on_drive = self._pending[0].start if self._pending else self._contents.stored_nbytes
-        end = min(on_drive, end)
+        stored = self._contents.stored_nbytes
+        end = min(self._pending[0].start if self._pending else stored, stored, end)
         if end <= reading.requested:
             return
         for unit, extents in by_path(self._contents.units, reading.extents):
@@ -96,9 +97,9 @@ class Reader:
         end = max(self._layout.token_range(0, last)[1], reading.start)
         return end - reading.start <= reading.per_extent
 
-    def finish(self, reading: Reading, last: int) -> torch.Tensor:
+    def finish(self, reading: Reading, last: int, deadline: Deadline = NEVER) -> torch.Tensor:
         """Waits for the reading, checks it, and returns ``[extents, tokens, *row_shape]``."""
-        reading.complete()
+        reading.complete(deadline)
         buffer, extents, start = reading.buffer, reading.extents, reading.start
         shape = (len(extents), last - reading.first, *self._layout.row_shape)
         if last == reading.first:
@@ -107,7 +108,7 @@ class Reader:
         begin, end = reading.first * row, last * row
         rows = buffer.as_bytes(len(extents), reading.per_extent)
         for write in self._pending:
-            at, until = max(write.start, start), min(write.end, end)
+            at, until = max(write.start, start), min(write.end, end, stored)
             if at < until:
                 # Sooner than from the drive, which has yet to write it.
                 rows[:, at - start : until - start] = buffer.local(write.part(extents, at, until))
@@ -117,13 +118,13 @@ class Reader:
         rows = self._order.apply(rows[:, begin - start : end - start], reading.first, last, buffer)
         return rows.view(self._dtype).view(shape)
 
-    def read_chunk(self, start: int) -> torch.Tensor:
+    def read_chunk(self, start: int, deadline: Deadline) -> torch.Tensor:
         """The stored chunk from byte ``start`` of every extent, in memory of its own. Waits."""
         chunk, every = self._layout.chunk_nbytes, self._contents.extents
         buffer = ReadBuffer(self._staging, len(every) * chunk, None)
         reading = self._reading(buffer, every, 0, start, chunk)
         self._extend_to(reading, start + chunk)
-        reading.complete()
+        reading.complete(deadline)
         return buffer.as_bytes(len(every), chunk)
 
     # -- reading ahead --------------------------------------------------------------------------

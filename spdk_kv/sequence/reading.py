@@ -9,11 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from spdk_kv._native.transfer import Transfer
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import Engine
 from spdk_kv.errors import CorruptionError, DeviceError, DeviceTimeout, SpdkKvError
 from spdk_kv.paths import Orchestrator, TrackedUnit
 from spdk_kv.sequence.buffer import ReadBuffer
-from spdk_kv.sequence.contents import CRC_NBYTES, Contents
+from spdk_kv.sequence.contents import Contents
 
 if TYPE_CHECKING:
     import torch
@@ -106,13 +107,18 @@ class Reading:
         transfer.submit(None, priority)
         return Part(transfer, engine, unit, warm_epoch, copy_epoch, extents, start, end)
 
-    def complete(self) -> None:
-        """Waits until all of it is there. What one path cannot deliver, the other one may.
+    def complete(self, deadline: Deadline = NEVER) -> None:
+        """Waits until all of it is there. What one path cannot deliver, the other one may. Whoever
+        gives up waiting gives up the reading.
 
         Raises CorruptionError where a chunk's checksum differs, and the drive's errors.
         """
-        for part in self.parts:
-            self._receive(part)
+        try:
+            for part in self.parts:
+                self._receive(part, deadline)
+        except BaseException:
+            self.cancel()
+            raise
 
     @property
     def bypasses_cache(self) -> bool:
@@ -125,12 +131,12 @@ class Reading:
             if part.transfer.in_flight:
                 part.transfer.cancel()
 
-    def _receive(self, part: Part) -> None:
+    def _receive(self, part: Part, deadline: Deadline) -> None:
         paths, unit = self._paths, part.unit
         through_cache = part.engine is not paths.routes.direct
         failure: SpdkKvError | None = None
         try:
-            self._complete(part)
+            self._complete(part, deadline)
         except DeviceTimeout:
             raise  # the drive may still write into the buffer
         except (DeviceError, CorruptionError) as failed:
@@ -140,12 +146,12 @@ class Reading:
             if failure is not None and part.transfer.in_flight:
                 raise failure
             part = self._begin(paths.routes.direct, None, part.extents, part.start, part.end)
-            self._complete(part)
+            self._complete(part, deadline)
             if paths.routes.copy is not None:
                 paths.routes.copy.sweep(unit)
             through_cache, unit = False, None
         elif failure is not None:
-            self._take_over(part, failure)
+            self._take_over(part, failure, deadline)
         elif unit is not None and not through_cache:
             delivered = partial(self._bytes_of, part)
             paths.fill_copy(unit, part.start, delivered, self._chunk_nbytes)
@@ -160,20 +166,20 @@ class Reading:
         rows = rows[part.extents.start - first : part.extents.stop - first]
         return rows[:, part.start - self.start : part.end - self.start]
 
-    def _complete(self, part: Part) -> None:
-        part.engine.wait(part.transfer)
+    def _complete(self, part: Part, deadline: Deadline) -> None:
+        part.engine.wait(part.transfer, deadline)
         if not self._verify:
             return
-        chunk = self._chunk_nbytes
-        expected = slice(part.start // chunk * CRC_NBYTES, part.end // chunk * CRC_NBYTES)
         for segment, number in enumerate(part.extents):
-            if part.transfer.chunk_crcs(segment) != self._contents.crcs[number][expected]:
+            if part.transfer.chunk_crcs(segment) != self._contents.crcs(
+                number, part.start, part.end
+            ):
                 raise CorruptionError(
                     f"{self._contents.name}: stored bytes between {part.start} and {part.end} of "
                     f"extent {number} are not those that were appended (CRC32C differs)"
                 )
 
-    def _take_over(self, part: Part, failure: SpdkKvError) -> None:
+    def _take_over(self, part: Part, failure: SpdkKvError, deadline: Deadline) -> None:
         """Reads by the other path; raises ``failure`` where that cannot either."""
         paths = self._paths
         engine = paths.routes.fallback(part.engine, part.unit, part.end)
@@ -185,7 +191,8 @@ class Reading:
         if part.transfer.in_flight and self.buffer.gpu is None:
             raise failure
         try:
-            self._complete(self._begin(engine, None, part.extents, part.start, part.end))
+            other = self._begin(engine, None, part.extents, part.start, part.end)
+            self._complete(other, deadline)
         except SpdkKvError:
             raise failure from None
         log.warning("%s; the engine %s delivered it", failure, engine.name)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.index import SequenceRecord
 from spdk_kv.placement import SequenceLayout
@@ -34,8 +35,10 @@ class Recorder:
         self.temporary = temporary
         self.deleted = False
         """Set under ``lock``; nothing is recorded from then on."""
-        self.dirty = False
-        """Whether there are changes that no staged record has."""
+        # The last change, and the last one that a staged record has. Not a flag: a change that
+        # comes while a record is made would be lost with it.
+        self._change: object = None
+        self._staged: object = None
         self.must_record = False
         self.lock = threading.RLock()
         """Held while a record is made and while one is overtaken (truncate, delete). Taken before
@@ -47,9 +50,15 @@ class Recorder:
         # Tokens of each layer that the last record covers.
         self._recorded = [0] * len(layers)
 
+    @property
+    def dirty(self) -> bool:
+        """Whether there are changes that no staged record has."""
+        return self._change is not self._staged
+
     def mark_dirty(self) -> None:
-        """Notes a change."""
-        self.dirty = not self.temporary
+        """Notes a change that is about to be made, with the layer's lock held."""
+        if not self.temporary:
+            self._change = object()
 
     def mark_recorded(self) -> None:
         """The last record covers all tokens that the layers have now."""
@@ -67,31 +76,28 @@ class Recorder:
             self.must_record = before
             raise
 
-    def stage(self) -> None:
+    def stage(self, deadline: Deadline = NEVER) -> None:
         """Writes what is only in memory and gives the index the record for its next commit, if
         anything changed. Waits for the drive; raises the errors of writes."""
-        with self.lock:
+        with deadline.hold(self.lock):
             if self.temporary or self.deleted or not self.dirty:
                 return
-            self.dirty = False
-            try:
-                self._stage()
-            except BaseException:
-                self.dirty = True
-                raise
+            change = self._change
+            self._stage(deadline)
+            self._staged = change
 
-    def _stage(self) -> None:
-        record, covered = self._record()
+    def _stage(self, deadline: Deadline) -> None:
+        record, covered = self._record(deadline)
         # First what guards the record, in case an interrupt comes between the two.
         self._recorded = covered
         self._records.publish_sequence(self._name, record)
 
-    def _record(self) -> tuple[SequenceRecord, list[int]]:
+    def _record(self, deadline: Deadline) -> tuple[SequenceRecord, list[int]]:
         """The record, and how many tokens of each layer it covers."""
         units, maps, covered = [], [], []
         for layer in self._layers:
-            with layer.lock:
-                units += layer.flush()
+            with deadline.hold(layer.lock):
+                units += layer.flush(deadline)
                 maps.append(layer.row_map())
                 covered.append(layer.tokens)
         layout = self._layout
@@ -111,10 +117,10 @@ class Recorder:
         )
         return record, covered
 
-    def commit_if_due(self) -> None:
+    def commit_if_due(self, deadline: Deadline = NEVER) -> None:
         """Commits a record of what is left, if the last one covers tokens forgotten since."""
-        with self.lock:
+        with deadline.hold(self.lock):
             if self.must_record:
-                self.stage()
-                self._records.commit()
+                self.stage(deadline)
+                self._records.commit(deadline.left_s())
                 self.must_record = False

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Sequential
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.errors import CapacityError, ClosedError, ShapeMismatch, SpdkKvError, is_unreadable
-from spdk_kv.link import LinkedGpu
 from spdk_kv.paths import UnitGroup
 from spdk_kv.placement import SequenceLayout
 from spdk_kv.sequence.ahead import ReadAhead
 from spdk_kv.sequence.arguments import batch_order, check_tokens, head_list, token_range
-from spdk_kv.sequence.backlog import Backlog
 from spdk_kv.sequence.host import Host
 from spdk_kv.sequence.layer import Layer
 from spdk_kv.sequence.recorder import Recorder
+from spdk_kv.sequence.twins import Twins
 from spdk_kv.sequence.views import read_all, read_heads
+from spdk_kv.sequence.whole import Whole
 from spdk_kv.types import Granularity, KVShape
 
 if TYPE_CHECKING:
@@ -28,14 +29,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Sequence:
+class Sequence(Twins):
     """The KV cache of one request or batch; :meth:`KVStore.sequence` makes one.
 
     Layers are independent of each other: they may hold different numbers of tokens, and threads
     that use different layers run in parallel. All methods are thread-safe.
 
-    A layer whose write failed raises that error from then on, and so does one in which a change
-    was interrupted half way (Ctrl-C): delete the sequence and compute it again.
+    A layer whose write failed raises that error from then on: delete the sequence and compute it
+    again. An interrupt (Ctrl-C) or a ``timeout_s`` that passes ends a call and nothing else: what
+    was accepted before goes on, and a layer is as it was before the call or as it was to be.
 
     Attributes:
         name: The name it has in its store.
@@ -58,7 +60,7 @@ class Sequence:
         self._group = group
         self._layers = layers
         self._recorder = recorder
-        self._backlog = Backlog(layers)
+        self._whole = Whole(layers, recorder)
         self._ahead = ReadAhead(host.paths, group, layers, layout.shape.max_tokens)
 
     # -- properties -----------------------------------------------------------------------------
@@ -129,11 +131,13 @@ class Sequence:
 
     # -- appending ------------------------------------------------------------------------------
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Adds tokens to a layer.
+    def append(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, *, timeout_s: float | None = None
+    ) -> None:
+        """Adds tokens to a layer, all of them or (after any error or interrupt) none.
 
         Copies them and returns; the drive writes in the background. Blocks while more than 64 MiB
-        of the layer, or 128 MiB of the sequence, wait to be written. Blocks for the copy from a
+        of the layer, or 128 MiB of all sequences, wait to be written. Blocks for the copy from a
         GPU as well; over a link only for what does not fill a chunk.
 
         Args:
@@ -141,25 +145,26 @@ class Sequence:
             k: Keys, ``[batch, kv_heads, tokens, head_dim]``, in the sequence's dtype, on any
                 device.
             v: Values, likewise.
+            timeout_s: Seconds to wait at most; None waits as long as it takes.
 
         Raises:
-            ShapeMismatch: A tensor does not fit the sequence's shape. Nothing is changed.
-            CapacityError: More than ``max_tokens`` tokens. Nothing is changed.
+            ShapeMismatch: A tensor does not fit the sequence's shape.
+            CapacityError: More than ``max_tokens`` tokens.
+            DeviceTimeout: There was no room within ``timeout_s``.
             DeviceError: A write failed, now or earlier: the layer is lost.
             ClosedError: The sequence was deleted, or the store closed.
         """
-        target = self._layer(layer)
+        deadline = Deadline(timeout_s)
+        target = self._layer(layer, deadline)
         check_tokens(self.shape, k, v)
         k, v = k.detach(), v.detach()
-        while not self._append(target, k, v):
-            self._recorder.commit_if_due()
-        self._recorder.mark_dirty()
-        if target.writer.pending_nbytes:
-            self._backlog.add(target)
+        self._host.paths.backlog.make_room(deadline)
+        while not self._append(target, k, v, deadline):
+            self._recorder.commit_if_due(deadline)
 
-    def _append(self, layer: Layer, k: torch.Tensor, v: torch.Tensor) -> bool:
+    def _append(self, layer: Layer, k: torch.Tensor, v: torch.Tensor, deadline: Deadline) -> bool:
         """Whether it could be done: not before a record that is due was made."""
-        with layer.lock:
+        with deadline.hold(layer.lock):
             if self._recorder.must_record:
                 return False
             if layer.tokens + k.shape[2] > self.shape.max_tokens:
@@ -169,30 +174,28 @@ class Sequence:
                 )
             layer.settle(wait=False)
             if k.shape[2]:
-                layer.append(k, v, self._host.links.of((k, v)))
+                self._recorder.mark_dirty()
+                layer.append(k, v, self._host.links.of((k, v)), deadline)
             return True
 
-    def append_async(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Future[None]:
-        """As :meth:`append`, in the background.
-
-        Appends to one layer may overtake each other: wait for one before the next.
-
-        Returns:
-            A future of None.
-        """
-        gpu = self._host.links.of((k, v))
-        return self._in_background(gpu, lambda: self.append(layer, k, v))
-
-    def settle(self, layer: int) -> None:
+    def settle(self, layer: int, *, timeout_s: float | None = None) -> None:
         """Blocks until all tokens appended to ``layer`` are written, and their copies in memory
         given back. They survive a power cut only after :meth:`KVStore.flush`.
 
+        An interrupt or the timeout ends this wait only; the writes go on.
+
+        Args:
+            layer: Number of the layer.
+            timeout_s: Seconds to wait at most; None waits as long as it takes.
+
         Raises:
+            DeviceTimeout: They were not all written within ``timeout_s``.
             DeviceError: A write failed: the layer is lost.
         """
-        target = self._layer(layer)
-        with target.lock:
-            target.settle()
+        deadline = Deadline(timeout_s)
+        target = self._layer(layer, deadline)
+        with deadline.hold(target.lock):
+            target.settle(deadline)
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -203,6 +206,7 @@ class Sequence:
         tokens: slice | None = None,
         heads: Iterable[int] | slice | None = None,
         device: Any = None,
+        timeout_s: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads K and V of a layer. Blocks on the drive; briefly if the layer was prefetched.
 
@@ -214,6 +218,7 @@ class Sequence:
             device: Where the tensors are to be, as for ``torch.device``; host memory by default.
                 To a GPU that the store reaches over a link, data is copied while the drive still
                 reads, and only torch's current stream waits for the last copies.
+            timeout_s: Seconds until the read is given up; None waits as long as it takes.
 
         Returns:
             K and V, ``[batch, kv_heads, tokens, head_dim]`` each. They own their memory, but are
@@ -223,10 +228,12 @@ class Sequence:
         Raises:
             ShapeMismatch: There is no such layer or head, or the slice has another step.
             CorruptionError: A checksum differs.
+            DeviceTimeout: It took longer than ``timeout_s``.
             DeviceError: The drive failed, now or at an earlier append to the layer.
             ClosedError: The sequence was deleted, or the store closed.
         """
-        source = self._layer(layer)
+        deadline = Deadline(timeout_s)
+        source = self._layer(layer, deadline)
         chosen = head_list(self.shape.kv_heads, heads)
         gpu = self._gpu(device)
         if device is not None and gpu is None:
@@ -234,39 +241,27 @@ class Sequence:
         self._ahead.gpu = gpu
         number = self._number(layer)
         self._host.paths.before_read(self._group, number)
-        with source.lock, self._counting_corruption():
+        with deadline.hold(source.lock), self._counting_corruption():
             first, last = token_range(source.tokens, tokens)
             if chosen is None:
-                k, v = read_all(source, first, last, gpu)
+                k, v = read_all(source, first, last, gpu, deadline)
             else:
-                k, v = read_heads(source, first, last, chosen, gpu)
-        self._ahead.after_read(number if tokens is None and chosen is None else None)
+                k, v = read_heads(source, first, last, chosen, gpu, deadline)
+        self._ahead.after_read(number if tokens is None and chosen is None else None, deadline)
         # They are elsewhere if they were read ahead for another device.
         place = "cpu" if device is None else device
         return k.to(place), v.to(place)
 
-    def read_async(
-        self,
-        layer: int,
-        *,
-        tokens: slice | None = None,
-        heads: Iterable[int] | slice | None = None,
-        device: Any = None,
-    ) -> Future[tuple[torch.Tensor, torch.Tensor]]:
-        """As :meth:`read`, in the background.
-
-        Returns:
-            A future of K and V.
-        """
-        gpu = self._gpu(device)
-        return self._in_background(
-            gpu, lambda: self.read(layer, tokens=tokens, heads=heads, device=device)
-        )
-
     def prefetch(
-        self, layers: Iterable[int], *, first_token: int = 0, spare_tokens: int = 1
+        self,
+        layers: Iterable[int],
+        *,
+        first_token: int = 0,
+        spare_tokens: int = 1,
+        timeout_s: float | None = None,
     ) -> None:
-        """Starts to read layers ahead. Returns at once.
+        """Starts to read layers ahead. Does not wait for the drive, but for other threads' calls
+        on these layers.
 
         Layers are started in the order given, behind what is read on demand: as many as half of
         the store's ``staging`` memory has room for, at least one, and the others when reads have
@@ -275,34 +270,25 @@ class Sequence:
 
         The next :meth:`read` of such a layer that begins at ``first_token`` takes it over. The
         memory is held until then, or until a prefetch of the layer from another token; one from
-        its end reads nothing.
+        its end reads nothing. A sequence that was left alone for 2 s gives it up where others have
+        no room.
 
         Args:
             layers: Numbers of layers.
             first_token: All tokens from this one on are read.
             spare_tokens: How many tokens may be appended before the read.
+            timeout_s: Seconds to wait at most; None waits as long as it takes.
 
         Raises:
             ShapeMismatch: There is no such layer, or a number of tokens is negative.
+            DeviceTimeout: A layer was in use for longer than ``timeout_s``.
             ClosedError: The sequence was deleted, or the store closed.
         """
         if first_token < 0 or spare_tokens < 0:
             raise ShapeMismatch(f"tokens are counted from 0, not {min(first_token, spare_tokens)}")
+        deadline = Deadline(timeout_s)
         numbers = [self._usable_number(layer) for layer in layers]
-        self._ahead.ask(numbers, first_token, spare_tokens)
-
-    def _gpu(self, device: Any) -> LinkedGpu | None:
-        return None if device is None else self._host.links.gpu(device)
-
-    def _in_background(self, gpu: LinkedGpu | None, work: Callable[[], T]) -> Future[T]:
-        """Runs ``work`` on another thread, in order with this one's current stream on ``gpu``."""
-        stream: AbstractContextManager[Any] = nullcontext() if gpu is None else gpu.on_this_stream()
-
-        def run() -> T:
-            with stream:
-                return work()
-
-        return self._host.run_in_background(run)
+        self._ahead.ask(numbers, first_token, spare_tokens, deadline)
 
     @contextmanager
     def _counting_corruption(self) -> Iterator[None]:
@@ -315,49 +301,49 @@ class Sequence:
 
     # -- changing -------------------------------------------------------------------------------
 
-    def truncate(self, tokens: int, *, layer: int | None = None) -> None:
-        """Forgets all tokens from ``tokens`` on. May block on the drive.
+    def truncate(
+        self, tokens: int, *, layer: int | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Forgets all tokens from ``tokens`` on, in the last layer first. May block on the drive.
+
+        After an interrupt or an error each layer has either its old tokens or ``tokens``, and the
+        same call does the rest.
 
         Args:
             tokens: How many tokens stay.
             layer: Number of the layer; all layers by default.
+            timeout_s: Seconds to wait at most; None waits as long as it takes.
 
         Raises:
             ShapeMismatch: A layer has fewer tokens. Nothing is changed.
+            DeviceTimeout: It took longer than ``timeout_s``. That layer and those before it are
+                unchanged.
             DeviceError, CorruptionError: The chunk that is cut cannot be read. That layer and
-                those after it are unchanged.
+                those before it are unchanged.
         """
-        numbers = range(len(self._layers)) if layer is None else [self._number(layer)]
-        with self._recorder.lock:
-            for number in numbers:
-                target = self._layer(number)
-                if not 0 <= tokens <= target.tokens:
-                    raise ShapeMismatch(f"{target.name} has {target.tokens} tokens, not {tokens}")
-            self._recorder.mark_dirty()
-            for number in numbers:
-                target = self._layer(number)
-                with target.lock, self._counting_corruption():
-                    if tokens < target.tokens:
-                        with self._recorder.forgetting(number, tokens):
-                            target.truncate(tokens)
-            self._recorder.commit_if_due()
+        deadline = Deadline(timeout_s)
+        with self._counting_corruption():
+            self._whole.truncate(self._numbers(layer, deadline), tokens, deadline)
 
-    def reorder(self, rows: Iterable[int], *, layer: int | None = None) -> None:
-        """Reorders the batch, as beam search does. No I/O.
+    def reorder(
+        self, rows: Iterable[int], *, layer: int | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Reorders the batch, as beam search does. No I/O, but waits for other threads' calls.
+
+        If an interrupt or the timeout comes between two layers, the next call does the rest first.
 
         Args:
             rows: Row ``b`` of the batch becomes what row ``rows[b]`` was.
             layer: Number of the layer; all layers by default.
+            timeout_s: Seconds to wait at most; None waits as long as it takes.
 
         Raises:
             ShapeMismatch: ``rows`` does not name one row for each row of the batch.
+            DeviceTimeout: A layer was in use for longer than ``timeout_s``.
         """
+        deadline = Deadline(timeout_s)
         index = batch_order(self.shape.batch, rows)
-        for number in range(len(self._layers)) if layer is None else [self._number(layer)]:
-            target = self._layer(number)
-            with target.lock:
-                target.reorder(index)
-            self._recorder.mark_dirty()
+        self._whole.reorder(self._numbers(layer, deadline), index, deadline)
 
     def delete(self) -> None:
         """Deletes the sequence and gives its extents back. May be called twice.
@@ -377,9 +363,10 @@ class Sequence:
             self._host.catalog.drop_sequence(self.name, self._offsets, writes)
             self._host.forget_sequence(self)
 
-    def stage_for_commit(self) -> None:
+    def stage_for_commit(self, deadline: Deadline = NEVER) -> None:
         """For :meth:`KVStore.flush`: see :meth:`Recorder.stage`. Blocks on the drive."""
-        self._recorder.stage()
+        self._whole.finish(deadline)
+        self._recorder.stage(deadline)
 
     # -- arguments ------------------------------------------------------------------------------
 
@@ -395,5 +382,13 @@ class Sequence:
             raise ClosedError(f"sequence {self.name!r} was deleted")
         return self._number(layer)
 
-    def _layer(self, layer: int) -> Layer:
-        return self._layers[self._usable_number(layer)]
+    def _layer(self, layer: int, deadline: Deadline = NEVER) -> Layer:
+        found = self._layers[self._usable_number(layer)]
+        if self._whole.unfinished:
+            self._whole.finish(deadline)
+        return found
+
+    def _numbers(self, layer: int | None, deadline: Deadline) -> Sequential[int]:
+        """The number of ``layer``, or those of all layers."""
+        self._layer(layer or 0, deadline)
+        return range(len(self._layers)) if layer is None else [self._number(layer)]

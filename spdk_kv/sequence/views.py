@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.link import LinkedGpu
 from spdk_kv.sequence.layer import Layer
 
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def read_all(
-    layer: Layer, first: int, last: int, gpu: LinkedGpu | None = None
+    layer: Layer,
+    first: int,
+    last: int,
+    gpu: LinkedGpu | None = None,
+    deadline: Deadline = NEVER,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens ``[first, last)`` of all heads, on ``gpu`` or in host memory; if they were read ahead,
     where they were read to. Waits for the drive. The caller holds the layer's lock."""
@@ -25,7 +30,7 @@ def read_all(
         reading = reader.plan(first, last, layer.contents.extents, 0, gpu)
     layer.settle(wait=False)
     reader.extend(reading, last)
-    rows = reader.finish(reading, last)
+    rows = reader.finish(reading, last, deadline)
     if layout.granularity == "head":
         heads = layout.shape.kv_heads
         return rows[:heads].permute(2, 0, 1, 3), rows[heads:].permute(2, 0, 1, 3)
@@ -33,7 +38,12 @@ def read_all(
 
 
 def read_heads(
-    layer: Layer, first: int, last: int, heads: list[int], gpu: LinkedGpu | None = None
+    layer: Layer,
+    first: int,
+    last: int,
+    heads: list[int],
+    gpu: LinkedGpu | None = None,
+    deadline: Deadline = NEVER,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`read_all`, but only ``heads``, in that order. With granularity ``head`` only those
     are read."""
@@ -41,13 +51,13 @@ def read_heads(
 
     reader, layout = layer.reader, layer.contents.layout
     if layout.granularity == "layer" or not heads:
-        whole = read_all(layer, first, last, gpu)
+        whole = read_all(layer, first, last, gpu, deadline)
         index = torch.tensor(heads, dtype=torch.long, device=whole[0].device)
         k, v = (
             tensor.view(torch.uint8).index_select(1, index).view(tensor.dtype) for tensor in whole
         )
         return k, v
-    layer.settle()
+    layer.settle(deadline)
     readings = [
         reader.plan(first, last, range(start + head, start + head + 1), 0, gpu)
         for start in (0, layout.shape.kv_heads)
@@ -55,7 +65,7 @@ def read_heads(
     ]
     for reading in readings:
         reader.extend(reading, last)
-    rows = [reader.finish(reading, last) for reading in readings]
+    rows = [reader.finish(reading, last, deadline) for reading in readings]
     k, v = (
         torch.cat([row.view(torch.uint8) for row in half]).view(rows[0].dtype)
         for half in (rows[: len(heads)], rows[len(heads) :])

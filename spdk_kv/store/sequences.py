@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.errors import KeyNotFound, ShapeMismatch, SpdkKvError
 from spdk_kv.index import SequenceRecord
 from spdk_kv.sequence import Host, Sequence, create_sequence, restore_sequence
@@ -76,13 +77,13 @@ class OpenSequences:
         """Whether one has something to commit. Takes no lock: a create may hold it for long."""
         return any(sequence.dirty for sequence in list(self._open.values()))
 
-    def stage(self) -> SpdkKvError | None:
+    def stage(self, deadline: Deadline = NEVER) -> SpdkKvError | None:
         """Stages all of them for the next commit. Returns the first failure instead of raising it:
         a sequence that lost tokens must not keep the rest back."""
         failed = None
         for sequence in self.open_sequences():
             try:
-                sequence.stage_for_commit()
+                sequence.stage_for_commit(deadline)
             except SpdkKvError as failure:
                 failed = failed or failure
         return failed

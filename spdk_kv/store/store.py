@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, TypeVar
 
+from spdk_kv.deadline import Deadline
 from spdk_kv.engines import PageCacheEngine
 from spdk_kv.errors import ClosedError, SpdkKvError
 from spdk_kv.link import Links
@@ -291,7 +292,7 @@ class KVStore:
         """Blocks until everything put and appended before survives a power cut.
 
         Args:
-            timeout_s: Seconds to wait for the drive's flush; None waits as long as it takes.
+            timeout_s: Seconds to wait at most; None waits as long as it takes.
 
         Raises:
             DeviceError, DeviceTimeout: The drive failed; the next flush tries again.
@@ -300,8 +301,9 @@ class KVStore:
             ClosedError: The store is closed.
         """
         self.check_open()
-        failed = self._sequences.stage()
-        self.catalog.commit(timeout_s)
+        deadline = Deadline(timeout_s)
+        failed = self._sequences.stage(deadline)
+        self.catalog.commit(deadline.left_s())
         if failed is not None:
             raise failed
 

@@ -210,9 +210,10 @@ def watch_held(store: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     held = []
     hold = store.paths.ahead.hold
 
-    def noted(nbytes: int) -> None:
-        hold(nbytes)
+    def noted(nbytes: int) -> Any:
+        taken = hold(nbytes)
         held.append(store.paths.ahead.held_nbytes)
+        return taken
 
     monkeypatch.setattr(store.paths.ahead, "hold", noted)
     return held

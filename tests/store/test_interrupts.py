@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,51 +22,12 @@ from store.helpers import (
     reopen,
     version_of,
 )
+from support.interrupts import interrupted_everywhere
 from support.places import TESTS
 from support.rounds import rounds
 
 folder = folder_fixture
 HERE = str(TESTS)
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt at the n-th place in the store's own code where Ctrl-C may.
-
-    The interpreter looks for signals where a function begins and where a call of C has returned;
-    a profiler is called at the same places.
-    """
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def _profile(self, frame, event, _):
-        if event in ("call", "c_return") and "/spdk_kv/" in frame.f_code.co_filename:
-            self.left -= 1
-            if self.left == 0:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
-    def run(self, call) -> bool:
-        """Whether it came to the interrupt."""
-        sys.setprofile(self._profile)
-        try:
-            call()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.setprofile(None)
-        return self.left <= 0  # it came where exceptions are swallowed: in a finalizer
-
-
-def interrupted_everywhere(prepare, call, check, step: int = 1) -> int:
-    """Runs ``call`` again and again, interrupted a little later each time, until it is not."""
-    at = random.randrange(step)
-    while True:
-        at += step
-        prepare(at)
-        if not Interrupt(at).run(lambda at=at: call(at)):
-            return at
-        check(at)
 
 
 def still_true(store: spdk_kv.KVStore, at: int) -> None:
@@ -210,11 +169,7 @@ def test_ctrl_c_anywhere_in_a_sequence(folder, long_lived):
         long_lived[0].flush()
 
     def look(sequence: spdk_kv.Sequence) -> None:
-        try:
-            found = sequence.read(0)
-        except SpdkKvError:
-            return  # interrupted half way, and says so
-        count = sequence.tokens(0)
+        found, count = sequence.read(0), sequence.tokens(0)
         assert all(torch.equal(tensor, k[:, :, :count]) for tensor in found)
 
     def check(at: int) -> None:

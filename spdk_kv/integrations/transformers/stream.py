@@ -9,11 +9,12 @@ import uuid
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 
-from spdk_kv.errors import CapacityError, ShapeMismatch, SpdkKvError
+from spdk_kv.errors import CapacityError, KeyNotFound, ShapeMismatch, SpdkKvError
 from spdk_kv.sequence import Sequence
 from spdk_kv.store import KVStore
 from spdk_kv.types import Granularity, KVShape
@@ -71,10 +72,14 @@ class LayerStream:
         self.kept_layers = layers if resident >= layers else max(0, resident - 2)
         self.counters = StreamCounters()
         self._store = store
-        self._kept: dict[int, Pair] = {}
+        # With the number of tokens up to which it reaches: what a pass that was interrupted left
+        # behind is not taken for another's.
+        self._kept: dict[int, tuple[int, Pair]] = {}
         self._lent: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]]] = {}
         self._ahead: int | None = None
         self._written: int | None = None
+        # Of a sequence that is not this stream's, yet or any more, and is to be deleted.
+        self._spare_name: str | None = None
         self._sequence: Sequence | None = None
         self._finalizer: weakref.finalize[[Sequence], LayerStream] | None = None
         if options.name is not None and options.name in store.sequences():
@@ -118,20 +123,21 @@ class LayerStream:
         if self._written is not None and self._written != layer:
             # Its memory is given back first: two resident layers leave no room for a third.
             sequence.settle(self._written)
-        sequence.append(layer, k, v)
         self._written = layer
+        sequence.append(layer, k, v)
         if self.options.resident_layers == 1:
             sequence.settle(layer)
         self.counters.appended_nbytes += 2 * k.nbytes
         first = self._first(layer, past)
+        kept_tokens, kept = self._kept.get(layer, (0, (k, v)))
         if first == past:
             keys, values = k, v
-        elif layer in self._kept:
-            keys, values = _joined(self._kept[layer], (k, v), past - first)
+        elif kept_tokens == past:
+            keys, values = _joined(kept, (k, v), past - first)
         else:
             keys, values = self._read(sequence, layer, first, k.device)
         if layer < self.kept_layers:
-            self._kept[layer] = (keys.contiguous(), values.contiguous())
+            self._kept[layer] = past + count, (keys.contiguous(), values.contiguous())
         self._lent[layer] = (weakref.ref(keys), weakref.ref(values))
         self._read_ahead(sequence, layer, count if past else 1)
         now = self.resident_layers
@@ -189,10 +195,13 @@ class LayerStream:
         """Row ``b`` of the batch becomes what row ``rows[b]`` was. No I/O."""
         if self._sequence is None or list(rows) == list(range(self._sequence.shape.batch)):
             return
+        # Not there meanwhile: an interrupt costs a read, and no layer has another order.
+        kept, self._kept = self._kept, {}
         self._sequence.reorder(rows)
-        for layer, (k, v) in self._kept.items():
+        for layer, (tokens, (k, v)) in kept.items():
             index = torch.tensor(rows, device=k.device)
-            self._kept[layer] = (k.index_select(0, index), v.index_select(0, index))
+            kept[layer] = tokens, (k.index_select(0, index), v.index_select(0, index))
+        self._kept = kept
 
     def select(self, rows: Rows[int]) -> None:
         """The batch becomes the ``rows`` of what it was, in that order.
@@ -222,16 +231,18 @@ class LayerStream:
         except BaseException:
             new.delete()
             raise
-        self.clear()
+        self._detach()
         self._take(new)
+        self._delete_spare()
 
     def clear(self) -> None:
         """Deletes the sequence; the next :meth:`update` creates another one, of any batch."""
         self._drop_resident()
-        sequence, self._sequence = self._sequence, None
-        if sequence is not None:
+        self._delete_spare()
+        if self._sequence is not None:
+            self._sequence.delete()
             self._detach()
-            sequence.delete()
+            self._sequence = None
 
     def release(self) -> None:
         """Lets go of the sequence: a temporary one is deleted, a lasting one stays."""
@@ -269,7 +280,10 @@ class LayerStream:
         return sequence
 
     def _open(self, shape: KVShape) -> Sequence:
+        self._delete_spare()
         name = self.options.name or f"layer-stream-{uuid.uuid4().hex}"
+        if self.options.name is None:
+            self._spare_name = name
         temporary = self.options.name is None
         granularity = self.options.granularity
         try:
@@ -300,8 +314,16 @@ class LayerStream:
         # A crash may have come between two layers of a forward pass.
         self.truncate(0)
 
+    def _delete_spare(self) -> None:
+        """Deletes a sequence that an interrupt has left behind."""
+        if self._spare_name is not None:
+            with suppress(KeyNotFound):
+                self._store.sequence(self._spare_name).delete()
+        self._spare_name = None
+
     def _take(self, sequence: Sequence) -> None:
-        self._sequence = sequence
+        before = self._sequence
+        self._sequence, self._spare_name = sequence, None if before is None else before.name
         sequence.read_ahead = False  # this class decides which layers are in memory
         if sequence.temporary:
             self._finalizer = weakref.finalize(self, _delete_in_thread, sequence)
