@@ -270,7 +270,6 @@ def test_a_tiny_real_run(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(FOLDER / "run.py"), *words],
         capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(FOLDER.parent.parent)},
     )  # fmt: skip
     if "fio is not installed" in done.stderr:
         pytest.skip("fio is not installed")

@@ -21,7 +21,6 @@ from spdk_kv.demo.model import ByteTokenizer, read_text
 from spdk_kv.demo.report import Report, print_report
 from spdk_kv.store import open as open_store
 from spdk_kv.types import KVShape
-from support.places import ROOT
 from support.subprocesses import interruptible_fixture
 from support.terminal import read_terminal
 
@@ -44,9 +43,8 @@ FIELDS = {
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     # One thread: small matrices gain nothing from two, and lose much beside other tests.
-    own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     return os.environ | own
 
 

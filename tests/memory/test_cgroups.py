@@ -16,7 +16,6 @@ import pytest
 from spdk_kv.devices.mounts import read_mounts
 from spdk_kv.memory.available import MemoryReader
 from spdk_kv.units import MIB
-from support.places import ROOT
 
 # What the kernel reclaims, and when, depends on what else runs.
 pytestmark = pytest.mark.machine
@@ -52,7 +51,7 @@ class Child:
         self.process = subprocess.Popen(
             ["/bin/sh", "-c", 'echo $$ > "$1/cgroup.procs" && shift && exec "$@"', "sh",
              str(cgroup), sys.executable, "-c", CHILD],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def tell(self, line: str = "look") -> tuple[int, str, list[str], int]:
