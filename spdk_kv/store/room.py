@@ -190,9 +190,15 @@ class Room:
         kept = records.extents.allocator.used_nbytes - records.blob_nbytes
         if most:
             text += f"; nothing was evicted, since without any blob there would be {most}"
+        if not most and records.blob_nbytes:
+            text += (
+                f"; {format_nbytes(records.blob_nbytes)} belong to blobs, which eviction='none' "
+            )
+            text += "keeps until they are deleted: store.delete(key)"
         if kept:
             text += (
                 f"; {format_nbytes(kept)} belong to sequences, which stay until they are deleted, "
-                "or to reads and writes under way"
+                "or to reads and writes under way. Delete old ones: store.sequences() lists them, "
+                "store.sequence(name).delete() frees one"
             )
         return CapacityError(text)
