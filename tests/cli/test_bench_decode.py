@@ -229,7 +229,8 @@ def test_x_follows_a_limit_that_changes_in_mid_run(group: MemoryGroup, tmp_path:
         time.sleep(1)
     case = Case(
         "dual", str(tmp_path), asdict(SMALL), group=str(group.path), group_version=group.version,
-        limit_nbytes=1024 * MIB, changes={"1": 512 * MIB, "3": 1024 * MIB},
+        limit_nbytes=1024 * MIB, cache_nbytes=1024 * MIB,
+        changes={"1": 512 * MIB, "3": 1024 * MIB},
     )  # fmt: skip
     outcome = run_in_subprocess(case)
     assert not outcome.error
@@ -237,6 +238,8 @@ def test_x_follows_a_limit_that_changes_in_mid_run(group: MemoryGroup, tmp_path:
     before, halved, still, doubled = outcome.steps_budget_nbytes
     assert halved == pytest.approx(still, rel=0.1)
     assert 0 < halved < 0.6 * min(before, doubled)
+    for left, wanted in zip(outcome.steps_cached_nbytes, (1024, 512, 512, 1024), strict=True):
+        assert left == pytest.approx(wanted * MIB, rel=0.1)
 
 
 def test_a_limit_that_the_kernel_refuses(tmp_path: Path) -> None:
