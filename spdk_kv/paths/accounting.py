@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from spdk_kv.memory import AvailableMemory
 from spdk_kv.paths.routes import Routes
-from spdk_kv.paths.units import UnitGroup
+from spdk_kv.paths.units import TrackedUnit, UnitGroup
 from spdk_kv.residency import Decision, Policy
 from spdk_kv.units import format_nbytes
 
@@ -109,7 +109,9 @@ class Accounting:
             **self._counters,
         }
 
-    def why(self, groups: Iterable[UnitGroup]) -> list[dict[str, Any]]:
+    def why(
+        self, groups: Iterable[UnitGroup], is_asleep: Callable[[UnitGroup], bool]
+    ) -> list[dict[str, Any]]:
         """An entry per unit: sequence, layer, K or V, bytes, its path, and the reason for that."""
         direct, copy = self._routes.direct.name, self._routes.copy
         return [
@@ -119,7 +121,11 @@ class Accounting:
                 "part": "v" if unit.value else "k",
                 "nbytes": unit.nbytes,
                 "path": "page cache" if unit.cached and unit.filled else direct,
-                "why": (self._single_path_reason or self._policy.why(unit.for_policy()))
+                "why": (
+                    self._single_path_reason
+                    or (_why_asleep(unit) if is_asleep(group) else None)
+                    or self._policy.why(unit.for_policy())
+                )
                 + (copy.shortfall(unit) if copy else ""),
             }
             for group in groups
@@ -134,3 +140,9 @@ class Accounting:
             f"({format_nbytes(counters['missed_nbytes'])} of it missed), "
             f"{format_nbytes(counters['direct_read_nbytes'])} directly"
         )
+
+
+def _why_asleep(unit: TrackedUnit) -> str:
+    if unit.cached:
+        return "page cache: its sequence is not in use, and stays until others need the room"
+    return "direct: its sequence is not in use"

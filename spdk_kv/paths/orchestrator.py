@@ -86,7 +86,7 @@ class Orchestrator:
         self.routes = Routes(direct, cache, copy, policy.name == "pagecache", self._lock)
         self.ahead = ReadAheadAdmission(ahead_nbytes)
         self.backlog = Backlog()
-        self._scans = Scans()
+        self._scans = Scans(sleeps=not getattr(policy, "binds_for_good", False))
         self._accounting = Accounting(policy, self.routes, single_path_reason)
         self._dropper = Dropper(cache, copy, self._lock) if cache is not None else None
         self._policy = policy
@@ -126,6 +126,7 @@ class Orchestrator:
     def resize(self, unit: TrackedUnit, nbytes: int) -> None:
         """The drive has the first ``nbytes`` of every extent of ``unit`` now."""
         with self._lock:
+            self._scans.wake(unit.group)
             unit.resize(nbytes)
 
     # -- reads and writes -----------------------------------------------------------------------
@@ -144,6 +145,7 @@ class Orchestrator:
             return
         self.routes.collect()
         with self._lock:
+            self._scans.wake(group)
             if not (group.enter_ahead() if layer is None else group.enter_layer(layer)):
                 return
             if self._scans.is_decision_due(group):
@@ -218,12 +220,18 @@ class Orchestrator:
             if self.routes.copy is not None:
                 self.routes.copy.before_decision()
             tracked: dict[Hashable, TrackedUnit] = {unit.key: unit for unit in self._scans.units()}
-            cached = frozenset(key for key, unit in tracked.items() if unit.cached)
+            units = [unit.for_policy() for unit in tracked.values()]
+            before = {key for key, unit in tracked.items() if unit.cached}
+            sleeper = self._scans.sleeper()
+            if sleeper is not None:
+                units.append(sleeper)
+                before.add(sleeper.key)
+            cached = frozenset(before)
             available = self._memory.read()
             resident = None
             if self._accounting.has_recent_misses:
-                kept = [unit for unit in tracked.values() if unit.cached]
-                resident = self.routes.measure_resident(kept)
+                everything = (unit for group in self._scans.groups for unit in group.units)
+                resident = self.routes.measure_resident(u for u in everything if u.cached)
             hit, missed = self._accounting.take_recent()
             seen = Observation(
                 available_nbytes=available.nbytes,
@@ -232,13 +240,17 @@ class Orchestrator:
                 hit_nbytes=hit,
                 missed_nbytes=missed,
             )
-            units = [unit.for_policy() for unit in tracked.values()]
             decision = self._policy.decide(units, cached, seen)
             has_moved = self._accounting.record_decision(decision, available)
             if has_moved or decision.cached != cached:
                 self._notify()
             for key in cached - decision.cached:
-                self._demote(tracked[key])
+                if key in tracked:
+                    self._demote(tracked[key])
+            if sleeper is not None and sleeper.key not in decision.cached:
+                chosen = sum(u.planned_nbytes for u in units if u.key in decision.cached)
+                for unit in self._scans.displaced(max(0, decision.budget_nbytes - chosen)):
+                    self._demote(unit)
             for key in decision.cached - cached:
                 tracked[key].cached = True
                 self._accounting.count_promotion()
@@ -283,7 +295,7 @@ class Orchestrator:
     def why(self) -> list[dict[str, Any]]:
         """An entry per unit: sequence, layer, K or V, bytes, its path, and the reason for that."""
         with self._lock:
-            return self._accounting.why(self._scans.groups)
+            return self._accounting.why(self._scans.groups, self._scans.is_asleep)
 
     def watch(self, watcher: Watcher) -> None:
         """Notifies ``watcher`` of changes from now on; :meth:`close` closes it."""

@@ -6,6 +6,7 @@ its budget, `edge.py` learns where the kernel evicts, `misses.py` excuses misses
 
 from __future__ import annotations
 
+from spdk_kv.residency.order import spread
 from spdk_kv.residency.policies import Decision, Observation, Policy, Unit, make_policy
 
-__all__ = ["Decision", "Observation", "Policy", "Unit", "make_policy"]
+__all__ = ["Decision", "Observation", "Policy", "Unit", "make_policy", "spread"]

@@ -74,6 +74,8 @@ class PaperPolicy:
     """
 
     name = "paper"
+    binds_for_good = True
+    """What it is not shown any more it takes for deleted."""
 
     def __init__(self, budget_nbytes: int | None = None) -> None:
         self._budget = budget_nbytes

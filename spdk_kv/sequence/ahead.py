@@ -41,6 +41,7 @@ class ReadAhead:
         """Starts to read ``layers`` in that order, the later ones when there is room. From now on
         the caller is in charge, and nothing is read ahead unasked."""
         self.learns = False
+        self._paths.ahead.in_use(self)
         for number in layers:
             layer = self._layers[number]
             with deadline.hold(layer.lock):
@@ -96,7 +97,6 @@ class ReadAhead:
 
         layer = self._layers[number]
         self._paths.before_read_ahead(self._group)
-        self._paths.ahead.in_use(self)
         with deadline.hold(layer.lock), deadline.hold(self._paths.ahead.lock):
             spare = min(spare, self._max_tokens - layer.tokens)
             if not self._paths.ahead.admits(layer.reader.prefetch_nbytes(first, spare)):
