@@ -91,13 +91,15 @@ class Engine:
     A subclass opens the drive, then calls :meth:`_start`. Attributes: ``name``; ``where`` (for
     messages); ``direct`` (past the page cache); ``block_nbytes`` (offsets of writes are multiples
     of it) and ``align_nbytes`` (of addresses, to go without a copy); ``segment_nbytes`` (the
-    largest command); ``persistent`` (bytes outlive the process); ``keeps_bytes`` (false for null).
+    largest command); ``persistent`` (bytes outlive the process); ``keeps_bytes`` (false for null);
+    ``failed_flush_is_final`` (after a flush that failed another may succeed, and bytes be lost).
     """
 
     name = ""
     direct = False
     persistent = True
     keeps_bytes = True
+    failed_flush_is_final = False
 
     def __init__(self, where: str, options: QueueOptions) -> None:
         self.where = where

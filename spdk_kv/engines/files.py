@@ -40,6 +40,7 @@ _DIO_MEM_ALIGN_AT = 152
 class FileEngine(Engine):
     """A regular file or a block device, through one descriptor."""
 
+    failed_flush_is_final = True
     exclusive = True
     """Whether a block device is opened exclusively (O_EXCL)."""
 

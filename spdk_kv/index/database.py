@@ -34,7 +34,7 @@ from spdk_kv.index.records import (
     parse_sequence,
     unpack,
 )
-from spdk_kv.index.space import IndexFull, check_space
+from spdk_kv.index.space import IndexFull, check_space, file_nbytes
 from spdk_kv.index.unopened import why_unopened
 
 _VERSION = 1
@@ -260,9 +260,14 @@ class Index:
             self._use().execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     @property
+    def paths(self) -> list[str]:
+        """Its files: the database, its log, and the count of commits."""
+        return [self.path, f"{self.path}-wal", _count_path(self.path)]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of its file, the log not counted."""
-        return os.stat(self.path).st_size
+        """Bytes of its file, the log not counted; 0 where it was removed."""
+        return file_nbytes(self.path)
 
     def touch_order(self, keys: Iterable[str]) -> None:
         """Makes these blobs the most recently used, the last one most. Unknown keys are ignored."""

@@ -33,7 +33,10 @@ class IndexFull(CapacityError):
 def check_space(connection: sqlite3.Connection, path: str, rows: Sequence[Row]) -> None:
     """IndexFull if a transaction of ``rows`` could leave too little of the filesystem to copy it
     from the log into the file at ``path``, or, once the file has grown, for deletions."""
-    space = os.statvfs(path)
+    try:
+        space = os.statvfs(os.path.dirname(path) or ".")
+    except OSError:  # SQLite will say what is wrong
+        return
     if not space.f_blocks:  # in memory, say: it has no size
         return
     pages, page_nbytes, unused = (
@@ -45,11 +48,13 @@ def check_space(connection: sqlite3.Connection, path: str, rows: Sequence[Row]) 
         return
     log_nbytes = new + min(_PAGES_OF_A_ROW * len(rows), pages) * page_nbytes
     # By what earlier transactions added, as far as that is in the log only, and by these rows.
-    growth = pages * page_nbytes - os.stat(path).st_size + max(0, new - unused * page_nbytes)
+    growth = pages * page_nbytes - file_nbytes(path) + max(0, new - unused * page_nbytes)
     free = space.f_bavail * space.f_frsize
     left = 0
     if new > unused * page_nbytes:
-        left = min(_LOG_NBYTES, space.f_blocks * space.f_frsize // _LOG_SHARE) - _log_nbytes(path)
+        left = min(_LOG_NBYTES, space.f_blocks * space.f_frsize // _LOG_SHARE) - file_nbytes(
+            f"{path}-wal"
+        )
     if log_nbytes + max(0, growth) + max(0, left) > free:
         raise IndexFull(
             f"index {path}: its filesystem is full: {format_nbytes(free)} are free, which "
@@ -63,8 +68,9 @@ def _nbytes_in_file(rows: Sequence[Row]) -> int:
     return sum(128 + 5 * len(row.key) // 2 + 3 * len(row.record or b"") // 2 for row in puts)
 
 
-def _log_nbytes(path: str) -> int:
+def file_nbytes(path: str) -> int:
+    """Size of the file at ``path``; 0 where there is none."""
     try:
-        return os.stat(f"{path}-wal").st_size
+        return os.stat(path).st_size
     except FileNotFoundError:
         return 0

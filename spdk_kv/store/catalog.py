@@ -8,6 +8,7 @@ from spdk_kv._native.transfer import Transfer
 from spdk_kv.engines import Engine
 from spdk_kv.index import Index, SequenceRecord
 from spdk_kv.store.committer import Committer
+from spdk_kv.store.places import Places
 from spdk_kv.store.quarantine import Quarantine
 from spdk_kv.store.records import Records
 from spdk_kv.store.room import Room
@@ -29,10 +30,11 @@ class Catalog:
         index: Index | None,
         eviction: Eviction,
         discard: bool,
+        places: Places,
     ) -> None:
         self.records = records
         self.quarantine = Quarantine(records.lock, records.unpin)
-        self.committer = Committer(records, self.quarantine, engine, index, discard)
+        self.committer = Committer(records, self.quarantine, engine, index, discard, places)
         self.room = Room(records, self.quarantine, self.committer, engine, eviction)
 
     def allocate(self, sizes: Sequence[int]) -> list[int]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 
 from spdk_kv.engines import Engine
-from spdk_kv.errors import CapacityError, DeviceError, SpdkKvError
+from spdk_kv.errors import CapacityError, DeviceError, DeviceTimeout, SpdkKvError
 from spdk_kv.index import Index, commit_in_batches
+from spdk_kv.store.dataflush import DataFlush
+from spdk_kv.store.places import Places
 from spdk_kv.store.quarantine import Quarantine
 from spdk_kv.store.records import Changes, Records
 
@@ -22,7 +25,8 @@ log = logging.getLogger(__name__)
 class Committer:
     """Commits the changes of ``records`` to ``index`` (None: nothing persists). Thread-safe.
 
-    ``lock`` is held during a commit, and taken before the records' lock.
+    ``lock`` is held during a commit, and taken before the records' lock. ``places``: the files
+    without which nobody would find what is committed.
     """
 
     def __init__(
@@ -32,8 +36,11 @@ class Committer:
         engine: Engine,
         index: Index | None,
         discard: bool,
+        places: Places,
     ) -> None:
         self.lock = threading.Lock()
+        self.data = DataFlush(engine)
+        self._places = places
         self._records = records
         self._quarantine = quarantine
         self._engine = engine
@@ -41,34 +48,78 @@ class Committer:
         self._discard = discard
         # For records that the index cannot hold, until they are raised.
         self._refused: list[CapacityError] = []
+        # A commit that has not begun: it will have all changes made until then.
+        self._next: Future[None] | None = None
+        self._next_lock = threading.Lock()
 
     def commit(self, timeout_s: float | None = None) -> None:
         """Data to the medium, then the records; blocks on both. What failed is tried again by the
         next commit, but for a record that the index cannot hold: CapacityError, after all others
-        are committed. IndexFull: its filesystem has no room for the records."""
+        are committed. IndexFull: its filesystem has no room for the records. DeviceGone: its files
+        are gone. DeviceTimeout after ``timeout_s``; the commit goes on by itself then."""
         self._quarantine.settle()
-        records = self._records
+        if timeout_s is None:
+            with self.lock:
+                self._commit(None)
+            return
+        commit = self._begin(timeout_s)
+        wait([commit], timeout_s)
+        if not commit.done():
+            raise DeviceTimeout(
+                f"the commit of {self._engine.where} takes more than {timeout_s:g} s; it goes on",
+                op="flush",
+            )
+        commit.result()
+
+    def _begin(self, timeout_s: float) -> Future[None]:
+        """A commit on a thread of its own, since SQLite knows no deadline."""
+        with self._next_lock:
+            if self._next is None:
+                begun: Future[None] = Future()
+                run = threading.Thread(
+                    target=self._run, args=(begun, timeout_s), name="spdk_kv-commit", daemon=True
+                )
+                run.start()
+                self._next = begun
+            return self._next
+
+    def _run(self, begun: Future[None], timeout_s: float) -> None:
         with self.lock:
-            changes = Changes()
+            with self._next_lock:
+                self._next = None
             try:
-                records.take_changes(changes)
-                if self.index is not None and (changes.blobs or changes.sequences):
-                    found = (*changes.blobs.values(), *changes.sequences.values())
-                    if found.count(None) < len(found):
-                        self._engine.flush(timeout_s)
+                self._commit(timeout_s)
+            except BaseException as failure:  # raised again by whoever waits for it
+                begun.set_exception(failure)
+            else:
+                begun.set_result(None)
+
+    def _commit(self, timeout_s: float | None) -> None:
+        records = self._records
+        changes = Changes()
+        try:
+            records.take_changes(changes)
+            if self.index is not None:
+                self.data.check()
+                self._places.check()
+                found = (*changes.blobs.values(), *changes.sequences.values())
+                if found.count(None) < len(found):
+                    self.data.flush(timeout_s)
+                if found:
                     commit_in_batches(self.index, changes.blobs, changes.sequences, self._refused)
-            except BaseException:
-                records.give_back(changes)
-                raise
-            if self._discard:
-                self._discard_unpinned(changes.retired)
-            with records.lock:
-                records.extents.committed(changes.retired)
-            if self._refused:
-                refused, self._refused = self._refused, []
-                for each in refused[1:]:
-                    log.error("%s", each)
-                raise refused[0]
+                self._places.check()
+        except BaseException:
+            records.give_back(changes)
+            raise
+        if self._discard:
+            self._discard_unpinned(changes.retired)
+        with records.lock:
+            records.extents.committed(changes.retired)
+        if self._refused:
+            refused, self._refused = self._refused, []
+            for each in refused[1:]:
+                log.error("%s", each)
+            raise refused[0]
 
     def _discard_unpinned(self, offsets: Sequence[int]) -> None:
         # Before they are free: a new owner's bytes must not be discarded. No record names them

@@ -78,6 +78,16 @@ class Opened:
     blobs: OrderedDict[str, BlobRecord] = field(default_factory=OrderedDict)
     sequences: dict[str, SequenceRecord] = field(default_factory=dict)
 
+    @property
+    def paths(self) -> list[str]:
+        """The files without which the store cannot be opened again."""
+        paths = [self.engine.where] if isinstance(self.engine, FileEngine) else []
+        if self.index is not None:
+            paths += self.index.paths
+        if self.lock is not None:
+            paths.append(self.lock.path)
+        return paths
+
     def close(self) -> None:
         """Gives everything back. DeviceTimeout if the drive does not let go: the store then stays
         locked, because commands still in flight would hit whoever opens it next."""

@@ -62,6 +62,7 @@ class Room:
         there would be no room even without any blob.
         """
         records = self._records
+        self._committer.data.check()  # or it would be kept for nothing
         self._quarantine.settle()
         self._usual_nbytes += (sum(sizes) - self._usual_nbytes) / _USUAL_SHARE
         end: int | None = None  # of what the filesystem has room for

@@ -27,6 +27,7 @@ from spdk_kv.store.extents import ExtentTable
 from spdk_kv.store.mapped import detach, map_blob
 from spdk_kv.store.parts import open_parts
 from spdk_kv.store.paths import check_settings, open_paths
+from spdk_kv.store.places import Places
 from spdk_kv.store.records import Records
 from spdk_kv.store.sequences import OpenSequences
 from spdk_kv.store.settings import StoreSettings
@@ -65,6 +66,7 @@ class KVStore:
                 self._parts.index,
                 settings.eviction,
                 settings.engine.discard,
+                Places(self._parts.paths),
             )
             self.staging = StagingPool(self.engine.allocate, settings.engine.staging_nbytes)
             self.paths = open_paths(self._parts, self.staging, settings)
@@ -295,7 +297,10 @@ class KVStore:
             timeout_s: Seconds to wait at most; None waits as long as it takes.
 
         Raises:
-            DeviceError, DeviceTimeout: The drive failed; the next flush tries again.
+            DeviceError: The drive failed. Where the kernel may have dropped what it could not write
+                (an fsync failed), no flush succeeds until the store is opened again.
+            DeviceTimeout: It takes longer; it goes on, and the next flush waits for it.
+            DeviceGone: A file of the store was removed or replaced while it was open.
             CapacityError: The index has no room on its disk, even after eviction (if that is
                 allowed), or cannot hold a record, which the message names; the rest is flushed.
             ClosedError: The store is closed.
