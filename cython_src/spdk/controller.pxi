@@ -10,8 +10,12 @@ DEF ADMIN_INTERVAL_NS = 50_000_000
 DEF EXIT_NS = 1_000_000_000
 
 
-# Generic command status (NVMe Base 2.0, figure 95): the queue was deleted; also set by SPDK.
-DEF ABORTED_SQ_DELETION = 0x08
+# Between two looks of a Python thread that waits for a controller.
+DEF WAIT_US = 200
+# How long a PCIe drive may take to become ready: CAP.TO is 127.5 s at most (NVMe Base 2.0, 3.1.3.1);
+# and what it is asked meanwhile.
+DEF PCIE_CONNECT_MS = 130_000
+DEF PCIE_ADMIN_MS = 30_000
 
 
 cdef void _on_removal(void *context, spdk_nvme_ctrlr *ctrlr) noexcept nogil:
@@ -23,20 +27,15 @@ cdef void _on_removal(void *context, spdk_nvme_ctrlr *ctrlr) noexcept nogil:
 
 
 cdef void _poll_controller(Admin *a) noexcept nogil:
-    """Polls the admin queue and checks that the controller still answers. With `use` held."""
-    cdef bint failed = False
+    """Polls the admin queue and checks that the controller is still there. With `use` held."""
     if a.ctrlr != NULL:
         if a.pci != NULL and not a.out:
             _check_removal(a)
         _poll_admin_queue(a)
-        if a.by_register:
-            pthread_mutex_lock(&_socket)
-            failed = spdk_nvme_ctrlr_get_regs_csts(a.ctrlr).raw == ALL_ONES
-            pthread_mutex_unlock(&_socket)
-        if failed and not a.gone:
+        if a.by_register and _is_down(a.line) and not a.gone:
             _request_reset(a, -ENODEV)
     if a.reset_requested and not a.gone:
-        _rebuild(a)
+        _rebuild(a, True)
 
 
 cdef void *_admin_main(void *argument) noexcept nogil:
@@ -114,29 +113,22 @@ cdef void _stop_all() noexcept nogil:
     pthread_mutex_unlock(&_admins_mutex)
 
 
-cdef struct Completion:
-    bint done
-    int status     # 0, or SKV_NVME_STATUS and the code
-
-
-cdef int _status_of(const spdk_nvme_cpl *cpl) noexcept nogil:
-    if cpl.status.sc == 0 and cpl.status.sct == 0:
-        return 0
-    return SKV_NVME_STATUS | (cpl.status.sct << 8) | cpl.status.sc
-
-
-cdef void _on_completion(void *argument, const spdk_nvme_cpl *cpl) noexcept nogil:
-    cdef Completion *c = <Completion *>argument
-    c.status = _status_of(cpl)
-    c.done = True
+cdef int _lock_use(Admin *a, uint64_t until_ns) noexcept nogil:
+    """0, or -ETIMEDOUT: the controller's thread waits for it all the time."""
+    while pthread_mutex_trylock(&a.use):
+        if skv_now_ns() > until_ns:
+            return -ETIMEDOUT
+        usleep(WAIT_US)
+    return 0
 
 
 @cython.no_gc_clear
 cdef class Controller:
     """An NVMe controller, connected by an SPDK transport ID (``trtype:PCIe traddr:0000:01:00.0``).
 
-    Blocks without the GIL while it connects. Raises OSError (ENODEV) if none answers, and
-    ValueError for an invalid transport ID.
+    Blocks without the GIL while it connects, for ``connect_timeout_s`` at most. Raises OSError if
+    none answers (ETIMEDOUT: something is there and does not), and ValueError for an invalid
+    transport ID.
     """
     cdef Admin _a
     cdef bint _open
@@ -147,36 +139,46 @@ cdef class Controller:
         cdef Admin *a = &self._a
         cdef bytes text = transport_id.encode()
         cdef const char *chars = text
+        cdef spdk_nvme_ctrlr_opts *opts
+        cdef int rc
         self.transport_id = transport_id
         if spdk_nvme_transport_id_parse(&a.trid, chars):
             raise ValueError(f"not a transport ID: {transport_id!r}")
-        spdk_nvme_ctrlr_get_default_ctrlr_opts(&a.opts, sizeof(a.opts))
-        a.opts.fabrics_connect_timeout_us = <uint64_t>(connect_timeout_s * 1e6)
+        opts = &a.attempt.opts
+        spdk_nvme_ctrlr_get_default_ctrlr_opts(opts, sizeof(opts[0]))
+        opts.fabrics_connect_timeout_us = <uint64_t>(connect_timeout_s * 1e6)
+        # SPDK's own waits for an answer, of which there are a few that this can't do in steps.
+        opts.admin_timeout_ms = <uint32_t>(connect_timeout_s * 1e3)
+        a.patience_ns = a.connect_ns = <uint64_t>(connect_timeout_s * 1e9)
+        if "PCIe" in transport_id:
+            opts.admin_timeout_ms = PCIE_ADMIN_MS
+            a.connect_ns = _ms(PCIE_CONNECT_MS)
         a.by_register = "VFIOUSER" in transport_id
+        a.line = -1
         with nogil:
-            pthread_mutex_lock(&_socket)
-            a.ctrlr = spdk_nvme_connect(&a.trid, &a.opts, sizeof(a.opts))
-            pthread_mutex_unlock(&_socket)
-        if a.ctrlr == NULL:
-            raise OSError(ENODEV, f"no NVMe controller answers at {transport_id}")
-        a.pci = spdk_nvme_ctrlr_get_pci_device(a.ctrlr)
+            rc = _connect(a, skv_now_ns() + a.connect_ns)
+        if rc:
+            raise OSError(-rc, f"no NVMe controller answers at {transport_id}")
         memcpy(a.serial, spdk_nvme_ctrlr_get_data(a.ctrlr).sn, sizeof(a.serial))
-        spdk_nvme_ctrlr_set_remove_cb(a.ctrlr, _on_removal, a)
         pthread_mutex_init(&a.use, NULL)
         pthread_mutex_init(&a.mutex, NULL)
         init_cond(&a.work)
         init_cond(&a.state_changed)
         if start_thread(&a.thread, _admin_main, a):
-            spdk_nvme_detach(a.ctrlr)
+            _detach(a)
             raise MemoryError("the admin queue's thread could not be started")
         self._pid = getpid()
         _admins_add(a)
         self._open = True
 
-    cdef int _use(self) except -1:
-        """Locks out the controller's thread until `_used`. OSError if the controller is lost."""
+    cdef int _use(self, uint64_t until_ns=0) except -1:
+        """Locks out the controller's thread until `_used`. OSError if the controller is lost, or
+        if that thread waits for it too long."""
+        cdef int rc
         with nogil:
-            pthread_mutex_lock(&self._a.use)
+            rc = _lock_use(&self._a, until_ns or skv_now_ns() + self._a.patience_ns)
+        if rc:
+            raise OSError(ETIMEDOUT, f"the NVMe controller at {self.transport_id} does not answer")
         if self._open and self._a.ctrlr != NULL:
             return 0
         pthread_mutex_unlock(&self._a.use)
@@ -262,37 +264,48 @@ cdef class Controller:
         return ns
 
     def health(self):
-        """Main fields of the SMART / health log page. Blocks without the GIL. Raises OSError."""
-        cdef spdk_nvme_health_information_page *page
-        cdef Completion completion
+        """Main fields of the SMART / health log page. Blocks without the GIL, for as long as a
+        connection may take. Raises OSError (ETIMEDOUT: no answer)."""
+        cdef Reply *reply = <Reply *>calloc(1, sizeof(Reply))
+        cdef spdk_nvme_health_information_page *page = &reply.log
+        cdef uint64_t until_ns = skv_now_ns() + self._a.patience_ns
         cdef int rc
-        memset(&completion, 0, sizeof(completion))
-        region = DmaRegion(sizeof(spdk_nvme_health_information_page))
-        page = <spdk_nvme_health_information_page *><size_t>region.address
-        self._use()
-        rc = spdk_nvme_ctrlr_cmd_get_log_page(
-            self._a.ctrlr, SPDK_NVME_LOG_HEALTH_INFORMATION, SPDK_NVME_GLOBAL_NS_TAG, page,
-            sizeof(spdk_nvme_health_information_page), 0, _on_completion, &completion)
-        if rc == 0:
-            with nogil:
-                while not completion.done:
-                    # A negative result: the controller failed and completed all commands.
-                    spdk_nvme_ctrlr_process_admin_completions(self._a.ctrlr)
-            rc = completion.status
-        self._used()
-        if rc:
-            raise OSError(abs(rc), f"the health log of {self.transport_id} could not be read")
-        return {
-            "temperature_c": page.temperature - 273,
-            "available_spare_percent": page.available_spare,
-            "percentage_used": page.percentage_used,
-            "read_nbytes": page.data_units_read[0] * 512000,
-            "written_nbytes": page.data_units_written[0] * 512000,
-            "power_cycles": page.power_cycles[0],
-            "power_on_hours": page.power_on_hours[0],
-            "unsafe_shutdowns": page.unsafe_shutdowns[0],
-            "media_errors": page.media_errors[0],
-        }
+        if reply == NULL:
+            raise MemoryError()
+        reply.done = True  # until it is asked for
+        try:
+            self._use(until_ns)
+            reply.done = False
+            rc = spdk_nvme_ctrlr_cmd_get_log_page(
+                self._a.ctrlr, SPDK_NVME_LOG_HEALTH_INFORMATION, SPDK_NVME_GLOBAL_NS_TAG, page,
+                sizeof(page[0]), 0, _on_reply, reply)
+            if rc:
+                reply.done = True
+                reply.status = rc
+            self._used()
+            while not reply.done and skv_now_ns() < until_ns:
+                self._use(until_ns)
+                with nogil:
+                    _poll_admin_queue(&self._a)
+                self._used()
+                with nogil:
+                    usleep(WAIT_US)
+            rc = abs(reply.status) if reply.done else ETIMEDOUT
+            if rc:
+                raise OSError(rc, f"the health log of {self.transport_id} could not be read")
+            return {
+                "temperature_c": page.temperature - 273,
+                "available_spare_percent": page.available_spare,
+                "percentage_used": page.percentage_used,
+                "read_nbytes": page.data_units_read[0] * 512000,
+                "written_nbytes": page.data_units_written[0] * 512000,
+                "power_cycles": page.power_cycles[0],
+                "power_on_hours": page.power_on_hours[0],
+                "unsafe_shutdowns": page.unsafe_shutdowns[0],
+                "media_errors": page.media_errors[0],
+            }
+        finally:
+            _leave(reply)
 
     def reset(self):
         """Resets the controller and its pairs; commands in flight are retried. Blocks without the
@@ -320,10 +333,7 @@ cdef class Controller:
             _admins_remove(&self._a)
             _stop(&self._a)
             if self._a.ctrlr != NULL:
-                pthread_mutex_lock(&_socket)
-                spdk_nvme_detach(self._a.ctrlr)
-                pthread_mutex_unlock(&_socket)
-        self._a.ctrlr = NULL
+                _detach(&self._a)
 
     def __dealloc__(self):
         # In a forked child the controller is still the parent's.

@@ -33,12 +33,6 @@ cdef extern from "<rte_eal.h>" nogil:
 
 cdef int _log_fd = -1
 
-# Held while SPDK's memory is allocated or freed, and while a controller's registers are read or a
-# connection is made: SPDK announces memory to vfio-user controllers over the socket that also
-# carries their registers, and does not keep threads from receiving each other's replies.
-cdef pthread_mutex_t _socket
-pthread_mutex_init(&_socket, NULL)
-
 
 cdef void _log(int level, const char *file, const int line, const char *func, const char *format,
                va_list arguments) noexcept nogil:
@@ -78,7 +72,7 @@ def set_up_environment(str core not None, *, int memory_mib, bint hugepages, str
     Returns:
         0 or -errno.
     """
-    global _log_fd
+    global _announces, _log_fd
     cdef Environment e
     cdef pthread_t thread
     cdef bytes core_bytes = core.encode(), argument_bytes = arguments.encode()
@@ -99,6 +93,7 @@ def set_up_environment(str core not None, *, int memory_mib, bint hugepages, str
     e.opts.no_pci = not pci
     if arguments:
         e.opts.env_context = <char *>argument_bytes
+    _announces = memory_mib < 0
     _log_fd = log_fd
     spdk_log_open(_log)
     stream = fdopen(log_fd, "w")
@@ -138,10 +133,10 @@ cdef class DmaRegion:
         cdef void *at
         cdef size_t rounded = (nbytes + 4095) & ~<size_t>4095
         with nogil:
-            pthread_mutex_lock(&_socket)
+            _hold_for_memory()
             at = spdk_zmalloc(rounded, 4096, NULL, SPDK_ENV_NUMA_ID_ANY,
                               SPDK_MALLOC_DMA | SPDK_MALLOC_SHARE)
-            pthread_mutex_unlock(&_socket)
+            _let_go_for_memory()
         if at == NULL:
             raise MemoryError(f"SPDK cannot allocate {nbytes} bytes of memory")
         self.address = <size_t>at
@@ -155,9 +150,9 @@ cdef class DmaRegion:
         # In a forked child the memory is still the parent's.
         if self.address and self._pid == getpid():
             with nogil:
-                pthread_mutex_lock(&_socket)
+                _hold_for_memory()
                 spdk_free(<void *>self.address)
-                pthread_mutex_unlock(&_socket)
+                _let_go_for_memory()
 
 
 def register_memory(size_t address, size_t nbytes):
@@ -165,9 +160,9 @@ def register_memory(size_t address, size_t nbytes):
     overlap)."""
     cdef int rc
     with nogil:
-        pthread_mutex_lock(&_socket)
+        _hold()
         rc = spdk_mem_register(<void *>address, nbytes)
-        pthread_mutex_unlock(&_socket)
+        _let_go()
     return rc
 
 
@@ -175,7 +170,7 @@ def unregister_memory(size_t address, size_t nbytes):
     """Undoes :func:`register_memory`. Returns 0 or -errno."""
     cdef int rc
     with nogil:
-        pthread_mutex_lock(&_socket)
+        _hold()
         rc = spdk_mem_unregister(<void *>address, nbytes)
-        pthread_mutex_unlock(&_socket)
+        _let_go()
     return rc

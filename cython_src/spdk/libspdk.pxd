@@ -74,6 +74,7 @@ cdef extern from "<spdk/nvme.h>" nogil:
         uint32_t io_queue_size
         uint32_t io_queue_requests
         bint delay_cmd_submit
+        bint async_mode
 
     struct spdk_nvme_status:
         uint16_t sc
@@ -137,9 +138,18 @@ cdef extern from "<spdk/nvme.h>" nogil:
     int spdk_nvme_transport_id_parse(spdk_nvme_transport_id *trid, const char *text)
     int spdk_nvme_transport_available_by_name(const char *name)
     void spdk_nvme_ctrlr_get_default_ctrlr_opts(spdk_nvme_ctrlr_opts *opts, size_t nbytes)
-    spdk_nvme_ctrlr *spdk_nvme_connect(const spdk_nvme_transport_id *trid,
-                                       const spdk_nvme_ctrlr_opts *opts, size_t nbytes)
-    int spdk_nvme_detach(spdk_nvme_ctrlr *)
+    struct spdk_nvme_probe_ctx:
+        pass
+    struct spdk_nvme_detach_ctx:
+        pass
+    ctypedef void (*spdk_nvme_attach_cb)(void *, const spdk_nvme_transport_id *, spdk_nvme_ctrlr *,
+                                         const spdk_nvme_ctrlr_opts *) noexcept nogil
+    spdk_nvme_probe_ctx *spdk_nvme_connect_async(const spdk_nvme_transport_id *trid,
+                                                 const spdk_nvme_ctrlr_opts *opts,
+                                                 spdk_nvme_attach_cb)
+    int spdk_nvme_probe_poll_async(spdk_nvme_probe_ctx *)
+    int spdk_nvme_detach_async(spdk_nvme_ctrlr *, spdk_nvme_detach_ctx **)
+    int spdk_nvme_detach_poll_async(spdk_nvme_detach_ctx *)
     int spdk_nvme_ctrlr_disconnect(spdk_nvme_ctrlr *)
     void spdk_nvme_ctrlr_reconnect_async(spdk_nvme_ctrlr *)
     int spdk_nvme_ctrlr_reconnect_poll_async(spdk_nvme_ctrlr *)
@@ -154,6 +164,9 @@ cdef extern from "<spdk/nvme.h>" nogil:
     int spdk_nvme_ctrlr_cmd_get_log_page(spdk_nvme_ctrlr *, uint8_t page, uint32_t nsid,
                                          void *payload, uint32_t nbytes, uint64_t offset,
                                          spdk_nvme_cmd_cb, void *)
+    uint8_t SPDK_NVME_FEAT_ARBITRATION
+    int spdk_nvme_ctrlr_cmd_get_feature(spdk_nvme_ctrlr *, uint8_t feature, uint32_t cdw11,
+                                        void *payload, uint32_t nbytes, spdk_nvme_cmd_cb, void *)
     int spdk_nvme_ctrlr_cmd_abort_ext(spdk_nvme_ctrlr *, spdk_nvme_qpair *, void *command_argument,
                                       spdk_nvme_cmd_cb, void *)
 
@@ -162,6 +175,7 @@ cdef extern from "<spdk/nvme.h>" nogil:
     spdk_nvme_qpair *spdk_nvme_ctrlr_alloc_io_qpair(spdk_nvme_ctrlr *,
                                                     const spdk_nvme_io_qpair_opts *, size_t nbytes)
     int spdk_nvme_ctrlr_free_io_qpair(spdk_nvme_qpair *)
+    bint spdk_nvme_qpair_is_connected(spdk_nvme_qpair *)
     int32_t spdk_nvme_qpair_process_completions(spdk_nvme_qpair *, uint32_t most)
     int spdk_nvme_qpair_add_cmd_error_injection(spdk_nvme_ctrlr *, spdk_nvme_qpair *, uint8_t opcode,
                                                 bint do_not_submit, uint64_t timeout_us,

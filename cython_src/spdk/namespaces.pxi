@@ -6,9 +6,8 @@
 cdef extern from "<string.h>" nogil:
     int memcmp(const void *, const void *, size_t)
 
-cdef extern from "<unistd.h>" nogil:
-    int usleep(unsigned int microseconds)
-
+# Generic command status (NVMe Base 2.0, figure 95): the queue was deleted; also set by SPDK.
+DEF ABORTED_SQ_DELETION = 0x08
 # A pair that was idle asks for events before it writes, and before it reads (what it reads is
 # checked by its sum, as a rule) if that was not done for this long.
 DEF ASKED_NS = 1_000_000
@@ -20,6 +19,12 @@ DEF INVALID_NAMESPACE = 0x0B
 
 # The Changed Namespace List log has this many numbers (NVMe Base 2.0, section 5.16.1.5).
 DEF CHANGES = 1024
+
+
+cdef int _status_of(const spdk_nvme_cpl *cpl) noexcept nogil:
+    if cpl.status.sc == 0 and cpl.status.sct == 0:
+        return 0
+    return SKV_NVME_STATUS | (cpl.status.sct << 8) | cpl.status.sc
 
 
 cdef struct Changes:

@@ -211,16 +211,10 @@ cdef class QueuePair:
         pthread_mutex_init(&p.mutex, NULL)
         self.backend = PyCapsule_New(&p.backend, SKV_BACKEND_CAPSULE, NULL)
         with nogil:
-            pthread_mutex_lock(&a.use)
-            pthread_mutex_lock(&_socket)
-            rc = _connect_pair(p)
-            pthread_mutex_unlock(&_socket)
+            rc = _lock_use(a, skv_now_ns() + a.patience_ns)
             if rc == 0:
-                pthread_mutex_lock(&a.mutex)
-                p.next = a.pairs
-                a.pairs = p
-                pthread_mutex_unlock(&a.mutex)
-            pthread_mutex_unlock(&a.use)
+                rc = _open_pair(p)
+                pthread_mutex_unlock(&a.use)
         if rc:
             raise OSError(-rc, f"{controller.transport_id} did not provide an I/O queue pair")
         self._pid = getpid()
@@ -286,24 +280,13 @@ cdef class QueuePair:
     def close(self):
         """Frees the pair; nothing may be in flight. Blocks without the GIL."""
         cdef Admin *a = self._p.admin
-        cdef Pair **at
         if self._pid != getpid():
             return
         self._pid = 0
         with nogil:
+            # Without a limit of its own: nothing holds it beyond the limits of connections.
             pthread_mutex_lock(&a.use)
-            pthread_mutex_lock(&a.mutex)
-            at = &a.pairs
-            while at[0] != NULL and at[0] != &self._p:
-                at = &at[0].next
-            if at[0] != NULL:
-                at[0] = self._p.next
-            pthread_mutex_unlock(&a.mutex)
-            if self._p.pair != NULL:
-                pthread_mutex_lock(&_socket)
-                spdk_nvme_ctrlr_free_io_qpair(self._p.pair)
-                pthread_mutex_unlock(&_socket)
-                self._p.pair = NULL
+            _close_pair(&self._p)
             pthread_mutex_unlock(&a.use)
 
     def __dealloc__(self):

@@ -44,10 +44,10 @@ cdef int _connect_pair(Pair *p) noexcept nogil:
     opts.io_queue_size = max(opts.io_queue_size, 2 * p.depth)
     opts.io_queue_requests = max(opts.io_queue_requests, 16 * p.depth)
     opts.delay_cmd_submit = True
+    opts.async_mode = True
     p.ns = spdk_nvme_ctrlr_get_ns(ctrlr, p.nsid)
     p.broken = False
-    p.pair = spdk_nvme_ctrlr_alloc_io_qpair(ctrlr, &opts, sizeof(opts))
-    return 0 if p.pair != NULL else -ENXIO
+    return _alloc_pair(p, &opts)
 
 
 cdef bint _same_drive(Admin *a) noexcept nogil:
@@ -60,16 +60,18 @@ cdef bint _free_pairs(Admin *a) noexcept nogil:
     cdef Pair *p = a.pairs
     cdef bint off = True
     if a.ctrlr != NULL:
-        if spdk_nvme_ctrlr_disconnect(a.ctrlr) == 0:
-            while spdk_nvme_ctrlr_process_admin_completions(a.ctrlr) != -ENXIO:
-                pass
+        if a.by_register and not _answers(a):
+            _cut_line(a)
+        _disconnect(a)
         # CSTS.RDY (NVMe Base 2.0, section 3.1.3.6): still enabled, and may still write.
         if a.pci != NULL and spdk_nvme_ctrlr_get_regs_csts(a.ctrlr).raw & 1:
             off = False
             _cut_off(a)
     while p != NULL:
         if p.pair != NULL:
+            _hold()
             spdk_nvme_ctrlr_free_io_qpair(p.pair)
+            _let_go()
             p.pair = NULL
         p = p.next
     return off
@@ -78,25 +80,21 @@ cdef bint _free_pairs(Admin *a) noexcept nogil:
 cdef void _find_controller(Admin *a, bint may_reset) noexcept nogil:
     """Resets or reconnects the controller; `ctrlr` is NULL afterwards if it is missing or belongs
     to another drive."""
-    cdef int rc = -EAGAIN
-    if a.ctrlr != NULL and may_reset:
-        spdk_nvme_ctrlr_reconnect_async(a.ctrlr)
-        while rc == -EAGAIN:
-            rc = spdk_nvme_ctrlr_reconnect_poll_async(a.ctrlr)
+    cdef uint64_t until_ns = skv_now_ns() + a.connect_ns
+    cdef int rc = -EAGAIN, tries = 0
+    if a.ctrlr != NULL and may_reset and (a.pci != NULL or a.by_register):
+        rc = _reconnect(a)
     if rc and a.ctrlr != NULL:
-        spdk_nvme_detach(a.ctrlr)
-        a.ctrlr = NULL
-        a.pci = NULL
-    if a.ctrlr == NULL:
-        a.ctrlr = spdk_nvme_connect(&a.trid, &a.opts, sizeof(a.opts))
-        if a.ctrlr == NULL:
-            return
-        a.pci = spdk_nvme_ctrlr_get_pci_device(a.ctrlr)
-        spdk_nvme_ctrlr_set_remove_cb(a.ctrlr, _on_removal, a)
-    if not _same_drive(a):
-        spdk_nvme_detach(a.ctrlr)
-        a.ctrlr = NULL
-        a.pci = NULL
+        _detach(a)
+    while a.ctrlr == NULL:
+        rc = _connect(a, until_ns)
+        # SPDK gives a slow target less time for a step than there is for all.
+        tries += 1
+        if rc != -ENODEV or not _pause(a, until_ns) or tries > 1 and not a.by_register:
+            break
+        usleep(AGAIN_US)
+    if a.ctrlr != NULL and not _same_drive(a):
+        _detach(a)
 
 
 cdef bint _all_parked(Admin *a) noexcept nogil:
@@ -108,8 +106,9 @@ cdef bint _all_parked(Admin *a) noexcept nogil:
     return True
 
 
-cdef void _rebuild(Admin *a) noexcept nogil:
-    """Resets or reconnects the controller and its pairs. With `use` held."""
+cdef void _rebuild(Admin *a, bint connects) noexcept nogil:
+    """Resets or reconnects the controller and its pairs, or (`connects` False) lets go of them
+    until they are next used. With `use` held."""
     cdef Pair *p
     cdef bint off
     pthread_mutex_lock(&a.mutex)
@@ -119,7 +118,6 @@ cdef void _rebuild(Admin *a) noexcept nogil:
     while not _all_parked(a):
         wait_until(&a.state_changed, &a.mutex, skv_now_ns() + PARKING_NS)
     pthread_mutex_unlock(&a.mutex)
-    pthread_mutex_lock(&_socket)
     off = _free_pairs(a)
     # Commands in flight have completed: their waiters need not wait for the rest.
     pthread_mutex_lock(&a.mutex)
@@ -129,14 +127,16 @@ cdef void _rebuild(Admin *a) noexcept nogil:
         p = p.next
     pthread_cond_broadcast(&a.state_changed)
     pthread_mutex_unlock(&a.mutex)
-    _find_controller(a, off)
+    if connects:
+        _find_controller(a, off)
+    elif a.ctrlr != NULL:
+        _detach(a)
     if a.ctrlr != NULL:
         _read_changes(a)
     p = a.pairs
     while p != NULL:
         _connect_pair(p)
         p = p.next
-    pthread_mutex_unlock(&_socket)
     pthread_mutex_lock(&a.mutex)
     a.resetting = False
     a.tried_ns = skv_now_ns()
@@ -203,3 +203,42 @@ cdef void _wait_for_reset(Pair *p, uint64_t until_ns) noexcept nogil:
         if wait_until(&a.state_changed, &a.mutex, until_ns):
             break
     pthread_mutex_unlock(&a.mutex)
+
+
+cdef void _close_pair(Pair *p) noexcept nogil:
+    """Frees the pair, which has nothing in flight. With `use` held."""
+    cdef Admin *a = p.admin
+    cdef Pair **at
+    if p.pair != NULL and not a.gone and (p.broken or not _answers(a)):
+        # Only without its controller can a pair be freed that is to be deleted by an answer.
+        _rebuild(a, False)
+    pthread_mutex_lock(&a.mutex)
+    at = &a.pairs
+    while at[0] != NULL and at[0] != p:
+        at = &at[0].next
+    if at[0] != NULL:
+        at[0] = p.next
+    pthread_mutex_unlock(&a.mutex)
+    if p.pair != NULL:
+        _hold()
+        spdk_nvme_ctrlr_free_io_qpair(p.pair)
+        _let_go()
+        p.pair = NULL
+
+
+cdef int _open_pair(Pair *p) noexcept nogil:
+    """Connects a new pair. 0 or -errno. With `use` held."""
+    cdef Admin *a = p.admin
+    cdef int rc
+    pthread_mutex_lock(&a.mutex)
+    p.next = a.pairs
+    a.pairs = p
+    pthread_mutex_unlock(&a.mutex)
+    rc = _connect_pair(p)
+    if rc and p.presence == PRESENT and not a.gone:
+        # Lost, or too slow so far: the reset waits as long as a connection may take.
+        _rebuild(a, True)
+        rc = 0 if p.pair != NULL and not p.broken else -ENODEV
+    if rc:
+        _close_pair(p)
+    return rc

@@ -62,13 +62,23 @@ cdef struct Pair:
     uint32_t reachable_room
 
 
+# SPDK hands the options' address to the callback that has the controller.
+cdef struct Attempt:
+    spdk_nvme_ctrlr_opts opts
+    spdk_nvme_ctrlr *ctrlr
+
+
 cdef struct Admin:
     spdk_nvme_transport_id trid
-    spdk_nvme_ctrlr_opts opts
+    Attempt attempt
+    spdk_nvme_probe_ctx *context  # an attempt that did not end by its deadline
     spdk_nvme_ctrlr *ctrlr   # NULL: lost, not reconnected so far
     spdk_pci_device *pci     # NULL: the controller is not on PCIe
     unsigned char serial[20]
-    bint by_register         # vfio-user: only the registers show that a target has died
+    bint by_register         # vfio-user: registers are read over a socket
+    int line                 # our own descriptor of that socket; -1: there is none
+    uint64_t connect_ns      # how long a connection may take
+    uint64_t patience_ns     # and whatever else waits for an answer
     pthread_t thread
     pthread_mutex_t use
     pthread_mutex_t mutex    # never held over anything that blocks

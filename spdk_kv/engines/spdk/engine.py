@@ -6,7 +6,6 @@ import errno
 import gc
 import itertools
 import logging
-import threading
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
@@ -16,56 +15,10 @@ from spdk_kv._native.transfer import DISCARD, Queue, Transfer
 from spdk_kv.engines.base import Engine, QueueOptions, block_geometry, op_name
 from spdk_kv.engines.location import Location
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
-from spdk_kv.engines.spdk import environment
-from spdk_kv.engines.spdk.refusal import refusal
-from spdk_kv.errors import DeviceError, DeviceGone, EngineUnavailable
+from spdk_kv.engines.spdk import controllers, environment
+from spdk_kv.errors import DeviceError, DeviceGone, DeviceTimeout, EngineUnavailable
 
 log = logging.getLogger(__name__)
-
-_controllers: dict[str, tuple[Any, int]] = {}
-_controllers_lock = threading.Lock()
-
-
-def transport_id(location: Location) -> str:
-    """SPDK's transport ID for ``location``."""
-    if location.scheme == "spdk":
-        return f"trtype:PCIe traddr:{location.path}"
-    if location.scheme == "spdk+vfiouser":
-        return f"trtype:VFIOUSER traddr:{location.path} subnqn:{location.nqn}"
-    family = "IPv6" if ":" in location.host else "IPv4"
-    return (
-        f"trtype:TCP adrfam:{family} traddr:{location.host} trsvcid:{location.port} "
-        f"subnqn:{location.nqn}"
-    )
-
-
-def _acquire(name: str, location: Location) -> Any:
-    """The process's one connection to a controller; several namespaces share it."""
-    spdk = environment.bindings()
-    with _controllers_lock:
-        controller, users = _controllers.get(name, (None, 0))
-        if controller is not None and controller.gone and not users:
-            controller = None
-        if controller is None:
-            try:
-                controller = spdk.Controller(name)
-            except OSError as refused:
-                if location.scheme == "spdk":
-                    reach_nbytes = environment.settings().memory_nbytes
-                    raise refusal(location.path, reach_nbytes) from refused
-                raise DeviceGone(f"{refused}; see `spdk-kv doctor`") from refused
-        _controllers[name] = (controller, users + 1)
-        return controller
-
-
-def _release(name: str) -> None:
-    with _controllers_lock:
-        controller, users = _controllers[name]
-        if users > 1:
-            _controllers[name] = (controller, users - 1)
-            return
-        del _controllers[name]
-        controller.close()
 
 
 class _Reachable:
@@ -96,10 +49,10 @@ class SpdkEngine(Engine):
 
     def __init__(self, location: Location, options: QueueOptions) -> None:
         super().__init__(str(location), options)
-        self._transport_id = transport_id(location)
+        self._location = location
         spdk = environment.bindings()
         self._dma_region = spdk.DmaRegion
-        self._controller = _acquire(self._transport_id, location)
+        self._controller = controllers.acquire(location)
         # Further queue pairs are engines of their own that transfers are dealt out to.
         self._lanes: list[SpdkEngine] = []
         self._pairs: list[Any] = []
@@ -232,11 +185,14 @@ class SpdkEngine(Engine):
         return bool(self._controller.gone)
 
     def health(self) -> dict[str, Any]:
-        """The drive's SMART log, main fields. Blocks. DeviceGone, DeviceError."""
+        """The drive's SMART log, main fields. Blocks, for 10 s at most. DeviceGone, DeviceTimeout,
+        DeviceError."""
         try:
             return dict(self._controller.health())
         except OSError as failed:
-            kind = DeviceGone if self.gone else DeviceError
+            kind = DeviceTimeout if failed.errno == errno.ETIMEDOUT else DeviceError
+            if self.gone:
+                kind = DeviceGone
             raise kind(str(failed), op="health", status=failed.errno) from failed
 
     def error(self, transfer: Transfer) -> Exception:
@@ -270,4 +226,4 @@ class SpdkEngine(Engine):
         self._slots = None
         if self._pairs:
             self._pair.close()
-        _release(self._transport_id)
+        controllers.release(self._location)
