@@ -10,6 +10,8 @@ DEF ADMIN_INTERVAL_NS = 50_000_000
 DEF EXIT_NS = 1_000_000_000
 
 
+# Requests that a command may be split into.
+DEF MOST_PARTS = 1 << 20
 # Between two looks of a Python thread that waits for a controller.
 DEF WAIT_US = 200
 # How long a PCIe drive may take to become ready: CAP.TO is 127.5 s at most (NVMe Base 2.0, 3.1.3.1);
@@ -149,6 +151,9 @@ cdef class Controller:
         opts.fabrics_connect_timeout_us = <uint64_t>(connect_timeout_s * 1e6)
         # SPDK's own waits for an answer, of which there are a few that this can't do in steps.
         opts.admin_timeout_ms = <uint32_t>(connect_timeout_s * 1e3)
+        # Each pair has its own; SPDK takes the controller's for what may be waited for, and calls a
+        # command invalid that has more parts than that while others have the pair's.
+        opts.io_queue_requests = MOST_PARTS
         a.patience_ns = a.connect_ns = <uint64_t>(connect_timeout_s * 1e9)
         if "PCIe" in transport_id:
             opts.admin_timeout_ms = PCIE_ADMIN_MS

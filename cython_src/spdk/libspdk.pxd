@@ -67,6 +67,7 @@ cdef extern from "<spdk/nvme.h>" nogil:
         uint32_t num_io_queues
         uint32_t keep_alive_timeout_ms
         uint32_t admin_timeout_ms
+        uint32_t io_queue_requests
         uint64_t fabrics_connect_timeout_us
         size_t opts_size
 

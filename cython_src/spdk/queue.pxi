@@ -181,7 +181,8 @@ cdef void _cancel(void *self, skv_io *io) noexcept nogil:
 
 @cython.no_gc_clear
 cdef class QueuePair:
-    """An I/O queue pair of ``controller`` on namespace ``nsid``, for ``depth`` commands.
+    """An I/O queue pair of ``controller`` on namespace ``nsid``, for ``depth`` commands of
+    ``segment_nbytes`` at most.
 
     ``backend`` is the capsule for a queue. Raises OSError if the controller provides none.
     """
@@ -190,7 +191,8 @@ cdef class QueuePair:
     cdef int _pid    # 0: closed, or never opened
     cdef readonly object backend
 
-    def __cinit__(self, Controller controller not None, uint32_t nsid, uint32_t depth):
+    def __cinit__(self, Controller controller not None, uint32_t nsid, uint32_t depth,
+                  uint32_t segment_nbytes):
         cdef Pair *p = &self._p
         cdef Admin *a = &controller._a
         cdef int rc
@@ -198,6 +200,7 @@ cdef class QueuePair:
         p.admin = a
         p.nsid = nsid
         p.depth = depth
+        p.segment_nbytes = segment_nbytes
         # SPDK's vfio-user transport cannot iterate over its requests: an abort would call a null
         # pointer (seen with 26.09), so commands are cancelled by a reset.
         p.can_abort = not a.by_register

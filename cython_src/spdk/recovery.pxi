@@ -6,6 +6,8 @@
 # all drivers park, pairs are freed, the controller is reset or else connected again, and pairs are
 # made again if it is the same drive.
 
+# Requests of a pair at least.
+DEF LEAST_REQUESTS = 512
 # Between two attempts to reconnect a lost controller.
 DEF RECONNECT_NS = 1_000_000_000
 # Between two checks whether all drivers have parked.
@@ -29,23 +31,34 @@ cdef void _request_reset(Admin *a, int fate) noexcept nogil:
     pthread_mutex_unlock(&a.mutex)
 
 
+cdef uint32_t _parts(Pair *p, spdk_nvme_ns *ns) noexcept nogil:
+    """SPDK's requests for the largest command, which it splits at MDTS or a boundary."""
+    cdef uint32_t part = spdk_nvme_ns_get_max_io_xfer_size(ns)
+    cdef uint32_t boundary = spdk_nvme_ns_get_optimal_io_boundary(ns) * p.likeness.block_nbytes
+    if boundary:
+        part = min(part, boundary)
+    return p.segment_nbytes // max(part, p.likeness.block_nbytes) + 3
+
+
 cdef int _connect_pair(Pair *p) noexcept nogil:
     """Connects the pair. -ENODEV if its namespace is missing or is another one."""
     cdef spdk_nvme_ctrlr *ctrlr = p.admin.ctrlr
+    cdef spdk_nvme_ns *ns
     cdef spdk_nvme_io_qpair_opts opts
     if ctrlr == NULL:
         return -ENODEV
     p.presence = _presence(p)
     if p.presence != PRESENT:
         return -ENODEV
+    ns = spdk_nvme_ctrlr_get_ns(ctrlr, p.nsid)
     spdk_nvme_ctrlr_get_default_io_qpair_opts(ctrlr, &opts, sizeof(opts))
     # SPDK may split a command at MDTS or a boundary: it then needs more requests than there are
     # commands, and queues in software those that the hardware queue cannot hold.
     opts.io_queue_size = max(opts.io_queue_size, 2 * p.depth)
-    opts.io_queue_requests = max(opts.io_queue_requests, 16 * p.depth)
+    opts.io_queue_requests = max(max(LEAST_REQUESTS, 16 * p.depth), 2 * _parts(p, ns))
     opts.delay_cmd_submit = True
     opts.async_mode = True
-    p.ns = spdk_nvme_ctrlr_get_ns(ctrlr, p.nsid)
+    p.ns = ns
     p.broken = False
     return _alloc_pair(p, &opts)
 

@@ -43,6 +43,7 @@ cdef struct Pair:
     bint known               # the two above are set
     int presence             # whether the number is still that namespace's; nothing else is used
     uint32_t depth
+    uint32_t segment_nbytes  # the largest command
     uint32_t in_flight
     skv_io *done
     skv_io *done_tail

@@ -17,8 +17,12 @@ from spdk_kv.engines.location import Location
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
 from spdk_kv.engines.spdk import controllers, environment
 from spdk_kv.errors import DeviceError, DeviceGone, DeviceTimeout, EngineUnavailable
+from spdk_kv.units import format_nbytes
 
 log = logging.getLogger(__name__)
+
+# Commands that SPDK may split a segment into; each has a request of SPDK's, taken at opening.
+_MOST_PARTS = 8192
 
 
 class _Reachable:
@@ -60,7 +64,10 @@ class SpdkEngine(Engine):
         try:
             self.controller: dict[str, Any] = self._controller.describe()
             self.namespace = self._geometry(location.nsid)
-            self._pair = spdk.QueuePair(self._controller, location.nsid, options.depth)
+            self._refuse_too_many_parts()
+            self._pair = spdk.QueuePair(
+                self._controller, location.nsid, options.depth, options.segment_nbytes
+            )
             self._pairs.append(self._pair)
             self.block_nbytes = self.namespace["block_nbytes"]
             # PRP entries point to whole dwords (NVMe Base 2.0, section 4.1.1).
@@ -85,6 +92,17 @@ class SpdkEngine(Engine):
         """DeviceGone where the queue pairs are not all of the namespace that was looked at."""
         if now != self.namespace:
             raise DeviceGone(f"the namespace at {self.where} was replaced while it was opened")
+
+    def _refuse_too_many_parts(self) -> None:
+        limit_nbytes = self.namespace["max_transfer_nbytes"]
+        if boundary_nbytes := self.namespace["boundary_nbytes"]:
+            limit_nbytes = min(limit_nbytes, boundary_nbytes)
+        if self.segment_nbytes > _MOST_PARTS * limit_nbytes:
+            raise EngineUnavailable(
+                f"{self.where} takes {format_nbytes(limit_nbytes)} per command, and a segment of "
+                f"{format_nbytes(self.segment_nbytes)} would be more than {_MOST_PARTS} of them: "
+                "lower `segment`"
+            )
 
     def _geometry(self, nsid: int) -> dict[str, Any]:
         try:

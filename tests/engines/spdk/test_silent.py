@@ -164,6 +164,16 @@ def within(engine: SpdkEngine) -> None:
         raise DeviceGone(str(late)) from late
 
 
+def test_segments_of_hundreds_of_commands_are_split(target):
+    # Two of them need more requests than SPDK has for a queue pair by default.
+    engine = opened(target.uri("vfiouser"), QueueOptions(depth=2, segment_nbytes=80 * MIB))
+    assert engine.namespace["max_transfer_nbytes"] == 128 << 10
+    write(engine, 0, b"begin" + bytes(80 * MIB - 8) + b"end")
+    data = read(engine, 0, 80 * MIB)
+    assert (data[:5], data[-3:]) == (b"begin", b"end")
+    engine.close()
+
+
 def test_what_is_wrong_with_a_socket_is_said(tmp_path):
     uri = f"spdk+vfiouser://{tmp_path}/{NQN}/1"
     with pytest.raises(DeviceGone, match=f"no folder {tmp_path}/none"):
