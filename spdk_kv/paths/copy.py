@@ -18,10 +18,12 @@ import logging
 import os
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from spdk_kv._native.holding import Account
 from spdk_kv._native.transfer import PREFETCH, WRITE, Transfer
 from spdk_kv.engines import CopyPageCacheEngine
 from spdk_kv.errors import ClosedError, DeviceTimeout, SpdkKvError
@@ -64,7 +66,6 @@ class Copy:
     max_held_nbytes: int
     written_nbytes: int = 0
     trouble: str = ""
-    _held_nbytes: int = 0
     _pause_decisions: int = 0
     _warned: bool = False
     _holes: list[Hole] = field(default_factory=list)
@@ -72,6 +73,12 @@ class Copy:
 
     def __post_init__(self) -> None:
         self._pool = StagingPool(self.engine.allocate, self.max_held_nbytes)
+        self._account = Account()
+
+    @property
+    def _held_nbytes(self) -> int:
+        """Bytes on their way into the copy."""
+        return self._account.nbytes
 
     def fill(self, unit: TrackedUnit, start: int, lines: torch.Tensor, chunk_nbytes: int) -> None:
         """Fills as much of the copy as ``lines`` continue it and there is room. Takes a copy of
@@ -83,19 +90,20 @@ class Copy:
             lines: uint8 ``[extents, bytes]``, in host or GPU memory.
             chunk_nbytes: bytes that share a checksum; fills end at such a boundary.
         """
-        with self.lock:
-            fill = self._plan(unit, start, lines, chunk_nbytes)
-            if fill is None:
-                return
-            unit.fill = fill
-            self._held_nbytes += fill.nbytes
-        transfer = None
+        fill = transfer = None
         try:
+            with self.lock:
+                fill = self._plan(unit, start, lines, chunk_nbytes)
+                if fill is None:
+                    return
+                fill.hold = self._account.hold(fill.nbytes)
+                unit.fill = fill
             transfer = self._prepare(unit, fill, lines[:, fill.start - start : fill.end - start])
             self.engine.start(transfer, partial(self._on_written, unit, fill), priority=PREFETCH)
         except BaseException as failure:
             # A transfer that was started before an interrupt ends like any other.
-            if transfer is None or not (transfer.in_flight or transfer.done):
+            has_begun = transfer is not None and (transfer.in_flight or transfer.done)
+            if fill is not None and not has_begun:
                 self._end(unit, fill)
             if not isinstance(failure, (SpdkKvError, MemoryError)):
                 raise
@@ -139,8 +147,9 @@ class Copy:
 
     def _end(self, unit: TrackedUnit, fill: Fill) -> None:
         with self.lock:
-            unit.fill = None
-            self._held_nbytes -= fill.nbytes
+            if unit.fill is fill:
+                unit.fill = None
+            fill.hold = None
         fill.ended.set()
 
     def _accept(self, unit: TrackedUnit, fill: Fill) -> None:
@@ -204,8 +213,9 @@ class Copy:
     def sweep(self, unit: TrackedUnit) -> None:
         """Drops the pages of zeros that a read of ``unit`` left in memory after its hole was
         punched. Pages that were filled anew meanwhile are dirty, and stay."""
-        for offset, nbytes in unit.extents:
-            os.posix_fadvise(self.engine.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # the store may have been closed meanwhile
+            for offset, nbytes in unit.extents:
+                os.posix_fadvise(self.engine.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     # -- what is reported -----------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from spdk_kv._native.holding import Hold
 from spdk_kv.residency import Unit
 
 Extents = tuple[tuple[int, int], ...]
@@ -21,7 +22,8 @@ class Fill:
     """Bytes ``[start, end)`` of each of a unit's ``count`` extents on their way into its copy.
 
     ``copy_epoch``: the unit's when the fill started. ``valid_end``: where the unit was truncated
-    since; what lies behind is void. ``ended``: set once nothing is written any more.
+    since; what lies behind is void. ``ended``: set once nothing is written any more. ``hold``
+    counts its memory.
     """
 
     count: int
@@ -30,6 +32,7 @@ class Fill:
     copy_epoch: int
     valid_end: int = WHOLE_EXTENT
     ended: threading.Event = field(default_factory=threading.Event)
+    hold: Hold | None = None
 
     @property
     def nbytes(self) -> int:

@@ -43,6 +43,7 @@ from spdk_kv.store import KVStore
 from spdk_kv.units import KIB
 from store.helpers import folder_fixture
 from support import blockdev
+from support.interrupts import interrupted_everywhere
 
 folder = folder_fixture
 place = place_fixture
@@ -212,6 +213,29 @@ def test_copies_that_have_to_wait_are_made_later(
         fully(store, sequence, reference)
         assert len(held) >= UNITS * 4
         assert max(held) <= 256 * KIB
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_anywhere_while_a_copy_is_begun_leaves_nothing_half_begun(place: CopyPlace) -> None:
+    with place.open(PLENTY) as store:
+        sequence, reference = filled(store)
+        store.paths.decide()
+        copy, unit = store.paths.routes.copy, units(store)[0]
+        lines = torch.zeros(len(unit.extents), 64 * KIB, dtype=torch.uint8)
+
+        def forget(at: int) -> None:
+            store.paths._dropper.drop_later(unit)
+            waited(store)  # for ever, if a fill that was begun does not end
+
+        def check(at: int) -> None:
+            waited(store, lambda: unit.fill is None)
+
+        def fill(at: int) -> None:
+            copy.fill(unit, 0, lines, 16 * KIB)
+
+        assert interrupted_everywhere(forget, fill, check) > 10
+        forget(0)
+        fully(store, sequence, reference)
 
 
 # -- what the kernel and the media do -------------------------------------------------------------
