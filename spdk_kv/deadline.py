@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from spdk_kv._native.holding import Held
@@ -39,16 +40,18 @@ class Deadline:
         """Whether it is over."""
         return self._timeout_s is not None and time.monotonic() >= self._until
 
-    def hold(self, lock: Any) -> AbstractContextManager[Any]:
+    def hold(
+        self, lock: Any, what: str = "another call on the same sequence"
+    ) -> AbstractContextManager[Any]:
         """A context in which ``lock`` is held. DeviceTimeout where another thread keeps it past the
-        deadline."""
+        deadline, for ``what``."""
         left = self.left_s()
-        return lock if left is None else Held(lock, min(left, 1e6), self.error)
+        return lock if left is None else Held(lock, min(left, 1e6), partial(self.error, what))
 
-    def error(self, what: str = "another call on the same sequence") -> DeviceTimeout:
+    def error(self, what: str) -> DeviceTimeout:
         """The error of a caller that waited for ``what``."""
         return DeviceTimeout(
-            f"{what} was not over after {self._timeout_s:g} s; only the wait for it ended"
+            f"{what} was not over after {self._timeout_s:.3g} s; only the wait for it ended"
         )
 
 

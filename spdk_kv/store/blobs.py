@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from spdk_kv._native.transfer import READ, WRITE, Transfer
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import Engine
 from spdk_kv.errors import (
     ClosedError,
@@ -25,9 +26,10 @@ T = TypeVar("T")
 
 
 class BlobWriter:
-    """Writes tensors into new extents, then publishes their records. Used once."""
+    """Writes tensors into new extents, then publishes their records. Used once. ``deadline`` is for
+    both, and for the room that is made before."""
 
-    def __init__(self, store: Host, tensors: Mapping[str, Any]) -> None:
+    def __init__(self, store: Host, tensors: Mapping[str, Any], deadline: Deadline = NEVER) -> None:
         for key in tensors:
             check_key(key)
         self._store = store
@@ -40,7 +42,10 @@ class BlobWriter:
         self._checksum = store.engine.keeps_bytes
         nbytes = sum(view.nbytes for view in filled)
         self._transfer = _transfer(store.engine, WRITE, nbytes, linked, self._checksum)
-        self._offsets = self._catalog.room.allocate([v.nbytes for v in filled]) if filled else []
+        self._deadline = deadline
+        self._offsets: list[int] = []
+        if filled:
+            self._offsets = self._catalog.room.allocate([v.nbytes for v in filled], deadline)
         # None once they are published or given up, which happens once, whatever interrupts it.
         self._owned: list[int] | None = self._offsets
         try:
@@ -51,19 +56,21 @@ class BlobWriter:
             self._give_up()
             raise
 
-    def run(self, timeout_s: float | None) -> None:
+    def run(self) -> None:
         """Blocks until written and visible."""
         try:
-            self._store.engine.run(self._transfer, timeout_s)
+            self._store.engine.run(self._transfer, self._deadline.left_s())
             self._publish()
         except BaseException:
             self._give_up()
             raise
 
-    def start(self, timeout_s: float | None) -> Future[None]:
+    def start(self) -> Future[None]:
         """Returns at once; the future is done when the blobs are visible."""
         try:
-            return self._store.engine.start(self._transfer, self._finish, timeout_s=timeout_s)
+            return self._store.engine.start(
+                self._transfer, self._finish, timeout_s=self._deadline.left_s()
+            )
         except BaseException:
             self._give_up()
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spdk_kv._native.transfer import Transfer
+from spdk_kv.deadline import Deadline
 from spdk_kv.engines import Engine
 from spdk_kv.index import Index, SequenceRecord
 from spdk_kv.store.committer import Committer
@@ -63,7 +64,7 @@ class Catalog:
 
     def commit(self, timeout_s: float | None = None) -> None:
         """As :meth:`Room.commit`."""
-        self.room.commit(timeout_s)
+        self.room.commit(Deadline(timeout_s))
 
     def close(self) -> None:
         """The last commit: what is published from now on is refused."""

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import Engine
-from spdk_kv.errors import CapacityError, DeviceError, DeviceTimeout, SpdkKvError
+from spdk_kv.errors import CapacityError, DeviceError, SpdkKvError
 from spdk_kv.index import Index, commit_in_batches
 from spdk_kv.store.dataflush import DataFlush
 from spdk_kv.store.places import Places
@@ -52,12 +53,13 @@ class Committer:
         self._next: Future[None] | None = None
         self._next_lock = threading.Lock()
 
-    def commit(self, timeout_s: float | None = None) -> None:
+    def commit(self, deadline: Deadline = NEVER) -> None:
         """Data to the medium, then the records; blocks on both. What failed is tried again by the
         next commit, but for a record that the index cannot hold: CapacityError, after all others
         are committed. IndexFull: its filesystem has no room for the records. DeviceGone: its files
-        are gone. DeviceTimeout after ``timeout_s``; the commit goes on by itself then."""
+        are gone. DeviceTimeout past ``deadline``; the commit goes on by itself then."""
         self._quarantine.settle()
+        timeout_s = deadline.left_s()
         if timeout_s is None:
             with self.lock:
                 self._commit(None)
@@ -65,10 +67,7 @@ class Committer:
         commit = self._begin(timeout_s)
         wait([commit], timeout_s)
         if not commit.done():
-            raise DeviceTimeout(
-                f"the commit of {self._engine.where} takes more than {timeout_s:g} s; it goes on",
-                op="flush",
-            )
+            raise deadline.error(f"the commit of {self._engine.where}")
         commit.result()
 
     def _begin(self, timeout_s: float) -> Future[None]:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from spdk_kv._native.transfer import Transfer
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import Engine
 from spdk_kv.index import BlobRecord
 from spdk_kv.link import Links
@@ -29,7 +30,7 @@ class BlobRecords(Protocol):
 class Extents(Protocol):
     """Where a put gets its extents; a store's :class:`Room`."""
 
-    def allocate(self, sizes: Sequence[int]) -> list[int]: ...
+    def allocate(self, sizes: Sequence[int], deadline: Deadline = NEVER) -> list[int]: ...
     def abandon(self, offsets: Sequence[int]) -> None: ...
 
 

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Sequence
 
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import Engine
 from spdk_kv.errors import CapacityError
 from spdk_kv.index import IndexFull
@@ -54,7 +55,7 @@ class Room:
         self._usual_nbytes = 0.0
         self._evicted_nbytes = 0
 
-    def allocate(self, sizes: Sequence[int]) -> list[int]:
+    def allocate(self, sizes: Sequence[int], deadline: Deadline = NEVER) -> list[int]:
         """Extents for ``sizes`` bytes each, all or none.
 
         Where there is no room: commits, so that retired extents come free, then evicts blobs if
@@ -75,25 +76,25 @@ class Room:
                     refusal = full
                     offsets = []
             if offsets:
-                reached = self._back(offsets, sizes)
+                reached = self._back(offsets, sizes, deadline)
                 if reached is None:
                     return offsets
                 end = reached
             else:
-                self._make_room(sizes, end, freed_count, refusal)
+                self._make_room(sizes, end, freed_count, refusal, deadline)
 
     def abandon(self, offsets: Sequence[int]) -> None:
         """Takes extents back that no record ever named."""
         with self._records.lock:
             self._records.extents.abandon(offsets)
 
-    def commit(self, timeout_s: float | None = None) -> None:
+    def commit(self, deadline: Deadline = NEVER) -> None:
         """As :meth:`Committer.commit`; where the index has no room for the records, evicts the
         blobs used longest ago for it, if that is allowed."""
         most: int | None = None
         while True:
             try:
-                self._committer.commit(timeout_s)
+                self._committer.commit(deadline)
             except IndexFull:
                 with self._records.lock:
                     if most is None:
@@ -108,7 +109,7 @@ class Room:
             else:
                 return
 
-    def _back(self, offsets: Sequence[int], sizes: Sequence[int]) -> int | None:
+    def _back(self, offsets: Sequence[int], sizes: Sequence[int], deadline: Deadline) -> int | None:
         """Makes the data file reach the extents. Where it cannot, gives them up and returns how far
         it can: below their end."""
         end = max(o + align_up(n, BLOCK_NBYTES) for o, n in zip(offsets, sizes, strict=True))
@@ -117,7 +118,7 @@ class Room:
         index_nbytes = 0
         try:
             # One at a time: a growth that fails takes back what it added to the file.
-            with self._growth_lock:
+            with deadline.hold(self._growth_lock, "the growth of the data file"):
                 index_nbytes = self._expected_index_growth(end)
                 self._engine.ensure(end, self._records.extents.allocator.end, index_nbytes)
                 self._backed_to = max(self._backed_to, end)
@@ -140,7 +141,12 @@ class Room:
         return max(0, int(expected) - index.nbytes)
 
     def _make_room(
-        self, sizes: Sequence[int], end: int | None, freed_count: int, refusal: CapacityError
+        self,
+        sizes: Sequence[int],
+        end: int | None,
+        freed_count: int,
+        refusal: CapacityError,
+        deadline: Deadline,
     ) -> None:
         """Frees something below ``end``, or raises CapacityError and says what is lacking.
 
@@ -148,14 +154,14 @@ class Room:
         """
         records = self._records
         # A commit under way may be about to free something.
-        with self._committer.lock, records.lock:
+        with deadline.hold(self._committer.lock, "a commit"), records.lock:
             if records.extents.freed_count != freed_count:
                 return
             if not records.extents.has_retired:
                 if self._eviction != "lru":
                     raise self._lacking(refusal, end, "")
                 self._evict(sizes, end, refusal)
-        self.commit()
+        self.commit(deadline)
 
     def _evict(self, sizes: Sequence[int], end: int | None, refusal: CapacityError) -> None:
         records = self._records

@@ -105,7 +105,8 @@ class KVStore:
         Args:
             key: Any text.
             tensor: torch or numpy, any dtype, shape and strides, on the CPU or a GPU.
-            timeout_s: Seconds until the write is given up; None waits as long as it takes.
+            timeout_s: Seconds until the write is given up, also while room is made for it; None
+                waits as long as it takes.
 
         Raises:
             ShapeMismatch: The dtype cannot be stored.
@@ -120,8 +121,7 @@ class KVStore:
     def put_many(self, tensors: Mapping[str, Any], *, timeout_s: float | None = None) -> None:
         """As :meth:`put`, for several tensors in one transfer: all become visible, or none."""
         self.check_open()
-        writer = BlobWriter(self, tensors)
-        writer.run(timeout_s)
+        BlobWriter(self, tensors, Deadline(timeout_s)).run()
 
     def put_async(self, key: str, tensor: Any, *, timeout_s: float | None = None) -> Future[None]:
         """As :meth:`put`, but returns a future. The tensor must stay unchanged until it is done.
@@ -136,7 +136,7 @@ class KVStore:
     ) -> Future[None]:
         """As :meth:`put_many`, but returns a future."""
         self.check_open()
-        return self._background.track(BlobWriter(self, tensors).start(timeout_s))
+        return self._background.track(BlobWriter(self, tensors, Deadline(timeout_s)).start())
 
     def get(
         self,

@@ -242,7 +242,7 @@ def test_a_write_that_ends_after_the_last_commit_is_no_put(folder):
     writer = BlobWriter(store, {"late": payload("late", 1)})
     store.catalog.close()
     with pytest.raises(ClosedError):
-        writer.run(None)
+        writer.run()
     assert store.stats()["used_nbytes"] == 0
     store.close()
     with reopen(folder) as store:

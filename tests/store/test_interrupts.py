@@ -138,7 +138,7 @@ def test_ctrl_c_just_after_the_start_of_a_future(folder, long_lived):
     store.catalog.records.unpin([held])
     for _ in range(20):
         writer = BlobWriter(store, {"a": payload("a", 1, 60_000)})
-        future = writer.start(None)
+        future = writer.start()
         writer._give_up()
         future.result(10)
         store.put("b", payload("b", 1, 60_000))
