@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from spdk_kv.errors import CorruptionError
@@ -36,7 +36,11 @@ class UnitRecord:
 @dataclass(frozen=True, slots=True)
 class SequenceRecord:
     """A sequence: shape, ``"layer"`` or ``"head"``, bytes per checksummed chunk, bytes of each
-    unit's extent, the units, and the row map (opaque bytes here)."""
+    unit's extent, the units, and the row map (opaque bytes here).
+
+    ``life`` is not stored: all records of one sequence share it, from its creation (or its being
+    loaded) until it is deleted, so that another sequence of its name is not taken for it.
+    """
 
     shape: KVShape
     granularity: str
@@ -44,6 +48,7 @@ class SequenceRecord:
     extent_nbytes: int
     units: tuple[UnitRecord, ...]
     row_map: bytes
+    life: object = field(default_factory=object, repr=False, compare=False)
 
 
 class Row(NamedTuple):

@@ -69,8 +69,9 @@ class Scans:
 
     def mark_scanned(self, group: UnitGroup) -> None:
         """``group`` is in use: its scan has started, and the decision before it was made."""
-        self._scanned.add(group.number)
         group.idle_steps = 0
+        if group.number in self._awake:  # a read may have begun just before its delete
+            self._scanned.add(group.number)
 
     # -- sleep ----------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ def restore_sequence(host: Host, name: str, record: SequenceRecord) -> Sequence:
         try:
             layers = _layers(host, name, layout, offsets, group)
             _restore(layers, record)
-            recorder = Recorder(host.catalog, name, layout, layers, temporary=False)
+            recorder = Recorder(host.catalog, name, layout, layers, False, record.life)
             recorder.mark_recorded()
             return Sequence(host, name, layout, offsets, group, layers, recorder)
         except BaseException:
@@ -71,7 +71,8 @@ def restore_sequence(host: Host, name: str, record: SequenceRecord) -> Sequence:
     except SpdkKvError as failure:
         if is_unreadable(failure):
             host.catalog.count_corruption()
-            host.catalog.drop_sequence(name, offsets)
+            if host.catalog.drop_sequence(name, record.life):
+                host.catalog.retire(offsets)
         raise
 
 

@@ -31,8 +31,11 @@ class Recorder:
         layout: SequenceLayout,
         layers: Sequence[Layer],
         temporary: bool,
+        life: object = None,
     ) -> None:
         self.temporary = temporary
+        self.life = life or object()
+        """What its records have in common; see :class:`SequenceRecord`."""
         self.deleted = False
         """Set under ``lock``; nothing is recorded from then on."""
         # The last change, and the last one that a staged record has. Not a flag: a change that
@@ -114,6 +117,7 @@ class Recorder:
             layout.extent_nbytes,
             tuple(units),
             b"".join(maps),
+            self.life,
         )
         return record, covered
 

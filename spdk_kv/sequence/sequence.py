@@ -346,22 +346,35 @@ class Sequence(Twins):
         self._whole.reorder(self._numbers(layer, deadline), index, deadline)
 
     def delete(self) -> None:
-        """Deletes the sequence and gives its extents back. May be called twice.
+        """Deletes the sequence and gives its extents back. May be called twice: a second call
+        finishes what an interrupt (Ctrl-C) left.
 
-        Blocks only for reads that are under way in other threads.
+        Its name is free at once, for a new sequence on other extents. Blocks only for calls on this
+        one that are under way in other threads, and for a flush of it.
+
+        Raises:
+            ClosedError: The store is closed, and the sequence stays in it.
         """
         with self._recorder.lock:
-            if self._recorder.deleted:
-                return
+            if not self.deleted and not self.temporary:
+                self._host.check_open()
             self._recorder.deleted = True
-            self._ahead.clear()
-            writes = []
-            for layer in self._layers:
-                with layer.lock:
-                    writes += layer.close()
-            self._host.paths.release(self._group)
-            self._host.catalog.drop_sequence(self.name, self._offsets, writes)
             self._host.forget_sequence(self)
+        self._ahead.clear()
+        writes = []
+        for layer in self._layers:
+            with layer.lock:
+                writes += layer.close()
+        self._host.paths.release(self._group)
+        # No call reaches the extents any more. Given back once, however many threads come here.
+        with self._recorder.lock:
+            offsets, self._offsets = self._offsets, []
+        if offsets:
+            self._host.catalog.retire(offsets, writes)
+
+    def forget_record(self) -> None:
+        """Called by the store that its name no longer belongs to: drops its record, if any."""
+        self._host.catalog.drop_sequence(self.name, self._recorder.life)
 
     def stage_for_commit(self, deadline: Deadline = NEVER) -> None:
         """For :meth:`KVStore.flush`: see :meth:`Recorder.stage`. Blocks on the drive."""

@@ -50,12 +50,13 @@ class Catalog:
         """As :meth:`Records.publish_sequence`."""
         self.records.publish_sequence(name, record)
 
-    def drop_sequence(
-        self, name: str, offsets: Sequence[int], writes: Sequence[Transfer] = ()
-    ) -> None:
-        """Forgets a sequence (recorded or not). Its extents are retired as soon as the drive has
-        let go of ``writes``."""
-        self.records.drop_sequence(name)
+    def drop_sequence(self, name: str, life: object) -> bool:
+        """As :meth:`Records.drop_sequence`."""
+        return self.records.drop_sequence(name, life)
+
+    def retire(self, offsets: Sequence[int], writes: Sequence[Transfer] = ()) -> None:
+        """Gives up the extents of a sequence that has no record (any more), as soon as the drive
+        has let go of ``writes``."""
         self.quarantine.release(writes, lambda: self.records.retire(offsets))
 
     def count_corruption(self) -> None:

@@ -114,8 +114,13 @@ class Records:
                 self._retire(former)
 
     def drop(self, key: str, only: BlobRecord | None = None) -> bool:
-        """Forgets a blob (``only``: if it is still that one). Returns whether it was there."""
+        """Forgets a blob (``only``: if it is still that one). Returns whether it was there.
+
+        ClosedError: the last commit is over, so that it would be back after a reopening.
+        """
         with self.lock:
+            if self._closed and only is None:
+                raise ClosedError("the store was closed before the blob was deleted")
             record = self.blobs.get(key)
             if record is None or (only is not None and record is not only):
                 return False
@@ -172,17 +177,29 @@ class Records:
     # -- sequences ------------------------------------------------------------------------------
 
     def publish_sequence(self, name: str, record: SequenceRecord) -> None:
-        """Records a sequence's new state, to go into the next commit."""
+        """Records a sequence's new state, to go into the next commit. ClosedError: the last one is
+        over."""
         with self.lock:
-            self.sequences[name] = record
+            if self._closed:
+                raise ClosedError(f"the store was closed before sequence {name!r} was recorded")
             self._changed_sequences[name] = record
+            self.sequences[name] = record
 
-    def drop_sequence(self, name: str) -> None:
-        """Forgets a sequence's record, if there is one. Its extents are the caller's to retire."""
+    def drop_sequence(self, name: str, life: object) -> bool:
+        """Forgets the record under ``name`` if it is of that life (:class:`SequenceRecord`).
+        Returns whether it was there. The extents are the caller's to retire.
+
+        ClosedError: the last commit is over, so that it would be back after a reopening.
+        """
         with self.lock:
-            if name in self.sequences:
-                self._changed_sequences[name] = None
-                del self.sequences[name]
+            record = self.sequences.get(name)
+            if record is None or record.life is not life:
+                return False
+            if self._closed:
+                raise ClosedError(f"the store was closed before sequence {name!r} was deleted")
+            self._changed_sequences[name] = None
+            del self.sequences[name]
+            return True
 
     def retire(self, offsets: Iterable[int]) -> None:
         """Marks extents that a dropped sequence has given up."""

@@ -1,28 +1,40 @@
-"""The sequences of one open store: one object per name, however often it is asked for."""
+"""The sequences of one open store: a name belongs to one sequence at a time."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.errors import KeyNotFound, ShapeMismatch, SpdkKvError
-from spdk_kv.index import SequenceRecord
 from spdk_kv.sequence import Host, Sequence, create_sequence, restore_sequence
+from spdk_kv.store.records import Records
 from spdk_kv.types import Granularity, KVShape
 
 
+class _Making:
+    """Has a name while its sequence is created or restored, which may block on the drive."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+
 class OpenSequences:
-    """Sequences by name. Thread-safe. ``recorded``: those that the store's index names.
+    """Sequences by name. Thread-safe. Those in ``records`` are restored when they are asked for.
+
+    A name is free, or it is being made, or it belongs to a live sequence. It is free again, and
+    the record gone, as soon as that one's delete() has begun, in one step under ``_lock``: nobody
+    restores a sequence whose extents are about to be freed, and the rest of an old delete() cannot
+    touch a new sequence. ``_lock`` is taken before the records' lock, and never held over I/O.
 
     It does not hold the store: a store that nobody uses any more must be closed at once, not by
     the garbage collector.
     """
 
-    def __init__(self, recorded: Mapping[str, SequenceRecord]) -> None:
-        self._recorded = recorded
-        self._open: dict[str, Sequence] = {}
-        self._lock = threading.Lock()
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._bound: dict[str, Sequence | _Making] = {}
+        # Reentrant, because a finalizer that deletes a sequence may run anywhere.
+        self._lock = threading.RLock()
 
     def get(
         self,
@@ -35,19 +47,15 @@ class OpenSequences:
         """As :meth:`KVStore.sequence`."""
         if not isinstance(name, str):
             raise TypeError(f"a sequence's name is a str, not {type(name).__name__}")
-        with self._lock:
-            sequence = self._open.get(name)
-            if sequence is None or sequence.deleted:
-                record = self._recorded.get(name)
-                if record is not None:
-                    sequence = restore_sequence(store, name, record)
-                elif shape is None:
-                    raise KeyNotFound(f"no sequence {name!r}")
-                else:
-                    sequence = create_sequence(
-                        store, name, shape, granularity or "layer", temporary
-                    )
-                self._open[name] = sequence
+        sequence = None
+        while sequence is None:
+            bound = self._owner(name)
+            if bound is None:
+                sequence = self._make(store, name, shape, granularity or "layer", temporary)
+            elif isinstance(bound, _Making):
+                bound.over.wait()
+            else:
+                sequence = bound
         if shape is not None and sequence.shape != shape:
             raise ShapeMismatch(f"sequence {name!r} has {sequence.shape}, not {shape}")
         if granularity is not None and sequence.granularity != granularity:
@@ -56,26 +64,70 @@ class OpenSequences:
             )
         return sequence
 
+    def _make(
+        self,
+        store: Host,
+        name: str,
+        shape: KVShape | None,
+        granularity: Granularity,
+        temporary: bool,
+    ) -> Sequence | None:
+        """Restores or creates the sequence; None where another thread was first."""
+        making = _Making()
+        try:
+            with self._lock:
+                if self._owner(name) is not None:
+                    return None
+                self._bound[name] = making
+                record = self._records.sequences.get(name)
+            if record is not None:
+                sequence = restore_sequence(store, name, record)
+            elif shape is None:
+                raise KeyNotFound(f"no sequence {name!r}")
+            else:
+                sequence = create_sequence(store, name, shape, granularity, temporary)
+            with self._lock:
+                self._bound[name] = sequence
+            return sequence
+        finally:
+            # First of all, in case of an interrupt: the next one who asks may try.
+            making.over.set()
+            self._owner(name)
+
+    def _owner(self, name: str) -> Sequence | _Making | None:
+        """Who has the name."""
+        with self._lock:
+            bound = self._bound.get(name)
+            if isinstance(bound, Sequence) and bound.deleted:
+                self.forget(bound)
+            elif isinstance(bound, _Making) and bound.over.is_set():
+                del self._bound[name]  # it came to nothing
+            return self._bound.get(name)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Makes the name of a sequence whose delete() has begun free again, if it still has it."""
+        with self._lock:
+            if self._bound.get(sequence.name) is sequence:
+                sequence.forget_record()
+                del self._bound[sequence.name]
+
     def names(self) -> list[str]:
         """All names, those of temporary sequences included."""
         with self._lock:
-            return sorted({*self._recorded, *self._open})
+            live = {sequence.name for sequence in self.open_sequences()}
+            with self._records.lock:
+                return sorted(live | set(self._records.sequences))
 
     def open_sequences(self) -> list[Sequence]:
-        """Those that were asked for since the store was opened."""
+        """Those that were asked for since the store was opened, and not deleted."""
         with self._lock:
-            return list(self._open.values())
-
-    def forget(self, sequence: Sequence) -> None:
-        """Makes the name of a deleted sequence free again."""
-        with self._lock:
-            if self._open.get(sequence.name) is sequence:
-                del self._open[sequence.name]
+            owners = [self._owner(name) for name in list(self._bound)]
+        return [owner for owner in owners if isinstance(owner, Sequence)]
 
     @property
     def dirty(self) -> bool:
-        """Whether one has something to commit. Takes no lock: a create may hold it for long."""
-        return any(sequence.dirty for sequence in list(self._open.values()))
+        """Whether one has something to commit."""
+        return any(sequence.dirty for sequence in self.open_sequences())
 
     def stage(self, deadline: Deadline = NEVER) -> SpdkKvError | None:
         """Stages all of them for the next commit. Returns the first failure instead of raising it:
@@ -90,6 +142,6 @@ class OpenSequences:
 
     def delete_temporary(self) -> None:
         """Deletes those that end with the store."""
-        for sequence in list(self._open.values()):
+        for sequence in self.open_sequences():
             if sequence.temporary:
                 sequence.delete()

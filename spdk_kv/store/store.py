@@ -71,7 +71,7 @@ class KVStore:
             self.staging = StagingPool(self.engine.allocate, settings.engine.staging_nbytes)
             self.paths = open_paths(self._parts, self.staging, settings)
             self.links = Links(self.paths.routes.engines)
-            self._sequences = OpenSequences(self._records.sequences)
+            self._sequences = OpenSequences(self._records)
             self._background = background.Background()
             self._failed_flushes = 0
             self._close_lock = threading.RLock()

@@ -161,6 +161,8 @@ def check_books(store: KVStore) -> None:
     allocator = catalog.records.extents.allocator
     allocator.check()
     named = {blob.offset for blob in catalog.records.blobs.values() if blob.nbytes}
+    for record in catalog.records.sequences.values():
+        named |= {unit.offset for unit in record.units}
     for sequence in store._sequences.open_sequences():
         named |= set(sequence._offsets)
     assert set(allocator._used) == named
