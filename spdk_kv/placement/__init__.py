@@ -6,7 +6,7 @@ drive and its index together, `lock.py` keeps other processes out, `staging.py` 
 
 from __future__ import annotations
 
-from spdk_kv.placement.allocator import Allocator
+from spdk_kv.placement.allocator import Allocator, damaged_extents
 from spdk_kv.placement.layout import CHUNK_NBYTES, SequenceLayout
 from spdk_kv.placement.lock import CommandsLock, StoreLock, owner_of
 from spdk_kv.placement.staging import StagingPool
@@ -33,6 +33,7 @@ __all__ = [
     "StoreLock",
     "Superblock",
     "choose",
+    "damaged_extents",
     "fit_drive_id",
     "is_blank",
     "owner_of",

@@ -10,6 +10,28 @@ from spdk_kv.errors import CapacityError, CorruptionError
 from spdk_kv.units import align_down, align_up, format_nbytes
 
 
+def damaged_extents(
+    extents: Sequence[tuple[int, int]], block_nbytes: int, start: int, end: int
+) -> set[int]:
+    """Positions of those of ``extents`` (``offset, nbytes``) that no books of one store can have
+    together: all that overlap another, are empty or not on a block, or not in ``[start, end)``."""
+    damaged = set()
+    furthest, whose = 0, -1
+    for position in sorted(range(len(extents)), key=extents.__getitem__):
+        offset, nbytes = extents[position]
+        behind = offset + align_up(nbytes, block_nbytes)
+        if nbytes < 1 or offset % block_nbytes or offset < start or behind > end:
+            damaged.add(position)
+        if nbytes < 1:
+            continue
+        if offset < furthest:
+            # What overlaps any of those before overlaps the one that reaches furthest.
+            damaged |= {position, whose}
+        if behind > furthest:
+            furthest, whose = behind, position
+    return damaged
+
+
 class Allocator:
     """Hands out extents of the drive's bytes ``[start, start + capacity_nbytes)``, best fit first.
 

@@ -13,14 +13,12 @@ import re
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from spdk_kv.engines import Engine, FileEngine, Location, QueueOptions, open_engine, parse_location
 from spdk_kv.errors import (
     CapacityError,
-    CorruptionError,
     DeviceTimeout,
     StoreLocked,
     StoreMismatch,
@@ -37,6 +35,7 @@ from spdk_kv.placement import (
     fit_drive_id,
 )
 from spdk_kv.store.extents import BLOCK_NBYTES
+from spdk_kv.store.recorded import load_recorded
 from spdk_kv.store.settings import StoreSettings
 from spdk_kv.store.superblocks import (
     read_copies,
@@ -45,7 +44,7 @@ from spdk_kv.store.superblocks import (
     refuse_unless_blank,
     write_superblock,
 )
-from spdk_kv.units import GIB, align_down, align_up, format_nbytes, parse_nbytes
+from spdk_kv.units import GIB, align_down, format_nbytes, parse_nbytes
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +64,8 @@ class Opened:
     """The parts of an open store. ``index`` and ``lock`` are None where nothing persists.
 
     ``allocator`` has the extents of ``blobs`` (least recently used first) and ``sequences``; all
-    three belong to the catalog from now on.
+    three belong to the catalog from now on. ``damaged``: how many entries were left out, because
+    their extents cannot be theirs.
     """
 
     location: Location
@@ -77,6 +77,7 @@ class Opened:
     commands: CommandsLock | None = None
     blobs: OrderedDict[str, BlobRecord] = field(default_factory=OrderedDict)
     sequences: dict[str, SequenceRecord] = field(default_factory=dict)
+    damaged: int = 0
 
     @property
     def paths(self) -> list[str]:
@@ -274,47 +275,30 @@ def _join(
             f"{place}: the store was made on a drive of {current.geometry}, this one has "
             f"{drive.geometry}: it was formatted anew, resized or replaced, and is not touched"
         )
-    blobs, sequences = OrderedDict(index.load_blobs()), dict(index.load_sequences())
     capacity = _capacity(place, drive, current, wanted)
-    allocator = _allocator(index, blobs, sequences, current, capacity)
+    recorded = load_recorded(index, max(capacity, current.capacity_nbytes if current else 0))
+    allocator = recorded.allocator(current, capacity)
     # Written last, when nothing can be refused any more.
     generation += 1
     superblock = Superblock(
         index.uuid, BLOCK_NBYTES, capacity, generation, identity, drive.geometry
     )
     drive.ensure(DATA_START, DATA_START + capacity)
+    recorded.forget_damaged(index)
     index.set_meta(_NEXT_GENERATION, str(generation))
     write_superblock(drive, superblock)
     index.generation = generation
     return Opened(
-        place, drive, allocator, index, lock, index.uuid, blobs=blobs, sequences=sequences
+        place,
+        drive,
+        allocator,
+        index,
+        lock,
+        index.uuid,
+        blobs=recorded.blobs,
+        sequences=recorded.sequences,
+        damaged=recorded.damaged,
     )
-
-
-def _allocator(
-    index: Index,
-    blobs: Mapping[str, BlobRecord],
-    sequences: Mapping[str, SequenceRecord],
-    current: Superblock | None,
-    capacity: int,
-) -> Allocator:
-    """The allocator with all recorded extents; CapacityError if a smaller store was asked for
-    than those reach."""
-    live = [(blob.offset, blob.nbytes) for blob in blobs.values() if blob.nbytes]
-    for sequence in sequences.values():
-        live += [(unit.offset, sequence.extent_nbytes) for unit in sequence.units]
-    reached = max((offset + nbytes for offset, nbytes in live), default=DATA_START) - DATA_START
-    if current is not None and capacity < reached <= current.capacity_nbytes:
-        raise CapacityError(
-            f"what is stored reaches to {format_nbytes(align_up(reached, BLOCK_NBYTES))} "
-            f"({reached} bytes); a capacity of {format_nbytes(capacity)} would cut it off"
-        )
-    allocator = Allocator(capacity, BLOCK_NBYTES, DATA_START)
-    try:
-        allocator.reserve_all(live)
-    except CorruptionError as damage:
-        raise CorruptionError(f"the index {index.path} is damaged: {damage}") from damage
-    return allocator
 
 
 def _capacity(

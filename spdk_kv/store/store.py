@@ -60,6 +60,7 @@ class KVStore:
             lasting = self._parts.index is not None or settings.engine.discard
             extents = ExtentTable(self._parts.allocator, lasting)
             self._records = Records(self._parts.blobs, self._parts.sequences, extents)
+            self._records.counters["corruptions"] += self._parts.damaged
             self.catalog = Catalog(
                 self._records,
                 self.engine,

@@ -212,18 +212,6 @@ def test_a_corrupt_index_is_refused_and_left_as_it_is(folder):
     assert (sha256(index), sha256(store / "data")) == before
 
 
-def test_records_that_overlap_are_refused_before_anything_is_written(folder):
-    # As a bug of an earlier version might leave them: whole by its checksum, and wrong.
-    store = filled(folder / "store")
-    with reopen(store) as opened:
-        record = opened.catalog.records.blobs["a"]
-        opened.catalog.committer.index.commit({"twin": record}, {})
-    before = sha256(store / "data")
-    with pytest.raises(CorruptionError, match="overlap"):
-        reopen(store)
-    assert sha256(store / "data") == before
-
-
 def test_crashes_amid_opening_one_after_another_are_no_old_copies(folder, monkeypatch):
     store = filled(folder / "store")
 

@@ -1,0 +1,87 @@
+"""What an index records, and the allocator that has its extents in use."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from spdk_kv.errors import CapacityError
+from spdk_kv.index import BlobRecord, Index, SequenceRecord
+from spdk_kv.placement import DATA_START, Allocator, Superblock, damaged_extents
+from spdk_kv.store.extents import BLOCK_NBYTES
+from spdk_kv.store.records import shown
+from spdk_kv.units import align_up, format_nbytes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Recorded:
+    """The entries of an index whose extents can be theirs, and the names of the others.
+
+    Where two extents overlap, bytes of at least one were written over, and nothing shows which:
+    neither is given to anyone.
+    """
+
+    blobs: OrderedDict[str, BlobRecord]
+    sequences: dict[str, SequenceRecord]
+    damaged_blobs: list[str]
+    damaged_sequences: list[str]
+
+    @property
+    def damaged(self) -> int:
+        """How many entries are left out."""
+        return len(self.damaged_blobs) + len(self.damaged_sequences)
+
+    def forget_damaged(self, index: Index) -> None:
+        """Commits that they are gone, before their extents are used again. Says so in the log."""
+        if not self.damaged:
+            return
+        index.commit(dict.fromkeys(self.damaged_blobs), dict.fromkeys(self.damaged_sequences))
+        names = [f"blob {shown(key)}" for key in self.damaged_blobs]
+        names += [f"sequence {shown(name)}" for name in self.damaged_sequences]
+        log.error(
+            "the index %s recorded extents that overlap or cannot be; dropped, because other "
+            "bytes may lie there: %s%s",
+            index.path,
+            ", ".join(names[:10]),
+            f" and {len(names) - 10} more" if len(names) > 10 else "",
+        )
+
+    def allocator(self, current: Superblock | None, capacity: int) -> Allocator:
+        """An allocator of ``capacity`` bytes that has all extents. CapacityError if a smaller
+        store was asked for than those reach."""
+        live = [(blob.offset, blob.nbytes) for blob in self.blobs.values() if blob.nbytes]
+        for sequence in self.sequences.values():
+            live += [(unit.offset, sequence.extent_nbytes) for unit in sequence.units]
+        end = max((offset + nbytes for offset, nbytes in live), default=DATA_START)
+        reached = end - DATA_START
+        if current is not None and capacity < reached <= current.capacity_nbytes:
+            raise CapacityError(
+                f"what is stored reaches to {format_nbytes(align_up(reached, BLOCK_NBYTES))} "
+                f"({reached} bytes); a capacity of {format_nbytes(capacity)} would cut it off"
+            )
+        allocator = Allocator(capacity, BLOCK_NBYTES, DATA_START)
+        allocator.reserve_all(live)
+        return allocator
+
+
+def load_recorded(index: Index, capacity: int) -> Recorded:
+    """Reads all entries of ``index``. ``capacity``: how far their extents may reach."""
+    blobs, sequences = OrderedDict(index.load_blobs()), dict(index.load_sequences())
+    extents = [(blob.offset, blob.nbytes) for blob in blobs.values() if blob.nbytes]
+    keys = [key for key, blob in blobs.items() if blob.nbytes]
+    names = []
+    for name, sequence in sequences.items():
+        extents += [(unit.offset, sequence.extent_nbytes) for unit in sequence.units]
+        names += [name] * len(sequence.units)
+    damaged = damaged_extents(extents, BLOCK_NBYTES, DATA_START, DATA_START + capacity)
+    # Whose they are: the extents of blobs come first.
+    bad_keys = [key for position, key in enumerate(keys) if position in damaged]
+    bad_names = {name for at, name in enumerate(names, len(keys)) if at in damaged}
+    for key in bad_keys:
+        del blobs[key]
+    for name in bad_names:
+        del sequences[name]
+    return Recorded(blobs, sequences, bad_keys, sorted(bad_names))
