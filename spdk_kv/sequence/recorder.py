@@ -52,6 +52,8 @@ class Recorder:
         self._layers = layers
         # Tokens of each layer that the last record covers.
         self._recorded = [0] * len(layers)
+        # What stage() raised when somebody was last told of it.
+        self._told: dict[str, Exception] = {}
 
     @property
     def dirty(self) -> bool:
@@ -88,6 +90,14 @@ class Recorder:
             change = self._change
             self._stage(deadline)
             self._staged = change
+
+    def is_news(self, failure: Exception, audience: str) -> bool:
+        """Whether ``audience`` was not told yet of ``failure``, which :meth:`stage` raised; it is
+        from now on. A layer that is lost raises the same object each time, and each new attempt
+        that fails another one."""
+        is_news = self._told.get(audience) is not failure
+        self._told[audience] = failure
+        return is_news
 
     def _stage(self, deadline: Deadline) -> None:
         record, covered = self._record(deadline)

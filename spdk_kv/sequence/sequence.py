@@ -381,6 +381,10 @@ class Sequence(Twins):
         self._whole.finish(deadline)
         self._recorder.stage(deadline)
 
+    def is_news(self, failure: Exception, audience: str) -> bool:
+        """For :meth:`KVStore.flush`: see :meth:`Recorder.is_news`."""
+        return self._recorder.is_news(failure, audience)
+
     # -- arguments ------------------------------------------------------------------------------
 
     def _number(self, layer: int) -> int:

@@ -86,7 +86,7 @@ class Flushable(Protocol):
     @property
     def dirty(self) -> bool: ...
     def count_failed_flush(self) -> None: ...
-    def flush(self, timeout_s: float | None = None) -> None: ...
+    def flush_in_background(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -129,7 +129,7 @@ def _flush(store: Flushable) -> None:
     it nothing would be flushed any more, and nobody would know."""
     try:
         if store.dirty:
-            store.flush()
+            store.flush_in_background()
     except ClosedError:
         pass
     except BaseException:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from copy import copy
 
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.errors import KeyNotFound, ShapeMismatch, SpdkKvError
 from spdk_kv.sequence import Host, Sequence, create_sequence, restore_sequence
-from spdk_kv.store.records import Records
+from spdk_kv.store.records import Records, shown
 from spdk_kv.types import Granularity, KVShape
+
+LeftOut = list[tuple[Sequence, Exception]]
+"""Sequences that could not be staged, and why."""
 
 
 class _Making:
@@ -129,19 +133,34 @@ class OpenSequences:
         """Whether one has something to commit."""
         return any(sequence.dirty for sequence in self.open_sequences())
 
-    def stage(self, deadline: Deadline = NEVER) -> SpdkKvError | None:
-        """Stages all of them for the next commit. Returns the first failure instead of raising it:
-        a sequence that lost tokens must not keep the rest back."""
-        failed = None
+    def stage(self, left_out: LeftOut, deadline: Deadline = NEVER) -> None:
+        """Stages all of them for the next commit. Adds the failures to ``left_out`` instead of
+        raising them: a sequence that lost tokens must not keep the rest back."""
         for sequence in self.open_sequences():
             try:
                 sequence.stage_for_commit(deadline)
-            except SpdkKvError as failure:
-                failed = failed or failure
-        return failed
+            except Exception as failure:  # of whatever kind: it is this sequence's alone
+                left_out.append((sequence, failure))
 
     def delete_temporary(self) -> None:
         """Deletes those that end with the store."""
         for sequence in self.open_sequences():
             if sequence.temporary:
                 sequence.delete()
+
+
+def report(left_out: LeftOut, audience: str) -> None:
+    """Raises one error for all sequences whose failure ``audience`` was not told of yet: of the
+    first one's type, with the names."""
+    news = [(s.name, failure) for s, failure in left_out if s.is_news(failure, audience)]
+    if not news:
+        return
+    names = ", ".join(shown(name) for name, _ in news[:5])
+    more = f" and {len(news) - 5} more" if len(news) > 5 else ""
+    first = news[0][1]
+    error = copy(first) if isinstance(first, SpdkKvError) else SpdkKvError()
+    error.args = (
+        f"sequence {names}{more} could not be recorded, and stays as it was when it last was; "
+        f"everything else is safe. {first}",
+    )
+    raise error from first

@@ -29,7 +29,7 @@ from spdk_kv.store.parts import open_parts
 from spdk_kv.store.paths import check_settings, open_paths
 from spdk_kv.store.places import Places
 from spdk_kv.store.records import Records
-from spdk_kv.store.sequences import OpenSequences
+from spdk_kv.store.sequences import LeftOut, OpenSequences, report
 from spdk_kv.store.settings import StoreSettings
 from spdk_kv.types import Granularity, KVShape
 
@@ -294,24 +294,37 @@ class KVStore:
     def flush(self, timeout_s: float | None = None) -> None:
         """Blocks until everything put and appended before survives a power cut.
 
+        A sequence that cannot be recorded does not keep the rest back: everything else is safe when
+        the error comes, which names the sequence. One that is lost (its own calls raise) is named
+        by one flush, and passed by from then on; one whose write failed, by each that tries again.
+
         Args:
             timeout_s: Seconds to wait at most; None waits as long as it takes.
 
         Raises:
-            DeviceError: The drive failed. Where the kernel may have dropped what it could not write
-                (an fsync failed), no flush succeeds until the store is opened again.
+            DeviceError: The drive failed, or failed a sequence. Where the kernel may have dropped
+                what it could not write (an fsync failed), no flush succeeds until the store is
+                opened again.
             DeviceTimeout: It takes longer; it goes on, and the next flush waits for it.
             DeviceGone: A file of the store was removed or replaced while it was open.
             CapacityError: The index has no room on its disk, even after eviction (if that is
                 allowed), or cannot hold a record, which the message names; the rest is flushed.
             ClosedError: The store is closed.
         """
+        self._flush(timeout_s, "the caller")
+
+    def flush_in_background(self) -> None:
+        """As :meth:`flush`, for the thread that flushes regularly: it logs what is raised, and
+        who calls :meth:`flush` is still told of it."""
+        self._flush(None, "the log")
+
+    def _flush(self, timeout_s: float | None, audience: str) -> None:
         self.check_open()
         deadline = Deadline(timeout_s)
-        failed = self._sequences.stage(deadline)
+        left_out: LeftOut = []
+        self._sequences.stage(left_out, deadline)
         self.catalog.commit(deadline.left_s())
-        if failed is not None:
-            raise failed
+        report(left_out, audience)
 
     def flush_async(self, timeout_s: float | None = None) -> Future[None]:
         """As :meth:`flush`, but returns a future."""
@@ -367,11 +380,11 @@ class KVStore:
                 self._background.close()
                 self._closed = True
                 self._sequences.delete_temporary()
-                failed = self._sequences.stage()
+                left_out: LeftOut = []
+                self._sequences.stage(left_out)
                 self.catalog.close()
                 self.catalog.committer.save_order()
-                if failed is not None:
-                    raise failed
+                report(left_out, "the caller")
             finally:
                 self._closed = True
                 background.closed(self)
