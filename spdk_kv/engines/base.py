@@ -109,12 +109,14 @@ class Engine:
         self.segment_nbytes = options.segment_nbytes
         self._pid = os.getpid()
         self._closed = False
+        self._is_released = False
         self._queue: Queue | None = None
         self._slots: Any = None
         self._links: list[Link] = []
         self._reaper: threading.Thread | None = None
         self._callbacks = Callbacks(f"spdk_kv-{self.name}-callbacks")
         self._lock = threading.Lock()
+        self._close_lock = threading.RLock()
 
     # -- opening and closing --------------------------------------------------------------------
 
@@ -180,7 +182,8 @@ class Engine:
         return [self.queue]
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Waits for what is in flight and gives the drive back. May be called twice.
+        """Waits for what is in flight and gives the drive back. May be called twice: a second call
+        finishes what an interrupt (Ctrl-C) left.
 
         Args:
             timeout_s: How long to wait, in seconds.
@@ -188,26 +191,34 @@ class Engine:
         Raises:
             DeviceTimeout: The drive does not let go in time. Its memory is then never reused.
         """
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        queue, self._queue = self._queue, None
+        self._closed = True
         if os.getpid() != self._pid:
+            self._queue = None
             return
-        if queue is not None:
-            ended = queue.close(timeout_s)
-            if self._reaper is not None:
-                self._reaper.join()
-            while done := queue.reap():
-                self._resolve(done)
-            self._callbacks.close(timeout_s)
-            if not ended:
-                raise DeviceTimeout(
-                    f"{self.where} still holds memory {timeout_s:g} s after close", op="close"
-                )
-        self._links.clear()
-        self._release()
+        with self._close_lock:
+            if self._is_released:
+                return
+            self._close_queue(timeout_s)
+            self._links.clear()
+            self._release()
+            self._is_released = True
+
+    def _close_queue(self, timeout_s: float) -> None:
+        queue = self._queue
+        if queue is None:
+            return
+        ended = queue.close(timeout_s)
+        if self._reaper is not None:
+            self._reaper.join()
+        while done := queue.reap():
+            self._resolve(done)
+        self._callbacks.close(timeout_s)
+        self._queue = None
+        if not ended:
+            self._is_released = True
+            raise DeviceTimeout(
+                f"{self.where} still holds memory {timeout_s:g} s after close", op="close"
+            )
 
     def _release(self) -> None:
         """Closes descriptors; nothing is in flight any more."""

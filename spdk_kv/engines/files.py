@@ -71,7 +71,9 @@ class FileEngine(Engine):
         self._close_files()
 
     def _close_files(self) -> None:
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     @property
     def capacity_nbytes(self) -> int | None:

@@ -283,12 +283,14 @@ class Index:
     def close(self) -> None:
         """Moves the log into the file and closes it. Does nothing once closed, or after fork."""
         with self._lock, _typed_errors(self.path):
-            if self._connection is not None and self._pid == os.getpid():
+            if self._pid != os.getpid():
+                return
+            if self._connection is not None:
                 # SQLite checkpoints when the last connection closes. Where it cannot, the log stays
                 # and the next open replays it: all of it is on the medium already.
                 self._connection.close()
                 self._connection = None
-                self._count.close()
+            self._count.close()
 
     def _use(self) -> sqlite3.Connection:
         if self._connection is None:

@@ -138,9 +138,12 @@ class CommandsLock:
             time.sleep(_READ_INTERVAL_S)
 
     def release(self) -> None:
-        """Gives the lock up; no command may be in flight. Mappings of the file may outlive this."""
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-        os.close(self._fd)
+        """Gives the lock up; no command may be in flight. Mappings of the file may outlive this.
+        May be called twice."""
+        if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
 
 def _open_private(path: str, flags: int) -> int:

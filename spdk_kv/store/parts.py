@@ -104,6 +104,11 @@ class Opened:
             except DeviceTimeout:
                 _kept.append(rest.pop_all())
                 raise
+            except Exception:
+                raise  # there is nothing in flight any more
+            except BaseException:
+                rest.pop_all()  # interrupted: commands may be in flight; close() is called again
+                raise
 
 
 def open_parts(location: str | os.PathLike[str], settings: StoreSettings) -> Opened:

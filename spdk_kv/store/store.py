@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from spdk_kv.sequence import Sequence
 from spdk_kv.store import background
 from spdk_kv.store.blobs import BlobReader, BlobWriter
 from spdk_kv.store.catalog import Catalog
+from spdk_kv.store.closing import Closing
 from spdk_kv.store.extents import ExtentTable
 from spdk_kv.store.mapped import detach, map_blob
 from spdk_kv.store.parts import open_parts
@@ -75,9 +76,19 @@ class KVStore:
             self._sequences = OpenSequences(self._records)
             self._background = background.Background()
             self._failed_flushes = 0
-            self._close_lock = threading.RLock()
             self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
             self._stop = threading.Event()
+            left_out: LeftOut = []
+            self._closing = Closing(
+                self._sequences.delete_temporary,
+                partial(self._sequences.stage, left_out),
+                self.catalog.close,
+                self.catalog.committer.save_order,
+                partial(report, left_out, "the caller"),
+                partial(detach, self.mappings),
+                self.paths.close,
+                self._parts.close,
+            )
         except BaseException:
             self._parts.close()
             raise
@@ -364,7 +375,8 @@ class KVStore:
         return self.paths.why()
 
     def close(self) -> None:
-        """Flushes, and gives the drive back. May be called twice.
+        """Flushes, and gives the drive back. May be called twice: a second call finishes what an
+        interrupt (Ctrl-C) left.
 
         Waits for asynchronous work; calls of other threads meanwhile end with ClosedError. Tensors
         that were got stay valid. Raises what the flush raised, after everything was released.
@@ -372,26 +384,18 @@ class KVStore:
         if os.getpid() != self._pid:
             self._closed = True
             return
-        with self._close_lock:
-            if self._closed:
-                return
-            self._stop.set()
-            try:
-                self._background.close()
-                self._closed = True
-                self._sequences.delete_temporary()
-                left_out: LeftOut = []
-                self._sequences.stage(left_out)
-                self.catalog.close()
-                self.catalog.committer.save_order()
-                report(left_out, "the caller")
-            finally:
-                self._closed = True
+        if self._closing.is_over():
+            return
+        self._stop.set()
+        try:
+            self._background.close()
+        finally:
+            self._closed = True
+        try:
+            self._closing.run()
+        finally:
+            if self._closing.is_over():
                 background.closed(self)
-                with ExitStack() as rest:
-                    rest.callback(self._parts.close)
-                    rest.callback(self.paths.close)
-                    detach(self.mappings)
 
     def __enter__(self) -> KVStore:
         self.check_open()
@@ -406,7 +410,8 @@ class KVStore:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True) and os.getpid() == self._pid:
+        is_open = hasattr(self, "_closing") and not self._closing.is_over()
+        if is_open and os.getpid() == self._pid:
             warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
             try:
                 self.close()

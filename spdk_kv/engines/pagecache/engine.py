@@ -50,8 +50,9 @@ class PageCacheEngine(FileEngine):
 
     def _close_files(self) -> None:
         super()._close_files()
-        if self._mapped_fd >= 0:
-            os.close(self._mapped_fd)
+        fd, self._mapped_fd = self._mapped_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def map(self, offset: int, nbytes: int) -> mmap.mmap:
         """The page cache itself as memory, with no copy: ``nbytes`` from ``offset``, a multiple
