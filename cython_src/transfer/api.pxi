@@ -143,96 +143,6 @@ cdef class Transfer:
         self._pieces = <Piece *>grown
         self._room = <uint32_t>room
 
-    cdef bint _reaches_all(self):
-        """Whether the drive reaches the address range that spans all pieces."""
-        cdef skv_backend *backend = self._t.queue.backend
-        cdef size_t first = <size_t>self._pieces[0].address, last = first, address
-        cdef uint32_t i
-        for i in range(self._count):
-            address = <size_t>self._pieces[i].address
-            first = min(first, address)
-            last = max(last, address + self._pieces[i].capacity)
-        return backend.reaches(backend.self, <void *>first, last - first)
-
-    cdef _cut(self):
-        """Cuts the pieces into segments."""
-        cdef Queue_ *q = self._t.queue
-        cdef uint64_t most = self._t.segment_nbytes, count = 0, chunks = 0, at, skip, take
-        cdef uint64_t segments, sums
-        # Masks, as both are powers of two: divisions would be a large part of this function's time.
-        cdef uint64_t within = q.block_nbytes - 1, unaligned = q.align_nbytes - 1
-        cdef uint32_t i
-        cdef bint foreign, asks
-        cdef Piece *p
-        cdef Segment *s
-        if self._t.op >= SKV_FLUSH:
-            most = MOST_SEGMENT_NBYTES  # no memory moves: only the field's width limits it
-        for i in range(self._count):
-            p = &self._pieces[i]
-            sums = 0
-            if self._t.op == SKV_FLUSH:
-                segments = 1
-            else:
-                skip = p.offset & within
-                segments = (p.nbytes != 0 if skip + p.nbytes <= most
-                            else (skip + p.nbytes + most - 1) // most)
-            if self._t.chunk_nbytes:
-                sums = (p.nbytes + self._t.chunk_nbytes - 1) // self._t.chunk_nbytes
-            # Before they are narrowed to the fields' width.
-            if count + segments > MOST_COUNT or chunks + sums > MOST_COUNT:
-                raise ValueError(
-                    f"{count + segments} segments and {chunks + sums} checksums are too many for "
-                    f"one transfer; {MOST_COUNT} are the most")
-            p.first_segment = <uint32_t>count
-            p.segments = <uint32_t>segments
-            p.first_chunk = <uint32_t>chunks
-            p.chunks = <uint32_t>sums
-            count += segments
-            chunks += sums
-        free(self._t.segments)  # left by an attempt that ran out of memory
-        free(self._t.crcs)
-        free(self._t.copies)
-        self._t.copies = NULL
-        self._t.segments = <Segment *>calloc(count + 1, sizeof(Segment))
-        self._t.crcs = <uint32_t *>calloc(chunks + 1, sizeof(uint32_t))
-        if self._t.link != NULL:
-            self._t.copies = <Copy *>calloc(count + 1, sizeof(Copy))
-        if (self._t.segments == NULL or self._t.crcs == NULL
-                or (self._t.link != NULL and self._t.copies == NULL)):
-            raise MemoryError()
-        asks = q.backend.reaches != NULL and self._t.op <= SKV_WRITE and self._t.link == NULL
-        # Many pieces mostly lie in one buffer, so that one call covers all of them.
-        if asks and self._count > 1:
-            asks = not self._reaches_all()
-        for i in range(self._count):
-            p = &self._pieces[i]
-            at = 0
-            foreign = self._t.link != NULL or (
-                asks and not q.backend.reaches(q.backend.self, p.address, p.capacity))
-            s = &self._t.segments[p.first_segment]
-            while at < p.nbytes or (self._t.op == SKV_FLUSH and at == 0):
-                skip = (p.offset + at) & within
-                take = min(p.nbytes - at, most - skip)
-                s.transfer = self._t
-                s.user = p.address + at
-                s.offset = p.offset + at - skip
-                s.skip = <uint32_t>skip
-                s.nbytes = <uint32_t>take
-                s.io.piece_offset = p.offset
-                s.io.piece_nbytes = p.nbytes
-                s.drive_nbytes = <uint32_t>((skip + take + within) & ~within)
-                if self._t.op <= SKV_WRITE:
-                    s.bounce = (foreign or (<size_t>s.user & unaligned) != 0 or skip != 0
-                                or at + s.drive_nbytes > p.capacity)
-                if self._t.chunk_nbytes:
-                    s.chunk_crcs = &self._t.crcs[
-                        p.first_chunk + <uint32_t>(at // self._t.chunk_nbytes)]
-                s += 1
-                at += take
-                if self._t.op == SKV_FLUSH:
-                    break
-        self._t.count = self._t.to_copy = self._t.to_hand_over = <uint32_t>count
-
     cdef _mark(self):
         """Records an event after what is queued on the caller's stream."""
         cdef skv_link *link = self._t.link
@@ -273,7 +183,7 @@ cdef class Transfer:
             if not 0 < limit < 1e9:
                 raise ValueError(f"timeout_s must be a positive number, not {timeout_s!r}")
             self._t.deadline_ns = skv_now_ns() + <uint64_t>(limit * 1e9)
-        self._cut()
+        _cut(self._t, self._pieces, self._count)
         self._mark()
         _free_orphans(q)
         self._t.nbytes = self.nbytes
