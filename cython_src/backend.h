@@ -3,7 +3,7 @@
  *
  * An engine fills in one skv_backend and passes it in a capsule named SKV_BACKEND_CAPSULE.
  * Only the thread that currently drives the queue calls submit, poll and cancel; any thread may
- * call wake.
+ * call wake. With `bind` that is the queue's own thread, always.
  */
 #ifndef SPDK_KV_BACKEND_H
 #define SPDK_KV_BACKEND_H
@@ -18,7 +18,7 @@
 #define SKV_NVME_STATUS 0x10000
 
 /* The number changes with the structures below: an engine built for another is refused. */
-#define SKV_BACKEND_CAPSULE "spdk_kv.backend.4"
+#define SKV_BACKEND_CAPSULE "spdk_kv.backend.5"
 
 enum { SKV_READ = 0, SKV_WRITE = 1, SKV_FLUSH = 2, SKV_DISCARD = 3 };
 
@@ -60,6 +60,13 @@ typedef struct skv_backend {
     /* Whether the drive can reach this memory; NULL: it reaches all. Called by the thread that
      * submits a transfer. If it cannot, the loop uses a bounce slot. */
     int (*reaches)(void *self, const void *addr, uint64_t nbytes);
+    /* For an engine whose commands belong to the thread that submits them; all three or none.
+     * The queue's own thread calls `bind` before anything else (an -errno ends it) and `unbind`
+     * after everything else. Between the two, other threads that need something of it call
+     * `ask(asked)`, and it then calls `serve`. */
+    int (*bind)(void *self, void (*ask)(void *asked), void *asked);
+    void (*serve)(void *self);
+    void (*unbind)(void *self);
 } skv_backend;
 
 static inline uint64_t skv_now_ns(void)

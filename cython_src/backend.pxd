@@ -34,6 +34,9 @@ cdef extern from "backend.h" nogil:
         void (*wake)(void *self) noexcept nogil
         void (*cancel)(void *self, skv_io *io) noexcept nogil
         int (*reaches)(void *self, const void *addr, uint64_t nbytes) noexcept nogil
+        int (*bind)(void *self, void (*ask)(void *) noexcept nogil, void *asked) noexcept nogil
+        void (*serve)(void *self) noexcept nogil
+        void (*unbind)(void *self) noexcept nogil
 
     uint64_t skv_now_ns()
     void skv_relax()

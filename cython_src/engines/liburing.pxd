@@ -25,6 +25,7 @@ cdef extern from "<liburing.h>" nogil:
         long long tv_nsec
 
     unsigned IORING_SETUP_CLAMP
+    unsigned IORING_SETUP_R_DISABLED
     unsigned IORING_SETUP_SQE128
     unsigned IORING_SETUP_CQE32
     uint8_t IORING_OP_URING_CMD
@@ -34,6 +35,8 @@ cdef extern from "<liburing.h>" nogil:
 
     int io_uring_queue_init_params(unsigned entries, io_uring *ring, io_uring_params *params)
     void io_uring_queue_exit(io_uring *ring)
+    int io_uring_register_ring_fd(io_uring *ring)
+    int io_uring_unregister_ring_fd(io_uring *ring)
     io_uring_sqe *io_uring_get_sqe(io_uring *ring)
     int io_uring_submit(io_uring *ring)
     unsigned io_uring_sq_ready(const io_uring *ring)

@@ -13,7 +13,9 @@ from backend cimport (
     SKV_BACKEND_CAPSULE, SKV_DISCARD, SKV_FLUSH, SKV_NVME_STATUS, SKV_READ, SKV_WRITE,
     skv_backend, skv_io,
 )
-from engines.ring cimport Ring, cancel_in_ring, close_ring, open_ring, poll_ring, wake_ring
+from engines.ring cimport (
+    Ring, bind_ring, cancel_in_ring, close_ring, open_ring, poll_ring, unbind_ring, wake_ring,
+)
 from liburing cimport *
 from nvme_ioctl cimport *
 
@@ -181,19 +183,33 @@ cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept no
     return poll_ring(self, done, most, wait_ns, _complete)
 
 
+cdef int _bind(void *self, void (*ask)(void *) noexcept nogil, void *asked) noexcept nogil:
+    return bind_ring(<Ring *>self)
+
+
+cdef void _serve(void *self) noexcept nogil:
+    pass
+
+
+cdef void _unbind(void *self) noexcept nogil:
+    unbind_ring(<Ring *>self)
+
+
 @cython.no_gc_clear
 cdef class NgBackend:
     """A ring of ``entries`` on ``fd``, a namespace's generic node, which the caller closes.
 
-    ``nsid`` and ``block_nbytes``: the namespace's number and block size. ``backend`` is the capsule
-    for a queue. Raises OSError if the kernel or a container's rules refuse such a ring (EINVAL: a
+    ``nsid`` and ``block_nbytes``: the namespace's number and block size. ``lone``: for a queue's
+    ``lone``, whose callers take turns; otherwise the queue's own thread alone uses the ring.
+    ``backend`` is the capsule for one queue. Raises OSError if the kernel or a container's rules refuse such a ring (EINVAL: a
     kernel older than 5.19).
     """
     cdef Passthrough _p
     cdef int _pid
     cdef readonly object backend
 
-    def __cinit__(self, int fd, unsigned entries, uint32_t nsid, uint32_t block_nbytes):
+    def __cinit__(self, int fd, unsigned entries, uint32_t nsid, uint32_t block_nbytes,
+                  bint lone=False):
         cdef Passthrough *p = &self._p
         self._pid = getpid()
         p.closed = True
@@ -206,8 +222,12 @@ cdef class NgBackend:
         p.range_of = <skv_io **>calloc(entries, sizeof(skv_io *))
         if p.ranges == NULL or p.range_of == NULL:
             raise MemoryError()
-        open_ring(&p.common, fd, entries, IORING_SETUP_SQE128 | IORING_SETUP_CQE32)
+        open_ring(&p.common, fd, entries, IORING_SETUP_SQE128 | IORING_SETUP_CQE32, not lone)
         p.closed = False
+        if not lone:
+            p.backend.bind = _bind
+            p.backend.serve = _serve
+            p.backend.unbind = _unbind
         p.backend.self = p
         p.backend.submit = _submit
         p.backend.poll = _poll

@@ -1,7 +1,7 @@
 # A ring on one descriptor, with a wake-up: shared by the io_uring engines, whose structs start with
 # a Ring. All inline, so that each engine has its own copy and no call goes through a pointer.
 
-from libc.errno cimport EINTR, ENOSYS, errno
+from libc.errno cimport EINTR, EINVAL, ENOSYS, errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset, strerror
 
@@ -16,6 +16,7 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void *, size_t)
     int close(int fd)
     int getpid()
+    long syscall(long number, ...)
 
 # user_data of completions that are not commands; a command's is its address.
 cdef enum:
@@ -26,8 +27,19 @@ cdef enum:
 cdef enum:
     MOST_CQES = 64
 
+# Not in the headers of liburing 2.2. The flags came with Linux 5.19, 6.0 and 6.1.
+DEF COOP_TASKRUN = 1 << 8
+DEF TASKRUN_FLAG = 1 << 9
+DEF SINGLE_ISSUER = 1 << 12
+DEF DEFER_TASKRUN = 1 << 13
+# io_uring_enable_rings is missing in the library of liburing 2.3, though declared. The system
+# call's number is that of every architecture but alpha.
+DEF IO_URING_REGISTER = 427
+DEF REGISTER_ENABLE_RINGS = 12
+
 cdef struct Ring:
     io_uring ring
+    bint single     # only the thread that enables it may use it (SINGLE_ISSUER)
     int fd
     int wake_fd
     uint64_t wake_count
@@ -39,29 +51,61 @@ cdef struct Ring:
 ctypedef void (*complete_fn)(Ring *, skv_io *, int) noexcept nogil
 
 
+cdef inline void release_file(Ring *r) noexcept nogil:
+    # The kernel frees a ring later, in its own thread; until then the drive would stay open
+    # exclusively.
+    if r.fixed_file:
+        io_uring_unregister_files(&r.ring)
+        r.fixed_file = False
+
+
+cdef inline int bind_ring(Ring *r) noexcept nogil:
+    """Makes the calling thread the one that uses the ring; 0 or -errno."""
+    if r.single:
+        if syscall(IO_URING_REGISTER, r.ring.ring_fd, REGISTER_ENABLE_RINGS, NULL, 0) < 0:
+            return -errno
+    # Saves looking up the descriptor in every call. It may fail: older than Linux 5.18.
+    io_uring_register_ring_fd(&r.ring)
+    return 0
+
+
+cdef inline void unbind_ring(Ring *r) noexcept nogil:
+    """Undoes what only the thread that uses the ring can undo."""
+    release_file(r)
+    io_uring_unregister_ring_fd(&r.ring)
+
+
 cdef inline void close_ring(Ring *r, bint owner) noexcept nogil:
     """Closes the ring. `owner`: false in a forked child, which must not change the parent's."""
-    if owner and r.fixed_file:
-        # The kernel frees a ring later, in its own thread; until then the drive would stay open
-        # exclusively.
-        io_uring_unregister_files(&r.ring)
+    if owner:
+        release_file(r)
     io_uring_queue_exit(&r.ring)
     if r.wake_fd >= 0:
         close(r.wake_fd)
         r.wake_fd = -1
 
 
-cdef inline open_ring(Ring *r, int fd, unsigned entries, unsigned flags):
-    """Sets up the ring; OSError if the kernel or a container's rules refuse it."""
+cdef inline open_ring(Ring *r, int fd, unsigned entries, unsigned flags, bint bound):
+    """Sets up the ring; OSError if the kernel or a container's rules refuse it. `bound`: one thread
+    alone will use it, after `bind_ring`."""
     cdef io_uring_params parameters
-    cdef int rc
+    # What the kernel does for completions it then does when that thread asks for them, instead of
+    # interrupting it; the best that it offers. Not where threads take turns: a completion would
+    # wait until the thread that submitted the command enters the kernel again.
+    cdef unsigned how[3]
+    cdef int i, rc = -EINVAL
+    how[0] = SINGLE_ISSUER | DEFER_TASKRUN | TASKRUN_FLAG | IORING_SETUP_R_DISABLED
+    how[1] = COOP_TASKRUN | TASKRUN_FLAG
+    how[2] = 0
     r.fd = fd
     r.wake_fd = -1
-    # Neither COOP_TASKRUN nor SINGLE_ISSUER: the driver thread changes, and a completion must not
-    # wait until the thread that submitted the command enters the kernel again.
-    memset(&parameters, 0, sizeof(parameters))
-    parameters.flags = IORING_SETUP_CLAMP | flags
-    rc = io_uring_queue_init_params(entries, &r.ring, &parameters)
+    for i in range(0 if bound else 2, 3):
+        memset(&parameters, 0, sizeof(parameters))
+        parameters.flags = IORING_SETUP_CLAMP | flags | how[i]
+        rc = io_uring_queue_init_params(entries, &r.ring, &parameters)
+        r.single = i == 0
+        if rc != -EINVAL:
+            break
     if rc < 0:
         raise OSError(-rc, f"io_uring_setup: {strerror(-rc).decode()}")
     r.wake_fd = eventfd(0, EFD_CLOEXEC)

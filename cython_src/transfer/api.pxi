@@ -169,10 +169,22 @@ cdef class Transfer:
                 f"the stream and the transfer cannot wait for each other: "
                 f"{self.link.explain(-rc - SKV_LINK_STATUS)}", status=-rc)
 
-    cdef _submit(self, timeout_s, int priority, bint notify, bint wake_thread):
+    cdef bint _may_go_alone(self):
+        """Whether the caller submits it itself, on the queue for that. It must not need a slot."""
+        cdef Transfer_ *t = self._t
+        cdef uint32_t i
+        if (self.queue._lone is None or t.queue.active or t.op > SKV_WRITE or t.link != NULL
+                or t.window or not 1 <= t.count <= LONE_COUNT or t.nbytes > LONE_NBYTES):
+            return False
+        for i in range(t.count):
+            if t.segments[i].bounce:
+                return False
+        return True
+
+    cdef _submit(self, timeout_s, int priority, bint notify, bint waits):
         cdef Queue_ *q = self._t.queue
         cdef double limit
-        cdef bint taken
+        cdef int refused = -EBUSY
         if self._submitted:
             raise ValueError("the transfer was already submitted")
         self._check_fork()
@@ -202,8 +214,14 @@ cdef class Transfer:
             return
         # With the GIL: the mutex is never held over a wait, and releasing and retaking the GIL
         # would take longer than this call.
-        taken = _enqueue(q, self._t, wake_thread)
-        if not taken:
+        if waits and self._may_go_alone():
+            self._t.queue = self.queue._lone._q
+            refused = _enqueue(self._t.queue, self._t, False)
+            if refused:
+                self._t.queue = q
+        if refused == -EBUSY:
+            refused = _enqueue(q, self._t, not waits)
+        if refused:
             self._submitted = False
             if notify:
                 self._t.handle = NULL
@@ -241,7 +259,7 @@ cdef class Transfer:
         ``timeout_s``: deadline, from now. ``priority``: DEMAND precedes PREFETCH. ``notify``:
         :meth:`Queue.reap` returns this object when it is done.
         """
-        self._submit(timeout_s, priority, notify, True)
+        self._submit(timeout_s, priority, notify, False)
 
     def run(self, timeout_s=None):
         """Submits and waits. Blocks without the GIL; returns what :meth:`wait` does.
@@ -250,7 +268,7 @@ cdef class Transfer:
         (KeyboardInterrupt) cancels it, and propagates once commands in flight have ended; a second
         one propagates at once, and the memory stays kept until the drive is done.
         """
-        self._submit(timeout_s, 0, False, False)
+        self._submit(timeout_s, 0, False, True)
         return self._await(0, True)
 
     def wait(self, timeout_s=None):

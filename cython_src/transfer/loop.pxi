@@ -142,7 +142,7 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
     cdef int64_t wait
     cdef uint64_t now, wake_at
     cdef int n
-    cdef bint changed
+    cdef bint changed, asked
     q.clock_uses = 0
     while True:
         changed = False
@@ -155,7 +155,11 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
                 _take_slots(q)
             changed = q.changed
             q.changed = 0
+            asked = q.asked
+            q.asked = 0
             pthread_mutex_unlock(&q.mutex)
+            if asked:
+                q.backend.serve(q.backend.self)
         if _is_reached(q, target):
             return True
         if changed:
@@ -221,8 +225,20 @@ cdef void _stop_driving(Queue_ *q) noexcept nogil:
 
 cdef void *_thread_main(void *argument) noexcept nogil:
     cdef Queue_ *q = <Queue_ *>argument
+    cdef int refused = 0
+    if q.bound:
+        refused = q.backend.bind(q.backend.self, _ask, q)
     pthread_mutex_lock(&q.mutex)
-    while True:
+    q.refused = refused
+    q.started = 1
+    pthread_cond_broadcast(&q.reapable)
+    while not refused:
+        if q.asked and not q.driven:
+            q.asked = 0
+            pthread_mutex_unlock(&q.mutex)
+            q.backend.serve(q.backend.self)
+            pthread_mutex_lock(&q.mutex)
+            continue
         if q.active and not q.driven:
             q.driven = 1
             pthread_mutex_unlock(&q.mutex)
@@ -235,6 +251,10 @@ cdef void *_thread_main(void *argument) noexcept nogil:
         if q.stopping and not q.active and not q.driven:
             break
         pthread_cond_wait(&q.work, &q.mutex)
+    if q.bound and not refused:
+        pthread_mutex_unlock(&q.mutex)
+        q.backend.unbind(q.backend.self)
+        pthread_mutex_lock(&q.mutex)
     q.stopped = 1
     pthread_cond_broadcast(&q.reapable)
     pthread_mutex_unlock(&q.mutex)
@@ -257,12 +277,29 @@ cdef inline void _notify_driver(Queue_ *q) noexcept nogil:
     _wake(q)
 
 
-cdef bint _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
-    """Gives `t` to the driver. False: the queue is closing."""
+cdef void _ask(void *queue) noexcept nogil:
+    """Has the queue's own thread serve the engine."""
+    cdef Queue_ *q = <Queue_ *>queue
+    pthread_mutex_lock(&q.mutex)
+    q.asked = 1
+    _notify_driver(q)
+    if not q.driven:
+        pthread_cond_signal(&q.work)
+    pthread_mutex_unlock(&q.mutex)
+
+
+cdef int _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
+    """Gives `t` to the driver; -ESHUTDOWN if the queue is closing, -EBUSY if it takes one transfer
+    at a time and has one."""
+    cdef int refused = 0
     pthread_mutex_lock(&q.mutex)
     if q.stopping:
+        refused = -ESHUTDOWN
+    elif q.exclusive and q.active:
+        refused = -EBUSY
+    if refused:
         pthread_mutex_unlock(&q.mutex)
-        return False
+        return refused
     t.next_incoming = NULL
     if q.incoming == NULL:
         q.incoming = t
@@ -270,19 +307,19 @@ cdef bint _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
         q.incoming_tail.next_incoming = t
     q.incoming_tail = t
     q.active += 1
-    if not q.driven and wake_thread:
+    if not q.driven and (wake_thread or q.bound):
         pthread_cond_signal(&q.work)
     _notify_driver(q)
     pthread_mutex_unlock(&q.mutex)
-    return True
+    return 0
 
 
 cdef int _wait(Queue_ *q, Transfer_ *t, uint64_t until_ns) noexcept nogil:
-    """Waits until `t` is over or `until_ns`; drives the queue if no other thread does."""
+    """Waits until `t` is over or `until_ns`; drives the queue if no other thread does or has to."""
     cdef bint over
     pthread_mutex_lock(&q.mutex)
     while not _is_over(t):
-        if not q.driven:
+        if not q.driven and not q.bound:
             q.driven = 1
             pthread_mutex_unlock(&q.mutex)
             _drive(q, t, until_ns)

@@ -31,6 +31,22 @@ cdef void _free_orphans(Queue_ *q):
         t = following
 
 
+cdef void _add_counters(Counters *to, const Counters *more) noexcept:
+    """Adds what only one transfer at a time added up: nothing of it overlaps with `to`'s own."""
+    cdef int i
+    to.ios += more.ios
+    to.read_nbytes += more.read_nbytes
+    to.written_nbytes += more.written_nbytes
+    to.transfers += more.transfers
+    to.errors += more.errors
+    to.bounced += more.bounced
+    to.latency_ns += more.latency_ns
+    to.busy_ns += more.busy_ns
+    to.deepest = max(to.deepest, more.deepest)
+    for i in range(SKV_BUCKETS):
+        to.histogram[i] += more.histogram[i]
+
+
 @cython.no_gc_clear
 cdef class Queue:
     """One engine queue, and the thread that drives it while no caller waits.
@@ -45,17 +61,24 @@ cdef class Queue:
         slots: Addresses of bounce slots of ``segment_nbytes`` each, for memory that the drive
             cannot reach directly and for transfers over a link.
         pid: This process's number.
+        exclusive: It takes one transfer at a time, none that needs a slot, and only as another's
+            ``lone``.
+        lone: An exclusive queue on the same drive, which small transfers use that find this one
+            idle and are waited for at once.
 
     Raises:
         ValueError: The sizes do not fit together.
+        OSError: The engine refuses the queue's thread.
     """
     cdef Queue_ *_q
+    cdef Queue _lone
     cdef list _keep
     cdef readonly bint closed
     cdef readonly size_t pid
 
     def __cinit__(self, backend, keep, *, uint32_t depth, uint32_t segment_nbytes,
-                  uint32_t block_nbytes, uint32_t align_nbytes, slots, size_t pid):
+                  uint32_t block_nbytes, uint32_t align_nbytes, slots, size_t pid,
+                  bint exclusive=False, Queue lone=None):
         cdef Queue_ *q
         cdef size_t address
         self.closed = True
@@ -66,7 +89,7 @@ cdef class Queue:
         if block_nbytes & (block_nbytes - 1) or align_nbytes & (align_nbytes - 1):
             raise ValueError(
                 f"block size {block_nbytes} and alignment {align_nbytes} must be powers of two")
-        if not slots and (align_nbytes > 1 or block_nbytes > 1):
+        if not slots and (align_nbytes > 1 or block_nbytes > 1) and not exclusive:
             raise ValueError("a drive that needs alignment needs bounce slots")
         q = <Queue_ *>calloc(1, sizeof(Queue_))
         if q == NULL:
@@ -81,16 +104,31 @@ cdef class Queue:
         q.segment_nbytes = segment_nbytes
         q.block_nbytes = block_nbytes
         q.align_nbytes = align_nbytes
+        q.exclusive = exclusive
+        q.home = q
+        q.bound = q.backend.bind != NULL
         pthread_mutex_init(&q.mutex, NULL)
         init_cond(&q.work)
         init_cond(&q.reapable)
         init_cond(&q.nap)
         self._q = q
         self._keep = [backend, keep]
+        self._lone = lone
         self.pid = pid
         if start_thread(&q.thread, _thread_main, q):
             raise MemoryError("the transfer loop's thread could not be started")
+        with nogil:
+            pthread_mutex_lock(&q.mutex)
+            while not q.started:
+                pthread_cond_wait(&q.reapable, &q.mutex)
+            pthread_mutex_unlock(&q.mutex)
+        if q.refused:
+            pthread_join(q.thread, NULL)
+            raise OSError(-q.refused, f"the engine refuses its thread: {-q.refused}")
         self.closed = False
+        if lone is not None:
+            lone._q.home = q  # transfers there keep this queue alive
+            self.depth = depth
 
     @property
     def depth(self):
@@ -102,6 +140,8 @@ cdef class Queue:
         if not depth:
             raise ValueError("depth must be at least 1")
         self._q.depth = depth
+        if self._lone is not None:
+            self._lone._q.depth = min(depth, <uint32_t>LONE_COUNT)
 
     @property
     def segment_nbytes(self):
@@ -110,7 +150,7 @@ cdef class Queue:
     @property
     def active(self):
         """Transfers submitted and not done, including those whose waiters gave up."""
-        return self._q.active
+        return self._q.active + (self._lone._q.active if self._lone is not None else 0)
 
     @property
     def slots(self):
@@ -186,6 +226,8 @@ cdef class Queue:
         ``histogram`` maps a latency to the number of commands near it (within 6.25 %)."""
         cdef Counters c = self._q.counters
         cdef int i
+        if self._lone is not None:
+            _add_counters(&c, &self._lone._q.counters)
         return {
             "ios": c.ios, "read_nbytes": c.read_nbytes, "written_nbytes": c.written_nbytes,
             "transfers": c.transfers, "errors": c.errors, "bounced_nbytes": c.bounced,
@@ -236,11 +278,13 @@ cdef class Queue:
         """
         cdef Queue_ *q = self._q
         cdef uint64_t until_ns = skv_now_ns() + <uint64_t>(min(max(timeout_s, 0.0), 1e9) * 1e9)
-        cdef bint stopped = False
+        cdef bint stopped = False, lone_stopped = True
         if self.closed or self.pid != _getpid():
             self.closed = True
             return True
         self.closed = True
+        if self._lone is not None:
+            lone_stopped = self._lone.close(timeout_s)
         with nogil:
             pthread_mutex_lock(&q.mutex)
             q.stopping = 1
@@ -269,7 +313,7 @@ cdef class Queue:
             Py_INCREF(self)  # never freed: the drive may still use it
             return False
         _free_orphans(q)
-        return True
+        return lone_stopped
 
     def __dealloc__(self):
         cdef Queue_ *q = self._q

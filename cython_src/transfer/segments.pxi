@@ -46,6 +46,7 @@ cdef void _notify(Queue_ *q, Transfer_ *t) noexcept nogil:
 cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
     """Ends a transfer that has nothing in flight and wakes its waiters. `t` may be freed when this
     returns."""
+    cdef bint orphan
     _todo_remove(q, t)
     if t.previous != NULL:
         t.previous.following = t.following
@@ -65,13 +66,17 @@ cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
     t.done = 1
     if t.handle != NULL:
         _notify(q, t)
-    elif t.orphan:
-        t.next_incoming = q.orphans
-        q.orphans = t
-        # A thread with the GIL frees what it kept.
-        pthread_cond_broadcast(&q.reapable)
+    orphan = t.handle == NULL and t.orphan
     pthread_cond_broadcast(&t.finished)
     pthread_mutex_unlock(&q.mutex)
+    if orphan:
+        # A thread with the GIL frees what it kept: the reaper, of which a lone queue has none.
+        q = q.home
+        pthread_mutex_lock(&q.mutex)
+        t.next_incoming = q.orphans
+        q.orphans = t
+        pthread_cond_broadcast(&q.reapable)
+        pthread_mutex_unlock(&q.mutex)
 
 
 cdef inline void _maybe_finish(Queue_ *q, Transfer_ *t) noexcept nogil:

@@ -13,6 +13,11 @@ The driver: at any moment at most one thread drives the queue, and it alone call
 A thread that waits for a transfer becomes the driver if there is none, so that a lone `get`
 costs no thread switch; otherwise the queue's own thread drives. The mutex guards only the lists
 and flags that threads share; it is never held over a wait or a copy.
+
+io_uring hands a command's completion to the thread that submitted it, when that next runs: were
+it asleep in a page fault, everybody's commands would wait. So there the queue's own thread always
+drives, and a small transfer that finds the queue idle takes another, with a ring of its own, for
+one transfer at a time: its caller drives that, and submits nobody else's commands.
 """
 
 cimport cython
@@ -71,8 +76,10 @@ cdef extern from *:
     void skv_prefetch(const unsigned char *at, uint32_t nbytes, int to_write) nogil
 
 cdef extern from "<errno.h>" nogil:
+    int EBUSY
     int ECANCELED
     int ENODATA
+    int ESHUTDOWN
     int ETIMEDOUT
 
 cdef extern from "<sched.h>" nogil:

@@ -11,6 +11,9 @@ cdef enum:
     MOST_SEGMENT_NBYTES = 1 << 30
     # Pieces, segments and checksums of a transfer, which are counted in uint32.
     MOST_COUNT = 1 << 30
+    # Most bytes, and commands, of a transfer that its caller submits itself.
+    LONE_NBYTES = 1 << 20
+    LONE_COUNT = 8
     # A driver in a Python thread checks for signals this often.
     SLICE_NS = 50_000_000
     # Bytes copied, then summed: a page, because hardware prefetching stops at a page's end.
@@ -156,6 +159,8 @@ cdef struct Queue_:
     uint8_t polling            # the driver may sleep: 1 in the engine, 2 on `nap`
     uint8_t attention          # the driver has something to take; it checks without the mutex
     uint8_t changed            # a priority or a cancellation has to be applied
+    uint8_t asked              # the engine has to be served
+    uint8_t started            # the thread has started
     uint8_t stopping
     uint8_t stopped
     uint8_t reap_stop
@@ -201,4 +206,8 @@ cdef struct Queue_:
     uint32_t block_nbytes
     uint32_t align_nbytes
     uint32_t segment_nbytes
+    uint8_t bound              # only the queue's own thread drives
+    uint8_t exclusive          # one transfer at a time
+    Queue_ *home               # of a lone queue the one that it belongs to, or itself
+    int refused                # -errno of the engine's bind
     Counters counters

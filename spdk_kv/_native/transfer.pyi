@@ -31,6 +31,8 @@ class Queue:
         align_nbytes: int,
         slots: Collection[int],
         pid: int,
+        exclusive: bool = False,
+        lone: Queue | None = None,
     ) -> Self: ...
     @property
     def segment_nbytes(self) -> int: ...

@@ -120,21 +120,26 @@ class Engine:
 
     # -- opening and closing --------------------------------------------------------------------
 
-    def _start(self, backend: Any, keep: object) -> None:
-        """Starts the queue over ``backend`` (a capsule), once the geometry is set."""
+    def _start(self, backend: Any, keep: object, lone: Any = None) -> None:
+        """Starts the queue over ``backend`` (a capsule), once the geometry is set.
+
+        ``lone``: the capsule of another backend on the same drive. With one, a caller that waits
+        for a small transfer submits it itself where the queue is idle.
+        """
         slots: list[int] = []
         if self.align_nbytes > 1 or self.block_nbytes > 1:
             slots = self._allocate_slots()
-        self._queue = Queue(
-            backend,
-            (keep, self._slots),
-            depth=self.options.depth,
-            segment_nbytes=self.segment_nbytes,
-            block_nbytes=self.block_nbytes,
-            align_nbytes=self.align_nbytes,
-            slots=slots,
-            pid=self._pid,
-        )
+        made: dict[str, Any] = {
+            "depth": self.options.depth,
+            "segment_nbytes": self.segment_nbytes,
+            "block_nbytes": self.block_nbytes,
+            "align_nbytes": self.align_nbytes,
+            "pid": self._pid,
+        }
+        alone = None
+        if lone is not None:
+            alone = Queue(lone, keep, slots=[], exclusive=True, **made)
+        self._queue = Queue(backend, (keep, self._slots), slots=slots, lone=alone, **made)
 
     def _allocate_slots(self) -> list[int]:
         # Twice the depth: while one half is copied out of, the drive fills the other.

@@ -52,7 +52,9 @@ class FileEngine(Engine):
                 self.block_nbytes, self.align_nbytes = _direct_alignment(self.fd)
             self._is_block = stat.S_ISBLK(os.fstat(self.fd).st_mode)
             self._backend = self._open_backend()
-            self._start(self._backend.backend, self._backend)
+            self._lone = self._open_lone()
+            lone = None if self._lone is None else self._lone.backend
+            self._start(self._backend.backend, (self._backend, self._lone), lone)
         except BaseException:
             # The next engine that is tried opens the drive too, and it is open exclusively here.
             self._close_files()
@@ -66,8 +68,14 @@ class FileEngine(Engine):
         """The native side over ``fd``; EngineUnavailable where it cannot run here."""
         raise NotImplementedError
 
+    def _open_lone(self) -> Any:
+        """The native side for a queue's ``lone``, or None where any thread may use the first."""
+        return None
+
     def _release(self) -> None:
-        self._backend.close()
+        for backend in (self._backend, self._lone):
+            if backend is not None:
+                backend.close()
         self._close_files()
 
     def _close_files(self) -> None:

@@ -25,7 +25,7 @@ from spdk_kv.devices.inspection import (
 )
 from spdk_kv.engines.base import Engine, QueueOptions, block_geometry, op_name
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
-from spdk_kv.engines.uring import ring_refusal
+from spdk_kv.engines.uring import LONE_ENTRIES, ring_refusal
 from spdk_kv.errors import DeviceGone, EngineUnavailable, StoreLocked, device_error, file_error
 
 OLDEST_KERNEL = "5.19"
@@ -194,15 +194,20 @@ class NgEngine(Engine):
             try:
                 # Room for the depth, and for the wake-up and cancellations beside it.
                 entries = 2 * options.depth + 8
-                backend = NgBackend(fd, entries, self.namespace.nsid, self.block_nbytes)
+                nsid = self.namespace.nsid
+                trial = NgBackend(fd, 4, nsid, self.block_nbytes)
+                undo.callback(trial.close)
+                backend = NgBackend(fd, entries, nsid, self.block_nbytes)
+                undo.callback(backend.close)
+                lone = NgBackend(fd, LONE_ENTRIES, nsid, self.block_nbytes, True)
+                undo.callback(lone.close)
             except OSError as refused:
                 reason = _ring_refusal(refused)
                 raise EngineUnavailable(
                     f"engine ng: {reason[0]}; mend it with: {reason[1]}"
                 ) from refused
-            undo.callback(backend.close)
-            self._try_a_command(backend)
-            self._start(backend.backend, backend)
+            self._try_a_command(trial)
+            self._start(backend.backend, (backend, lone), lone.backend)
             self._held = undo.pop_all()
 
     def _fit(self, limits: Limits) -> None:

@@ -17,7 +17,12 @@ log = logging.getLogger(__name__)
 OLDEST_KERNEL = "5.11"
 """IORING_FEAT_EXT_ARG, a wait with a timeout that is no command of its own, came with Linux 5.11.
 All other needs are older (IORING_OP_READ and IORING_SETUP_CLAMP: 5.6). Registered buffers need a
-sparse table, which came with 5.19; on older kernels the engine works without them."""
+sparse table, which came with 5.19, and completions that are worked on only when asked for
+(IORING_SETUP_DEFER_TASKRUN) came with 6.1; on older kernels the engine works without them."""
+
+
+# Of a ring for one small transfer at a time: its commands, their cancellations and the wake-up.
+LONE_ENTRIES = 24
 
 
 def why_unavailable() -> tuple[str, str] | None:
@@ -105,6 +110,14 @@ class UringEngine(FileEngine):
         self.registered_buffers = backend.fixed_buffers
         self._held: dict[int, Region] = {}
         return backend
+
+    def _open_lone(self) -> Any:
+        from spdk_kv._native.engines.uring import UringBackend
+
+        try:
+            return UringBackend(self.fd, LONE_ENTRIES, True)
+        except OSError:  # RLIMIT_MEMLOCK may suffice for one ring alone
+            return None
 
     def allocate(self, nbytes: int) -> Any:
         region = Region(nbytes, self.options.hugepages)

@@ -1,0 +1,95 @@
+"""Which thread hands commands to the kernel: io_uring gives their completions back to that one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spdk_kv._native.transfer import READ
+from spdk_kv.engines import Engine, QueueOptions, open_engine, parse_location
+from spdk_kv.testing import address_of, memory, write
+
+MIB = 1 << 20
+SMALL_NBYTES = 16 << 10
+
+
+@pytest.fixture
+def ring(tmp_path) -> Iterator[Engine]:
+    """`uring` on a file of 8 MiB."""
+    if not Path("/proc/thread-self/io").exists():
+        pytest.skip("the kernel does not count what each thread reads (CONFIG_TASK_IO_ACCOUNTING)")
+    path = str(tmp_path / "data")
+    options = QueueOptions(depth=8, segment_nbytes=256 << 10)
+    engine = open_engine(parse_location(f"file://{path}"), path, engine="uring", options=options)
+    write(engine, 0, bytes(8 * MIB))
+    engine.flush()
+    yield engine
+    engine.close()
+
+
+def submitted_here() -> int:
+    """Bytes of reads past the page cache that this thread has submitted since it began."""
+    for line in Path("/proc/thread-self/io").read_text().splitlines():
+        name, count = line.split(": ")
+        if name == "read_bytes":
+            return int(count)
+    raise AssertionError("no read_bytes")
+
+
+def reading(engine: Engine, nbytes: int, shift: int = 0):
+    into = memory(nbytes, shift)
+    transfer = engine.transfer(READ)
+    transfer.keep(into)
+    transfer.add(0, address_of(into), nbytes)
+    return transfer
+
+
+def test_a_small_read_that_finds_the_queue_idle_is_submitted_by_its_caller(ring):
+    before = submitted_here()
+    for _ in range(10):
+        ring.run(reading(ring, SMALL_NBYTES))
+    assert submitted_here() - before == 10 * SMALL_NBYTES
+    assert ring.stats()["read_nbytes"] == 10 * SMALL_NBYTES
+    assert ring.queue.active == 0
+
+
+def test_a_large_read_is_submitted_by_the_queue_s_own_thread(ring):
+    before = submitted_here()
+    ring.run(reading(ring, 8 * MIB))
+    assert submitted_here() == before
+
+
+def test_nobody_submits_for_others(ring):
+    """Whoever did could fall asleep in a page fault afterwards, and they would wait for it."""
+    wrong: list[str] = []
+    start = threading.Barrier(6)
+
+    def work(number: int) -> None:
+        start.wait(30)
+        for round_ in range(60):
+            small = (number + round_) % 3 != 0
+            transfer = reading(ring, SMALL_NBYTES if small else 8 * MIB)
+            before = submitted_here()
+            ring.run(transfer, timeout_s=60)
+            if (found := submitted_here() - before) not in (0, SMALL_NBYTES * small):
+                wrong.append(f"{found} bytes while reading {transfer.nbytes}")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not wrong
+
+
+def test_a_transfer_that_waits_for_nobody_is_not_its_caller_s(ring):
+    before = submitted_here()
+    future = ring.start(reading(ring, SMALL_NBYTES), lambda t: t.status)
+    assert future.result(30) == 0
+    transfer = reading(ring, SMALL_NBYTES)
+    transfer.submit()
+    ring.wait(transfer)
+    assert submitted_here() == before
