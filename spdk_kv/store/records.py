@@ -6,12 +6,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from spdk_kv.errors import ClosedError, KeyNotFound
 from spdk_kv.index import BlobRecord, SequenceRecord
 from spdk_kv.store.extents import BLOCK_NBYTES, ExtentTable
-from spdk_kv.store.residents import Residents, index_nbytes
+from spdk_kv.store.residents import Residents
 from spdk_kv.units import align_up
+
+# Keys whose lengths stand for all.
+_SAMPLE = 256
 
 
 @dataclass
@@ -144,8 +148,10 @@ class Records:
 
     @property
     def index_nbytes(self) -> int:
-        """About what the records of all blobs take up in the index."""
-        return self.residents.index_nbytes
+        """About what the records of all blobs take up in the index, judged by the newest ones."""
+        with self.lock:
+            sample = [index_nbytes(key) for key in islice(reversed(self.blobs), _SAMPLE)]
+            return sum(sample) * len(self.blobs) // max(1, len(sample))
 
     @property
     def pending_index_nbytes(self) -> int:
@@ -250,6 +256,12 @@ class Records:
                 "largest_free_nbytes": allocator.largest_free_nbytes,
                 **self.counters,
             }
+
+
+def index_nbytes(key: str) -> int:
+    """About what the record of a blob takes up in the index: its table has the key once, and its
+    index of keys once more, in pages that are two thirds full."""
+    return 128 + 5 * len(key) // 2
 
 
 def _footprint(record: BlobRecord) -> int:

@@ -65,7 +65,8 @@ class Room:
         records = self._records
         self._committer.data.check()  # or it would be kept for nothing
         self._quarantine.settle()
-        self._usual_nbytes += (sum(sizes) - self._usual_nbytes) / _USUAL_SHARE
+        asked = sizes[0] if len(sizes) == 1 else sum(sizes)
+        self._usual_nbytes += (asked - self._usual_nbytes) / _USUAL_SHARE
         end: int | None = None  # of what the filesystem has room for
         while True:
             with records.lock:
@@ -112,7 +113,10 @@ class Room:
     def _back(self, offsets: Sequence[int], sizes: Sequence[int], deadline: Deadline) -> int | None:
         """Makes the data file reach the extents. Where it cannot, gives them up and returns how far
         it can: below their end."""
-        end = max(o + align_up(n, BLOCK_NBYTES) for o, n in zip(offsets, sizes, strict=True))
+        if len(sizes) == 1:  # most often, and put() is to be fast
+            end = offsets[0] + align_up(sizes[0], BLOCK_NBYTES)
+        else:
+            end = max(o + align_up(n, BLOCK_NBYTES) for o, n in zip(offsets, sizes, strict=True))
         if end <= self._backed_to:
             return None
         index_nbytes = 0

@@ -14,7 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
-from spdk_kv.deadline import Deadline
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import PageCacheEngine
 from spdk_kv.errors import ClosedError, SpdkKvError
 from spdk_kv.link import Links
@@ -133,7 +133,7 @@ class KVStore:
     def put_many(self, tensors: Mapping[str, Any], *, timeout_s: float | None = None) -> None:
         """As :meth:`put`, for several tensors in one transfer: all become visible, or none."""
         self.check_open()
-        BlobWriter(self, tensors, Deadline(timeout_s)).run()
+        BlobWriter(self, tensors, NEVER if timeout_s is None else Deadline(timeout_s)).run()
 
     def put_async(self, key: str, tensor: Any, *, timeout_s: float | None = None) -> Future[None]:
         """As :meth:`put`, but returns a future. The tensor must stay unchanged until it is done.
@@ -148,7 +148,9 @@ class KVStore:
     ) -> Future[None]:
         """As :meth:`put_many`, but returns a future."""
         self.check_open()
-        return self._background.track(BlobWriter(self, tensors, Deadline(timeout_s)).start())
+        return self._background.track(
+            BlobWriter(self, tensors, NEVER if timeout_s is None else Deadline(timeout_s)).start()
+        )
 
     def get(
         self,
