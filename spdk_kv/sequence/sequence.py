@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Sequential
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spdk_kv.deadline import NEVER, Deadline
@@ -61,6 +62,8 @@ class Sequence(Twins):
         self._layers = layers
         self._recorder = recorder
         self._whole = Whole(layers, recorder)
+        self.release_units: Callable[[], None] = partial(host.paths.release, group)
+        """Ends the tracking of its units, once nobody uses it; may be called again."""
         self._ahead = ReadAhead(host.paths, group, layers, layout.shape.max_tokens)
 
     # -- properties -----------------------------------------------------------------------------
@@ -174,7 +177,7 @@ class Sequence(Twins):
                 )
             layer.settle(wait=False)
             if k.shape[2]:
-                self._recorder.mark_dirty()
+                self._mark_dirty()
                 layer.append(k, v, self._host.links.of((k, v)), deadline)
             return True
 
@@ -322,8 +325,10 @@ class Sequence(Twins):
                 those before it are unchanged.
         """
         deadline = Deadline(timeout_s)
+        numbers = self._numbers(layer, deadline)
+        self._mark_dirty()
         with self._counting_corruption():
-            self._whole.truncate(self._numbers(layer, deadline), tokens, deadline)
+            self._whole.truncate(numbers, tokens, deadline)
 
     def reorder(
         self, rows: Iterable[int], *, layer: int | None = None, timeout_s: float | None = None
@@ -343,7 +348,9 @@ class Sequence(Twins):
         """
         deadline = Deadline(timeout_s)
         index = batch_order(self.shape.batch, rows)
-        self._whole.reorder(self._numbers(layer, deadline), index, deadline)
+        numbers = self._numbers(layer, deadline)
+        self._mark_dirty()
+        self._whole.reorder(numbers, index, deadline)
 
     def delete(self) -> None:
         """Deletes the sequence and gives its extents back. May be called twice: a second call
@@ -365,7 +372,7 @@ class Sequence(Twins):
         for layer in self._layers:
             with layer.lock:
                 writes += layer.close()
-        self._host.paths.release(self._group)
+        self.release_units()
         # No call reaches the extents any more. Given back once, however many threads come here.
         with self._recorder.lock:
             offsets, self._offsets = self._offsets, []
@@ -384,6 +391,12 @@ class Sequence(Twins):
     def is_news(self, failure: Exception, audience: str) -> bool:
         """For :meth:`KVStore.flush`: see :meth:`Recorder.is_news`."""
         return self._recorder.is_news(failure, audience)
+
+    def _mark_dirty(self) -> None:
+        self._recorder.mark_dirty()
+        # After that, or a flush that comes in between would find nothing to keep it for.
+        if not self.temporary:
+            self._host.keep_sequence(self)
 
     # -- arguments ------------------------------------------------------------------------------
 

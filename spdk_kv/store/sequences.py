@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Callable
 from copy import copy
+from typing import NamedTuple
 
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.errors import KeyNotFound, ShapeMismatch, SpdkKvError
@@ -22,6 +25,13 @@ class _Making:
         self.over = threading.Event()
 
 
+class _Bound(NamedTuple):
+    """Has a name as long as it is referred to. ``release_units`` does not refer to it."""
+
+    sequence: weakref.ref[Sequence]
+    release_units: Callable[[], None]
+
+
 class OpenSequences:
     """Sequences by name. Thread-safe. Those in ``records`` are restored when they are asked for.
 
@@ -30,13 +40,18 @@ class OpenSequences:
     restores a sequence whose extents are about to be freed, and the rest of an old delete() cannot
     touch a new sequence. ``_lock`` is taken before the records' lock, and never held over I/O.
 
+    A sequence that is temporary, or has changes that no record has, is kept in memory; any other
+    one leaves it with the last reference that somebody else holds, and is restored when it is asked
+    for again.
+
     It does not hold the store: a store that nobody uses any more must be closed at once, not by
     the garbage collector.
     """
 
     def __init__(self, records: Records) -> None:
         self._records = records
-        self._bound: dict[str, Sequence | _Making] = {}
+        self._bound: dict[str, _Bound | _Making] = {}
+        self._kept: dict[str, Sequence] = {}
         # Reentrant, because a finalizer that deletes a sequence may run anywhere.
         self._lock = threading.RLock()
 
@@ -91,7 +106,9 @@ class OpenSequences:
             else:
                 sequence = create_sequence(store, name, shape, granularity, temporary)
             with self._lock:
-                self._bound[name] = sequence
+                self._bound[name] = _Bound(weakref.ref(sequence), sequence.release_units)
+                if temporary or record is None:
+                    self._kept[name] = sequence
             return sequence
         finally:
             # First of all, in case of an interrupt: the next one who asks may try.
@@ -102,18 +119,43 @@ class OpenSequences:
         """Who has the name."""
         with self._lock:
             bound = self._bound.get(name)
-            if isinstance(bound, Sequence) and bound.deleted:
-                self.forget(bound)
-            elif isinstance(bound, _Making) and bound.over.is_set():
-                del self._bound[name]  # it came to nothing
-            return self._bound.get(name)
+            if isinstance(bound, _Making):
+                if bound.over.is_set():
+                    del self._bound[name]  # it came to nothing
+                    return None
+                return bound
+            if bound is None:
+                return None
+            sequence = bound.sequence()
+            if sequence is None:
+                # Before anybody is given the same extents: two are never tracked on them at once.
+                bound.release_units()
+                del self._bound[name]
+            elif sequence.deleted:
+                self.forget(sequence)
+                return None
+            return sequence
 
     def forget(self, sequence: Sequence) -> None:
         """Makes the name of a sequence whose delete() has begun free again, if it still has it."""
         with self._lock:
-            if self._bound.get(sequence.name) is sequence:
+            bound = self._bound.get(sequence.name)
+            if isinstance(bound, _Bound) and bound.sequence() is sequence:
                 sequence.forget_record()
                 del self._bound[sequence.name]
+                self._kept.pop(sequence.name, None)
+
+    def keep(self, sequence: Sequence) -> None:
+        """It has changes that no record has, and keeps its name until it is deleted."""
+        with self._lock:
+            if not sequence.deleted:
+                self._kept[sequence.name] = sequence
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Nothing of it would be lost with it, unless it was changed in the meantime."""
+        with self._lock:
+            if not sequence.dirty and not sequence.temporary:
+                self._kept.pop(sequence.name, None)
 
     def names(self) -> list[str]:
         """All names, those of temporary sequences included."""
@@ -131,14 +173,22 @@ class OpenSequences:
     @property
     def dirty(self) -> bool:
         """Whether one has something to commit."""
-        return any(sequence.dirty for sequence in self.open_sequences())
+        with self._lock:
+            return any(sequence.dirty for sequence in self._kept.values())
 
     def stage(self, left_out: LeftOut, deadline: Deadline = NEVER) -> None:
         """Stages all of them for the next commit. Adds the failures to ``left_out`` instead of
         raising them: a sequence that lost tokens must not keep the rest back."""
-        for sequence in self.open_sequences():
+        self._stage_changed(left_out, deadline)
+        self.open_sequences()  # which buries those that have left memory
+
+    def _stage_changed(self, left_out: LeftOut, deadline: Deadline) -> None:
+        with self._lock:
+            changed = [each for each in self._kept.values() if not each.temporary]
+        for sequence in changed:
             try:
                 sequence.stage_for_commit(deadline)
+                self._let_go(sequence)
             except Exception as failure:  # of whatever kind: it is this sequence's alone
                 left_out.append((sequence, failure))
 

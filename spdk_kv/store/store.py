@@ -270,7 +270,8 @@ class KVStore:
         """The sequence called ``name``; created, with room for all its tokens, if it is new.
 
         Args:
-            name: Any text. The same object comes back for the same name.
+            name: Any text. The same object comes back for the same name, as long as somebody holds
+                it; with the last reference a sequence whose tokens are recorded leaves memory.
             shape: Needed to create; where the sequence exists, it must match.
             granularity: What lies contiguously, ``"layer"`` (the default) or ``"head"``; where the
                 sequence exists, it must match.
@@ -296,6 +297,11 @@ class KVStore:
     def forget_sequence(self, sequence: Sequence) -> None:
         """Called by :meth:`Sequence.delete`: the name is free again."""
         self._sequences.forget(sequence)
+
+    def keep_sequence(self, sequence: Sequence) -> None:
+        """Called by a sequence that has just noted a change: it stays in memory until that is
+        recorded."""
+        self._sequences.keep(sequence)
 
     # -- the whole ------------------------------------------------------------------------------
 
