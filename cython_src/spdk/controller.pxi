@@ -198,8 +198,8 @@ cdef class Controller:
         return bool(self._a.gone or self._a.ctrlr == NULL)
 
     def describe(self):
-        """``serial``, ``model``, ``firmware``, ``max_transfer_nbytes``, ``volatile_write_cache``
-        and optional commands (``compare``, ``deallocate``, ``write_zeroes``)."""
+        """``serial``, ``model``, ``firmware``, ``nqn``, ``max_transfer_nbytes``,
+        ``volatile_write_cache`` and optional commands (``compare``, ``deallocate``, ``write_zeroes``)."""
         self._use()
         try:
             return self._describe()
@@ -214,6 +214,8 @@ cdef class Controller:
             "serial": (<const char *>d.sn)[:20].decode("ascii", "replace").strip(),
             "model": (<const char *>d.mn)[:40].decode("ascii", "replace").strip(),
             "firmware": (<const char *>d.fr)[:8].decode("ascii", "replace").strip(),
+            # SUBNQN (NVMe Base 2.0, figure 275).
+            "nqn": (<const char *>d)[768:1024].split(b"\0")[0].decode("utf-8", "replace"),
             "max_transfer_nbytes": spdk_nvme_ctrlr_get_max_xfer_size(self._a.ctrlr),
             "volatile_write_cache": bool(d.vwc.present),
             "compare": bool(optional & 1),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from types import ModuleType
 from typing import Any
 
 from spdk_kv.engines.location import Location
 from spdk_kv.engines.spdk import environment
 from spdk_kv.engines.spdk.refusal import refusal
-from spdk_kv.errors import DeviceTimeout
+from spdk_kv.errors import DeviceGone, DeviceTimeout
 
 # How long to wait while another thread connects to the same controller, or lets go of it.
 _OTHERS_S = 12.0
@@ -63,7 +64,7 @@ def acquire(location: Location) -> Any:
             if connection.controller is None:
                 if connection.attempts > attempts:
                     raise connection.refused  # while this one waited; it need not wait again
-                connection.controller = spdk.Controller(name)
+                connection.controller = _connect(spdk, name, location)
             return connection.controller
         except OSError as refused:
             if refused is not connection.refused:
@@ -76,6 +77,20 @@ def acquire(location: Location) -> Any:
     except BaseException:
         _leave(name, connection)
         raise
+
+
+def _connect(spdk: ModuleType, name: str, location: Location) -> Any:
+    controller = spdk.Controller(name)
+    if location.scheme == "spdk+vfiouser":
+        # The transport has no word for it, and takes whatever is at the socket.
+        found = controller.describe()["nqn"]
+        if found not in ("", location.nqn):
+            controller.close()
+            raise DeviceGone(
+                f"the vfio-user target at {location.path} is {found}, not {location.nqn}; its "
+                "namespaces are not touched"
+            )
+    return controller
 
 
 def release(location: Location) -> None:

@@ -194,3 +194,12 @@ def test_what_is_wrong_with_a_portal_is_said(target):
         opened(f"spdk+tcp://127.0.0.1:1/{NQN}/1")
     with pytest.raises(DeviceGone, match=f"has no subsystem {NQN}.none for this host"):
         opened(f"spdk+tcp://127.0.0.1:{target.port}/{NQN}.none/1")
+
+
+def test_another_subsystem_at_the_socket_is_refused(target):
+    uri = target.uri("vfiouser").replace(NQN, f"{NQN}.other")
+    with pytest.raises(DeviceGone, match=f"is {NQN}, not {NQN}.other"):
+        opened(uri)
+    engine = opened(target.uri("vfiouser"))
+    assert engine.controller["nqn"] == NQN
+    engine.close()
