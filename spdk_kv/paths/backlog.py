@@ -120,14 +120,16 @@ class Backlog:
                 if failed or not layer.is_writing:
                     self._forget(reference)
         with self._lock:
-            if not self._writing:
+            # Not after close(), which sets it for the thread to see that it is over.
+            if not self._writing and not self._stop.is_set():
                 self._has_some.clear()
 
     def close(self) -> None:
         """Ends the thread."""
-        self._stop.set()
-        self._has_some.set()
-        thread = self._thread
+        with self._lock:
+            self._stop.set()
+            self._has_some.set()
+            thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 

@@ -67,8 +67,12 @@ class WhyFile:
             self._remove()
 
     def _run(self) -> None:
-        while self._wanted.wait() and not self._stop.is_set():
+        while True:
+            self._wanted.wait()
+            # Before the look at `_stop`: close() sets that first, and then this.
             self._wanted.clear()
+            if self._stop.is_set():
+                return
             try:
                 self._write()
             except OSError as refused:  # a full disk must not disturb decisions

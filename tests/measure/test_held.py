@@ -22,8 +22,14 @@ class Group(MemoryGroup):
         self.hold(0)
 
     def hold(self, other: int, cache: int = 7000) -> None:
-        (self.path / "memory.stat").write_text(f"file {cache}\nshmem 0\n")
-        (self.path / "memory.current").write_text(f"{cache + other}\n")
+        self._set("memory.stat", f"file {cache}\nshmem 0\n")
+        self._set("memory.current", f"{cache + other}\n")
+
+    def _set(self, name: str, text: str) -> None:
+        """All at once, as the kernel's files change."""
+        new = self.path / f"{name}.new"
+        new.write_text(text)
+        new.replace(self.path / name)
 
     @property
     def limited(self) -> int:

@@ -39,6 +39,15 @@ def is_over(sequence) -> bool:
     return all(write.transfer.done for layer in sequence._layers for write in layer.writer.pending)
 
 
+def test_a_sweep_that_ends_after_a_close_does_not_hold_it_up(store):
+    begun(store, "layer")
+    backlog = store.paths.backlog
+    backlog._stop.set()  # what close() does before it waits for the thread, which is here:
+    backlog._has_some.set()
+    backlog.sweep()
+    assert backlog._has_some.is_set(), "the thread would wait for ever, and close() for it"
+
+
 def test_a_sweep_gives_the_memory_of_finished_writes_back(store):
     sequence, reference = begun(store, "layer")
     tails = leased(store)

@@ -166,7 +166,7 @@ def within(engine: SpdkEngine) -> None:
 
 def test_segments_of_hundreds_of_commands_are_split(target):
     # Two of them need more requests than SPDK has for a queue pair by default.
-    engine = opened(target.uri("vfiouser"), QueueOptions(depth=2, segment_nbytes=80 * MIB))
+    engine = opened(target.uri("vfiouser"), QueueOptions(depth=2, segment_nbytes=40 * MIB))
     assert engine.namespace["max_transfer_nbytes"] == 128 << 10
     write(engine, 0, b"begin" + bytes(80 * MIB - 8) + b"end")
     data = read(engine, 0, 80 * MIB)
