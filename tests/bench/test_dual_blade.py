@@ -263,8 +263,9 @@ def test_a_tiny_real_run(tmp_path: Path) -> None:
         pytest.skip(reason)
     words = [
         *("--dir", str(tmp_path), "--out", str(tmp_path / "out"), "--runs", "1"),
-        *("--rho", "1.2", "--variants", "dual", "--budgets"),
-        *("--layers", "4", "--hidden", "256", "--batch", "4", "--prompt", "256", "--generate", "4"),
+        *("--rho", "0.6", "--variants", "dual", "--budgets"),
+        *("--layers", "4", "--hidden", "256", "--batch", "4"),
+        *("--prompt", "8192", "--generate", "8"),
         *("--fio-seconds", "0.2", "--json", str(tmp_path / "rows.json")),
     ]  # fmt: skip
     done = subprocess.run(
@@ -275,13 +276,14 @@ def test_a_tiny_real_run(tmp_path: Path) -> None:
         pytest.skip("fio is not installed")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["kind"], row["rho"], row["variant"]) for row in rows] == [("budget", 1.2, "dual")]
+    assert [(row["kind"], row["rho"], row["variant"]) for row in rows] == [("budget", 0.6, "dual")]
     for row in rows:
         assert row["errors"] == []
         assert {"decode_s_p50", "prefill_s_p50", "read_gib_s", "bound_s", "fio_read_gib_s"} <= set(
             row
         )
         assert row["decode_s_p50"] > 0
-        assert row["cached_share"] == pytest.approx(1.2, rel=0.02)
+        # Of 128 MiB, so that the few MiB by which steps differ stay small.
+        assert row["cached_share"] == pytest.approx(0.6, rel=0.02)
     assert "## Decode, seconds per token" in (tmp_path / "out" / "README.md").read_text()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "rows.json"]
