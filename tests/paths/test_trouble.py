@@ -118,6 +118,7 @@ def test_a_drive_that_fails_leaves_what_the_page_cache_holds(drive: Drive) -> No
     drive.reference.check_layer(drive.sequence, 1)
 
 
+@pytest.mark.machine
 def test_what_the_direct_path_cannot_read_the_page_cache_delivers(
     drive: Drive, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -133,6 +134,7 @@ def test_what_the_direct_path_cannot_read_the_page_cache_delivers(
         drive.sequence.read(0)
 
 
+@pytest.mark.machine
 def test_a_layer_read_ahead_from_a_failing_drive_is_delivered_too(drive: Drive) -> None:
     fill_cache(drive.node)
     drive.fail()
@@ -143,6 +145,7 @@ def test_a_layer_read_ahead_from_a_failing_drive_is_delivered_too(drive: Drive) 
     assert drive.took_over_nbytes() > UNITS * UNIT_NBYTES
 
 
+@pytest.mark.machine
 def test_a_damaged_medium_is_found_and_good_pages_replace_it(drive: Drive) -> None:
     fill_cache(drive.node)
     drive.damage()
@@ -156,6 +159,7 @@ def test_a_damaged_medium_is_found_and_good_pages_replace_it(drive: Drive) -> No
     scans(drive.sequence, drive.reference)
 
 
+@pytest.mark.machine
 def test_damaged_pages_are_found_and_a_good_medium_replaces_them(drive: Drive) -> None:
     drive.damage()
     fill_cache(drive.node)

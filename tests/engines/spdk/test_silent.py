@@ -24,6 +24,7 @@ from spdk_kv.engines.spdk.engine import SpdkEngine
 from spdk_kv.engines.spdk.refusal import refusal
 from spdk_kv.errors import DeviceError, DeviceGone, DeviceTimeout, EngineUnavailable, SpdkKvError
 from spdk_kv.testing import SMALL, address_of, memory, read, write
+from support.subprocesses import run_script
 
 MIB = 1 << 20
 TRANSPORTS = ("vfiouser", "tcp")
@@ -165,13 +166,25 @@ def within(engine: SpdkEngine) -> None:
 
 
 def test_segments_of_hundreds_of_commands_are_split(target):
-    # Two of them need more requests than SPDK has for a queue pair by default.
-    engine = opened(target.uri("vfiouser"), QueueOptions(depth=2, segment_nbytes=40 * MIB))
-    assert engine.namespace["max_transfer_nbytes"] == 128 << 10
-    write(engine, 0, b"begin" + bytes(80 * MIB - 8) + b"end")
-    data = read(engine, 0, 80 * MIB)
-    assert (data[:5], data[-3:]) == (b"begin", b"end")
-    engine.close()
+    # In a process of its own, for the memory. Two of them need more requests than SPDK has for a
+    # queue pair by default.
+    run_script(
+        f"""
+        from engines.spdk.drives import SETTINGS
+        from spdk_kv.engines import QueueOptions, open_engine, parse_location
+        from spdk_kv.engines.spdk import environment
+        from spdk_kv.testing import read, write
+        environment.configure(SETTINGS)
+        segment_nbytes, nbytes = 40 << 20, 80 << 20
+        options = QueueOptions(depth=2, segment_nbytes=segment_nbytes)
+        engine = open_engine(parse_location({target.uri("vfiouser")!r}), options=options)
+        assert engine.namespace["max_transfer_nbytes"] == 128 << 10
+        write(engine, 0, b"begin" + bytes(nbytes - 8) + b"end")
+        data = read(engine, 0, nbytes)
+        assert (data[:5], data[-3:]) == (b"begin", b"end")
+        engine.close()
+        """
+    )
 
 
 def test_what_is_wrong_with_a_socket_is_said(tmp_path):
