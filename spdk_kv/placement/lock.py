@@ -57,17 +57,23 @@ class StoreLock:
             _held.add(self)
 
     def release(self) -> None:
-        """Lets the next one own the store. Does nothing where this lock is not held."""
+        """Lets the next one own the store. Does nothing where this lock is not held. Where an
+        interrupt ended it, another call does the rest."""
         with _fork_guard:
-            if self._file is None:
-                return
-            try:
-                # Emptied while still locked: the next owner's rivals must not read our PID.
-                os.ftruncate(self._file.fileno(), 0)
-            finally:
-                # Explicit, because a close leaves the lock with other holders of the descriptor.
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-                self._forget()
+            if self._file is not None and not self._file.closed:
+                try:
+                    # Had an interrupted call unlocked it already, the next owner's PID would be in
+                    # the file.
+                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Emptied while still locked: the next owner's rivals must not read our PID.
+                    os.ftruncate(self._file.fileno(), 0)
+                except BlockingIOError:
+                    pass
+                finally:
+                    # Explicit, because a close leaves the lock with other holders of the
+                    # descriptor.
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._forget()
 
     def _lock(self, file: io.FileIO) -> None:
         # Until the owner has written its PID, what is read is empty or a dead predecessor's: read

@@ -16,6 +16,7 @@ import pytest
 from spdk_kv.errors import DeviceError, StoreLocked
 from spdk_kv.placement import lock as lock_module
 from spdk_kv.placement.lock import StoreLock
+from support.interrupts import interrupted_everywhere
 
 OWNER = """
 import sys, time
@@ -187,3 +188,26 @@ def test_an_owner_that_left_no_pid_is_reported_as_unknown(
 def test_a_folder_that_is_missing_is_a_device_error_with_the_path(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="missing/lock"):
         StoreLock(tmp_path / "missing" / "lock").acquire()
+
+
+def test_a_release_that_was_interrupted_is_finished_by_another_one(path: Path) -> None:
+    ours: list[StoreLock] = []
+
+    def prepare(at: int) -> None:
+        ours[:] = [StoreLock(path)]
+        ours[0].acquire()
+
+    def check(at: int) -> None:
+        rival = StoreLock(path)
+        try:
+            rival.acquire()  # as another process may, once it was given up
+        except StoreLocked:
+            ours[0].release()
+            rival.acquire()
+        else:
+            ours[0].release()
+            assert lock_module.owner_of(path) == os.getpid()
+        rival.release()
+        assert lock_module.owner_of(path) is None
+
+    assert interrupted_everywhere(prepare, lambda at: ours[0].release(), check) > 5

@@ -24,6 +24,7 @@ from store.helpers import (
 )
 from support import blockdev
 from support.interrupts import interrupted_everywhere
+from support.rounds import rounds
 from support.subprocesses import interruptible_fixture
 from support.waiting import wait_until
 
@@ -70,7 +71,7 @@ def test_ctrl_c_anywhere_in_close_and_a_second_one_gives_everything_back(folder,
         stores[0].close()
         assert descriptors(str(folder)) == []
 
-    assert interrupted_everywhere(prepare, lambda at: stores[0].close(), check, 23) > 60
+    assert interrupted_everywhere(prepare, lambda at: stores[0].close(), check, rounds(23, 1)) > 60
     with reopen(folder) as store:
         assert store.sequences() == ["s"]
         check_books(store)

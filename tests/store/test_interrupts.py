@@ -99,7 +99,7 @@ def test_ctrl_c_anywhere_in_an_eviction_a_flush_or_a_delete(folder, long_lived):
         again(long_lived, folder)
         still_true(long_lived[0], at)
 
-    assert interrupted_everywhere(prepare, change, check, 7) > 150
+    assert interrupted_everywhere(prepare, change, check, rounds(7, 1)) > 150
 
 
 @pytest.mark.long
@@ -182,7 +182,7 @@ def test_ctrl_c_anywhere_in_a_sequence(folder, long_lived):
         assert sequence.tokens(0) >= 70
         assert torch.equal(sequence.read(0)[0], k[:, :, : sequence.tokens(0)])
 
-    assert interrupted_everywhere(prepare, change, check, 7) > 200
+    assert interrupted_everywhere(prepare, change, check, rounds(7, 1)) > 200
 
 
 _SIGINT = """

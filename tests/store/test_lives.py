@@ -113,7 +113,9 @@ def test_an_interrupted_delete_is_finished_by_the_next(folder):
         store.catalog.records.extents.allocator.check()
 
     with store:
-        assert interrupted_everywhere(prepare, lambda at: made[0].delete(), check, 3) > 20
+        assert (
+            interrupted_everywhere(prepare, lambda at: made[0].delete(), check, rounds(3, 1)) > 20
+        )
     with reopen(folder) as store:
         assert store.sequences() == []
         assert store.stats()["used_nbytes"] == 0
