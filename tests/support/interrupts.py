@@ -27,6 +27,13 @@ class Interrupt:
 
     def run(self, call: Callable[[], object]) -> bool:
         """Whether it came to the interrupt."""
+        report = sys.unraisablehook
+
+        def report_others(unraisable) -> None:
+            if unraisable.exc_type is not KeyboardInterrupt:  # swallowed by a finalizer
+                report(unraisable)
+
+        sys.unraisablehook = report_others
         sys.setprofile(self._profile)
         try:
             call()
@@ -34,6 +41,7 @@ class Interrupt:
             return True
         finally:
             sys.setprofile(None)
+            sys.unraisablehook = report
         return self.left <= 0  # it came where exceptions are swallowed: in a finalizer
 
 
