@@ -61,8 +61,7 @@ cdef class Queue:
         slots: Addresses of bounce slots of ``segment_nbytes`` each, for memory that the drive
             cannot reach directly and for transfers over a link.
         pid: This process's number.
-        exclusive: It takes one transfer at a time, none that needs a slot, and only as another's
-            ``lone``.
+        exclusive: It takes one transfer at a time, and only as another's ``lone``.
         lone: An exclusive queue on the same drive, which small transfers use that find this one
             idle and are waited for at once.
 
@@ -89,7 +88,7 @@ cdef class Queue:
         if block_nbytes & (block_nbytes - 1) or align_nbytes & (align_nbytes - 1):
             raise ValueError(
                 f"block size {block_nbytes} and alignment {align_nbytes} must be powers of two")
-        if not slots and (align_nbytes > 1 or block_nbytes > 1) and not exclusive:
+        if not slots and (align_nbytes > 1 or block_nbytes > 1):
             raise ValueError("a drive that needs alignment needs bounce slots")
         q = <Queue_ *>calloc(1, sizeof(Queue_))
         if q == NULL:

@@ -127,8 +127,11 @@ class Engine:
         for a small transfer submits it itself where the queue is idle.
         """
         slots: list[int] = []
+        lone_slots: list[int] = []
         if self.align_nbytes > 1 or self.block_nbytes > 1:
-            slots = self._allocate_slots()
+            slots = self._allocate_slots(0 if lone is None else 1)
+            if lone is not None:
+                lone_slots = [slots.pop()]
         made: dict[str, Any] = {
             "depth": self.options.depth,
             "segment_nbytes": self.segment_nbytes,
@@ -136,14 +139,14 @@ class Engine:
             "align_nbytes": self.align_nbytes,
             "pid": self._pid,
         }
-        alone = None
+        kept, alone = (keep, self._slots), None
         if lone is not None:
-            alone = Queue(lone, keep, slots=[], exclusive=True, **made)
-        self._queue = Queue(backend, (keep, self._slots), slots=slots, lone=alone, **made)
+            alone = Queue(lone, kept, slots=lone_slots, exclusive=True, **made)
+        self._queue = Queue(backend, kept, slots=slots, lone=alone, **made)
 
-    def _allocate_slots(self) -> list[int]:
+    def _allocate_slots(self, more: int = 0) -> list[int]:
         # Twice the depth: while one half is copied out of, the drive fills the other.
-        count = 2 * self.options.depth
+        count = 2 * self.options.depth + more
         self._slots = self.allocate(count * self.segment_nbytes)
         return [self._slots.address + i * self.segment_nbytes for i in range(count)]
 

@@ -47,10 +47,11 @@ def reading(engine: Engine, nbytes: int, shift: int = 0):
     return transfer
 
 
-def test_a_small_read_that_finds_the_queue_idle_is_submitted_by_its_caller(ring):
+@pytest.mark.parametrize("shift", [0, 24], ids=["aligned", "through_a_slot"])
+def test_a_small_read_that_finds_the_queue_idle_is_submitted_by_its_caller(ring, shift):
     before = submitted_here()
     for _ in range(10):
-        ring.run(reading(ring, SMALL_NBYTES))
+        ring.run(reading(ring, SMALL_NBYTES, shift))
     assert submitted_here() - before == 10 * SMALL_NBYTES
     assert ring.stats()["read_nbytes"] == 10 * SMALL_NBYTES
     assert ring.queue.active == 0
