@@ -2,7 +2,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from typing_extensions import disjoint_base
+from typing_extensions import Self, disjoint_base
 
 @disjoint_base
 class Held:
@@ -25,3 +25,19 @@ class Account:
 class Hold:
     @property
     def nbytes(self) -> int: ...
+
+@disjoint_base
+class Registered:
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def __new__(cls, region: Any) -> Self: ...
+    def add(
+        self, register: Callable[..., Any], unregister: Callable[[int], object], *more: Any
+    ) -> Any: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@disjoint_base
+class AtEnd:
+    def __new__(cls, call: Callable[[Any], object], argument: Any) -> Self: ...

@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Any
 
+from spdk_kv._native.holding import Registered
 from spdk_kv._native.memory import Region
 from spdk_kv.engines.base import QueueOptions
 from spdk_kv.engines.files import FileEngine
@@ -69,25 +70,6 @@ def ring_refusal(refused: OSError) -> tuple[str, str]:
     )
 
 
-class _RegisteredRegion:
-    """A region that is registered with the ring, and is unregistered before it is freed.
-
-    ``held`` keeps the region until then. An exception in ``__del__`` (Ctrl-C) is swallowed; were
-    the memory unmapped while its entry is left, reads into whatever is mapped there next would go
-    to the old pages. So in that case the region is never freed.
-    """
-
-    def __init__(self, region: Region, backend: Any, held: dict[int, Region]) -> None:
-        self._backend = backend
-        self._held = held
-        self.address = region.address
-        self.nbytes = region.nbytes
-
-    def __del__(self) -> None:
-        self._backend.unregister(self.address)
-        del self._held[self.address]
-
-
 class UringEngine(FileEngine):
     """io_uring with O_DIRECT. ``registered_buffers``: whether its memory is registered."""
 
@@ -108,7 +90,6 @@ class UringEngine(FileEngine):
         except OSError as refused:
             raise EngineUnavailable(f"engine uring: {refused}") from refused
         self.registered_buffers = backend.fixed_buffers
-        self._held: dict[int, Region] = {}
         return backend
 
     def _open_lone(self) -> Any:
@@ -121,11 +102,10 @@ class UringEngine(FileEngine):
 
     def allocate(self, nbytes: int) -> Any:
         region = Region(nbytes, self.options.hugepages)
-        self._held[region.address] = region
-        status = self._backend.register(region.address, region.nbytes)
+        registered = Registered(region)
+        status = registered.add(self._backend.register, self._backend.unregister)
         if status == 0:
-            return _RegisteredRegion(region, self._backend, self._held)
-        del self._held[region.address]
+            return registered
         if self.registered_buffers:
             self.registered_buffers = False
             log.info(

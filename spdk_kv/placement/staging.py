@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable
 from typing import Any
 
+from spdk_kv._native.holding import Registered
 from spdk_kv._native.memory import Lease, Pool
 
 log = logging.getLogger(__name__)
@@ -68,30 +68,9 @@ class StagingPool:
         region = self._engine_allocate(nbytes)
         if self._cudart is None:
             return region
-        _registered[region.address] = region
-        status = self._cudart.cudaHostRegister(region.address, region.nbytes, 0)
+        registered = Registered(region)
+        status = registered.add(self._cudart.cudaHostRegister, self._cudart.cudaHostUnregister, 0)
         if int(status):
-            del _registered[region.address]
             log.info("%d bytes could not be registered with the GPU (status %s)", nbytes, status)
             return region
-        return _GpuRegion(region, self._cudart)
-
-
-# Regions that are registered with the GPU, by address. A region is freed only after it was
-# unregistered: an exception in a finalizer (Ctrl-C) is swallowed, and the GPU would go on copying
-# from pages that no longer belong to the address.
-_registered: dict[int, Any] = {}
-
-
-class _GpuRegion:
-    """A region registered with the GPU until its last reference goes."""
-
-    def __init__(self, region: Any, cudart: Any) -> None:
-        self.address: int = region.address
-        self.nbytes: int = region.nbytes
-        weakref.finalize(self, self._unregister, self.address, cudart).atexit = False
-
-    @staticmethod
-    def _unregister(address: int, cudart: Any) -> None:
-        cudart.cudaHostUnregister(address)
-        del _registered[address]
+        return registered

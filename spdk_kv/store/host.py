@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from spdk_kv._native.holding import AtEnd
 from spdk_kv._native.transfer import Transfer
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import Engine
@@ -38,7 +39,7 @@ class Deferred(Protocol):
     """What has to wait until the drive or a mapping lets go; a store's :class:`Quarantine`."""
 
     def release(self, transfers: Sequence[Transfer], action: Callable[[], None]) -> None: ...
-    def unpin_later(self, record: BlobRecord) -> None: ...
+    def unpin_at_end(self, record: BlobRecord) -> AtEnd: ...
 
 
 class Books(Protocol):

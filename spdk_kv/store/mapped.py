@@ -27,12 +27,9 @@ def map_blob(store: Host, key: str) -> Any:
     (record,) = store.catalog.records.find((key,))
     if not record.nbytes:
         return tensor_from(None, record.dtype, record.shape)
-    try:
-        mapping = cast(PageCacheEngine, store.engine).map(record.offset, record.nbytes)
-    except BaseException:
-        store.catalog.records.unpin((record,))
-        raise
-    weakref.finalize(mapping, store.catalog.quarantine.unpin_later, record).atexit = False
+    pin = store.catalog.quarantine.unpin_at_end(record)
+    mapping = cast(PageCacheEngine, store.engine).map(record.offset, record.nbytes)
+    mapping.at_end = pin
     store.mappings.add(mapping)
     if store.verify and crc32c(mapping) != record.crc:
         store.catalog.records.drop_damaged(key, record)

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+from spdk_kv._native.holding import AtEnd
 from spdk_kv._native.transfer import Transfer
 from spdk_kv.index import BlobRecord
 
@@ -39,10 +40,10 @@ class Quarantine:
         else:
             action()
 
-    def unpin_later(self, record: BlobRecord) -> None:
-        """Notes the end of a pin. For finalizers: one may run amid any step of the thread that
-        holds the lock, so it changes nothing itself."""
-        self._unpinned.append(record)
+    def unpin_at_end(self, record: BlobRecord) -> AtEnd:
+        """With the last reference to what this returns, the end of a pin is noted. It may come amid
+        any step of the thread that holds the lock, so nothing else is changed then."""
+        return AtEnd(self._unpinned.append, record)
 
     def settle(self) -> None:
         """Runs the actions whose transfers are over by now, and the unpins that were noted."""

@@ -22,7 +22,7 @@ from store.helpers import (
     reopen,
     version_of,
 )
-from support.interrupts import interrupted_everywhere
+from support.interrupts import Interrupt, interrupted_everywhere
 from support.places import TESTS
 from support.rounds import rounds
 
@@ -144,6 +144,19 @@ def test_ctrl_c_just_after_the_start_of_a_future(folder, long_lived):
         store.put("b", payload("b", 1, 60_000))
         still_true(store, 1)
     check_books(store)
+
+
+def test_ctrl_c_as_a_mapped_blob_goes_leaves_it_unpinned(folder):
+    with open_store(folder, engine="pagecache", mmap=True) as store:
+        store.put("a", payload("a", 0))
+        (record,) = store.catalog.records.find(["a"])
+        store.catalog.records.unpin([record])
+        for at in range(1, 5):
+            found = [store.get("a")]
+            assert store.catalog.records.extents.is_pinned(record.offset)
+            Interrupt(at).run(found.clear)
+            store.catalog.quarantine.settle()
+            assert not store.catalog.records.extents.is_pinned(record.offset)
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from spdk_kv._native.engines.pool import PoolBackend
+from spdk_kv._native.holding import AtEnd
 from spdk_kv.devices import parse_count, read_text
 from spdk_kv.engines.files import FileEngine
 from spdk_kv.units import KIB, MIB
@@ -15,6 +16,12 @@ from spdk_kv.units import KIB, MIB
 # The copies are the kernel's and run on the pool's threads: a few saturate memory.
 _MOST_THREADS = 8
 _LARGE_FOLIO_NBYTES = 2 * MIB
+
+
+class Mapping(mmap.mmap):
+    """A part of the file as memory. What is to happen once nobody uses it: ``at_end``."""
+
+    at_end: AtEnd | None = None
 
 
 class PageCacheEngine(FileEngine):
@@ -54,14 +61,14 @@ class PageCacheEngine(FileEngine):
         if fd >= 0:
             os.close(fd)
 
-    def map(self, offset: int, nbytes: int) -> mmap.mmap:
+    def map(self, offset: int, nbytes: int) -> Mapping:
         """The page cache itself as memory, with no copy: ``nbytes`` from ``offset``, a multiple
         of 4096. Private: writing to it does not reach the file.
 
         Blocks until the pages are read. A read error, or a file truncated by somebody else,
         shows as SIGBUS on access.
         """
-        mapping = mmap.mmap(
+        mapping = Mapping(
             self.fd,
             nbytes,
             flags=mmap.MAP_PRIVATE,

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+from spdk_kv._native.holding import Registered
 from spdk_kv._native.transfer import DISCARD, Queue, Transfer
 from spdk_kv.engines.base import Engine, QueueOptions, block_geometry, op_name
 from spdk_kv.engines.location import Location
@@ -23,22 +24,6 @@ log = logging.getLogger(__name__)
 
 # Commands that SPDK may split a segment into; each has a request of SPDK's, taken at opening.
 _MOST_PARTS = 8192
-
-
-class _Reachable:
-    """Memory of SPDK, registered with the queue pairs until it is freed."""
-
-    def __init__(self, region: Any, pairs: list[Any]) -> None:
-        self._region = region
-        self._pairs = pairs
-        self.address: int = region.address
-        self.nbytes: int = region.nbytes
-        for pair in pairs:
-            pair.add_memory(self.address, self.nbytes)
-
-    def __del__(self) -> None:
-        for pair in self._pairs:
-            pair.remove_memory(self.address)
 
 
 class SpdkEngine(Engine):
@@ -119,7 +104,7 @@ class SpdkEngine(Engine):
 
     def allocate(self, nbytes: int) -> Any:
         try:
-            return _Reachable(self._dma_region(nbytes), self._pairs)
+            return self._reachable(self._dma_region(nbytes))
         except MemoryError as none_left:
             if self._queue is None:
                 return self._allocate_at_opening(nbytes)
@@ -127,11 +112,18 @@ class SpdkEngine(Engine):
             log.info("%s: ordinary memory instead", none_left)
             return super().allocate(nbytes)
 
+    def _reachable(self, region: Any) -> Registered:
+        """``region`` of SPDK, which the queue pairs reach without a copy while it lives."""
+        registered = Registered(region)
+        for pair in self._pairs:
+            registered.add(pair.add_memory, pair.remove_memory)
+        return registered
+
     def _allocate_at_opening(self, nbytes: int) -> Any:
         # Closed engines and caught errors may keep memory in reference cycles.
         gc.collect()
         try:
-            return _Reachable(self._dma_region(nbytes), self._pairs)
+            return self._reachable(self._dma_region(nbytes))
         except MemoryError as none_left:
             raise EngineUnavailable(
                 f"engine spdk: {none_left}, and it cannot do without: reserve more hugepages "

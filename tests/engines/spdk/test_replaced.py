@@ -98,6 +98,10 @@ def test_a_namespace_that_takes_the_number_is_not_touched(target, bdevs, transpo
     write(engine, 0, b"own")
     bdevs.detach(1)
     bdevs.attach(OTHER, 1)
+    with pytest.raises(DeviceGone):
+        write(engine, 0, b"lost" * MIB)
+    # The controller tells of the removal and of the addition; between them it is only missing.
+    wait_until(lambda: {pair.presence for pair in engine._pairs} == {"stranger"}, "it is not seen")
     for _ in range(4):  # on each queue pair, and again
         with pytest.raises(DeviceGone, match="another namespace now"):
             write(engine, 0, b"lost" * MIB)
