@@ -175,14 +175,15 @@ class Engine:
     @property
     def queue(self) -> Queue:
         """The native queue. ClosedError after close, and in a process forked after open."""
-        if self._closed or self._queue is None:
+        queue = self._queue  # once: another thread may be closing it
+        if self._closed or queue is None:
             raise ClosedError(f"the {self.name} engine of {self.where} is closed")
         if os.getpid() != self._pid:
             raise ClosedError(
                 f"the {self.name} engine of {self.where} was opened by process {self._pid} and "
                 "cannot be used after a fork: open it in the child"
             )
-        return self._queue
+        return queue
 
     @property
     def queues(self) -> list[Queue]:
