@@ -173,8 +173,9 @@ cdef class Transfer:
         """Whether the caller submits it itself, on the queue for that."""
         cdef Transfer_ *t = self._t
         cdef uint32_t i, bounced = 0
-        if (self.queue._lone is None or t.queue.active or t.op > SKV_WRITE or t.link != NULL
-                or t.window or not 1 <= t.count <= LONE_COUNT or t.nbytes > LONE_NBYTES):
+        if (self.queue._lone is None or skv_peek(&t.queue.active) or t.op > SKV_WRITE
+                or t.link != NULL or t.window or not 1 <= t.count <= LONE_COUNT
+                or t.nbytes > LONE_NBYTES):
             return False
         for i in range(t.count):
             bounced += t.segments[i].bounce
@@ -206,7 +207,7 @@ cdef class Transfer:
             Py_INCREF(self)
         if self._t.count == 0:
             pthread_mutex_lock(&q.mutex)
-            self._t.done = 1
+            skv_set(&self._t.done)
             if notify:
                 _notify(q, self._t)
             pthread_mutex_unlock(&q.mutex)
@@ -417,7 +418,7 @@ cdef class Transfer:
         if self.queue.pid != _getpid():
             return  # in a forked child the locks' state is unknown
         free(self._pieces)
-        if self._submitted and not t.done:
+        if self._submitted and not skv_is_set(&t.done):
             q = t.queue
             pthread_mutex_lock(&q.mutex)
             if not t.done:

@@ -190,14 +190,14 @@ cdef void _sleep(Queue_ *q, uint64_t now, int64_t wait) noexcept nogil:
         sched_yield()
         pthread_mutex_lock(&q.mutex)
         return
-    q.polling = 2
+    skv_put_byte(&q.polling, 2)
     # The kernel's default timer slack is 50 us, which is longer than a copy.
     slack = prctl(PR_GET_TIMERSLACK, 0)
     prctl(PR_SET_TIMERSLACK, 1)
     wait_until(&q.nap, &q.mutex, now + <uint64_t>wait)
     if slack > 0:
         prctl(PR_SET_TIMERSLACK, <unsigned long>slack)
-    q.polling = 0
+    skv_put_byte(&q.polling, 0)
 
 
 cdef void _record_outcome(Queue_ *q, Transfer_ *t) noexcept nogil:

@@ -109,7 +109,7 @@ cdef inline bint _is_over(Transfer_ *t) noexcept nogil:
 
 cdef inline bint _is_reached(Queue_ *q, Transfer_ *target) noexcept nogil:
     """Whether the driver's goal is reached; for a `target` of NULL, whether nothing is active."""
-    return _is_over(target) if target != NULL else q.active == 0
+    return _is_over(target) if target != NULL else skv_peek(&q.active) == 0
 
 
 cdef inline uint64_t _clock(Queue_ *q) noexcept nogil:
@@ -193,13 +193,13 @@ cdef bint _drive(Queue_ *q, Transfer_ *target, uint64_t until_ns) noexcept nogil
                     _sleep(q, now, wait)
                 pthread_mutex_unlock(&q.mutex)
                 wait = 0
-            elif q.polling != 1:
+            elif skv_peek_byte(&q.polling) != 1:
                 # Stays set until the engine is woken, so that most turns need no mutex.
                 pthread_mutex_lock(&q.mutex)
                 if q.attention:
                     wait = 0
                 else:
-                    q.polling = 1
+                    skv_put_byte(&q.polling, 1)
                 pthread_mutex_unlock(&q.mutex)
         n = _take_completions(q, wait)
         if n == -EINTR and target != NULL and until_ns:
@@ -217,7 +217,7 @@ cdef void _stop_driving(Queue_ *q) noexcept nogil:
     """Gives up the driver's role; the queue's own thread continues if there is work left."""
     pthread_mutex_lock(&q.mutex)
     q.driven = 0
-    q.polling = 0
+    skv_put_byte(&q.polling, 0)
     if q.active or q.stopping:
         pthread_cond_signal(&q.work)
     pthread_mutex_unlock(&q.mutex)
@@ -245,7 +245,7 @@ cdef void *_thread_main(void *argument) noexcept nogil:
             _drive(q, NULL, 0)
             pthread_mutex_lock(&q.mutex)
             q.driven = 0
-            q.polling = 0
+            skv_put_byte(&q.polling, 0)
             continue
         # Not while a waiter drives: it may be about to poll an engine that close() frees.
         if q.stopping and not q.active and not q.driven:
@@ -265,7 +265,7 @@ cdef inline void _wake(Queue_ *q) noexcept nogil:
     """With the mutex held: otherwise close() could have freed the engine and its descriptor."""
     if q.polling == 1:
         # Once is enough: the engine remembers it until the driver's next poll.
-        q.polling = 0
+        skv_put_byte(&q.polling, 0)
         q.backend.wake(q.backend.self)
     elif q.polling:
         pthread_cond_signal(&q.nap)
@@ -306,7 +306,7 @@ cdef int _enqueue(Queue_ *q, Transfer_ *t, bint wake_thread) noexcept nogil:
     else:
         q.incoming_tail.next_incoming = t
     q.incoming_tail = t
-    q.active += 1
+    skv_put(&q.active, q.active + 1)
     if not q.driven and (wake_thread or q.bound):
         pthread_cond_signal(&q.work)
     _notify_driver(q)

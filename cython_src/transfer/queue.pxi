@@ -19,11 +19,11 @@ cdef void _free_transfer(Transfer_ *t):
 cdef void _free_orphans(Queue_ *q):
     cdef Transfer_ *t
     cdef Transfer_ *following
-    if q.orphans == NULL:  # a hint, checked again under the mutex
+    if skv_peek_transfer(&q.orphans) == NULL:  # a hint, checked again under the mutex
         return
     pthread_mutex_lock(&q.mutex)
     t = q.orphans
-    q.orphans = NULL
+    skv_put_transfer(&q.orphans, NULL)
     pthread_mutex_unlock(&q.mutex)
     while t != NULL:
         following = t.next_incoming
@@ -149,7 +149,8 @@ cdef class Queue:
     @property
     def active(self):
         """Transfers submitted and not done, including those whose waiters gave up."""
-        return self._q.active + (self._lone._q.active if self._lone is not None else 0)
+        cdef uint64_t active = skv_peek(&self._q.active)
+        return active + (skv_peek(&self._lone._q.active) if self._lone is not None else 0)
 
     @property
     def slots(self):

@@ -62,8 +62,8 @@ cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
     pthread_mutex_lock(&q.mutex)
     if t.link != NULL:
         _record_outcome(q, t)
-    q.active -= 1
-    t.done = 1
+    skv_put(&q.active, q.active - 1)
+    skv_set(&t.done)
     if t.handle != NULL:
         _notify(q, t)
     orphan = t.handle == NULL and t.orphan
@@ -74,7 +74,7 @@ cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
         q = q.home
         pthread_mutex_lock(&q.mutex)
         t.next_incoming = q.orphans
-        q.orphans = t
+        skv_put_transfer(&q.orphans, t)
         pthread_cond_broadcast(&q.reapable)
         pthread_mutex_unlock(&q.mutex)
 

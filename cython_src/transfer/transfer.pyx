@@ -61,6 +61,10 @@ cdef extern from *:
     {
         __atomic_store_n(flag, 1, __ATOMIC_RELEASE);
     }
+    /* For what the mutex guards and some look at without it: they find a value that may be a moment
+       old. Who holds the mutex and changes it stores it whole. */
+    #define skv_peek(at) __atomic_load_n((at), __ATOMIC_RELAXED)
+    #define skv_put(at, value) __atomic_store_n((at), (value), __ATOMIC_RELAXED)
     /* Prefetches memory; the addresses need not be valid. */
     static inline void skv_prefetch(const unsigned char *at, uint32_t nbytes, int to_write)
     {
@@ -73,6 +77,12 @@ cdef extern from *:
     """
     bint skv_is_set(const unsigned char *flag) nogil
     void skv_set(unsigned char *flag) nogil
+    uint64_t skv_peek(const uint64_t *word) nogil
+    void skv_put(uint64_t *word, uint64_t value) nogil
+    unsigned char skv_peek_byte "skv_peek"(const unsigned char *byte) nogil
+    void skv_put_byte "skv_put"(unsigned char *byte, unsigned char value) nogil
+    Transfer_ *skv_peek_transfer "skv_peek"(Transfer_ **at) nogil
+    void skv_put_transfer "skv_put"(Transfer_ **at, Transfer_ *t) nogil
     void skv_prefetch(const unsigned char *at, uint32_t nbytes, int to_write) nogil
 
 cdef extern from "<errno.h>" nogil:
