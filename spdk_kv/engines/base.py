@@ -1,4 +1,4 @@
-"""The engine contract: what moves bytes, and how its failures become typed errors."""
+"""The engine contract: what moves bytes."""
 
 from __future__ import annotations
 
@@ -11,25 +11,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from spdk_kv._native.memory import Region
-from spdk_kv._native.transfer import DISCARD, FLUSH, READ, WRITE, Queue, Transfer
+from spdk_kv._native.transfer import DISCARD, FLUSH, Queue, Transfer
 from spdk_kv.deadline import NEVER, Deadline
+from spdk_kv.engines.failures import op_name, transfer_error
 from spdk_kv.engines.futures import Callbacks
 from spdk_kv.errors import (
     ClosedError,
-    CorruptionError,
-    DeviceError,
     DeviceTimeout,
     EngineUnavailable,
-    device_error,
 )
 
 T = TypeVar("T")
-
-_OP_NAMES = {READ: "read", WRITE: "write", FLUSH: "flush", DISCARD: "discard"}
-
-
-# A transfer's status with this bit set is a link's (SKV_LINK_STATUS in cython_src/gpu_link.h).
-_LINK_STATUS = 0x20000
 
 
 class Link(Protocol):
@@ -47,11 +39,6 @@ class Link(Protocol):
     def register(self, memory: Any) -> Any: ...
     def explain(self, code: int) -> str: ...
     def copy_time_s(self, nbytes: int, to_device: bool = True) -> float: ...
-
-
-def op_name(op: int) -> str:
-    """``read``, ``write``, ``flush`` or ``discard``."""
-    return _OP_NAMES[op]
 
 
 def block_geometry(block_nbytes: int, nbytes: int) -> str:
@@ -289,7 +276,7 @@ class Engine:
         """
         status = transfer.wait(deadline.left_s())
         if status is None:
-            raise deadline.error(f"{_OP_NAMES[transfer.op]} on {self.where}")
+            raise deadline.error(f"{op_name(transfer.op)} on {self.where}")
         if status:
             raise self.error(transfer)
 
@@ -338,33 +325,7 @@ class Engine:
 
     def error(self, transfer: Transfer) -> Exception:
         """The typed error for a transfer that ended with a status."""
-        offset, nbytes = transfer.failure or (0, 0)
-        op = _OP_NAMES[transfer.op]
-        if transfer.status == errno.ENODATA:
-            return CorruptionError(
-                f"short {op}: {self.where} ends inside the {nbytes} bytes at offset {offset}; "
-                "it was truncated"
-            )
-        if transfer.status == errno.ETIMEDOUT:
-            return DeviceTimeout(
-                f"{op}{f' of {transfer.nbytes} bytes' if transfer.nbytes else ''} on {self.where} "
-                "passed its deadline; its memory stays out of use until the drive lets go",
-                op=op,
-                offset=offset,
-                nbytes=transfer.nbytes,
-                status=errno.ETIMEDOUT,
-            )
-        if transfer.status & _LINK_STATUS:
-            why = transfer.link.explain(transfer.status & ~_LINK_STATUS)
-            return DeviceError(
-                f"{op} of {nbytes} bytes at offset {offset} of {self.where} failed on its way "
-                f"{'from' if transfer.op == WRITE else 'to'} the GPU: {why}",
-                op=op,
-                offset=offset,
-                nbytes=nbytes,
-                status=transfer.status,
-            )
-        return device_error(op, offset, nbytes, transfer.status, self.where)
+        return transfer_error(transfer, self.where)
 
     # -- the drive ------------------------------------------------------------------------------
 

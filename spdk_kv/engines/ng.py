@@ -23,7 +23,8 @@ from spdk_kv.devices.inspection import (
     claim,
     read_namespace,
 )
-from spdk_kv.engines.base import Engine, QueueOptions, block_geometry, op_name
+from spdk_kv.engines.base import Engine, QueueOptions, block_geometry
+from spdk_kv.engines.failures import op_name
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
 from spdk_kv.engines.uring import LONE_ENTRIES, ring_refusal
 from spdk_kv.errors import DeviceGone, EngineUnavailable, StoreLocked, device_error, file_error

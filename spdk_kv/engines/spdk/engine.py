@@ -13,7 +13,8 @@ from typing import Any
 
 from spdk_kv._native.holding import Registered
 from spdk_kv._native.transfer import DISCARD, Queue, Transfer
-from spdk_kv.engines.base import Engine, QueueOptions, block_geometry, op_name
+from spdk_kv.engines.base import Engine, QueueOptions, block_geometry
+from spdk_kv.engines.failures import op_name
 from spdk_kv.engines.location import Location
 from spdk_kv.engines.nvme_status import is_nvme_status, nvme_error
 from spdk_kv.engines.spdk import controllers, environment
