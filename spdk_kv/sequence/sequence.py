@@ -100,7 +100,7 @@ class Sequence(Twins):
 
     def tokens(self, layer: int = 0) -> int:
         """Tokens appended to ``layer`` so far."""
-        return self._layer(layer).tokens
+        return self._layers[self._usable_number(layer)].tokens
 
     @property
     def read_ahead(self) -> bool:
@@ -335,7 +335,8 @@ class Sequence(Twins):
     ) -> None:
         """Reorders the batch, as beam search does. No I/O, but waits for other threads' calls.
 
-        If an interrupt or the timeout comes between two layers, the next call does the rest first.
+        If an interrupt or the timeout comes between two layers, the next call on the others does
+        the rest first.
 
         Args:
             rows: Row ``b`` of the batch becomes what row ``rows[b]`` was.
@@ -414,11 +415,14 @@ class Sequence(Twins):
 
     def _layer(self, layer: int, deadline: Deadline = NEVER) -> Layer:
         found = self._layers[self._usable_number(layer)]
-        if self._whole.unfinished:
-            self._whole.finish(deadline)
+        self._whole.finish(deadline, found)
         return found
 
     def _numbers(self, layer: int | None, deadline: Deadline) -> Sequential[int]:
         """The number of ``layer``, or those of all layers."""
-        self._layer(layer or 0, deadline)
-        return range(len(self._layers)) if layer is None else [self._number(layer)]
+        if layer is None:
+            self._usable_number(0)
+            self._whole.finish(deadline)
+            return range(len(self._layers))
+        self._layer(layer, deadline)
+        return [self._number(layer)]

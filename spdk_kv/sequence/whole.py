@@ -20,10 +20,11 @@ class Whole:
     def __init__(self, layers: Sequence[Layer], recorder: Recorder) -> None:
         self._layers = layers
         self._recorder = recorder
-        # Held while a reordering is done, or begun. Taken before any layer's lock.
+        # Held while a reordering is begun and done. Taken before any layer's lock.
         self._lock = threading.RLock()
-        # What is left of a reordering: layer, how often it was reordered before, and the rows.
-        self.unfinished: list[tuple[Layer, int, np.ndarray[Any, Any]]] = []
+        # What is left of a reordering: how often a layer was reordered before, and the rows.
+        # Replaced by the next one, so that who still finishes this one cannot touch that.
+        self._unfinished: dict[Layer, tuple[int, np.ndarray[Any, Any]]] = {}
 
     def truncate(self, numbers: Sequence[int], tokens: int, deadline: Deadline) -> None:
         """Forgets all tokens of these layers from ``tokens`` on, in the last layer first. Done
@@ -55,18 +56,21 @@ class Whole:
             layer.contents.check()
         with deadline.hold(self._lock):
             self.finish(deadline)
-            self.unfinished = [(layer, layer.order.changes, rows) for layer in layers]
+            self._unfinished = {layer: (layer.order.changes, rows) for layer in layers}
             self.finish(deadline)
 
-    def finish(self, deadline: Deadline) -> None:
-        """Does what is left of a reordering that was interrupted."""
-        while self.unfinished:
-            with deadline.hold(self._lock):
-                if not self.unfinished:
-                    return
-                layer, changes, rows = self.unfinished[-1]
-                with deadline.hold(layer.lock):
-                    if layer.order.changes == changes and layer.contents.failure is None:
+    def finish(self, deadline: Deadline, only: Layer | None = None) -> None:
+        """Does what is left of a reordering that was interrupted; with ``only``, in that layer: a
+        call on it has no business waiting for another one."""
+        unfinished = self._unfinished
+        for layer in reversed(list(unfinished)) if only is None else (only,):
+            if layer not in unfinished:
+                continue
+            with deadline.hold(layer.lock):
+                begun = unfinished.get(layer)
+                if begun is not None and layer.contents.failure is None:
+                    changes, rows = begun
+                    if layer.order.changes == changes:
                         self._recorder.mark_dirty()
                         layer.reorder(rows)
-                self.unfinished.pop()
+                unfinished.pop(layer, None)

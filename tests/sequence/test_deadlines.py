@@ -45,20 +45,24 @@ def calls(sequence: Sequence, **options: Any) -> dict[str, Callable[[], object]]
 
 @contextmanager
 def in_use(lock: Any) -> Iterator[None]:
-    """Another thread holds ``lock``."""
+    """Another thread holds ``lock``, and nobody waits until it does no longer."""
     holds, done = threading.Event(), threading.Event()
+    in_time: list[bool] = []
 
     def use() -> None:
         with lock:
             holds.set()
-            done.wait(60)
+            in_time.append(done.wait(20))
 
     user = threading.Thread(target=use)
     user.start()
     assert holds.wait(60)
-    yield
-    done.set()
-    user.join()
+    try:
+        yield
+    finally:
+        done.set()
+        user.join()
+    assert in_time == [True], "somebody waited for it"
 
 
 def test_a_layer_that_another_thread_uses_is_waited_for_no_longer():
