@@ -136,10 +136,12 @@ class Allocator:
         try:
             hidden = [] if end is None else self._hide_from(end)
             try:
-                return self._allocate_all(rounded)
-            finally:
-                for start, nbytes in hidden:
-                    self._add_joined(start, nbytes)
+                offsets = self._allocate_all(rounded)
+            except CapacityError:
+                self._show(hidden)
+                raise
+            self._show(hidden)
+            return offsets
         except CapacityError:
             raise
         except BaseException:
@@ -158,6 +160,11 @@ class Allocator:
                 self._add_free(start, first - start)
             hidden.append((first, start + nbytes - first))
         return hidden
+
+    def _show(self, hidden: list[tuple[int, int]]) -> None:
+        """Takes what :meth:`_hide_from` returned into the books again."""
+        for start, nbytes in hidden:
+            self._add_joined(start, nbytes)
 
     def _allocate_all(self, rounded: list[int]) -> list[int]:
         total = sum(rounded)

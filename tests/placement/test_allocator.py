@@ -6,12 +6,14 @@ import random
 import tracemalloc
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from spdk_kv.errors import CapacityError, CorruptionError
-from spdk_kv.placement.allocator import Allocator
+from spdk_kv.placement.allocator import Allocator, damaged_extents
+from spdk_kv.units import align_up
+from support.interrupts import interrupted_everywhere
 from support.rounds import examples
 
 BLOCK = 512
@@ -207,6 +209,91 @@ def test_the_self_check_finds_damage_in_every_index(damage: str) -> None:
         index.pop()
     with pytest.raises(CorruptionError, match="allocator"):
         allocator.check()
+
+
+@pytest.mark.parametrize("damage", ["end", "gap", "joined"])
+def test_the_self_check_finds_runs_that_do_not_tile_the_range(damage: str) -> None:
+    allocator = fragmented()
+    if damage == "end":  # the last extent, with its bytes
+        allocator._used_nbytes -= allocator._used.popitem()[1]
+    elif damage == "gap":
+        allocator._used_nbytes -= allocator._used.pop(0)
+    else:  # what is free lies in two runs, which all indices have
+        allocator.free(2 * BLOCK)
+        allocator._remove_free(BLOCK)
+        allocator._add_free(BLOCK, BLOCK)
+        allocator._add_free(2 * BLOCK, 3 * BLOCK)
+    with pytest.raises(CorruptionError, match={"end": "runs end at"}.get(damage, damage)):
+        allocator.check()
+
+
+def test_gaps_are_listed_as_far_as_they_lie_below_the_end() -> None:
+    allocator = fragmented()  # [1, 2), [3, 5), [6, 9)
+    every = sorted((start // BLOCK, end // BLOCK) for start, end in allocator.gaps_below(10**6, 1))
+    assert every == [(1, 2), (3, 5), (6, 9)]
+    assert sorted(allocator.gaps_below(10**6, 2 * BLOCK)) == [
+        (3 * BLOCK, 5 * BLOCK),
+        (6 * BLOCK, 9 * BLOCK),
+    ]
+    assert list(allocator.gaps_below(8 * BLOCK, 2 * BLOCK + 1)) == []
+    assert list(allocator.gaps_below(8 * BLOCK, 2 * BLOCK)) == [
+        (3 * BLOCK, 5 * BLOCK),
+        (6 * BLOCK, 8 * BLOCK),
+    ]
+    assert allocator.gap_before(9 * BLOCK) == 3 * BLOCK
+    assert allocator.gap_before(8 * BLOCK) == 0
+
+
+def test_below_an_end_what_lies_behind_stays_free_and_as_it_was() -> None:
+    allocator = fragmented()
+    assert allocator.allocate_many([2 * BLOCK, BLOCK], 8 * BLOCK) == [6 * BLOCK, BLOCK]
+    allocator.check()
+    with pytest.raises(CapacityError):
+        allocator.allocate_many([2 * BLOCK + 1], 8 * BLOCK)
+    allocator.check()
+    assert allocator.allocate_many([2 * BLOCK], 8 * BLOCK) == [3 * BLOCK]
+    assert dict(allocator.gaps) == {8 * BLOCK: BLOCK}
+
+
+@pytest.mark.parametrize("end", [None, 8 * BLOCK])
+def test_an_interrupt_anywhere_leaves_books_that_agree(end: int | None) -> None:
+    ours: list[Allocator] = []
+
+    def change(at: int) -> None:
+        ours[0].allocate_many([BLOCK, 2 * BLOCK], end)
+        ours[0].free(0)
+        ours[0].allocate(BLOCK)
+        ours[0].free(5 * BLOCK)
+
+    def check(at: int) -> None:
+        ours[0].check()
+
+    assert (
+        interrupted_everywhere(
+            lambda at: ours.__setitem__(slice(None), [fragmented()]), change, check
+        )
+        > 30
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(6, 24), st.integers(-1, 3 * BLOCK)), max_size=6),
+    st.integers(0, 9),
+)
+def test_extents_that_cannot_be_together_are_found(places: list[tuple[int, int]], odd: int) -> None:
+    extents = [(first * BLOCK, nbytes) for first, nbytes in places]
+    if odd < len(extents):
+        extents[odd] = (extents[odd][0] + 1, extents[odd][1])
+    start, end = 8 * BLOCK, 24 * BLOCK
+    ends = [offset + align_up(nbytes, BLOCK) for offset, nbytes in extents]
+    expected = set()
+    for i, (offset, nbytes) in enumerate(extents):
+        if nbytes < 1 or offset % BLOCK or offset < start or ends[i] > end:
+            expected.add(i)
+        for j, (other, size) in enumerate(extents):
+            if i != j and min(nbytes, size) > 0 and other < ends[i] and offset < ends[j]:
+                expected.add(i)
+    assert damaged_extents(extents, BLOCK, start, end) == expected
 
 
 def test_a_hundred_thousand_extents_survive_churn_in_modest_memory() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from spdk_kv.errors import DeviceError, StoreLocked
 from spdk_kv.placement import lock as lock_module
-from spdk_kv.placement.lock import StoreLock
+from spdk_kv.placement.lock import CommandsLock, StoreLock
 from support.interrupts import interrupted_everywhere
 
 OWNER = """
@@ -162,6 +162,29 @@ def test_a_dead_predecessors_pid_is_not_taken_for_the_owners(
             StoreLock(path).acquire()
         writer.join()
     assert caught.value.pid == os.getpid()
+
+
+def test_a_dead_process_owns_nothing(path: Path) -> None:
+    assert lock_module.owner_of(path) is None
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    path.write_text(f"{dead.pid}\n")
+    assert lock_module.owner_of(path) is None
+    path.write_text("nonsense")
+    assert lock_module.owner_of(path) is None
+
+
+def test_the_lock_of_commands_is_given_up_with_its_descriptor(path: Path) -> None:
+    path.write_bytes(b"")
+    with path.open("r+b") as data, path.open("r+b") as other:
+        before = os.listdir("/proc/self/fd")
+        lock = CommandsLock(data.fileno(), str(path))
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.release()
+        lock.release()
+        assert os.listdir("/proc/self/fd") == before
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.parametrize("umask", [0, 0o777])

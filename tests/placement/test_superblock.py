@@ -139,6 +139,20 @@ def test_a_superblock_out_of_range_cannot_be_made(change: dict[str, object]) -> 
         replace(SB, **change)
 
 
+def test_the_bytes_are_those_of_the_format() -> None:
+    body = (
+        b"spdk_kv\0"
+        + struct.pack("<IIQQ", 1, 4096, 1 << 40, 7)
+        + bytes.fromhex("00112233445566778899aabbccddeeff")
+        + struct.pack("<H", 25)
+        + b"QEMU NVMe Ctrl/deadbeef/1".ljust(512, b"\0")
+        + struct.pack("<H", 30)
+        + b"268435456 blocks of 4096 bytes"
+    ).ljust(4092, b"\0")
+    assert pack(SB) == body + struct.pack("<I", zlib.crc32(body))
+    assert (COPY_OFFSETS, DATA_START) == ((0, 524288), 1048576)
+
+
 def test_copies_lie_before_the_data_and_do_not_touch() -> None:
     first, second = COPY_OFFSETS
     assert first + SUPERBLOCK_NBYTES <= second
