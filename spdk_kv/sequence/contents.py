@@ -30,7 +30,7 @@ class TailBuffer:
 
     lease: Lease
     rows: torch.Tensor
-    written_nbytes: int = 0
+    written_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)

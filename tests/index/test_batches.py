@@ -134,3 +134,23 @@ def test_records_are_refused_while_the_log_still_has_room_for_deletions(index, m
     assert commit(index, {f"{i:04}" * 50: None for i in range(500)}, {}) == []
     assert commit(index, {f"new {i:04}" * 50: BLOB for i in range(100)}, {}) == []  # in their place
     assert len(dict(index.load_blobs())) == 600
+
+
+def test_a_transaction_has_room_to_be_copied_from_the_log_to_the_byte(index, monkeypatch):
+    connection = index._use()
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
+    commit(index, {f"{i:04}" * 50: BLOB for i in range(1000)}, {})
+    pages = connection.execute("PRAGMA page_count").fetchone()[0]
+    in_log = pages - index.nbytes // 4096
+    assert in_log > 51  # of 17 rows with three pages each
+
+    class Small:
+        f_blocks, f_frsize, f_bavail = 100_000, 4096, in_log + 51
+
+    monkeypatch.setattr(space.os, "statvfs", lambda path: Small)
+    rows = [Row("blobs", b"%d" % i, None) for i in range(17)]
+    space.check_space(connection, index.path, rows)
+    Small.f_bavail -= 1
+    with pytest.raises(IndexFull):
+        space.check_space(connection, index.path, rows)
+    space.check_space(connection, index.path, rows[:16])  # so few deletions are always tried

@@ -255,6 +255,15 @@ def test_an_index_without_a_good_count_is_refused(
         Index(path)
 
 
+def test_a_count_that_is_refused_is_closed(tmp_path: Path) -> None:
+    path = str(tmp_path / "count")
+    create_commit_count(path, UUID)
+    with pytest.raises(CorruptionError) as refused:
+        CommitCount(path, "0" * 32, 0)
+    held = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert path not in held, refused  # whose traceback would keep it open
+
+
 def test_a_count_that_cannot_be_opened_is_a_device_error(path: Path) -> None:
     Index(path).close()
     count_file(path).unlink()

@@ -122,6 +122,7 @@ def test_nothing_of_a_deleted_key_stays_in_the_file(path: Path) -> None:
 
 def test_blobs_load_in_order_of_use(path: Path) -> None:
     with closing(Index(path)) as index:
+        index.touch_order(["unknown"])  # of an index that has no row yet
         index.commit(dict.fromkeys("abcde", BLOB), {})
         index.commit({"b": BLOB, "c": None}, {})
         assert [key for key, _ in index.load_blobs()] == ["a", "d", "e", "b"]

@@ -11,6 +11,7 @@ import pytest
 from link.helpers import Linked, linked_store
 from sequence.helpers import Reference, begun, shape_of
 from spdk_kv.errors import DeviceError, DeviceTimeout
+from spdk_kv.paths.backlog import Backlog
 from spdk_kv.store import KVStore
 from store.helpers import folder_fixture, open_store
 from support.waiting import wait_until
@@ -46,6 +47,19 @@ def test_a_sweep_that_ends_after_a_close_does_not_hold_it_up(store):
     backlog._has_some.set()
     backlog.sweep()
     assert backlog._has_some.is_set(), "the thread would wait for ever, and close() for it"
+
+
+def test_a_sweep_passes_by_a_layer_that_is_gone():
+    class Gone:
+        pass
+
+    backlog = Backlog(sweep_interval_s=1e6)
+    layer = Gone()
+    backlog.add(layer)
+    del layer
+    backlog.sweep()
+    assert not backlog._has_some.is_set()
+    backlog.close()
 
 
 def test_a_sweep_gives_the_memory_of_finished_writes_back(store):

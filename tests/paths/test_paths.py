@@ -284,6 +284,20 @@ def test_a_long_list_is_worked_off_in_order_within_half_of_staging(
         assert store.paths.ahead.held_nbytes == 0
 
 
+def test_a_store_begins_with_nothing_counted(folder: Path) -> None:
+    with open_dual(folder) as store:
+        stats = store.stats()
+        counted = {name: stats[name] for name in ("hits", "misses", "evictions", "corruptions")}
+        of_paths = ("decisions", "promotions", "demotions", "missed_nbytes", "filled_nbytes")
+        of_paths += ("cached_read_nbytes", "direct_read_nbytes", "taken_over_nbytes")
+        counted |= {name: stats["residency"][name] for name in of_paths}
+        assert set(counted.values()) == {0}, counted
+        _, reference = filled(store, tokens=100)
+        for decisions in (1, 2):
+            scans(store.sequence("s"), reference)
+            assert store.stats()["residency"]["decisions"] == decisions
+
+
 def test_one_is_read_ahead_however_small_staging_is(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,19 @@ def test_changes_between_prefetch_and_read(store, granularity):
             sequence.prefetch([0], **wrong)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_prefetch_holds_what_it_was_admitted_for(store, granularity):
+    sequence, _ = begun(store, granularity, [400])
+    layer = sequence._layers[1]
+    for first in (0, 1, 68, 69, 300, 399):
+        for spare in (0, 1, 100):
+            layer.prefetch(400, 0)  # drops the one before
+            expected = layer.reader.prefetch_nbytes(first, spare)
+            layer.prefetch(first, spare)
+            assert store.paths.ahead.held_nbytes == expected
+            assert layer.reader.prefetch_nbytes(first, spare) == 0
+
+
 def test_a_prefetch_is_read_once_and_not_again(folder):
     with open_store(folder, capacity="64 MiB", policy="direct") as store:
         sequence, reference = begun(store, "layer", [600])

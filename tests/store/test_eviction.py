@@ -173,6 +173,17 @@ def test_room_that_is_cut_up_by_sequences_is_refused_by_its_largest_piece():
         assert store.stats()["evictions"] == 2
 
 
+def test_the_cheapest_window_is_found_behind_many_dear_ones():
+    with open_store("ram://", capacity="32 MiB") as store:
+        for number in range(32):
+            store.put(f"{number:02}", BUFFER[:MIB])
+        # Eight pairs used longest ago, each with young neighbours, and then three in a row.
+        for number in [*range(27, 32), *range(2, 24, 3)] * 5:
+            store.get(f"{number:02}")
+        store.put("three", BUFFER[: 3 * MIB])
+        assert [f"{n:02}" for n in range(32) if f"{n:02}" not in store] == ["24", "25", "26"]
+
+
 # -- any arrangement ------------------------------------------------------------------------------
 
 NBLOCKS = 40
@@ -197,6 +208,19 @@ def arranged(kinds: list[str], sizes: list[int], order: random.Random) -> Record
     extents = ExtentTable(allocator, lasting=False)
     extents.pin(pinned)
     return Records(OrderedDict((str(blob.offset), blob) for blob in blobs), {}, extents)
+
+
+def test_the_largest_extent_is_dealt_with_first_and_gaps_are_used():
+    kinds = ["gap", "fixed", "blob", "fixed", "blob", "fixed", "blob", "fixed", "pinned", "gap"]
+    records = arranged(kinds, [1, 1, 4, 1, 1, 1, 2, 1, 3, 25], random.Random(0))
+    fixed = 40 * BLOCK_NBYTES  # a store with no other gap
+    records.extents.allocator.reserve_all([(15 * BLOCK_NBYTES, 25 * BLOCK_NBYTES)])
+    windows = Windows(records, fixed)
+    assert windows.largest() == 4 * BLOCK_NBYTES
+    for order in ([1, 4], [4, 1]):
+        chosen = windows.choose([blocks * BLOCK_NBYTES for blocks in order], 0)
+        assert chosen == [2 * BLOCK_NBYTES]
+    assert windows.choose([5 * BLOCK_NBYTES], 0) is None
 
 
 @settings(max_examples=examples(300))
