@@ -65,6 +65,11 @@ def test_every_superblock_comes_back_as_it_was_packed(superblock: Superblock) ->
     assert choose([block, block]) == superblock
 
 
+def test_the_longest_identity_and_geometry_come_back() -> None:
+    longest = replace(SB, drive_id="x" * DRIVE_ID_NBYTES, geometry="y" * 126)
+    assert parse(pack(longest)) == longest
+
+
 @pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
 def test_a_flip_in_any_byte_is_corruption(mask: int) -> None:
     block = bytearray(pack(SB))
