@@ -277,7 +277,10 @@ def test_an_interrupt_anywhere_leaves_books_that_agree(end: int | None) -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(6, 24), st.integers(-1, 3 * BLOCK)), max_size=6),
+    st.lists(
+        st.tuples(st.integers(6, 24), st.sampled_from([-1, 0, 1, BLOCK, BLOCK + 1, 3 * BLOCK])),
+        max_size=6,
+    ),
     st.integers(0, 9),
 )
 def test_extents_that_cannot_be_together_are_found(places: list[tuple[int, int]], odd: int) -> None:

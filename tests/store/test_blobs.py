@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdk_kv.errors import CorruptionError, KeyNotFound, ShapeMismatch
-from spdk_kv.store import KVStore
+from spdk_kv.store import KVStore, mapped
 from spdk_kv.types import torch_dtypes
 from store.helpers import (
     FILE_ENGINES,
@@ -305,10 +305,16 @@ def test_whatever_is_put_comes_back(store, chosen):
 # -- life times -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mmap", [False, True])
-def test_a_tensor_outlives_overwriting_deleting_closing_and_the_next_owner(folder, mmap):
+@pytest.mark.parametrize("mmap", [False, True, "page by page"])
+def test_a_tensor_outlives_overwriting_deleting_closing_and_the_next_owner(
+    folder, mmap, monkeypatch
+):
+    if mmap == "page by page":
+        monkeypatch.setattr(
+            mapped, "_MADV_POPULATE_WRITE", 9999
+        )  # which a kernel before 5.14 has not
     engine = "pagecache" if mmap else None
-    store = open_store(folder, engine=engine, mmap=mmap)
+    store = open_store(folder, engine=engine, mmap=bool(mmap))
     keys = ["overwritten", "deleted", "closed"]
     store.put_many({key: noise(300_000, i) for i, key in enumerate(keys)})
     found = store.get_many(keys) if not mmap else [store.get(key) for key in keys]
