@@ -361,6 +361,8 @@ def test_a_mapped_blob_is_the_page_cache_itself_and_pins_its_extent(folder):
         assert_same(store.get("other"), noise(10, 1))
         store.put("empty", noise(0))
         assert_same(store.get("empty"), noise(0))
+        with pytest.raises(TypeError, match="a key is a str"):
+            store.get(1)
 
 
 def test_mmap_is_for_the_pagecache_engine_and_leaves_no_lock_behind(folder):
