@@ -174,8 +174,8 @@ class Index:
         # A refused index must stay as it is, but the last writable connection moves even a damaged
         # log into the file when it closes. So the checks use a read-only connection.
         with _typed_errors(self.path), closing(_connect(self.path, "ro")) as reader:
-            self.uuid, commits = _check(reader)
-            self._count = CommitCount(_count_path(self.path), self.uuid, commits)
+            self.uuid, self.commits = _check(reader)
+            self._count = CommitCount(_count_path(self.path), self.uuid, self.commits)
             try:
                 self._connection = _connect(self.path, "rw")
                 _make_durable(self._connection)
@@ -187,6 +187,8 @@ class Index:
 
     uuid: str
     """Identity of the store, drawn when the index was created: 32 hexadecimal digits."""
+    commits: int
+    """How many commits are on the medium; one less than that after an interrupt (Ctrl-C)."""
 
     @property
     def generation(self) -> int:
@@ -317,6 +319,7 @@ class Index:
                 if connection.in_transaction:  # SQLite itself rolls back where the disk is full
                     connection.execute("ROLLBACK")
                 raise
+            self.commits = commits
             self._count.write(commits)
 
     def _load(self, table: str, parse: Callable[[bytes], Record]) -> Iterator[tuple[str, Record]]:

@@ -1,12 +1,14 @@
 """Where bytes lie: extents on the drive, layers within them, staging memory beside them.
 
 `allocator.py` hands out extents, `layout.py` places a sequence in its own, `superblock.py` keeps a
-drive and its index together, `lock.py` keeps other processes out, `staging.py` has memory for DMA.
+drive and its index together, `count.py` shows an old copy of an index, `lock.py` keeps other
+processes out, `staging.py` has memory for DMA.
 """
 
 from __future__ import annotations
 
 from spdk_kv.placement.allocator import Allocator, damaged_extents
+from spdk_kv.placement.count import COUNT_NBYTES, COUNT_OFFSET, pack_count, parse_count
 from spdk_kv.placement.layout import CHUNK_NBYTES, SequenceLayout
 from spdk_kv.placement.lock import CommandsLock, StoreLock, owner_of
 from spdk_kv.placement.staging import StagingPool
@@ -24,6 +26,8 @@ from spdk_kv.placement.superblock import (
 __all__ = [
     "CHUNK_NBYTES",
     "COPY_OFFSETS",
+    "COUNT_NBYTES",
+    "COUNT_OFFSET",
     "DATA_START",
     "SUPERBLOCK_NBYTES",
     "Allocator",
@@ -38,4 +42,6 @@ __all__ = [
     "is_blank",
     "owner_of",
     "pack",
+    "pack_count",
+    "parse_count",
 ]

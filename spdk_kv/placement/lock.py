@@ -135,8 +135,8 @@ class CommandsLock:
                 if time.monotonic() > until:
                     os.close(self._fd)
                     raise StoreLocked(
-                        f"{path} is still in use by commands of a process that was killed, or by "
-                        "one that it had forked"
+                        f"{path} is still in use: by commands of a process that was killed, by "
+                        "one that it had forked, or by a store that has its index elsewhere"
                     ) from None
             except OSError as error:
                 os.close(self._fd)

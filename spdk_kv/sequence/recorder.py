@@ -137,4 +137,5 @@ class Recorder:
             if self.must_record:
                 self.stage(deadline)
                 self._records.commit(deadline.left_s())
+                self._records.settle(deadline.left_s())
                 self.must_record = False

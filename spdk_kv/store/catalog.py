@@ -67,6 +67,10 @@ class Catalog:
         """As :meth:`Room.commit`."""
         self.room.commit(Deadline(timeout_s))
 
+    def settle(self, timeout_s: float | None = None) -> None:
+        """As :meth:`Committer.settle`."""
+        self.committer.settle(Deadline(timeout_s))
+
     def close(self) -> None:
         """The last commit: what is published from now on is refused."""
         self.records.close()

@@ -1,7 +1,8 @@
 """The commit that makes changes last.
 
 The order that keeps the truth: data is written, then flushed to the medium, then the records
-that name it are committed; only then are extents reused that those records gave up.
+that name it are committed, and the drive is told of the commit; only then are extents written over
+that those records gave up.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from spdk_kv.store.dataflush import DataFlush
 from spdk_kv.store.places import Places
 from spdk_kv.store.quarantine import Quarantine
 from spdk_kv.store.records import Changes, Records
+from spdk_kv.store.superblocks import CountWriter
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Committer:
         self._quarantine = quarantine
         self._engine = engine
         self.index = index
+        self._count = None if index is None else CountWriter(engine, index)
         self._discard = discard
         # For records that the index cannot hold, until they are raised.
         self._refused: list[CapacityError] = []
@@ -98,7 +101,7 @@ class Committer:
         changes = Changes()
         try:
             records.take_changes(changes)
-            if self.index is not None:
+            if self.index is not None and self._count is not None:
                 self.data.check()
                 self._places.check()
                 found = (*changes.blobs.values(), *changes.sequences.values())
@@ -106,6 +109,7 @@ class Committer:
                     self.data.flush(timeout_s)
                 if found:
                     commit_in_batches(self.index, changes.blobs, changes.sequences, self._refused)
+                self._count.update(timeout_s)
                 self._places.check()
         except BaseException:
             records.give_back(changes)
@@ -120,6 +124,17 @@ class Committer:
                 log.error("%s", each)
             raise refused[0]
 
+    def settle(self, deadline: Deadline = NEVER) -> None:
+        """Blocks until what commits let go of may be overwritten, which is soon after the last one.
+        DeviceTimeout past ``deadline``."""
+        if self._count is not None:
+            self._count.settle(deadline)
+
+    def end(self) -> None:
+        """After the last commit: as :meth:`settle`, and gives up what belongs to the drive."""
+        if self._count is not None:
+            self._count.end()
+
     def _discard_unpinned(self, offsets: Sequence[int]) -> None:
         # Before they are free: a new owner's bytes must not be discarded. No record names them
         # any more, so nobody can pin what is unpinned now.
@@ -130,6 +145,7 @@ class Committer:
                 for offset in offsets
                 if not extents.is_pinned(offset)
             ]
+        self.settle()
         for offset, nbytes in ranges:
             try:
                 self._engine.discard(offset, nbytes)

@@ -39,6 +39,7 @@ from spdk_kv.store.recorded import load_recorded
 from spdk_kv.store.settings import StoreSettings
 from spdk_kv.store.superblocks import (
     read_copies,
+    read_count,
     read_superblock,
     refuse_if_written_over,
     refuse_unless_blank,
@@ -261,6 +262,13 @@ def _join(
     if current is not None and current.uuid != index.uuid:
         raise StoreMismatch(
             f"{place}: the data is that of store {current.uuid}, the index that of {index.uuid}"
+        )
+    # Before anything is written to the index: one that is refused stays as it is.
+    if index.commits < (counted := read_count(drive, index.uuid)):
+        raise StoreMismatch(
+            f"{place}: the index {index.path} has made {index.commits} commits, and the data has "
+            f"seen {counted}: it is an old copy. Put the newest one back, or remove the store to "
+            "start empty"
         )
     if current is not None and current.generation != generation:
         if str(current.generation) == index.get_meta(_NEXT_GENERATION):

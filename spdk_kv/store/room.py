@@ -79,10 +79,16 @@ class Room:
             if offsets:
                 reached = self._back(offsets, sizes, deadline)
                 if reached is None:
-                    return offsets
+                    break
                 end = reached
             else:
                 self._make_room(sizes, end, freed_count, refusal, deadline)
+        try:
+            self._committer.settle(deadline)
+        except BaseException:
+            self.abandon(offsets)
+            raise
+        return offsets
 
     def abandon(self, offsets: Sequence[int]) -> None:
         """Takes extents back that no record ever named."""

@@ -83,6 +83,7 @@ class KVStore:
                 self._sequences.delete_temporary,
                 partial(self._sequences.stage, left_out),
                 self.catalog.close,
+                self.catalog.committer.end,
                 self.catalog.committer.save_order,
                 partial(report, left_out, "the caller"),
                 partial(detach, self.mappings),

@@ -1,17 +1,42 @@
-"""Superblocks on the drive: read, written, and refused where something else may lie there."""
+"""What lies before the extents of a drive: superblocks, which are read, written, and refused where
+something else may lie there, and the count of commits."""
 
 from __future__ import annotations
 
+import logging
 import os
 
 from spdk_kv._native.memory import Region
-from spdk_kv._native.transfer import READ, WRITE
+from spdk_kv._native.transfer import READ, WRITE, Transfer
+from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import Engine
-from spdk_kv.errors import CorruptionError, StoreMismatch
-from spdk_kv.placement import COPY_OFFSETS, SUPERBLOCK_NBYTES, Superblock, choose, is_blank, pack
+from spdk_kv.errors import (
+    CorruptionError,
+    DeviceTimeout,
+    SpdkKvError,
+    StoreMismatch,
+    is_unreadable,
+)
+from spdk_kv.index import Index
+from spdk_kv.placement import (
+    COPY_OFFSETS,
+    COUNT_NBYTES,
+    COUNT_OFFSET,
+    SUPERBLOCK_NBYTES,
+    Superblock,
+    choose,
+    is_blank,
+    pack,
+    pack_count,
+    parse_count,
+)
 from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.units import align_down
 
+log = logging.getLogger(__name__)
+
+# As long as a drive takes that writes at all.
+_COUNT_TIMEOUT_S = 5.0
 # This much at either end of a drive has to be zero before a store is begun on it: partition
 # tables, filesystems, md and LVM all leave a mark within it.
 _BLANK_NBYTES = 1 << 20
@@ -27,26 +52,109 @@ def read_superblock(drive: Engine) -> Superblock | None:
 
 def read_copies(drive: Engine) -> list[bytes]:
     """The bytes at the places of both superblocks; zeroes where a data file is too short."""
-    size = drive.capacity_nbytes
-    copies = []
-    for offset in COPY_OFFSETS:
-        if size is None and os.path.getsize(drive.where) < offset + SUPERBLOCK_NBYTES:
-            copies.append(bytes(SUPERBLOCK_NBYTES))
-        else:
-            copies.append(_read(drive, offset, SUPERBLOCK_NBYTES))
-    return copies
+    return [_read_if_there(drive, offset, SUPERBLOCK_NBYTES) for offset in COPY_OFFSETS]
 
 
 def write_superblock(drive: Engine, superblock: Superblock) -> None:
     """Writes both copies, each on the medium before the next: a power cut spoils at most one."""
     for offset in COPY_OFFSETS:
-        region = Region(SUPERBLOCK_NBYTES)
-        transfer = drive.transfer(WRITE)
-        transfer.keep(region)
-        memoryview(region)[:SUPERBLOCK_NBYTES] = pack(superblock)
-        transfer.add(offset, region.address, SUPERBLOCK_NBYTES)
-        drive.run(transfer)
+        drive.run(_prepare(drive, offset, pack(superblock), Region(SUPERBLOCK_NBYTES)))
         drive.flush()
+
+
+def read_count(drive: Engine, uuid: str) -> int:
+    """How many commits the index of store ``uuid`` had made at least; 0 where nothing says so."""
+    try:
+        return parse_count(_read_if_there(drive, COUNT_OFFSET, COUNT_NBYTES), uuid)
+    except SpdkKvError as failure:
+        if not is_unreadable(failure):
+            raise
+        # It shows old copies and nothing else. Written anew, the block can be read again.
+        log.warning("the count of commits on %s cannot be read: %s", drive.where, failure)
+        return 0
+
+
+class CountWriter:
+    """Tells ``drive`` how many commits ``index`` has made.
+
+    What a commit let go of must not be overwritten before the drive has its number: an older copy
+    of the index would still name those bytes as its own, and pass. So a commit starts the write,
+    and whoever may write over such bytes waits for it (:meth:`settle`). It is not flushed, and
+    after a power cut the drive may have an older number. What it has is never newer than what the
+    index has on its medium, or a good store would be refused.
+    """
+
+    def __init__(self, drive: Engine, index: Index) -> None:
+        self._drive = drive
+        self._index = index
+        self._region = Region(COUNT_NBYTES)
+        self._begun = index.commits
+        self._last: Transfer | None = None
+        self._is_behind = False
+
+    def update(self, timeout_s: float | None) -> None:
+        """Starts to write the number of the last commit, where that is not done yet.
+
+        What fails is logged and raises nothing: the commit stands, and the next one tries again.
+        Waits for the write before, which is over by now unless the drive hangs: ``timeout_s`` at
+        most, and 5 s from its start. One thread at a time.
+        """
+        try:
+            self._update(self._index.commits, timeout_s)
+        except SpdkKvError as failure:
+            self._warn(failure)
+
+    def _update(self, commits: int, timeout_s: float | None) -> None:
+        last = self._last
+        if last is not None:
+            if last.in_flight:
+                last.wait(timeout_s)
+            if last.in_flight:  # of two at once the older could come last
+                raise DeviceTimeout("an earlier write of it is not over", op="write")
+            if last.status:
+                self._warn(self._drive.error(last))
+                self._begun = -1
+            else:
+                self._is_behind = False
+        if commits != self._begun:
+            block = pack_count(self._index.uuid, commits)
+            self._last = _prepare(self._drive, COUNT_OFFSET, block, self._region)
+            self._last.submit(_COUNT_TIMEOUT_S)
+            self._begun = commits
+
+    def settle(self, deadline: Deadline = NEVER) -> None:
+        """Blocks until the last write is over, 5 s from its start at most. DeviceTimeout past
+        ``deadline``. Thread-safe."""
+        last = self._last
+        if last is not None and last.in_flight and last.wait(deadline.left_s()) is None:
+            raise deadline.error(f"writing the count of commits to {self._drive.where}")
+
+    def end(self) -> None:
+        """As :meth:`settle`, and lets go of the drive's queue, and with it of its memory."""
+        self.settle()
+        self._last = None
+
+    def _warn(self, failure: Exception) -> None:
+        if not self._is_behind:
+            where = self._drive.where
+            log.warning("the count of commits on %s stays behind its index: %s", where, failure)
+        self._is_behind = True
+
+
+def _prepare(drive: Engine, offset: int, block: bytes, region: Region) -> Transfer:
+    """The transfer that writes ``block``, from ``region``."""
+    transfer = drive.transfer(WRITE)
+    transfer.keep(region)
+    memoryview(region)[: len(block)] = block
+    transfer.add(offset, region.address, len(block))
+    return transfer
+
+
+def _read_if_there(drive: Engine, offset: int, nbytes: int) -> bytes:
+    """Zeroes where a data file is too short."""
+    if drive.capacity_nbytes is None and os.path.getsize(drive.where) < offset + nbytes:
+        return bytes(nbytes)
+    return _read(drive, offset, nbytes)
 
 
 def _read(drive: Engine, offset: int, nbytes: int) -> bytes:
