@@ -2,6 +2,7 @@
 # Lint, types and tests, in .venv of this checkout, which is made or brought up to date first.
 #
 #   scripts/test.sh [--lab] [--long] [arguments of pytest]
+#   scripts/test.sh --sanitize ...         see sanitize.sh
 #
 # --lab: also the tests in tests/lab, which boot virtual machines (vagrant/README.md).
 # --long: more rounds of everything random (kills, interrupts, hypothesis), and every way to build.
@@ -19,6 +20,7 @@ while :; do
     case ${1:-} in
         --lab) export SPDK_KV_LAB=1 ;;
         --long) export SPDK_KV_LONG=1 ;;
+        --sanitize) exec "$root/scripts/sanitize.sh" "${@:2}" ;;
         *) break ;;
     esac
     shift
