@@ -298,7 +298,7 @@ cdef class Transfer:
             raise ValueError("the transfer was not submitted")
         if not over:
             self._check_fork()
-        if not over and t.priority != DEMAND:
+        if not over and skv_peek_byte(&t.priority) != DEMAND:
             self._change(False)
         while not over:
             now = skv_now_ns()
@@ -327,9 +327,9 @@ cdef class Transfer:
         self._check_fork()
         pthread_mutex_lock(&q.mutex)
         if cancel:
-            self._t.cancelled = 1
+            skv_put_byte(&self._t.cancelled, 1)
         else:
-            self._t.priority = DEMAND
+            skv_put_byte(&self._t.priority, DEMAND)
         q.changed = 1
         _notify_driver(q)
         pthread_mutex_unlock(&q.mutex)

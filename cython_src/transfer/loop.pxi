@@ -51,12 +51,12 @@ cdef void _apply_changes(Queue_ *q) noexcept nogil:
         following = t.following
         if q.giving_up and not t.expired:
             _expire(q, t)
-        elif t.cancelled and not t.status and not t.issued:
+        elif skv_peek_byte(&t.cancelled) and not t.status and not t.issued:
             t.status = ECANCELED
             t.failed_segment = 0
             _stop_submitting(q, t)
             _maybe_finish(q, t)
-        elif t.listed and t.listed != 1 + t.priority:
+        elif t.listed and t.listed != 1 + skv_peek_byte(&t.priority):
             _todo_remove(q, t)
             _todo_push(q, t)
         t = following

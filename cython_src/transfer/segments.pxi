@@ -4,7 +4,7 @@
 
 cdef inline void _todo_push(Queue_ *q, Transfer_ *t) noexcept nogil:
     # Read once: a waiter may raise the priority at any time.
-    cdef uint8_t priority = (<volatile_uint8 *>&t.priority)[0]
+    cdef uint8_t priority = skv_peek_byte(&t.priority)
     t.next_todo = NULL
     t.listed = 1 + priority
     if q.todo[priority] == NULL:

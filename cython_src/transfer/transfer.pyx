@@ -48,9 +48,6 @@ from pthreads cimport (
 from spdk_kv.errors import ClosedError, DeviceError
 
 cdef extern from *:
-    ctypedef unsigned char volatile_uint8 "volatile unsigned char"
-
-cdef extern from *:
     """
     /* A thread that sees the flag also sees what was written before it was set. */
     static inline int skv_is_set(const unsigned char *flag)

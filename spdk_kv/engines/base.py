@@ -15,11 +15,7 @@ from spdk_kv._native.transfer import DISCARD, FLUSH, Queue, Transfer
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines.failures import op_name, transfer_error
 from spdk_kv.engines.futures import Callbacks
-from spdk_kv.errors import (
-    ClosedError,
-    DeviceTimeout,
-    EngineUnavailable,
-)
+from spdk_kv.errors import ClosedError, DeviceTimeout, EngineUnavailable
 
 T = TypeVar("T")
 
