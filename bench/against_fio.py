@@ -4,8 +4,8 @@
     python bench/against_fio.py --fast-drive       on a simulated drive (needs root)
     python bench/against_fio.py --software         without a drive: our own cost alone
 
-Any of them together; --quick for a look in about a minute; --json FILE keeps every single figure,
-as a list of records (record.py).
+Any of them together; --small for commands of 16 KiB alone, in many rounds; --quick for a look in
+about a minute; --json FILE keeps every single figure, as a list of records (record.py).
 Every round makes every run once, ours and fio's in turn and every other round in reverse; a ratio
 is taken within its round, so that what slows the machine for a while slows both sides of it.
 Ctrl-C ends it and removes its files.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -25,16 +26,19 @@ import machine
 import record
 from runs import own_cost
 from runs.drive import TENSOR_NBYTES, Figure, drive_runs
-from runs.targets import COMPARISONS, COSTS, Comparison, Cost
+from runs.targets import COMPARISONS, COSTS, SMALL, Comparison, Cost
 from spdk_kv.units import GIB, format_nbytes, parse_nbytes
 
 Rounds = dict[str, list[Figure]]
 
 
-def measure_drive(folder: Path, size: int, seconds: float, rounds: int) -> Rounds:
-    """Every run once per round."""
+def measure_drive(
+    folder: Path, size: int, seconds: float, rounds: int, wanted: Collection[str]
+) -> Rounds:
+    """Every ``wanted`` run once per round."""
     figures: Rounds = {}
     with drive_runs(folder, size, seconds) as runs:
+        runs = {name: run for name, run in runs.items() if name in wanted}
         for number in range(rounds):
             order = list(runs) if number % 2 == 0 else list(reversed(runs))
             for done, name in enumerate(order):
@@ -57,12 +61,12 @@ def figure_table(figures: Rounds) -> list[str]:
     return lines
 
 
-def target_table(figures: Rounds) -> list[str]:
+def target_table(comparisons: Sequence[Comparison], figures: Rounds) -> list[str]:
     lines = [
         "| what | ours | fio | compared, median (min to max) | target | |",
         "|---|---|---|---|---|---|",
     ]
-    return lines + [_target_row(comparison, figures) for comparison in COMPARISONS]
+    return lines + [_target_row(comparison, figures) for comparison in comparisons]
 
 
 def _target_row(comparison: Comparison, figures: Rounds) -> str:
@@ -114,12 +118,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--software", action="store_true", help="the cost of our own code as well")
     parser.add_argument("--size", type=parse_nbytes, default=GIB, help="bytes of each data file")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one run")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="rounds of all runs (5; small: 24)")
+    parser.add_argument("--small", action="store_true", help="only commands of 16 KiB, many rounds")
     parser.add_argument("--quick", action="store_true", help="short runs, two rounds: a look only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the records there")
     words = parser.parse_args()
     if words.quick:
-        words.seconds, words.rounds = 0.4, 2
+        words.seconds, words.rounds = 0.4, words.rounds or 2
+    words.rounds = words.rounds or (24 if words.small else 5)
     if not (words.dir or words.fast_drive or words.software):
         parser.error("nothing to do: --dir, --fast-drive or --software")
     if words.size < 4 * TENSOR_NBYTES or words.size % TENSOR_NBYTES:
@@ -151,11 +157,14 @@ def _against_fio(folder: Path, words: argparse.Namespace) -> record.Record:
     )
     print(f"\n## {machine.drive(folder)}\n")
     print(*(f"- {line}" for line in [*lines, f"method: {method}"]), "", sep="\n")
-    figures = measure_drive(folder, words.size, words.seconds, words.rounds)
-    print(*target_table(figures), "", *figure_table(figures), sep="\n", flush=True)
-    compared = [one.compared(*_sides(one, figures)) for one in COMPARISONS]
+    chosen = [one for one in COMPARISONS if SMALL in one.label] if words.small else COMPARISONS
+    wanted = {name for one in chosen for name in (one.run, one.yardstick)}
+    figures = measure_drive(folder, words.size, words.seconds, words.rounds, wanted)
+    print(*target_table(chosen, figures), "", *figure_table(figures), sep="\n", flush=True)
+    compared = [one.compared(*_sides(one, figures)) for one in chosen]
     runs = {name: [asdict(one) for one in seen] for name, seen in figures.items()}
-    return record.today("fio", machine.label(folder), lines, method, compared, runs)
+    question = "small" if words.small else "fio"
+    return record.today(question, machine.label(folder), lines, method, compared, runs)
 
 
 def _own_cost(folder: Path, quick: bool) -> record.Record:

@@ -24,6 +24,11 @@ TITLES = {
         "Against fio",
         "How close io_uring's engine and a store are to fio on the same file in the same run.",
     ),
+    "small": (
+        "Small commands against fio",
+        "How close io_uring's engine is to fio with commands of 16 KiB: a stream that keeps 64 in "
+        "flight, and transfers of 1,000, each of which fills the queue and drains it again.",
+    ),
     "spdk_perf": (
         "Against SPDK's perf",
         "How close the engine `spdk` and a store on it are to `spdk_nvme_perf` on the same drive, "

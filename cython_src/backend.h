@@ -18,7 +18,7 @@
 #define SKV_NVME_STATUS 0x10000
 
 /* The number changes with the structures below: an engine built for another is refused. */
-#define SKV_BACKEND_CAPSULE "spdk_kv.backend.5"
+#define SKV_BACKEND_CAPSULE "spdk_kv.backend.6"
 
 enum { SKV_READ = 0, SKV_WRITE = 1, SKV_FLUSH = 2, SKV_DISCARD = 3 };
 
@@ -52,8 +52,9 @@ typedef struct skv_backend {
      * -errno: refused, poll will not return it. May be buffered until the next poll. */
     int (*submit)(void *self, skv_io *io);
     /* Fills in up to `max` finished commands and returns their count. Waits for the first at
-     * most wait_ns (0: not at all), and returns early on wake or a signal. */
-    int (*poll)(void *self, skv_io **done, int max, int64_t wait_ns);
+     * most wait_ns (0: not at all), and returns early on wake or a signal. With `least` above 1
+     * it may wait for so many of them, through a wake as well. */
+    int (*poll)(void *self, skv_io **done, int max, int least, int64_t wait_ns);
     void (*wake)(void *self);
     /* Makes a submitted command end soon if possible (with -ECANCELED); poll still returns it. */
     void (*cancel)(void *self, skv_io *io);

@@ -30,7 +30,7 @@ cdef extern from "backend.h" nogil:
     ctypedef struct skv_backend:
         void *self
         int (*submit)(void *self, skv_io *io) noexcept nogil
-        int (*poll)(void *self, skv_io **done, int max, int64_t wait_ns) noexcept nogil
+        int (*poll)(void *self, skv_io **done, int max, int least, int64_t wait_ns) noexcept nogil
         void (*wake)(void *self) noexcept nogil
         void (*cancel)(void *self, skv_io *io) noexcept nogil
         int (*reaches)(void *self, const void *addr, uint64_t nbytes) noexcept nogil

@@ -10,6 +10,9 @@ import record
 from record import Target
 from runs import drive
 
+SMALL = "16 KiB"
+"""What the comparisons of small commands have in their labels."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -82,7 +85,19 @@ def _comparisons() -> tuple[Comparison, ...]:
         Comparison("put, 64 MiB", "put", "fio write", "speed", 0.90),
         Comparison("put and flush, 64 MiB", "put and flush", "fio write", "speed", None),
         Comparison("1,000 x 16 KiB at random", "one transfer", "fio randread", "speed", 0.90),
-        Comparison("uring, steady randread", "uring randread", "fio randread", "speed", None),
+        Comparison(
+            "16 KiB x 64 at random, steady", "uring randread", "fio randread", "speed", 0.97
+        ),
+        Comparison(
+            "CPU, 16 KiB x 64 at random, steady", "uring randread", "fio randread", "cpu", 1.15
+        ),
+        Comparison(
+            "16 KiB x 64 at random, steady, fio on hugepages",
+            "uring randread",
+            "fio randread, hugepages",
+            "speed",
+            None,
+        ),
         Comparison("threads, steady randread", "threads randread", "fio randread", "speed", None),
         Comparison(
             "pagecache, warm, randread", "pagecache randread", "fio randread", "speed", None

@@ -61,7 +61,7 @@ cdef void _discard(unsigned char *at, size_t nbytes) noexcept nogil:
     memset(<void *>last, 0, <size_t>at + nbytes - last)
 
 
-cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
+cdef int _poll(void *self, skv_io **done, int most, int least, int64_t wait_ns) noexcept nogil:
     # Commands complete when they are submitted, so that there is never anything to wait for.
     cdef Memory *m = <Memory *>self
     cdef int n = 0

@@ -179,8 +179,8 @@ def identify(int fd, uint32_t nsid, uint32_t cns):
         free(answer)
 
 
-cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
-    return poll_ring(self, done, most, wait_ns, _complete)
+cdef int _poll(void *self, skv_io **done, int most, int least, int64_t wait_ns) noexcept nogil:
+    return poll_ring(self, done, most, least, wait_ns, _complete)
 
 
 cdef int _bind(void *self, void (*ask)(void *) noexcept nogil, void *asked) noexcept nogil:

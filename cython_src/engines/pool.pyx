@@ -204,7 +204,7 @@ cdef int _submit(void *self, skv_io *io) noexcept nogil:
     return 0
 
 
-cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
+cdef int _poll(void *self, skv_io **done, int most, int least, int64_t wait_ns) noexcept nogil:
     cdef ThreadPool *p = <ThreadPool *>self
     cdef int n = 0
     cdef uint64_t until_ns

@@ -128,7 +128,7 @@ cdef inline void arm_wake(Ring *r) noexcept nogil:
         r.wake_armed = True
 
 
-cdef inline int poll_ring(void *self, skv_io **done, int most, int64_t wait_ns,
+cdef inline int poll_ring(void *self, skv_io **done, int most, int least, int64_t wait_ns,
                           complete_fn complete) noexcept nogil:
     cdef Ring *r = <Ring *>self
     cdef io_uring_cqe *cqes[MOST_CQES]
@@ -140,11 +140,11 @@ cdef inline int poll_ring(void *self, skv_io **done, int most, int64_t wait_ns,
     if not r.wake_armed:
         arm_wake(r)
     seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, MOST_CQES))
-    if seen == 0 and wait_ns:
+    if seen < least and wait_ns:
         timeout.tv_sec = wait_ns // 1000000000
         timeout.tv_nsec = wait_ns % 1000000000
         # One system call submits and waits.
-        rc = io_uring_submit_and_wait_timeout(&r.ring, &first, 1, &timeout, NULL)
+        rc = io_uring_submit_and_wait_timeout(&r.ring, &first, <unsigned>least, &timeout, NULL)
         seen = io_uring_peek_batch_cqe(&r.ring, cqes, <unsigned>min(most, MOST_CQES))
     elif io_uring_sq_ready(&r.ring):
         # If the kernel is busy (-EBUSY, -EAGAIN), the next call submits the entries.

@@ -215,8 +215,8 @@ cdef void _complete(Ring *r, skv_io *io, int res) noexcept nogil:
     io.result = res
 
 
-cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
-    return poll_ring(self, done, most, wait_ns, _complete)
+cdef int _poll(void *self, skv_io **done, int most, int least, int64_t wait_ns) noexcept nogil:
+    return poll_ring(self, done, most, least, wait_ns, _complete)
 
 
 @cython.no_gc_clear

@@ -101,7 +101,7 @@ cdef void _poll_pair(Pair *p, uint64_t until_ns) noexcept nogil:
         _request_reset(a, -ENODEV)
 
 
-cdef int _poll(void *self, skv_io **done, int most, int64_t wait_ns) noexcept nogil:
+cdef int _poll(void *self, skv_io **done, int most, int least, int64_t wait_ns) noexcept nogil:
     cdef Pair *p = <Pair *>self
     cdef uint64_t until_ns = 0, now
     cdef int n = 0, polls = 0

@@ -125,7 +125,17 @@ cdef inline int _take_completions(Queue_ *q, int64_t wait) noexcept nogil:
     """Waits at most `wait` for completions; returns their number, or the engine's -errno."""
     cdef skv_io *done[BATCH]
     cdef uint64_t now
-    cdef int i, n = q.backend.poll(q.backend.self, done, BATCH, wait)
+    cdef int i, n, least = 1
+    if wait and q.in_flight >= q.depth and q.depth >= GATHER_DEPTH:
+        # Nothing could be submitted before one ends, and the drive stays busy meanwhile.
+        if q.singly:
+            q.singly -= 1
+        else:
+            least = min(GATHER, <int>(q.in_flight // 8))
+            wait = min(wait, <int64_t>GATHER_NS)
+    n = q.backend.poll(q.backend.self, done, BATCH, least, wait)
+    if n < least and least > 1:
+        q.singly = GATHER_AFTER
     q.clock_uses = 0
     if n > 0:
         now = _clock(q)

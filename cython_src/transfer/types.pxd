@@ -22,6 +22,13 @@ cdef enum:
     MOVE_NBYTES = 4096
     # Completions taken from the engine at once.
     BATCH = 64
+    # While a deep queue is full the loop waits for an eighth of its commands, at most GATHER: to be
+    # woken costs the processor that completes a small command about as much as the command. Where
+    # so many do not end within GATHER_NS it waits for single ones, GATHER_AFTER times.
+    GATHER = 8
+    GATHER_DEPTH = 32
+    GATHER_NS = 200_000
+    GATHER_AFTER = 64
     # Shortest and longest time between two polls of an overdue copy.
     COPY_POLL_NS = 50_000
     COPY_POLL_MAX_NS = 1_000_000
@@ -188,6 +195,7 @@ cdef struct Queue_:
     unsigned char **slots
     uint32_t free_slots
     uint8_t more               # _refill stopped early: there is more to submit
+    uint8_t singly             # for how many waits more not to wait for several completions
     uint32_t linked            # taken transfers that have a link
     uint32_t copies            # copies on their way
     Copy *copying
