@@ -1,9 +1,11 @@
 # The class Transfer. Included in transfer.pyx: one C translation unit, so that calls are inlined.
 
+# As C integers: Cython compares with a literal beyond 32 bits as with a Python object, which took more
+# time than all the rest of adding a piece.
 # Bytes of a piece; discarding that many takes a million segments.
-DEF MOST_NBYTES = 1 << 50
+cdef uint64_t MOST_NBYTES = 1ULL << 50
 # Bytes before a piece, on the drive or in memory: sums with those above stay far from 2**64.
-DEF MOST_OFFSET = 1 << 62
+cdef uint64_t MOST_OFFSET = 1ULL << 62
 
 
 @cython.no_gc_clear
