@@ -54,6 +54,8 @@ class Committer:
         self._refused: list[CapacityError] = []
         # A commit that has not begun: it will have all changes made until then.
         self._next: Future[None] | None = None
+        # The longest that anybody waits for it: what ends one caller's wait fails no other's.
+        self._next_timeout_s = 0.0
         self._next_lock = threading.Lock()
 
     def commit(self, deadline: Deadline = NEVER) -> None:
@@ -79,16 +81,19 @@ class Committer:
             if self._next is None:
                 begun: Future[None] = Future()
                 run = threading.Thread(
-                    target=self._run, args=(begun, timeout_s), name="spdk_kv-commit", daemon=True
+                    target=self._run, args=(begun,), name="spdk_kv-commit", daemon=True
                 )
+                self._next_timeout_s = 0.0
                 run.start()
                 self._next = begun
+            self._next_timeout_s = max(self._next_timeout_s, timeout_s)
             return self._next
 
-    def _run(self, begun: Future[None], timeout_s: float) -> None:
+    def _run(self, begun: Future[None]) -> None:
         with self.lock:
             with self._next_lock:
                 self._next = None
+                timeout_s = self._next_timeout_s
             try:
                 self._commit(timeout_s)
             except BaseException as failure:  # raised again by whoever waits for it

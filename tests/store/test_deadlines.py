@@ -11,7 +11,7 @@ import pytest
 import spdk_kv
 from spdk_kv.errors import DeviceTimeout
 from store.helpers import check_books, folder_fixture, open_store, payload, reopen, version_of
-from support.waiting import PATIENCE_S
+from support.waiting import PATIENCE_S, wait_until
 
 folder = folder_fixture
 
@@ -86,6 +86,32 @@ def test_a_wait_for_another_call_s_commit_ends_by_its_own_deadline(folder):
     other.join(PATIENCE_S)
     assert version_of("e", store.get("e")) == 1
     assert "f" not in store
+    store.close()
+
+
+def test_a_commit_has_the_time_of_whoever_waits_longest_for_it(folder, monkeypatch):
+    store = full_store(folder)
+    given = []
+    flush = store.catalog.committer.data.flush
+
+    def noted(timeout_s):
+        given.append(timeout_s)
+        flush(timeout_s)
+
+    monkeypatch.setattr(store.catalog.committer.data, "flush", noted)
+    store.put("a", payload("a", 2, MIB // 2))
+    with held_commits(store) as under_way:
+        with pytest.raises(DeviceTimeout):
+            store.flush(timeout_s=0.05)
+        assert under_way.wait(PATIENCE_S)
+        store.put("b", payload("b", 2, MIB // 2))
+        with pytest.raises(DeviceTimeout):
+            store.flush(timeout_s=0.05)
+        longer = threading.Thread(target=store.flush, args=(PATIENCE_S,))
+        longer.start()
+        wait_until(lambda: store.catalog.committer._next_timeout_s > 1)
+    longer.join(PATIENCE_S)
+    assert given[0] < 1 < given[1] <= PATIENCE_S
     store.close()
 
 
