@@ -154,6 +154,19 @@ def test_ctrl_c_anywhere_in_a_flush_or_a_read(twice):
     everywhere(twice, call, lambda reference, twin: None)
 
 
+def test_a_flush_after_one_that_was_interrupted_anywhere_makes_all_last(twice):
+    def check(number: int) -> None:
+        twice.store.flush()
+        twice.store.close()
+        twice.store = reopen(twice.folder, engine="pagecache")
+        twice.sequence = twice.store.sequence("s")
+        twice.before.check(twice.sequence)
+
+    interrupted_everywhere(
+        lambda number: twice.begin(0), lambda at: twice.store.flush(), check, step=rounds(29, 1)
+    )
+
+
 def test_a_reordering_that_was_interrupted_is_done_in_all_layers_or_in_none(folder):
     with open_store("ram://", capacity="64 MiB") as store:
         sequence, reference = begun(store, "layer", [BEFORE])
