@@ -209,6 +209,31 @@ def test_a_hung_device_times_out_and_keeps_the_memory_until_it_lets_go(engine, t
         hung.close()
 
 
+@pytest.mark.parametrize("engine", ["uring", "threads"])
+def test_a_full_deep_queue_on_a_hung_device_holds_up_no_deadline_and_no_cancelling(
+    engine, tmp_path
+):
+    with blockdev.hung_device(tmp_path, 8 * MIB) as device:
+        options = QueueOptions(depth=64, segment_nbytes=BLOCK, hugepages=False)
+        hung = opened(engine, device.node, options)
+        device.freeze()
+        writes = [filled(hung, value, value * MIB) for value in range(1, 7)]  # of 16 commands each
+        cancelled = writes[-1]
+        cancelled.submit()
+        for each in writes[:-1]:
+            each.submit(timeout_s=0.2)
+        for each in writes[:-1]:
+            assert each.wait() == errno.ETIMEDOUT
+        assert hung.stats()["deepest"] == 64
+        cancelled.cancel()
+        device.thaw()
+        assert cancelled.wait() in (0, errno.ECANCELED)
+        wait_until(lambda: not any(each.in_flight for each in writes), "they never end")
+        write(hung, 0, b"after".ljust(BLOCK, b"\0"))
+        assert read(hung, 0, BLOCK) == b"after".ljust(BLOCK, b"\0")
+        hung.close()
+
+
 def filled(engine, value: int, offset: int):
     source = memory(64 << 10)
     source[:] = value

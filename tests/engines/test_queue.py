@@ -70,6 +70,29 @@ def test_the_queue_is_kept_as_deep_as_asked_and_no_deeper(any_engine, depth):
         engine.depth = 0
 
 
+def test_a_deep_queue_that_stays_full_mixes_nothing_up(keeping):
+    """Where it waits for several commands to end at once."""
+    engine, count = keeping.engine, 200
+    engine.depth = 64
+    data = np.random.default_rng(0).integers(0, 256, (count, BLOCK), np.uint8)
+    for number in range(count):
+        keeping.poke(number * BLOCK, data[number].tobytes())
+    chosen = np.random.default_rng(1).integers(0, count, (2, 3000))
+    found = [memory(3000 * BLOCK) for _ in chosen]
+    transfers = []
+    for blocks, into in zip(chosen, found, strict=True):
+        transfer = engine.transfer(READ, checksum=True)
+        transfer.keep(into)
+        for at, block in enumerate(blocks):
+            transfer.add(int(block) * BLOCK, address_of(into) + at * BLOCK, BLOCK)
+        transfer.submit()
+        transfers.append(transfer)
+    for blocks, into, transfer in zip(chosen, found, transfers, strict=True):
+        engine.wait(transfer)
+        assert (into.reshape(-1, BLOCK) == data[blocks]).all()
+    assert engine.stats()["deepest"] >= 32
+
+
 def test_a_depth_beyond_the_engine_s_own_room_still_works(keeping):
     engine = keeping.engine
     engine.depth = 500
