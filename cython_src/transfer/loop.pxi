@@ -126,9 +126,8 @@ cdef inline int _take_completions(Queue_ *q, int64_t wait) noexcept nogil:
     cdef skv_io *done[BATCH]
     cdef uint64_t now
     cdef int i, n, least = 1
-    if wait and q.in_flight >= q.depth and q.depth >= GATHER_DEPTH and not q.linked:
-        # Nothing could be submitted before one ends, and the drive stays busy meanwhile. A link
-        # would not: each segment that ends is copied on.
+    if wait and q.in_flight >= GATHER_FROM and not q.linked:
+        # The drive stays busy meanwhile. A link would not: each segment that ends is copied on.
         if q.singly:
             q.singly -= 1
         else:

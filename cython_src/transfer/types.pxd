@@ -22,11 +22,12 @@ cdef enum:
     MOVE_NBYTES = 4096
     # Completions taken from the engine at once.
     BATCH = 64
-    # While a deep queue is full the loop waits for an eighth of its commands, at most GATHER: to be
-    # woken costs the processor that completes a small command about as much as the command. Where
-    # so many do not end within GATHER_NS it waits for single ones, GATHER_AFTER times.
+    # With GATHER_FROM commands in flight and no other work, the loop waits for an eighth of them, at
+    # most GATHER: to be woken costs the processor that completes a small command about as much as
+    # the command. Where so many do not end within GATHER_NS it waits for single ones, GATHER_AFTER
+    # times.
     GATHER = 8
-    GATHER_DEPTH = 32
+    GATHER_FROM = 24
     GATHER_NS = 200_000
     GATHER_AFTER = 64
     # Shortest and longest time between two polls of an overdue copy.

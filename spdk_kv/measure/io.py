@@ -91,7 +91,8 @@ def measure(
     Blocks. ``tick`` is called now and then with the seconds elapsed. Raises what the engine
     raises; any exception, KeyboardInterrupt included, leaves only once nothing is in flight.
     """
-    memory = filled_memory(engine, engine.depth * load.segment_nbytes)
+    # On a hugepage, as an engine's slots are, also where so few small buffers would not be.
+    memory = filled_memory(engine, max(2 * MIB, engine.depth * load.segment_nbytes))
     plan = _Plan(engine, load, memory)
     queued: deque[Transfer] = deque()
     before = engine.stats()
