@@ -298,6 +298,31 @@ def test_a_store_begins_with_nothing_counted(folder: Path) -> None:
             assert store.stats()["residency"]["decisions"] == decisions
 
 
+def test_a_policy_is_told_of_nothing_where_nothing_was_read_through_the_cache(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_dual(folder, 0) as store:
+        seen: list[Any] = []
+        decide = store.paths._policy.decide
+
+        def noted(given: Any, cached: Any, observation: Any) -> Any:
+            seen.append(observation)
+            return decide(given, cached, observation)
+
+        monkeypatch.setattr(store.paths._policy, "decide", noted)
+        sequence, reference = filled(store, tokens=100)
+        scans(sequence, reference, 3)
+        told = [(each.hit_nbytes, each.missed_nbytes, each.resident_nbytes) for each in seen]
+        assert told == [(0, 0, None)] * 3
+
+
+def test_what_the_cache_has_is_known_also_where_that_is_nothing(folder: Path) -> None:
+    with open_dual(folder, 0) as store:
+        filled(store, tokens=500)
+        empty_cache(folder / "data")
+        assert store.paths.routes.measure_resident(units(store)) == 0
+
+
 def test_one_is_read_ahead_however_small_staging_is(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

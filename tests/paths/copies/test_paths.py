@@ -19,6 +19,7 @@ from paths.copies.helpers import (
     fully,
     on_disk_nbytes,
     on_loop_device,
+    on_memory,
     place_fixture,
     waited,
 )
@@ -38,7 +39,7 @@ from paths.helpers import (
     units,
 )
 from sequence.helpers import Reference
-from spdk_kv.errors import DeviceError
+from spdk_kv.errors import ClosedError, DeviceError
 from spdk_kv.store import KVStore
 from spdk_kv.units import KIB
 from store.helpers import folder_fixture
@@ -213,6 +214,39 @@ def test_copies_that_have_to_wait_are_made_later(
         fully(store, sequence, reference)
         assert len(held) >= UNITS * 4
         assert max(held) <= 256 * KIB
+
+
+def test_what_finds_no_room_is_not_copied_this_time() -> None:
+    with on_memory() as place, place.open() as store:
+        sequence, reference = filled(store, tokens=500)
+        copy = store.paths.routes.copy
+        full = copy._account.hold(copy.max_held_nbytes)
+        scans(sequence, reference, 2)
+        assert copy.written_nbytes == 0
+        assert all(unit.fill is None for unit in units(store))
+        del full
+        fully(store, sequence, reference)
+        assert copy.written_nbytes == sum(copied(store))
+        assert store.stats()["residency"]["taken_over_nbytes"] == 0
+
+
+def test_a_copy_that_cannot_be_begun_ends_and_is_begun_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with on_memory() as place, place.open() as store:
+        sequence, reference = filled(store, tokens=500)
+        copy = store.paths.routes.copy
+
+        def refused(*arguments: Any, **options: Any) -> Any:
+            raise ClosedError("as if it was closed")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(copy.engine, "start", refused)
+            scans(sequence, reference, 2)
+        assert all(unit.fill is None for unit in units(store))
+        assert copy._held_nbytes == 0
+        fully(store, sequence, reference)
+        assert copy.trouble == ""
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
