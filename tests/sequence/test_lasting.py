@@ -85,6 +85,27 @@ def test_truncation_lasts(folder, granularity):
         reference.check(store.sequence("s"))
 
 
+@pytest.mark.parametrize("reopened", [False, True])
+def test_a_truncation_of_what_is_recorded_is_committed_at_once(folder, reopened):
+    with open_store(folder, capacity="64 MiB") as store:
+        sequence, reference = begun(store, "layer", [400])
+    with reopen(folder) as store:
+        sequence = store.sequence("s")
+        if not reopened:  # what is recorded is known from its recording, not from its restoring
+            reference.append(sequence, 1)
+            store.flush()
+        index = store.catalog.committer.index
+        before = index.commits
+        reference.truncate(sequence, 300)
+        assert index.commits == before + 1
+        assert not sequence.dirty
+        reference.append(sequence, 50)
+        reference.truncate(sequence, 320)
+        assert index.commits == before + 1, "no record covers those tokens"
+        assert sequence.dirty
+        reference.check(sequence)
+
+
 def test_a_temporary_sequence_is_gone_after_close_and_its_space_with_it(folder):
     with open_store(folder, capacity="64 MiB") as store:
         free = store.stats()["free_nbytes"]
