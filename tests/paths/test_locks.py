@@ -58,3 +58,16 @@ def test_who_writes_is_noted_with_the_lock_held() -> None:
         backlog.make_room(NEVER)
         backlog.sweep()
         assert guard.missed == []
+
+
+def test_who_reads_ahead_is_noted_with_the_lock_held() -> None:
+    with open_store("ram://", capacity="64 MiB") as store:
+        ahead = store.paths.ahead
+        guard = Guard(ahead._order_lock)
+        ahead._holders = guard.watch(ahead._holders)
+        sequence, reference = begun(store, "layer", [300])
+        sequence.prefetch([0, 1])
+        reference.check(sequence)
+        ahead.limit_nbytes = 1
+        sequence.prefetch([0, 1])  # has no room for the second, and asks who is idle
+        assert guard.missed == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,19 +18,20 @@ class Guard:
         self.missed: list[str] = []
         self._is_held: Callable[[], bool] = getattr(lock, "_is_owned", None) or lock.locked
 
-    def watch(self, thing: Any) -> Any:
-        """``thing``, watched from now on; of a dict a copy that is, to be put in its place."""
+    def watch(self, thing: Any, *only: str) -> Any:
+        """``thing``, watched from now on; of a container a copy that is, to be put in its place.
+        ``only``: the methods that are uses, if not all are."""
         base = type(thing)
         uses: dict[str, Any] = {}
         for name, value in vars(base).items():
-            if name in _NO_USE:
+            if name in _NO_USE or (only and name not in only):
                 continue
             if isinstance(value, property):
                 uses[name] = property(self._noting(f"{base.__name__}.{name}", value.fget))
             elif callable(value) and not isinstance(value, type):
                 uses[name] = self._noting(f"{base.__name__}.{name}", value)
         watched = type(base.__name__, (base,), uses)
-        if isinstance(thing, dict):
+        if isinstance(thing, (dict, list, set, deque)):
             return watched(thing)
         thing.__class__ = watched
         return thing
