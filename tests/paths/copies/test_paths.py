@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from paths.helpers import (
 )
 from sequence.helpers import Reference
 from spdk_kv.errors import ClosedError, DeviceError
+from spdk_kv.paths.units import Fill
 from spdk_kv.store import KVStore
 from spdk_kv.units import KIB
 from store.helpers import folder_fixture
@@ -247,6 +249,26 @@ def test_a_copy_that_cannot_be_begun_ends_and_is_begun_again(
         assert copy._held_nbytes == 0
         fully(store, sequence, reference)
         assert copy.trouble == ""
+
+
+def test_a_store_that_is_closed_is_no_trouble_of_its_copies(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with on_memory() as place, place.open() as store:
+        copy = store.paths.routes.copy
+        copy.pause(ClosedError("the engine is closed"))
+        assert (copy.trouble, copy._pause_decisions) == ("", 0)
+        hole = copy.forget(filled(store, tokens=100)[0]._group.units[0])
+        hole.fill = Fill(1, 0, 4096, 0)  # one that never ends, as on a drive that hangs
+        copy.close()
+        copy.pause(DeviceError("as if the drive had failed"))
+        assert copy.trouble == ""
+        assert "going on without" not in caplog.text
+        punching = threading.Thread(target=copy.punch, args=(hole,), daemon=True)
+        punching.start()
+        punching.join(30)
+        assert not punching.is_alive()
+        assert copy._holes == [hole], "nobody is copied there any more"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
