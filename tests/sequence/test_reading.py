@@ -227,6 +227,7 @@ def test_wrong_tensors_change_nothing(ram, granularity):
         (good, good.half()),
         (good.float(), good.float()),
         (good, good[:, :1]),
+        (good, good.to_sparse()),
     ]:
         for pair in ((k, v), (v, k)):
             with pytest.raises(ShapeMismatch):

@@ -40,7 +40,7 @@ from paths.helpers import (
     units,
 )
 from sequence.helpers import Reference
-from spdk_kv.errors import ClosedError, DeviceError
+from spdk_kv.errors import ClosedError, DeviceError, DeviceTimeout
 from spdk_kv.paths.units import Fill
 from spdk_kv.store import KVStore
 from spdk_kv.units import KIB
@@ -251,6 +251,45 @@ def test_a_copy_that_cannot_be_begun_ends_and_is_begun_again(
         assert copy.trouble == ""
 
 
+def test_trouble_is_told_each_time_that_it_begins_and_ends(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO"), on_memory() as place, place.open() as store:
+        sequence, reference = filled(store, tokens=500)
+        copy = store.paths.routes.copy
+        for times in (1, 2):
+            for _ in range(2):
+                copy.pause(DeviceError("as if the folder was full; make room"))
+            assert copy.trouble == "as if the folder was full"
+            assert caplog.text.count("going on without") == times
+            before = copy.written_nbytes
+            scans(sequence, reference)
+            assert copy.written_nbytes == before
+            assert caplog.text.count("is filled again") == times - 1
+            copy._pause_decisions = 0
+            reference.append(sequence, 200)
+            settled(sequence)
+            fully(store, sequence, reference)
+            assert caplog.text.count("is filled again") == times
+
+
+def test_a_hole_that_may_still_be_punched_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    with on_memory() as place, place.open() as store:
+        copy = store.paths.routes.copy
+        unit = filled(store, tokens=100)[0]._group.units[0]
+
+        def late(offset: int, nbytes: int) -> None:
+            raise DeviceTimeout("as if the drop took too long", op="discard")
+
+        for failure, left in ((late, 1), (copy.engine.drop, 0)):
+            hole = copy.forget(unit)
+            with monkeypatch.context() as patched:
+                patched.setattr(copy.engine, "drop", failure)
+                copy.punch(hole)
+            assert copy._holes.count(hole) == left
+            copy._holes.clear()
+
+
 def test_a_store_that_is_closed_is_no_trouble_of_its_copies(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -268,7 +307,9 @@ def test_a_store_that_is_closed_is_no_trouble_of_its_copies(
         punching.start()
         punching.join(30)
         assert not punching.is_alive()
-        assert copy._holes == [hole], "nobody is copied there any more"
+        hole.fill = None
+        copy.punch(hole)
+        assert copy._holes == [hole], "the whole file is about to go"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
