@@ -183,3 +183,10 @@ def test_a_blob_out_of_range_is_refused(record: BlobRecord) -> None:
 def test_a_sequence_out_of_range_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"granularity|nbytes|extent|checksums|field"):
         pack("sequences", b"k", replace(SEQUENCE, **change))
+
+
+def test_a_sequence_at_the_ends_of_its_ranges_is_kept() -> None:
+    units = (UnitRecord(0, 0, b""), UnitRecord(1, 1, b"crc1"))
+    smallest = replace(SEQUENCE, chunk_nbytes=1, extent_nbytes=1, units=units)
+    row = pack("sequences", b"k", smallest)
+    assert unpack("sequences", b"k", row, parse_sequence) == smallest

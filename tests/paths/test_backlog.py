@@ -141,3 +141,15 @@ def test_a_layer_whose_write_failed_keeps_nobody_waiting(store):
     with pytest.raises(DeviceError, match="as if"):
         first.settle(0)
     first._layers[0].contents.failure = None
+
+
+def test_a_sweep_forgets_a_layer_whose_write_failed(store):
+    first, _ = begun(store, "layer", [10, 300])
+    wait_until(lambda: is_over(first))
+    first._layers[0].contents.failure = DeviceError("as if a write had failed")
+    backlog = store.paths.backlog
+    backlog.sweep()
+    assert first._layers[0].is_writing, "nobody settled it"
+    assert not first._layers[1].is_writing, "the others are settled all the same"
+    assert not backlog._writing
+    first._layers[0].contents.failure = None

@@ -28,6 +28,7 @@ from paths.helpers import (
     SHAPE,
     UNIT_NBYTES,
     UNITS,
+    dropped,
     empty_cache,
     fill_cache,
     filled,
@@ -296,6 +297,95 @@ def test_a_store_begins_with_nothing_counted(folder: Path) -> None:
         for decisions in (1, 2):
             scans(store.sequence("s"), reference)
             assert store.stats()["residency"]["decisions"] == decisions
+
+
+def test_a_policy_is_told_of_nothing_where_nothing_was_read_through_the_cache(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_dual(folder, 0) as store:
+        seen: list[Any] = []
+        decide = store.paths._policy.decide
+
+        def noted(given: Any, cached: Any, observation: Any) -> Any:
+            seen.append(observation)
+            return decide(given, cached, observation)
+
+        monkeypatch.setattr(store.paths._policy, "decide", noted)
+        sequence, reference = filled(store, tokens=100)
+        scans(sequence, reference, 3)
+        told = [(each.hit_nbytes, each.missed_nbytes, each.resident_nbytes) for each in seen]
+        assert told == [(0, 0, None)] * 3
+
+
+def test_who_left_is_dropped_and_who_came_back_is_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_dual(folder) as store:
+        filled(store, tokens=100)
+        unit, dropper, cache = units(store)[0], store.paths._dropper, store.paths.routes.cache
+        assert dropper is not None
+        assert cache is not None
+        found: list[int] = []
+        drop = cache.drop
+
+        def noted(offset: int, nbytes: int) -> None:
+            found.append(offset)
+            drop(offset, nbytes)
+
+        monkeypatch.setattr(cache, "drop", noted)
+        where = [offset for offset, _ in unit.extents]
+        dropper.drop_later(unit)
+        dropped(store)
+        assert found == where
+        unit.cached, unit.warmed_nbytes = True, 100
+        dropper.drop_later(unit)
+        dropped(store)
+        assert found == where
+        assert unit.warmed_nbytes == 0
+        unit.warmed_nbytes = 100
+        dropper.drop_now(unit)
+        assert found == where * 2
+        assert unit.warmed_nbytes == 0
+
+
+class Told:
+    """A watcher that counts what it is told."""
+
+    def __init__(self) -> None:
+        self.changes = self.closes = 0
+
+    def changed(self) -> None:
+        self.changes += 1
+
+    def close(self) -> None:
+        self.closes += 1
+
+
+def test_a_watcher_is_told_who_comes_and_goes_and_of_the_end(folder: Path) -> None:
+    store = open_dual(folder)
+    watcher, told = store.paths._watcher, Told()
+    assert watcher is not None
+    store.paths.watch(told)
+    sequence, reference = filled(store, tokens=100)
+    assert told.changes == 1
+    scans(sequence, reference)
+    assert told.changes == 2, "the first decision"
+    store.paths.decide()
+    assert told.changes == 2, "it is as it was"
+    sequence.delete()
+    assert told.changes == 3
+    sequence.release_units()
+    assert (told.changes, told.closes) == (3, 0)
+    store.close()
+    watcher.close()
+    assert (told.changes, told.closes) == (3, 1)
+
+
+def test_what_the_cache_has_is_known_also_where_that_is_nothing(folder: Path) -> None:
+    with open_dual(folder, 0) as store:
+        filled(store, tokens=500)
+        empty_cache(folder / "data")
+        assert store.paths.routes.measure_resident(units(store)) == 0
 
 
 def test_one_is_read_ahead_however_small_staging_is(

@@ -193,7 +193,18 @@ def test_an_extent_without_bytes_is_refused(nbytes: int) -> None:
     assert allocator.used_nbytes == 0
 
 
-@pytest.mark.parametrize("arguments", [(511, 512, 0), (512, 0, 0), (1024, 512, 100)])
+@pytest.mark.parametrize("arguments", [(1, 1), (512, 512, 0), (1023, 512, 512)])
+def test_one_block_is_enough(arguments: tuple[int, ...]) -> None:
+    allocator = Allocator(*arguments)
+    block = arguments[1]
+    assert allocator.capacity_nbytes == allocator.free_nbytes == block
+    assert allocator.allocate(block) == (*arguments, 0)[2]
+    assert allocator.free_nbytes == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [(511, 512, 0), (512, 0, 0), (1024, 512, 100), (1024, 512, -512), (512, -512, 0)]
+)
 def test_a_range_without_a_whole_block_is_refused(arguments: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"block|multiple"):
         Allocator(*arguments)

@@ -40,6 +40,20 @@ if child == 0:
 time.sleep(60)
 """
 
+# A thread of a forked child takes the lock; prints the child's status, which is 0 if it could.
+FORKED_THREAD = """
+import os, sys, threading
+from spdk_kv.placement.lock import StoreLock
+lock = StoreLock(sys.argv[1])
+child = os.fork()
+if child == 0:
+    taker = threading.Thread(target=lock.acquire, daemon=True)
+    taker.start()
+    taker.join(20)
+    os._exit(taker.is_alive())
+print(os.waitpid(child, 0)[1], flush=True)
+"""
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -130,6 +144,12 @@ def test_a_forked_child_neither_frees_the_lock_nor_outlives_it(path: Path) -> No
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def test_any_thread_of_a_forked_child_may_own_a_store(path: Path) -> None:
+    process, line = start(FORKED_THREAD, path)
+    with process:
+        assert line == "0\n"
 
 
 def test_a_program_that_the_owner_starts_does_not_inherit_the_lock(path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from spdk_kv._native.memory import Pool, Region
 from spdk_kv._native.transfer import READ
 from spdk_kv.engines.uring import why_unavailable
+from spdk_kv.placement import StagingPool, staging
 from spdk_kv.testing import address_of, read, write
 from support.media import medium
 from support.rounds import examples
@@ -162,6 +163,69 @@ def test_no_memory_is_an_error_and_the_pool_goes_on():
         pool.lease(1 << 60)
     assert pool.leased_nbytes == pool.free_nbytes == 0
     assert len(pool.lease(10)) == 10
+
+
+class Cudart:
+    """What a pool uses of the CUDA runtime, where there is no GPU. ``status``: of registering."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status = status
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        assert flags == 0, "the default kind of registration"
+        if not self.status:
+            self.registered[address] = nbytes
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.registered[address]
+        return 0
+
+
+def test_for_a_gpu_idle_memory_is_exchanged_for_registered_memory(monkeypatch):
+    regions, cudart = Regions(), Cudart()
+    monkeypatch.setattr(staging, "_cuda_runtime", lambda: cudart)
+    pool = StagingPool(regions, 64 * MIB)
+    leased, idle = pool.lease(PAGE), pool.lease(8 * MIB)
+    del idle
+    assert len(regions.alive) == 2
+    pool.pin_for_gpu()
+    assert len(regions.alive) == 1, "idle memory that the GPU does not know would be used again"
+    assert not cudart.registered
+    idle = pool.lease(8 * MIB)
+    assert list(cudart.registered) == [idle.address]
+    del idle
+    pool.pin_for_gpu()  # every read to a GPU says so
+    assert pool.stats()["free_nbytes"] >= 8 * MIB
+    del leased
+    pool.trim()
+    assert pool.stats()["free_nbytes"] == 0
+    assert not cudart.registered
+
+
+def test_memory_that_the_gpu_refuses_is_used_as_it_is(monkeypatch, caplog):
+    regions, cudart = Regions(), Cudart(status=2)
+    monkeypatch.setattr(staging, "_cuda_runtime", lambda: cudart)
+    pool = StagingPool(regions, MIB)
+    pool.pin_for_gpu()
+    with caplog.at_level("INFO"):
+        lease = pool.lease(PAGE)
+    assert "could not be registered" in caplog.text
+    np.frombuffer(lease, np.uint8)[:] = 1
+    assert len(regions.alive) == 1
+
+
+def test_without_a_gpu_idle_memory_is_kept(monkeypatch):
+    monkeypatch.setattr(staging, "_cuda_runtime", lambda: None)
+    pool = StagingPool(Regions(), 64 * MIB)
+    pool.lease(PAGE)
+    kept = pool.stats()["free_nbytes"]
+    pool.pin_for_gpu()
+    assert 0 < kept == pool.stats()["free_nbytes"]
+    pool.shed()
+    pool.shed()  # idle since the last call
+    assert pool.stats()["free_nbytes"] == 0
 
 
 class Slow:

@@ -176,6 +176,9 @@ def test_unit_joins_only_with_room_to_spare_and_stays_without() -> None:
     assert len(prefix(units, NONE, 8040)) == 8
     assert len(prefix(units, all_in, 8000)) == 8
     assert len(prefix(units, all_in, 7999)) == 7
+    (alone, *_) = units
+    assert prefix([alone], all_in, alone.planned_nbytes) == [alone]
+    assert prefix([alone], all_in, alone.planned_nbytes - 1) == []
 
 
 # -- the simple ones ------------------------------------------------------------------------------

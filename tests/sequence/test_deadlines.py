@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from spdk_kv import Sequence
 from spdk_kv.errors import DeviceTimeout
 from spdk_kv.sequence import writer
 from store.helpers import folder_fixture, open_store, reopen
+from support.waiting import in_use
 
 folder = folder_fixture
 SHAPE = shape_of()
@@ -43,28 +42,6 @@ def calls(sequence: Sequence, **options: Any) -> dict[str, Callable[[], object]]
     }
 
 
-@contextmanager
-def in_use(lock: Any) -> Iterator[None]:
-    """Another thread holds ``lock``, and nobody waits until it does no longer."""
-    holds, done = threading.Event(), threading.Event()
-    in_time: list[bool] = []
-
-    def use() -> None:
-        with lock:
-            holds.set()
-            in_time.append(done.wait(20))
-
-    user = threading.Thread(target=use)
-    user.start()
-    assert holds.wait(60)
-    try:
-        yield
-    finally:
-        done.set()
-        user.join()
-    assert in_time == [True], "somebody waited for it"
-
-
 def test_a_layer_that_another_thread_uses_is_waited_for_no_longer():
     with open_store("ram://", capacity="64 MiB") as store:
         sequence, reference = store.sequence("s", SHAPE), Reference(SHAPE)
@@ -81,6 +58,21 @@ def test_a_layer_that_another_thread_uses_is_waited_for_no_longer():
         reference.layers[0] = k.flip(0), v.flip(0)
         reference.check(sequence)
         store.flush(timeout_s=30)
+
+
+def test_what_a_whole_sequence_waits_for_is_waited_for_no_longer():
+    with open_store("ram://", capacity="64 MiB") as store:
+        sequence, reference = store.sequence("s", SHAPE), Reference(SHAPE)
+        reference.append(sequence, 300)
+        with in_use(sequence._whole._lock), pytest.raises(DeviceTimeout):
+            sequence.reorder([1, 0], timeout_s=0.02)
+        with in_use(store.paths.ahead.lock), pytest.raises(DeviceTimeout):
+            sequence.prefetch([0], timeout_s=0.02)
+        with in_use(sequence._recorder.lock), pytest.raises(DeviceTimeout):
+            sequence.truncate(5, timeout_s=0.02)
+        reference.check(sequence)
+        reference.reorder(sequence, [1, 0])
+        reference.check(sequence)
 
 
 def test_writes_that_are_waited_for_no_longer_are_done(folder):

@@ -14,6 +14,7 @@ from spdk_kv.errors import CorruptionError, DeviceError, KeyNotFound, ShapeMisma
 from store.helpers import check_books, folder_fixture, kill_loop, noise, open_store, python, reopen
 from support.places import TESTS
 from support.rounds import rounds
+from support.waiting import wait_until
 
 folder = folder_fixture
 GRANULARITIES = ("layer", "head")
@@ -83,6 +84,38 @@ def test_truncation_lasts(folder, granularity):
         reference.check(store.sequence("s"))
         reference.append(store.sequence("s"), 70)
         reference.check(store.sequence("s"))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_what_takes_the_place_of_truncated_tokens_of_a_tail_lasts(folder, granularity):
+    with open_store(folder, capacity="64 MiB") as store:
+        sequence, reference = begun(store, granularity, [30])
+        store.flush()
+        reference.truncate(sequence, 20)
+        reference.append(sequence, 10)
+    with reopen(folder) as store:
+        reference.check(store.sequence("s"))
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_a_truncation_of_what_is_recorded_is_committed_at_once(folder, reopened):
+    with open_store(folder, capacity="64 MiB") as store:
+        sequence, reference = begun(store, "layer", [400])
+    with reopen(folder) as store:
+        sequence = store.sequence("s")
+        if not reopened:  # what is recorded is known from its recording, not from its restoring
+            reference.append(sequence, 1)
+            store.flush()
+        index = store.catalog.committer.index
+        before = index.commits
+        reference.truncate(sequence, 300)
+        assert index.commits == before + 1
+        assert not sequence.dirty
+        reference.append(sequence, 50)
+        reference.truncate(sequence, 320)
+        assert index.commits == before + 1, "no record covers those tokens"
+        assert sequence.dirty
+        reference.check(sequence)
 
 
 def test_a_temporary_sequence_is_gone_after_close_and_its_space_with_it(folder):
@@ -282,6 +315,25 @@ def test_a_write_that_fails_ends_its_layer_and_keeps_nothing_else_from_lasting(f
         assert store.sequence("s").tokens() == 10
     with reopen(folder / "kv") as store:
         assert store.sequences() == ["other"]
+
+
+def test_an_append_says_that_an_earlier_one_was_not_written(folder):
+    with open_store(folder, capacity="64 MiB", engine="pagecache") as store:
+        sequence, _ = begun(store, "layer", [10])
+        writable = os.dup(store.engine.fd)
+        readable = os.open(folder / "data", os.O_RDONLY)
+        os.dup2(readable, store.engine.fd)
+        k = torch.zeros(2, 3, 200, 20, dtype=torch.bfloat16)
+        sequence.append(0, k, k)
+        (write,) = sequence._layers[0].writer.pending
+        wait_until(lambda: write.transfer.done)
+        os.dup2(writable, store.engine.fd)
+        os.close(writable)
+        os.close(readable)
+        with pytest.raises(DeviceError, match="EBADF"):
+            sequence.append(0, k[:, :, :1], k[:, :, :1])
+        assert sequence.tokens(0) == 210
+        sequence.delete()
 
 
 def test_another_segment_size_reads_the_same_sequence_or_says_which_would(folder):

@@ -17,6 +17,8 @@ from spdk_kv.errors import (
     KeyNotFound,
     ShapeMismatch,
 )
+from spdk_kv.placement import staging
+from spdk_kv.sequence import rows as sequence_rows
 from spdk_kv.sequence.views import read_all, read_heads
 from spdk_kv.store import KVStore
 from spdk_kv.types import torch_dtypes
@@ -225,6 +227,7 @@ def test_wrong_tensors_change_nothing(ram, granularity):
         (good, good.half()),
         (good.float(), good.float()),
         (good, good[:, :1]),
+        (good, good.to_sparse()),
     ]:
         for pair in ((k, v), (v, k)):
             with pytest.raises(ShapeMismatch):
@@ -247,6 +250,47 @@ def test_wrong_tensors_change_nothing(ram, granularity):
     reference.check(sequence)
     sequence.append(0, good[:, :, :0], good[:, :, :0])
     reference.check(sequence)
+
+
+def test_what_changes_nothing_leaves_nothing_to_record(folder):
+    with open_store(folder, capacity="64 MiB") as store:
+        sequence, reference = begun(store, "layer", [10])
+        store.flush()
+        k, v = reference.tokens(0)
+        sequence.append(0, k, v)
+        sequence.read(0)
+        sequence.prefetch([0])
+        assert not sequence.dirty
+        reference.check(sequence)
+
+
+def test_a_weight_is_that_of_k_and_v_of_its_layers(ram):
+    sequence, _ = begun(ram, layers=4)
+    sequence.set_weight([1, 2], 3)
+    weights = [unit.weight for group in ram.paths._scans.groups for unit in group.units]
+    assert weights == [1, 1, 3, 3, 3, 3, 1, 1]
+
+
+@pytest.mark.parametrize("few_cores", [0, 1 << 20])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_rows_are_the_same_however_many_cores_lay_them_out(
+    ram, granularity, few_cores, monkeypatch
+):
+    monkeypatch.setattr(sequence_rows, "_FEW_CORES", few_cores)
+    sequence, reference = begun(ram, granularity, [1, 100, 3])
+    reference.check(sequence)
+
+
+def test_only_a_read_to_a_device_asks_for_a_gpu(ram, monkeypatch):
+    asked = []
+    monkeypatch.setattr(staging, "_cuda_runtime", lambda: asked.append("a GPU"))
+    sequence, reference = begun(ram, "layer", [100])
+    reference.check(sequence)
+    ram.put("blob", torch.zeros(10))
+    ram.get("blob")
+    assert asked == []
+    sequence.read(0, device="cpu")
+    assert asked == ["a GPU"]
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -17,7 +17,7 @@ from spdk_kv.index import BlobRecord
 from spdk_kv.placement import Allocator
 from spdk_kv.store.extents import BLOCK_NBYTES, ExtentTable
 from spdk_kv.store.records import Records
-from spdk_kv.store.windows import Windows
+from spdk_kv.store.windows import Window, Windows, _apart
 from spdk_kv.units import align_up
 from store.helpers import check_books, folder_fixture, noise, open_store
 from support import blockdev
@@ -221,6 +221,23 @@ def test_the_largest_extent_is_dealt_with_first_and_gaps_are_used():
         chosen = windows.choose([blocks * BLOCK_NBYTES for blocks in order], 0)
         assert chosen == [2 * BLOCK_NBYTES]
     assert windows.choose([5 * BLOCK_NBYTES], 0) is None
+
+
+def test_windows_are_apart_and_as_many_as_are_asked_and_no_more():
+    first, over, behind, last = (
+        Window(1.0, start, start + 4, [start]) for start in (8, 10, 12, 16)
+    )
+    before, all_of_them = Window(1.0, 4, 9, [4]), [first, over, behind, last]
+    assert _apart(all_of_them, 4, 1, 0, []) == [first]
+    assert _apart(all_of_them, 4, 2, 0, []) == [first, behind]
+    assert _apart(all_of_them, 2, 2, 0, []) == [first], "one window may hold two"
+    assert _apart(all_of_them, 4, 3, 0, []) == [first, behind, last]
+    assert _apart(all_of_them, 4, 4, 0, []) is None
+    assert _apart(all_of_them, 4, 1, 0, [first]) == [behind]
+    assert _apart(all_of_them, 4, 1, 0, [first, before]) == [behind]
+    assert _apart([before, *all_of_them], 4, 2, 0, [last]) == [before, over]
+    assert _apart([first, last], 4, 1, 3, []) == [first]
+    assert _apart([first, last], 4, 1, 4, []) == [first, last]
 
 
 @settings(max_examples=examples(300))

@@ -170,6 +170,7 @@ def test_one_that_could_not_be_made_leaves_the_name_free(folder):
             store.sequence("s", shape_of(max_tokens=60_000))
         with pytest.raises(KeyNotFound):
             store.sequence("s")
+        assert not store._sequences._bound
         begun(store, "layer", [10])
         check_books(store)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 # Long enough for the busiest machine: what never happens ends the test, however long that takes.
@@ -18,3 +20,25 @@ def wait_until(true: Callable[[], T], what: str = "it never happens") -> T:
         assert time.monotonic() < last, what
         time.sleep(0.002)
     return found
+
+
+@contextmanager
+def in_use(lock: Any) -> Iterator[None]:
+    """Another thread holds ``lock``, and nobody waits until it does no longer."""
+    holds, done = threading.Event(), threading.Event()
+    in_time: list[bool] = []
+
+    def use() -> None:
+        with lock:
+            holds.set()
+            in_time.append(done.wait(20))
+
+    user = threading.Thread(target=use)
+    user.start()
+    assert holds.wait(60)
+    try:
+        yield
+    finally:
+        done.set()
+        user.join()
+    assert in_time == [True], "somebody waited for it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from paths.copies.helpers import (
     fully,
     on_disk_nbytes,
     on_loop_device,
+    on_memory,
     place_fixture,
     waited,
 )
@@ -38,7 +40,8 @@ from paths.helpers import (
     units,
 )
 from sequence.helpers import Reference
-from spdk_kv.errors import DeviceError
+from spdk_kv.errors import ClosedError, DeviceError, DeviceTimeout
+from spdk_kv.paths.units import Fill
 from spdk_kv.store import KVStore
 from spdk_kv.units import KIB
 from store.helpers import folder_fixture
@@ -213,6 +216,100 @@ def test_copies_that_have_to_wait_are_made_later(
         fully(store, sequence, reference)
         assert len(held) >= UNITS * 4
         assert max(held) <= 256 * KIB
+
+
+def test_what_finds_no_room_is_not_copied_this_time() -> None:
+    with on_memory() as place, place.open() as store:
+        sequence, reference = filled(store, tokens=500)
+        copy = store.paths.routes.copy
+        full = copy._account.hold(copy.max_held_nbytes)
+        scans(sequence, reference, 2)
+        assert copy.written_nbytes == 0
+        assert all(unit.fill is None for unit in units(store))
+        del full
+        fully(store, sequence, reference)
+        assert copy.written_nbytes == sum(copied(store))
+        assert store.stats()["residency"]["taken_over_nbytes"] == 0
+
+
+def test_a_copy_that_cannot_be_begun_ends_and_is_begun_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with on_memory() as place, place.open() as store:
+        sequence, reference = filled(store, tokens=500)
+        copy = store.paths.routes.copy
+
+        def refused(*arguments: Any, **options: Any) -> Any:
+            raise ClosedError("as if it was closed")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(copy.engine, "start", refused)
+            scans(sequence, reference, 2)
+        assert all(unit.fill is None for unit in units(store))
+        assert copy._held_nbytes == 0
+        fully(store, sequence, reference)
+        assert copy.trouble == ""
+
+
+def test_trouble_is_told_each_time_that_it_begins_and_ends(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO"), on_memory() as place, place.open() as store:
+        sequence, reference = filled(store, tokens=500)
+        copy = store.paths.routes.copy
+        for times in (1, 2):
+            for _ in range(2):
+                copy.pause(DeviceError("as if the folder was full; make room"))
+            assert copy.trouble == "as if the folder was full"
+            assert caplog.text.count("going on without") == times
+            before = copy.written_nbytes
+            scans(sequence, reference)
+            assert copy.written_nbytes == before
+            assert caplog.text.count("is filled again") == times - 1
+            copy._pause_decisions = 0
+            reference.append(sequence, 200)
+            settled(sequence)
+            fully(store, sequence, reference)
+            assert caplog.text.count("is filled again") == times
+
+
+def test_a_hole_that_may_still_be_punched_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    with on_memory() as place, place.open() as store:
+        copy = store.paths.routes.copy
+        unit = filled(store, tokens=100)[0]._group.units[0]
+
+        def late(offset: int, nbytes: int) -> None:
+            raise DeviceTimeout("as if the drop took too long", op="discard")
+
+        for failure, left in ((late, 1), (copy.engine.drop, 0)):
+            hole = copy.forget(unit)
+            with monkeypatch.context() as patched:
+                patched.setattr(copy.engine, "drop", failure)
+                copy.punch(hole)
+            assert copy._holes.count(hole) == left
+            copy._holes.clear()
+
+
+def test_a_store_that_is_closed_is_no_trouble_of_its_copies(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with on_memory() as place, place.open() as store:
+        copy = store.paths.routes.copy
+        copy.pause(ClosedError("the engine is closed"))
+        assert (copy.trouble, copy._pause_decisions) == ("", 0)
+        hole = copy.forget(filled(store, tokens=100)[0]._group.units[0])
+        hole.fill = Fill(1, 0, 4096, 0)  # one that never ends, as on a drive that hangs
+        copy.close()
+        copy.pause(DeviceError("as if the drive had failed"))
+        assert copy.trouble == ""
+        assert "going on without" not in caplog.text
+        punching = threading.Thread(target=copy.punch, args=(hole,), daemon=True)
+        punching.start()
+        punching.join(30)
+        assert not punching.is_alive()
+        hole.fill = None
+        copy.punch(hole)
+        assert copy._holes == [hole], "the whole file is about to go"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
