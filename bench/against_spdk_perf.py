@@ -1,6 +1,6 @@
 """spdk_kv's engine `spdk` against spdk_nvme_perf: same drive, size, depth and core, same run.
 
-    python bench/against_spdk_perf.py [--quick] [--json FILE]
+    python bench/against_spdk_perf.py [--small] [--quick] [--json FILE]
 
 The drive is simulated: a target with its bytes in memory, on a core of its own, over vfio-user.
 Needs root, two cores, and SPDK's nvmf_tgt and spdk_nvme_perf on the PATH. Every round makes every
@@ -20,7 +20,7 @@ import torch
 
 import machine
 import record
-from runs.spdk import DRIVE_NBYTES, Figure, Row, fill, rows
+from runs.spdk import DRIVE_NBYTES, SMALL_ROWS, Figure, Row, fill, rows
 from spdk_kv.units import MIB
 from spdk_perf import LABEL, SimulatedDrive, simulated_drive
 
@@ -58,9 +58,12 @@ def _cpu(pairs: list[tuple[Figure, Figure]]) -> str:
     return " and ".join(f"{statistics.median(side):.3f}" for side in known)
 
 
-def measure_all(rounds: int, seconds: float, drive: SimulatedDrive) -> tuple[list[Row], Rounds]:
-    """Every row, and its pairs of figures in the order of the rounds."""
-    compared = rows(drive, seconds)
+def measure_all(
+    rounds: int, seconds: float, drive: SimulatedDrive, small: bool
+) -> tuple[list[Row], Rounds]:
+    """Every row, and its pairs of figures in the order of the rounds. ``small``: of the engine's
+    commands of 4 KiB alone."""
+    compared = [row for row in rows(drive, seconds) if not small or SMALL_ROWS in row.label]
     figures: Rounds = {row.label: [] for row in compared}
     for number in range(rounds):
         for row in compared:
@@ -78,19 +81,21 @@ def measure_all(rounds: int, seconds: float, drive: SimulatedDrive) -> tuple[lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one run")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="rounds of all runs (5; small: 24)")
+    parser.add_argument("--small", action="store_true", help="only commands of 4 KiB, many rounds")
     parser.add_argument("--quick", action="store_true", help="one short round: a look only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the records there")
     words = parser.parse_args()
     if words.quick:
-        words.seconds, words.rounds = 1.0, 1
+        words.seconds, words.rounds = 1.0, words.rounds or 1
+    words.rounds = words.rounds or (24 if words.small else 5)
     lines = machine.describe(None, "spdk_nvme_perf")
     with simulated_drive(DRIVE_NBYTES, 768 * MIB) as drive:
         # perf has one core, and so have we: all our threads share it.
         os.sched_setaffinity(0, {drive.client_core})
         torch.set_num_threads(1)
         fill(drive)
-        compared, figures = measure_all(words.rounds, words.seconds, drive)
+        compared, figures = measure_all(words.rounds, words.seconds, drive, words.small)
     lines.append(
         f"drive: {LABEL}, 1 GiB, blocks of 4 KiB; the target polls core {drive.drive_core}, "
         f"whoever measures has core {drive.client_core}"
@@ -105,7 +110,8 @@ def main() -> None:
             name: [[ours.value, perf.value] for ours, perf in pairs]
             for name, pairs in figures.items()
         }
-        record.write(words.json, [record.today("spdk_perf", LABEL, lines, method, found, runs)])
+        question = "small" if words.small else "spdk_perf"
+        record.write(words.json, [record.today(question, LABEL, lines, method, found, runs)])
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ TITLES = {
         "How close io_uring's engine and a store are to fio on the same file in the same run.",
     ),
     "small": (
-        "Small commands against fio",
-        "How close io_uring's engine is to fio with commands of 16 KiB: a stream that keeps 64 in "
-        "flight, and transfers of 1,000, each of which fills the queue and drains it again.",
+        "Small commands",
+        "How close io_uring's engine is to fio with commands of 16 KiB, 64 in flight, and the "
+        "engine `spdk` to `spdk_nvme_perf` with 4 KiB, 32 in flight: a steady stream, and one "
+        "transfer after the other, each of which fills the queue and drains it again.",
     ),
     "spdk_perf": (
         "Against SPDK's perf",

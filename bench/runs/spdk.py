@@ -24,6 +24,8 @@ DEPTH = 16
 RANDOM_DEPTH = 32
 RANDOM_SEGMENTS = 20_000
 SMALL = 4 * KIB
+SMALL_ROWS = "4 KiB at random"
+"""What the rows of the engine's small commands have in their labels."""
 # A PCIe 3.0 drive. The simulated one is bound by nothing but memory, which on a slow machine is no
 # faster than a PCIe 4.0 drive.
 LIMIT_MIB_S = 3072

@@ -25,9 +25,10 @@ OPS = {"read": READ, "write": WRITE, "randread": READ}
 # With three transfers queued, the engine stays busy while Python waits for the GIL to add another.
 _QUEUED_TRANSFERS = 3
 # A transfer costs Python about the same however many segments it has, and on one core the queue
-# stands still meanwhile. It therefore gets up to 1024 segments, unless it would then take so long
+# stands still meanwhile. It therefore gets up to 8192 segments, unless it would then take so long
 # that the clock is read too rarely; the first transfers are short, and show how long they take.
-_MOST_SEGMENTS = 1024
+_FIRST_SEGMENTS = 1024
+_MOST_SEGMENTS = 8192
 _TRANSFER_NBYTES = 16 * MIB
 _TRANSFER_S = 0.05
 
@@ -162,7 +163,8 @@ class _Plan:
         self._memory = memory
         # Twice the depth, so that one transfer's last segments overlap the next one's first.
         self._least = 2 * engine.depth
-        self._count = self._whole_rounds(_TRANSFER_NBYTES // load.segment_nbytes)
+        first = min(_FIRST_SEGMENTS, _TRANSFER_NBYTES // load.segment_nbytes)
+        self._count = self._whole_rounds(first)
         self._segments = load.span_nbytes // load.segment_nbytes
         self._random = np.random.default_rng(load.seed)
         self._at = 0
