@@ -90,14 +90,10 @@ cdef void _take_incoming(Queue_ *q) noexcept nogil:
 
 
 cdef void _take_slots(Queue_ *q) noexcept nogil:
-    """Takes over added slots; their list has room for the old ones. With the mutex held."""
-    cdef unsigned char **slots = q.more_slots
-    cdef uint32_t i
-    for i in range(q.free_slots):
-        slots[q.more_slots_count + i] = q.slots[i]
-    q.free_slots += q.more_slots_count
+    """Takes over added slots, the first that the queue has. With the mutex held."""
     free(q.slots)
-    q.slots = slots
+    q.slots = q.more_slots
+    q.free_slots = q.more_slots_count
     q.more_slots = NULL
 
 

@@ -19,7 +19,6 @@ from spdk_kv.placement.superblock import (
     Superblock,
     choose,
     fit_drive_id,
-    is_blank,
     pack,
 )
 
@@ -39,7 +38,6 @@ __all__ = [
     "choose",
     "damaged_extents",
     "fit_drive_id",
-    "is_blank",
     "owner_of",
     "pack",
     "pack_count",

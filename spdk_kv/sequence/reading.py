@@ -143,7 +143,7 @@ class Reading:
             failure = failed
         if through_cache and unit is not None and unit.copy_epoch != part.copy_epoch:
             # The copy was forgotten meanwhile: what was found there may be another unit's by now.
-            if failure is not None and part.transfer.in_flight:
+            if failure is not None and self._may_still_land(part):
                 raise failure
             part = self._begin(paths.routes.direct, None, part.extents, part.start, part.end)
             self._complete(part, deadline)
@@ -158,6 +158,12 @@ class Reading:
         transfer = part.transfer
         cached = unit if through_cache else None
         paths.record_read(cached, transfer.nbytes, transfer.cold_nbytes, part.warm_epoch)
+
+    def _may_still_land(self, part: Part) -> bool:
+        """Whether a part that failed may still write over what is read in its place. Into host
+        memory it may. Over a link it does not: copies arrive in the order in which they began, and
+        after a failure none begins."""
+        return part.transfer.in_flight and self.buffer.gpu is None
 
     def _bytes_of(self, part: Part) -> torch.Tensor:
         """What a part delivered, ``[extents, bytes]``."""
@@ -186,9 +192,7 @@ class Reading:
         # Without checksums nobody could say whether the other path's bytes are the right ones.
         if engine is None or not self._verify:
             raise failure
-        # The failed transfer may still write into host memory. Over a link it does not: copies
-        # arrive in the order in which they began, and after a failure none begins.
-        if part.transfer.in_flight and self.buffer.gpu is None:
+        if self._may_still_land(part):
             raise failure
         try:
             other = self._begin(engine, None, part.extents, part.start, part.end)

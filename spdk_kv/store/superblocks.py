@@ -25,7 +25,6 @@ from spdk_kv.placement import (
     SUPERBLOCK_NBYTES,
     Superblock,
     choose,
-    is_blank,
     pack,
     pack_count,
     parse_count,
@@ -183,7 +182,7 @@ def refuse_if_written_over(path: str, copies: list[bytes]) -> None:
     which opening would mend."""
     first, second = copies
     changed = sum(a != b for a, b in zip(first, second, strict=True))
-    if any(map(is_blank, copies)) or changed <= _MOST_DAMAGED_NBYTES:
+    if changed <= _MOST_DAMAGED_NBYTES:
         return
     for bad, good in ((0, 1), (1, 0)):
         try:

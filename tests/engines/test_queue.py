@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from spdk_kv._native.engines.memory import MemoryBackend
+from spdk_kv._native.link.emulated import EmulatedLink
 from spdk_kv._native.memory import Pool
-from spdk_kv._native.transfer import PREFETCH, READ, WRITE, Queue
+from spdk_kv._native.transfer import PREFETCH, READ, WRITE, Queue, Transfer
 from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.errors import ClosedError, DeviceError
 from spdk_kv.testing import SMALL, Medium, address_of, memory
@@ -221,6 +222,43 @@ def test_futures_carry_results_and_exceptions(any_engine):
     with pytest.raises(KeyError, match="mine"):
         failing.result(30)
     assert engine.start(reading(engine), lambda t: t.done, priority=PREFETCH).result(30) is True
+
+
+def test_what_expires_and_then_ends_is_reaped_once(any_engine):
+    engine = any_engine.engine
+    late = reading(engine, SEGMENT, 50)
+    late.submit(1e-9, notify=True)
+    wait_until(lambda: late.done)
+    assert late.status == errno.ETIMEDOUT
+    assert engine.queue.reap() == [late]
+
+
+def test_an_exclusive_queue_takes_one_transfer_at_a_time():
+    backend, link = MemoryBackend(0), EmulatedLink(50e9)
+    slot, into = memory(BLOCK), memory(BLOCK)
+    queue = Queue(
+        backend.backend,
+        (backend, slot),
+        depth=1,
+        segment_nbytes=BLOCK,
+        block_nbytes=1,
+        align_nbytes=1,
+        slots=[address_of(slot)],
+        pid=os.getpid(),
+        exclusive=True,
+    )
+    first, refused, later = (Transfer(queue, READ, link=link) for _ in range(3))
+    for transfer in (first, refused, later):
+        transfer.keep(into)
+        transfer.add(0, address_of(into), BLOCK)
+    link.pause()
+    first.submit()
+    with pytest.raises(ClosedError):
+        refused.submit()
+    link.resume()
+    assert first.wait() == 0
+    assert later.run() == 0
+    assert queue.close()
 
 
 class Kept:

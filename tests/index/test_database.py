@@ -25,6 +25,7 @@ from spdk_kv.errors import (
     SpdkKvError,
     StoreLocked,
 )
+from spdk_kv.index import database
 from spdk_kv.index.database import Index
 from spdk_kv.index.records import BlobRecord, SequenceRecord, UnitRecord
 from spdk_kv.types import KVShape
@@ -161,6 +162,7 @@ def test_files_are_private_whatever_the_umask(path: Path, umask: int) -> None:
 WRITER = """
 import sys
 from itertools import count
+from spdk_kv.index import database
 from spdk_kv.index.database import Index
 from spdk_kv.index.records import BlobRecord
 index = Index(sys.argv[1])
@@ -208,6 +210,7 @@ FULL_DISK = """
 import os, sys
 from itertools import count
 from spdk_kv.errors import CapacityError
+from spdk_kv.index import database
 from spdk_kv.index.database import Index
 from spdk_kv.index.records import BlobRecord
 folder = sys.argv[1]
@@ -295,6 +298,7 @@ def test_a_closed_index_refuses_and_closes_again(path: Path) -> None:
 FORKER = """
 import os, sys
 from spdk_kv.errors import ClosedError
+from spdk_kv.index import database
 from spdk_kv.index.database import Index
 from spdk_kv.index.records import BlobRecord
 index = Index(sys.argv[1])
@@ -322,6 +326,21 @@ def test_a_forked_child_is_refused_and_does_the_parent_no_harm(path: Path) -> No
 def test_a_folder_that_is_missing_is_a_device_error_with_the_path(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="missing/index"):
         Index(tmp_path / "missing" / "index.sqlite")
+
+
+def test_an_index_that_cannot_be_made_durable_is_not_opened(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Index(path).close()
+
+    def refuse(connection: sqlite3.Connection) -> None:
+        raise DeviceError("as if its filesystem could hold no log")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(database, "_make_durable", refuse)
+        with pytest.raises(DeviceError, match="no log"):
+            Index(path)
+    Index(path).close()
 
 
 def test_every_refusal_is_one_of_ours(path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from link.transfers import FAST, MIB, noise, over, without_a_slot
+from link.transfers import FAST, MIB, SEGMENT, noise, over, without_a_slot
 from spdk_kv._native.link.emulated import EmulatedLink
 from spdk_kv._native.memory import Pool
 from spdk_kv._native.transfer import READ, WRITE
@@ -118,3 +118,27 @@ def test_a_cancelled_read_copies_no_more_and_ends(keeping) -> None:
     assert transfer.wait() == errno.ECANCELED
     assert transfer.done
     assert 0 < link.stats()["to_device_nbytes"] < 4 * MIB
+
+
+def test_who_queues_up_behind_a_cancelled_last_one_has_its_turn(keeping) -> None:
+    engine, link = keeping.engine, EmulatedLink(FAST)
+    data = noise(3 * SEGMENT)
+    engine.run(over(engine, None, WRITE, 0, data))
+    found = np.zeros_like(data)
+    link.pause()
+    # As long as its copies hang it has all slots, and the others stay in the queue.
+    first = over(engine, link, READ, 0, np.zeros(MIB, np.uint8))
+    turns = [
+        over(engine, link, READ, at, found[at : at + SEGMENT])
+        for at in range(0, len(data), SEGMENT)
+    ]
+    for transfer in (first, *turns[:2]):
+        transfer.submit()
+    turns[1].cancel()
+    assert turns[1].wait() == errno.ECANCELED
+    turns[2].submit()
+    link.resume()
+    assert [transfer.wait(20) for transfer in (first, turns[0], turns[2])] == [0, 0, 0]
+    assert np.array_equal(found[:SEGMENT], data[:SEGMENT])
+    assert not found[SEGMENT : 2 * SEGMENT].any()
+    assert np.array_equal(found[2 * SEGMENT :], data[2 * SEGMENT :])

@@ -99,3 +99,14 @@ def test_where_a_probe_finds_the_same_edge_the_next_comes_later(edge: Edge) -> N
     assert edge.fraction == pytest.approx(0.505)
     clean(edge, 1)
     assert edge.fraction > 0.505
+
+
+def test_a_time_without_evictions_does_not_put_off_the_first_probe() -> None:
+    edge = Edge()
+    clean(edge, 100)
+    cut(edge, 970 * MIB, kept=AVAILABLE)
+    assert edge.fraction == pytest.approx(0.97)
+    clean(edge, 31)
+    assert edge.fraction == pytest.approx(0.97)
+    clean(edge, 1)
+    assert edge.fraction > 0.97

@@ -14,7 +14,7 @@ from spdk_kv import Sequence
 from spdk_kv.errors import DeviceTimeout
 from spdk_kv.sequence import writer
 from store.helpers import folder_fixture, open_store, reopen
-from support.waiting import in_use
+from support.waiting import in_use, wait_until
 
 folder = folder_fixture
 SHAPE = shape_of()
@@ -145,6 +145,22 @@ def test_a_long_append_that_takes_too_long_appends_nothing(linked, monkeypatch):
     reference.append(sequence, 120)
     reference.check(sequence)
     linked.store.flush()
+    reference.check(sequence)
+
+
+def test_nothing_is_written_where_a_cancelled_write_may_still_land(linked):
+    sequence, reference = linked.store.sequence("s", SHAPE), Reference(SHAPE)
+    linked.link.pause()
+    reference.append(sequence, 300, layer=0)
+    wait_until(lambda: linked.link.stats()["copies"])
+    reference.truncate(sequence, 0, layer=0)
+    k, v = Reference(SHAPE, seed=9).tokens(200)
+    with pytest.raises(DeviceTimeout, match="what was being written of"):
+        sequence.append(0, k, v, timeout_s=0.03)
+    assert sequence.tokens(0) == 0
+    linked.link.resume()
+    reference.append(sequence, 200, layer=0)
+    sequence.settle(0)
     reference.check(sequence)
 
 

@@ -37,6 +37,7 @@ def test_what_is_recorded_leaves_memory_and_comes_back(folder):
         assert gone() is None
         assert tracked(store) == 0
         assert leased(store) == 0
+        assert store._sequences._bound == {}
         assert store.sequences() == ["s"]
         sequence = store.sequence("s")
         reference.check(sequence)

@@ -249,6 +249,13 @@ def test_futures_carry_results_and_errors(store):
     check_books(store)
 
 
+@pytest.mark.parametrize(("count", "more"), [(5, ""), (6, " and 1 more")])
+def test_the_first_five_that_are_missing_are_named(store, count, more):
+    with pytest.raises(KeyNotFound) as missing:
+        store.get_many([f"lost {number}" for number in range(count)])
+    assert str(missing.value).endswith(f"'lost 3', 'lost 4'{more}")
+
+
 def test_futures_serve_asyncio(store):
     async def both() -> list[torch.Tensor]:
         await asyncio.wrap_future(store.put_async("a", noise(100_000, 1)))

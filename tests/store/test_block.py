@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from spdk_kv.errors import CapacityError, CorruptionError, DeviceError, StoreLoc
 from spdk_kv.index import Index
 from spdk_kv.placement import superblock
 from spdk_kv.placement.superblock import COPY_OFFSETS
+from spdk_kv.store.superblocks import _MOST_DAMAGED_NBYTES, refuse_if_written_over
 from store.helpers import check_books, flip, open_store, payload, reopen, sha256, version_of
 from support import blockdev
 
@@ -101,6 +103,20 @@ def test_anything_but_zeroes_at_either_end_is_refused_and_unchanged(image, tmp_p
     with blockdev.loop_device(image) as node, pytest.raises((StoreMismatch, CorruptionError)):
         open_block(node, tmp_path, create=True)
     assert sha256(image) == before
+
+
+def test_a_device_needs_room_for_one_block(image, tmp_path):
+    os.truncate(image, MIB)
+    with blockdev.loop_device(image) as node, pytest.raises(CapacityError, match="too small"):
+        open_block(node, tmp_path, create=True)
+    os.truncate(image, MIB + 4096)
+    with (
+        blockdev.loop_device(image) as node,
+        open_block(node, tmp_path, create=True) as store,
+    ):
+        assert store.stats()["capacity_nbytes"] == 4096
+        store.put("k", payload("k", 1, 4096))
+        assert version_of("k", store.get("k")) == 1
 
 
 def test_a_shrunk_device_is_refused_and_unchanged(image, tmp_path):
@@ -213,6 +229,28 @@ def test_one_superblock_copy_of_a_device_may_be_bad_and_two_not(image, tmp_path)
     with blockdev.loop_device(image) as node, pytest.raises(CorruptionError, match="superblock"):
         open_block(node, tmp_path, create=True)
     assert sha256(image) == before
+
+
+@pytest.mark.parametrize("offset", COPY_OFFSETS)
+def test_a_superblock_that_became_blank_is_written_anew(image, tmp_path, offset):
+    with blockdev.loop_device(image) as node:
+        with open_block(node, tmp_path, create=True) as store:
+            store.put("k", payload("k", 1))
+        with open(node, "r+b") as device:
+            device.seek(offset)
+            device.write(bytes(4096))
+        with open_block(node, tmp_path) as store:
+            assert version_of("k", store.get("k")) == 1
+    assert superblock.parse(image.read_bytes()[offset : offset + 4096])
+
+
+@pytest.mark.parametrize("blank", [0, 1])
+def test_a_blank_superblock_is_nothing_else_that_was_written(blank):
+    good = superblock.pack(superblock.Superblock("0f" * 16, 4096, MIB, 1, "x" * 100, ""))
+    copies = [good, good]
+    copies[blank] = bytes(len(good))
+    assert good.count(0) < len(good) - _MOST_DAMAGED_NBYTES
+    refuse_if_written_over("/dev/some", copies)
 
 
 def test_what_is_no_block_device_is_a_typed_error(tmp_path):

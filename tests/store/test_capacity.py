@@ -177,6 +177,23 @@ def test_a_put_that_can_never_fit_evicts_nothing(where, many):
         check_books(store)
 
 
+def test_a_put_that_fails_before_it_begins_gives_its_room_back(where, monkeypatch):
+    with open_store(where, capacity="4 MiB") as store:
+        transfer = store.engine.transfer
+
+        def submitted(*arguments, **options):
+            made = transfer(*arguments, **options)
+            made.submit()
+            return made
+
+        with monkeypatch.context() as patched:
+            patched.setattr(store.engine, "transfer", submitted)
+            with pytest.raises(ValueError, match="already submitted"):
+                put(store, "a")
+        assert store.stats()["used_nbytes"] == 0
+        check_books(store)
+
+
 def test_small_blobs_are_evicted_by_the_blocks_that_they_hold(where):
     # 1,000 blobs of 100 bytes fill 4 MiB: forgetting some of them makes room for a large one.
     with open_store(where, capacity="4 MiB") as store:

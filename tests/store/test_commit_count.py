@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ from spdk_kv.errors import StoreMismatch
 from spdk_kv.index import Index
 from spdk_kv.placement import COUNT_NBYTES, COUNT_OFFSET, parse_count
 from spdk_kv.store import KVStore, parts
+from spdk_kv.store.superblocks import CountWriter
 from store.helpers import (
     folder_fixture,
     open_store,
@@ -241,6 +243,29 @@ def test_close_leaves_the_number_of_its_last_commit(folder, engine):
             store.put("a", payload("a", number))
             index = store.catalog.committer.index
         assert count_on(store) == index.commits
+
+
+class OnItsWay:
+    """A write that ends when it is waited for."""
+
+    in_flight, status = True, 0
+
+    def wait(self, timeout_s: float | None) -> int:
+        assert timeout_s == 60
+        self.in_flight = False
+        return 0
+
+
+def test_the_write_of_a_number_waits_for_the_one_before(folder, caplog):
+    with open_store(folder) as store:
+        index = SimpleNamespace(uuid=store.uuid, commits=1)
+        count = CountWriter(store.engine, index)
+        count._last = OnItsWay()
+        index.commits = 1000
+        count.update(60)
+        count.end()
+        assert count_on(store) == 1000
+        assert "stays behind" not in caplog.text
 
 
 def test_a_discard_comes_after_the_number_of_its_commit(folder, tmp_path):

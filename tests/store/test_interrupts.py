@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -143,6 +144,24 @@ def test_ctrl_c_just_after_the_start_of_a_future(folder, long_lived):
         future.result(10)
         store.put("b", payload("b", 1, 60_000))
         still_true(store, 1)
+    check_books(store)
+
+
+def test_a_put_that_was_given_up_is_not_visible_when_it_ends(long_lived, monkeypatch):
+    store, goes_on = long_lived[0], threading.Event()
+    writer = BlobWriter(store, {"a": payload("a", 1, 60_000)})
+    finish = writer._finish
+
+    def held(transfer) -> None:
+        assert goes_on.wait(60)
+        finish(transfer)
+
+    monkeypatch.setattr(writer, "_finish", held)
+    future = writer.start()
+    writer._give_up()
+    goes_on.set()
+    future.result(60)
+    assert "a" not in store
     check_books(store)
 
 

@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ import spdk_kv
 from sequence.helpers import Reference, shape_of
 from spdk_kv.errors import DeviceError
 from spdk_kv.store import KVStore, background
+from spdk_kv.store.sequences import report
 from store.helpers import check_books, folder_fixture, open_store, payload, reopen
 
 folder = folder_fixture
@@ -68,6 +70,16 @@ def test_one_lost_sequence_is_named_once_and_everything_else_is_safe(folder):
         assert store.sequence("lost").tokens(0) == 0  # as it was when it was last recorded
         assert "filler" not in store
         check_books(store)
+
+
+@pytest.mark.parametrize(("count", "more"), [(5, ""), (6, " and 1 more")])
+def test_the_first_five_that_were_lost_are_named(count, more):
+    lost = [
+        (SimpleNamespace(name=str(number), is_news=lambda *_: True), DeviceError("as if"))
+        for number in range(count)
+    ]
+    with pytest.raises(DeviceError, match=f"'3', '4'{more} could not be recorded"):
+        report(lost, "flush")
 
 
 def test_one_error_names_all_that_were_lost_since_the_last(folder):

@@ -287,9 +287,10 @@ def test_two_bad_superblocks_are_refused_and_not_written_over(folder):
 # -- capacity at reopening ------------------------------------------------------------------------
 
 
-def test_a_smaller_capacity_that_would_cut_blobs_off_changes_nothing(folder):
+@pytest.mark.parametrize("count", [3, 4])  # 4: the store is full
+def test_a_smaller_capacity_that_would_cut_blobs_off_changes_nothing(folder, count):
     with open_store(folder, capacity="4 MiB") as store:
-        for i in range(3):
+        for i in range(count):
             store.put(str(i), payload(str(i), 1, 1 << 20))
     before = sha256(folder / "data")
     with pytest.raises(CapacityError, match="cut it off"):
@@ -297,7 +298,7 @@ def test_a_smaller_capacity_that_would_cut_blobs_off_changes_nothing(folder):
     assert sha256(folder / "data") == before
     with reopen(folder) as store:
         assert store.stats()["capacity_nbytes"] == 4 << 20
-        for i in range(3):
+        for i in range(count):
             assert version_of(str(i), store.get(str(i))) == 1
     with open_store(folder, capacity="8 MiB") as store:
         assert store.stats()["capacity_nbytes"] == 8 << 20

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from link.helpers import link_up
 from paths.copies.helpers import (
     CopyPlace,
     copied,
@@ -26,6 +28,8 @@ from paths.helpers import (
     set_available,
     units,
 )
+from spdk_kv._native.transfer import Transfer
+from spdk_kv.errors import CorruptionError
 from spdk_kv.store import KVStore
 
 place = place_fixture
@@ -184,4 +188,40 @@ def test_what_was_read_of_a_hole_is_not_used(store: KVStore, ahead: bool) -> Non
     set_available(store, 0)
     store.paths.decide()  # by which they are to be expected
     scans(sequence, reference)
+    nothing_was_wrong(store)
+
+
+class HandedOver:
+    """A read of a hole that ended, with the last of its bytes still on their way."""
+
+    in_flight = True
+
+    def __init__(self, transfer: Transfer) -> None:
+        self.wait, self.cancel, self.nbytes = transfer.wait, transfer.cancel, transfer.nbytes
+
+    def chunk_crcs(self, segment: int) -> bytes:
+        return b"those of zeros"
+
+
+@pytest.mark.parametrize("device", [None, "cpu"], ids=["host", "emulated"])
+def test_what_was_read_of_a_hole_is_read_again_unless_more_of_it_may_land(
+    store: KVStore, device: str | None
+) -> None:
+    sequence, reference = filled(store)
+    sequence.read_ahead = False
+    fully(store, sequence, reference)
+    if device is not None:
+        link_up(store, device)
+    reference.check_layer(sequence, 0, device=device)
+    sequence.prefetch([0])  # goes where the last read went
+    reading = sequence._layers[0].reader.prefetched.reading
+    for part in reading.parts:
+        part.transfer.wait()
+    reading.parts[:] = [replace(part, transfer=HandedOver(part.transfer)) for part in reading.parts]
+    set_available(store, 0)
+    store.paths.decide()
+    if device is None:
+        with pytest.raises(CorruptionError):
+            sequence.read(0)
+    reference.check_layer(sequence, 0, device=device)
     nothing_was_wrong(store)
