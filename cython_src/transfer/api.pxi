@@ -1,7 +1,7 @@
 # The class Transfer. Included in transfer.pyx: one C translation unit, so that calls are inlined.
 
-# As C integers: Cython compares with a literal beyond 32 bits as with a Python object, which took more
-# time than all the rest of adding a piece.
+# As C integers: Cython compares with a literal beyond 32 bits as with a Python object, which took
+# more time than all the rest of adding a piece.
 # Bytes of a piece; discarding that many takes a million segments.
 cdef uint64_t MOST_NBYTES = 1ULL << 50
 # Bytes before a piece, on the drive or in memory: sums with those above stay far from 2**64.
