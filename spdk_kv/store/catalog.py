@@ -38,9 +38,19 @@ class Catalog:
         self.committer = Committer(records, self.quarantine, engine, index, discard, places)
         self.room = Room(records, self.quarantine, self.committer, engine, eviction)
 
-    def allocate(self, sizes: Sequence[int]) -> list[int]:
+    def allocate_joined(self, sizes: Sequence[int], deadline: Deadline) -> list[int]:
         """As :meth:`Room.allocate`."""
-        return self.room.allocate(sizes)
+        return self.room.allocate(sizes, deadline, joined=True)
+
+    def holders(self, offset: int) -> int:
+        """As :meth:`ExtentTable.holders`."""
+        with self.records.lock:
+            return self.records.extents.holders(offset)
+
+    def share(self, offsets: Sequence[int]) -> None:
+        """As :meth:`ExtentTable.share`."""
+        with self.records.lock:
+            self.records.extents.share(offsets)
 
     def abandon(self, offsets: Sequence[int]) -> None:
         """As :meth:`Room.abandon`."""

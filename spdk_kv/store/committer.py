@@ -147,7 +147,7 @@ class Committer:
         with self._records.lock:
             ranges = [
                 (offset, extents.allocator.extent_nbytes(offset))
-                for offset in offsets
+                for offset in extents.released(offsets)
                 if not extents.is_pinned(offset)
             ]
         self.settle()

@@ -55,8 +55,11 @@ class Room:
         self._usual_nbytes = 0.0
         self._evicted_nbytes = 0
 
-    def allocate(self, sizes: Sequence[int], deadline: Deadline = NEVER) -> list[int]:
-        """Extents for ``sizes`` bytes each, all or none.
+    def allocate(
+        self, sizes: Sequence[int], deadline: Deadline = NEVER, *, joined: bool = False
+    ) -> list[int]:
+        """Extents for ``sizes`` bytes each, all or none. ``joined``: a single one for all of them,
+        wherever one free run holds them.
 
         Where there is no room: commits, so that retired extents come free, then evicts blobs if
         that is allowed (both block on the drive). CapacityError, and nothing is evicted, where
@@ -72,12 +75,13 @@ class Room:
             with records.lock:
                 freed_count = records.extents.freed_count
                 try:
-                    offsets = records.extents.allocate(sizes, end)
+                    offsets = records.extents.allocate(sizes, end, joined)
                 except CapacityError as full:
                     refusal = full
                     offsets = []
             if offsets:
-                reached = self._back(offsets, sizes, deadline)
+                backed = sizes if len(offsets) == len(sizes) else [sum(sizes)]
+                reached = self._back(offsets, backed, deadline)
                 if reached is None:
                     break
                 end = reached

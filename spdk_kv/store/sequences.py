@@ -9,7 +9,7 @@ from copy import copy
 from typing import NamedTuple
 
 from spdk_kv.deadline import NEVER, Deadline
-from spdk_kv.errors import KeyNotFound, ShapeMismatch, SpdkKvError
+from spdk_kv.errors import KeyNotFound, NameInUse, ShapeMismatch, SpdkKvError
 from spdk_kv.sequence import Host, Sequence, create_sequence, restore_sequence
 from spdk_kv.store.records import Records, shown
 from spdk_kv.types import Granularity, KVShape
@@ -82,6 +82,23 @@ class OpenSequences:
                 f"sequence {name!r} has granularity {sequence.granularity!r}, not {granularity!r}"
             )
         return sequence
+
+    def add(self, name: str, make: Callable[[], Sequence]) -> Sequence:
+        """A sequence that ``make`` makes under a free name. NameInUse."""
+        making = _Making()
+        with self._lock:
+            if self._owner(name) is not None or name in self._records.sequences:
+                raise NameInUse(f"there is a sequence {name!r}: delete it, or take another name")
+            self._bound[name] = making
+        try:
+            sequence = make()
+            with self._lock:
+                self._bound[name] = _Bound(weakref.ref(sequence), sequence.release_units)
+                self._kept[name] = sequence
+            return sequence
+        finally:
+            making.over.set()
+            self._owner(name)
 
     def _make(
         self,
