@@ -30,8 +30,7 @@ class Growth:
     """The pieces of one sequence.
 
     With ``max_tokens`` it has room for all of them from the beginning, in one piece; otherwise each
-    piece is as large as all before it. ``lock`` is taken before any layer's lock, and held while
-    room is made, which may block on the drive: whoever waits for it needs that room.
+    piece is as large as all before it. ``lock`` is taken before any layer's lock.
     """
 
     def __init__(
@@ -53,18 +52,15 @@ class Growth:
 
     def reserve(self, tokens: int) -> None:
         """The first piece, with room for ``tokens``. CapacityError; may block on the drive."""
-        ends = [layer.chunks(tokens) for layer in self._layout.layers]
-        self._add([0] * len(ends), ends, NEVER)
+        self._add(self._allocate([0] * self._layout.shape.layers, tokens, NEVER))
 
     def begin(self, tokens: Sequence[int], deadline: Deadline) -> None:
         """Room for the unfinished chunks of a sequence that was just forked, with so many
         ``tokens`` in each layer. CapacityError; may block on the drive."""
-        layers = self._layout.layers
-        counts = list(zip(layers, tokens, strict=True))
+        counts = list(zip(self._layout.layers, tokens, strict=True))
         origins = [layer.whole_chunks(count) for layer, count in counts]
-        ends = [layer.chunks(count) for layer, count in counts]
-        if origins != ends:
-            self._add(origins, ends, deadline)
+        if any(layer.chunks(count) > layer.whole_chunks(count) for layer, count in counts):
+            self._add(self._allocate(origins, tokens, deadline))
 
     def grounds(self) -> list[Ground]:
         """The ground of each layer."""
@@ -96,26 +92,44 @@ class Growth:
         return max(first, 0) * chunk, max(last, 0) * chunk
 
     def extend(
-        self, layers: Sequence[Layer], number: int, tokens: int, deadline: Deadline = NEVER
+        self,
+        layers: Sequence[Layer],
+        number: int,
+        tokens: int,
+        deadline: Deadline = NEVER,
     ) -> None:
         """Gives layer ``number`` room for ``tokens``, and with it all others.
 
         The tokens that there are stay where they are; what lies on ground that others have as well
-        is continued on another piece. CapacityError leaves everything as it was.
+        is continued on another piece. May block on the drive, with no lock held. CapacityError
+        leaves everything as it was.
         """
-        with deadline.hold(self.lock):
-            self._refresh(layers, deadline)
-            with deadline.hold(layers[number].lock):
-                if layers[number].has_room(tokens):
-                    return
-            origins = self._origins(layers, deadline)
-            wanted = self._wanted(number, origins[number], tokens)
+        while True:
+            with deadline.hold(self.lock):
+                self._refresh(layers, deadline)
+                with deadline.hold(layers[number].lock):
+                    layers[number].contents.check()
+                    if layers[number].has_room(tokens):
+                        return
+                before, origins = self.pieces, self._origins(layers, deadline)
+                wanted = self._wanted(number, origins[number], tokens)
             try:
-                self._extend(layers, origins, wanted, deadline)
+                piece = self._allocate(origins, wanted, deadline)
             except CapacityError:
                 if wanted <= tokens:
                     raise
-                self._extend(layers, origins, tokens, deadline)
+                piece = self._allocate(origins, tokens, deadline)
+            try:
+                with deadline.hold(self.lock):
+                    if self.pieces is before:
+                        self._add(piece)
+                        self._refresh(layers, deadline)
+                        return
+            except BaseException:
+                if self.pieces is before:
+                    self._records.abandon(piece.runs)
+                raise
+            self._records.abandon(piece.runs)  # another thread was sooner
 
     def _wanted(self, number: int, origin: int, tokens: int) -> int:
         """How many tokens there is to be room for, when ``tokens`` are needed."""
@@ -139,21 +153,21 @@ class Growth:
                 found.append((last if first <= stored <= last else stored) // chunk)
         return found
 
-    def _extend(
-        self, layers: Sequence[Layer], origins: list[int], tokens: int, deadline: Deadline
-    ) -> None:
-        ends = [
-            max(origin, layout.chunks(tokens))
-            for origin, layout in zip(origins, self._layout.layers, strict=True)
-        ]
-        self._add(origins, ends, deadline)
-        self._refresh(layers, deadline)
-
-    def _add(self, origins: list[int], ends: list[int], deadline: Deadline) -> None:
+    def _allocate(
+        self, origins: Sequence[int], tokens: int | Sequence[int], deadline: Deadline
+    ) -> Piece:
+        """A piece that begins at ``origins`` and has room for ``tokens`` in every layer, or as many
+        in each."""
+        counts = [tokens] * len(origins) if isinstance(tokens, int) else tokens
+        each = zip(origins, self._layout.layers, counts, strict=True)
+        ends = [max(origin, layout.chunks(count)) for origin, layout, count in each]
         sizes = self._layout.extent_sizes([e - o for o, e in zip(origins, ends, strict=True)])
         runs = self._records.allocate_joined([nbytes for nbytes in sizes if nbytes], deadline)
-        piece = Piece(_even(origins), _even(ends), tuple(runs))
-        self.pieces = [*self.pieces, HeldPiece(piece, self._owner, [0] * len(ends))]
+        return Piece(_even(origins), _even(ends), tuple(runs))
+
+    def _add(self, piece: Piece) -> None:
+        held = HeldPiece(piece, self._owner, [0] * len(self._layout.layers))
+        self.pieces = [*self.pieces, held]
 
     def _refresh(self, layers: Sequence[Layer], deadline: Deadline) -> None:
         """Tells the layers of their ground. Done again, it does what an interrupt left."""
@@ -165,6 +179,7 @@ class Growth:
     def _leave(self) -> None:
         """Sets aside the pieces in which no layer has ground any more."""
         kept: list[HeldPiece] = []
+        left: list[HeldPiece] = []
         nearest = [1 << 62] * len(self._layout.layers)
         for held in reversed(self.pieces):
             is_used = False
@@ -173,8 +188,10 @@ class Growth:
                 if origin < end:
                     is_used |= origin < before
                     nearest[number] = min(origin, before)
-            (kept if is_used else self._left).append(held)
-        self.pieces = kept[::-1]
+            (kept if is_used else left).append(held)
+        if left:
+            self._left += left
+            self.pieces = kept[::-1]
 
     def recordable(self) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
         """Origins, ends and runs of each piece."""
@@ -232,5 +249,5 @@ def restored(pieces: Sequence[Piece], layers: int) -> list[HeldPiece]:
     return [HeldPiece(piece, None, [0] * layers) for piece in pieces]
 
 
-def _even(numbers: list[int]) -> tuple[int, ...]:
+def _even(numbers: Sequence[int]) -> tuple[int, ...]:
     return tuple(numbers[:1] if len(set(numbers)) == 1 else numbers)

@@ -20,8 +20,8 @@ from sequence.helpers import Reference, begun, shape_of
 from spdk_kv import KVShape, LayerShape, Sequence
 from spdk_kv.errors import CapacityError, ClosedError, CorruptionError, NameInUse, ShapeMismatch
 from spdk_kv.store import KVStore
-from store.helpers import check_books, folder_fixture, open_store, reopen
-from support.rounds import examples
+from store.helpers import check_books, folder_fixture, kill_loop, open_store, reopen
+from support.rounds import examples, rounds
 
 folder = folder_fixture
 
@@ -485,3 +485,10 @@ def test_forks_are_always_what_was_appended(engine):
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_kills_amid_forks_growth_and_deletions(folder):
+    kills = rounds(30, 200)
+    counts = kill_loop(folder, kills, "forks", 5)
+    assert counts["killed"] == kills
+    assert counts["checked"] > kills // 12

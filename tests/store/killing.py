@@ -1,6 +1,6 @@
 """Kills a store's process at random moments, over and over; run as a program by the tests.
 
-    python killing.py FOLDER CYCLES SEED (blobs|sequences)
+    python killing.py FOLDER CYCLES SEED (blobs|sequences|forks)
 
 The parent imports torch once and opens no store; every child opens the store, checks what the one
 before it left, goes on changing it, and is killed. What a child was about to do and what it knows
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import spdk_kv
+from sequence import forks_killed
 from spdk_kv.errors import KeyNotFound
 from spdk_kv.placement import lock
 from store.helpers import FILE_ENGINES, open_store, payload, version_of
@@ -46,6 +47,8 @@ class Shared:
         # Of the sequence: the epoch of each token, the count of tokens ahead of them.
         self.committed, self.candidate = words[1000:1402], words[2000:2402]
         self.epoch = words[3000:3001]
+        # Of forks: which were durable, and which were deleted since.
+        self.forks_durable, self.forks_deleted = words[3100:3148], words[3200:3248]
 
 
 # -- blobs ----------------------------------------------------------------------------------------
@@ -172,6 +175,9 @@ def child(folder: Path, shared: Shared, seed: int, what: str, engine: str, last:
     shared.counts[0] += 1
     there = check_blobs(store, shared)
     sequence = check_sequence(store, shared) if what == "sequences" else None
+    forks = shared.forks_durable, shared.forks_deleted
+    if what == "forks":
+        forks_killed.check_all(store, *forks)
     shared.counts[1] += 1
     if last:
         store.close()
@@ -179,7 +185,11 @@ def child(folder: Path, shared: Shared, seed: int, what: str, engine: str, last:
     while True:
         if sequence is not None:
             change_sequence(sequence, shared, rng)
+        if what == "forks":
+            forks_killed.change(store, *forks, shared.epoch, rng)
         change_blobs(store, shared, rng, there)
+        if what == "forks":
+            forks_killed.flushed(store, shared.forks_durable)
         shared.committed[:] = shared.candidate
 
 
