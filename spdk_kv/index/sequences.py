@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from spdk_kv.errors import SpdkKvError
@@ -45,8 +46,18 @@ class SequenceRecord:
     pinned: bool = False
     life: object = field(default_factory=object, repr=False, compare=False)
 
+    @property
+    def is_lean(self) -> bool:
+        """Whether it is what :meth:`lean` returned."""
+        return not self.tokens
+
+    def lean(self) -> SequenceRecord:
+        """Itself without what is only needed to restore the sequence, and lies in the index."""
+        return replace(self, tokens=(), checksums=(), row_map=b"", note=b"")
+
 
 GRANULARITIES = ("layer", "head")
+_GRANULARITY = {name: name for name in GRANULARITIES}
 
 # A body begins with this, the length of a JSON header, and the header; then, each as little-endian
 # int64: the tokens, and of each piece origins, ends and runs; then row map, note and all checksums.
@@ -139,8 +150,8 @@ def _parse(body: bytes, header_nbytes: int) -> SequenceRecord:
         raise ValueError("its length does not fit its counts")
     row_map, note, *checksums = parts
     record = SequenceRecord(
-        shape=shape,
-        granularity=header["granularity"],
+        shape=_shared(shape),
+        granularity=_GRANULARITY[header["granularity"]],
         chunk_nbytes=header["chunk_nbytes"],
         pieces=tuple(pieces),
         tokens=tokens,
@@ -151,6 +162,12 @@ def _parse(body: bytes, header_nbytes: int) -> SequenceRecord:
     )
     _check(record)
     return record
+
+
+@lru_cache(maxsize=256)
+def _shared(shape: KVShape) -> KVShape:
+    """One object for all that are equal: many sequences are of one model."""
+    return shape
 
 
 def _take(numbers: Any, count: int) -> tuple[int, ...]:

@@ -92,7 +92,8 @@ def count_holders(sequences: Iterable[SequenceRecord]) -> Counter[int]:
 
 def load_recorded(index: Index, capacity: int) -> Recorded:
     """Reads all entries of ``index``. ``capacity``: how far their extents may reach."""
-    blobs, sequences = OrderedDict(index.load_blobs()), dict(index.load_sequences())
+    blobs = OrderedDict(index.load_blobs())
+    sequences = {name: sequence.lean() for name, sequence in index.load_sequences()}
     extents = [(blob.offset, blob.nbytes) for blob in blobs.values() if blob.nbytes]
     keys = [key for key, blob in blobs.items() if blob.nbytes]
     # What sequences have in common is the same for all of them, or it is damaged.

@@ -66,10 +66,10 @@ class SequenceCalls(ABC):
             KeyNotFound: There is no such sequence, or no record of it yet.
         """
         self.check_open()
-        record = self._records.sequences.get(name)
-        if record is None:
+        note = self._sequences.note(name)
+        if note is None:
             raise KeyNotFound(f"no sequence {name!r} is recorded")
-        return record.note
+        return note
 
     def adopt_fork(
         self, parent: str, name: str | None, make: Callable[[str, bool], Sequence]

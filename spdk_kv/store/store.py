@@ -23,6 +23,7 @@ from spdk_kv.store import background
 from spdk_kv.store.blobs import BlobReader, BlobWriter
 from spdk_kv.store.catalog import Catalog
 from spdk_kv.store.closing import Closing
+from spdk_kv.store.committer import SEQUENCE_AGES
 from spdk_kv.store.extents import ExtentTable
 from spdk_kv.store.mapped import detach, map_blob
 from spdk_kv.store.parts import open_parts
@@ -64,6 +65,9 @@ class KVStore(SequenceCalls):
             )
             self._records = Records(self._parts.blobs, self._parts.sequences, extents)
             self._records.counters["corruptions"] += self._parts.damaged
+            index = self._parts.index
+            ages = None if index is None else index.get_meta(SEQUENCE_AGES)
+            self._records.uses.load(ages, self._records.residents.now)
             self.catalog = Catalog(
                 self._records,
                 self.engine,
@@ -75,7 +79,7 @@ class KVStore(SequenceCalls):
             self.staging = StagingPool(self.engine.allocate, settings.engine.staging_nbytes)
             self.paths = open_paths(self._parts, self.staging, settings)
             self.links = Links(self.paths.routes.engines)
-            self._sequences = OpenSequences(self._records)
+            self._sequences = OpenSequences(self._records, index)
             self._background = background.Background()
             self._failed_flushes = 0
             self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
