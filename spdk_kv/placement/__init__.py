@@ -2,7 +2,7 @@
 
 `allocator.py` hands out extents, `layout.py` places a sequence in its own, `superblock.py` keeps a
 drive and its index together, `count.py` shows an old copy of an index, `lock.py` keeps other
-processes out, `staging.py` has memory for DMA.
+processes out, `ranges.py` is a set of bytes, `staging.py` has memory for DMA.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from spdk_kv.placement.allocator import Allocator, damaged_extents
 from spdk_kv.placement.count import COUNT_NBYTES, COUNT_OFFSET, pack_count, parse_count
 from spdk_kv.placement.layout import CHUNK_NBYTES, SequenceLayout
 from spdk_kv.placement.lock import CommandsLock, StoreLock, owner_of
+from spdk_kv.placement.ranges import Ranges
 from spdk_kv.placement.staging import StagingPool
 from spdk_kv.placement.superblock import (
     COPY_OFFSETS,
@@ -31,6 +32,7 @@ __all__ = [
     "SUPERBLOCK_NBYTES",
     "Allocator",
     "CommandsLock",
+    "Ranges",
     "SequenceLayout",
     "StagingPool",
     "StoreLock",
