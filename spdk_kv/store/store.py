@@ -32,6 +32,8 @@ from spdk_kv.store.places import Places
 from spdk_kv.store.records import Records
 from spdk_kv.store.sequences import LeftOut, OpenSequences, report
 from spdk_kv.store.settings import StoreSettings
+from spdk_kv.store.space import SpaceCalls
+from spdk_kv.store.stats import stats_of
 from spdk_kv.types import Granularity, KVShape
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class KVStore:
+class KVStore(SpaceCalls):
     """An open store; make one with :func:`spdk_kv.open`. Thread-safe; a context manager.
 
     What :meth:`put` wrote is visible to :meth:`get` in this process at once. It survives a crash
@@ -58,7 +60,7 @@ class KVStore:
                 raise ValueError(f"mmap=True is for the pagecache engine, not {self.engine.name}")
             self.verify = settings.verify and self.engine.keeps_bytes
             # Without an index nothing is ever committed.
-            lasting = self._parts.index is not None or settings.engine.discard
+            lasting = self._parts.index is not None or bool(settings.engine.discard)
             extents = ExtentTable(self._parts.allocator, lasting)
             self._records = Records(self._parts.blobs, self._parts.sequences, extents)
             self._records.counters["corruptions"] += self._parts.damaged
@@ -75,7 +77,7 @@ class KVStore:
             self.links = Links(self.paths.routes.engines)
             self._sequences = OpenSequences(self._records)
             self._background = background.Background()
-            self._failed_flushes = 0
+            self.failed_flushes = 0
             self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
             self._stop = threading.Event()
             left_out: LeftOut = []
@@ -83,6 +85,7 @@ class KVStore:
                 self._sequences.delete_temporary,
                 partial(self._sequences.stage, left_out),
                 self.catalog.close,
+                self.catalog.trimmer.close,
                 self.catalog.committer.end,
                 self.catalog.committer.save_order,
                 partial(report, left_out, "the caller"),
@@ -345,6 +348,8 @@ class KVStore:
         self._sequences.stage(left_out, deadline)
         self.catalog.commit(deadline.left_s())
         report(left_out, audience)
+        if audience == "the caller":
+            self.catalog.trim_for_flush(deadline.left_s())
 
     def flush_async(self, timeout_s: float | None = None) -> Future[None]:
         """As :meth:`flush`, but returns a future."""
@@ -352,7 +357,7 @@ class KVStore:
 
     def count_failed_flush(self) -> None:
         """Called by the thread that flushes in the background."""
-        self._failed_flushes += 1
+        self.failed_flushes += 1
 
     def run_in_background(self, work: Callable[[], T]) -> Future[T]:
         """Runs ``work`` on one of the store's threads. ClosedError after close."""
@@ -363,20 +368,7 @@ class KVStore:
         """What the store holds and did: counts, bytes, hits and misses, and the engine's counters
         (times in nanoseconds). Does not block."""
         self.check_open()
-        engine = self.engine.stats()
-        histogram = engine.pop("histogram")
-        return {
-            "location": self.location,
-            "engine": self.engine.name,
-            **self._records.stats(),
-            "sequences": len(self.sequences()),
-            "failed_background_flushes": self._failed_flushes,
-            "staging": self.staging.stats(),
-            "residency": self.paths.stats(),
-            "pipelines": self.links.stats(),
-            "transfers": engine,
-            "latency_ns": histogram,
-        }
+        return stats_of(self)
 
     def why(self) -> list[dict[str, Any]]:
         """The path of each unit of each sequence in use, and why. Does not block."""
