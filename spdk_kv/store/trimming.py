@@ -20,7 +20,7 @@ from spdk_kv.store.committer import Committer, nothing
 from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.store.records import Records
 from spdk_kv.store.reserved import Reserved
-from spdk_kv.units import MIB
+from spdk_kv.units import MIB, align_down, align_up
 
 log = logging.getLogger(__name__)
 
@@ -230,6 +230,8 @@ class Trimmer:
                     if kept_nbytes and left < least_nbytes:
                         return given
                     stop = min(end, part + _PART_NBYTES)
+                    if kept_nbytes:
+                        stop = min(stop, part + align_down(left, BLOCK_NBYTES))
                     given += self._punch(run, part, stop)
                     left -= stop - part
         return given
@@ -259,7 +261,7 @@ class Trimmer:
             nbytes = allocator.gap_before(allocator.end)
             start = max(DATA_START, allocator.end - nbytes)
             end = start if most_nbytes is None else max(start, size - most_nbytes)
-            end = -(-end // BLOCK_NBYTES) * BLOCK_NBYTES
+            end = align_up(end, BLOCK_NBYTES)
             if size - end < least_nbytes or not self._reserved.take(start, start, nbytes):
                 return 0
         try:
