@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from spdk_kv._native.transfer import Transfer
 from spdk_kv.deadline import Deadline
 from spdk_kv.engines import Engine
 from spdk_kv.index import Index, SequenceRecord
+from spdk_kv.placement import StagingPool
 from spdk_kv.store.backing import Backing
 from spdk_kv.store.committer import Committer
+from spdk_kv.store.compacting import Compactor
+from spdk_kv.store.movable import MovableBlobs
 from spdk_kv.store.places import Places
 from spdk_kv.store.quarantine import Quarantine
 from spdk_kv.store.records import Records
@@ -84,6 +87,19 @@ class Catalog:
         """As :meth:`Trimmer.trim_for_flush`, where discard=True asks for that."""
         if self._waits_for_trim:
             self.trimmer.trim_for_flush(Deadline(timeout_s))
+
+    def compact(self, staging: StagingPool, is_stopping: Callable[[], bool]) -> int:
+        """As :meth:`KVStore.compact`; blocks. ``is_stopping``: the store is being closed."""
+        engine = self.backing.engine
+        before = engine.stored_nbytes
+        # Sequences that nobody uses could be moved as well: by a Movable of their own, here.
+        movables = [MovableBlobs(self.records)]
+        Compactor(self.records, engine, self.backing, self.reserved, movables, self.commit).run(
+            staging, is_stopping
+        )
+        given = self.trimmer.trim()
+        after = engine.stored_nbytes
+        return given if before is None or after is None else max(0, before - after)
 
     def settle(self, timeout_s: float | None = None) -> None:
         """As :meth:`Committer.settle`."""

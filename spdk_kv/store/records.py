@@ -117,6 +117,19 @@ class Records:
             if former is not None:
                 self._retire(former)
 
+    def move(self, key: str, former: BlobRecord, record: BlobRecord) -> bool:
+        """``record``, of the same bytes in another extent, takes the place of ``former``, also in
+        the order of use. False, and nothing changes, where that is not the blob's any more."""
+        with self.lock:
+            if self._closed or self.blobs.get(key) is not former:
+                return False
+            self.order_changed = True
+            self._changed_blobs[key] = record
+            self.blobs[key] = record
+            self.residents.move(former, record)
+            self.extents.retire([former.offset])
+            return True
+
     def drop(self, key: str, only: BlobRecord | None = None) -> bool:
         """Forgets a blob (``only``: if it is still that one). Returns whether it was there.
 

@@ -1,4 +1,4 @@
-"""Free runs that nobody can be given, while they are given back."""
+"""Free runs that nobody can be given, while they are punched or filled with what moves there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import weakref
 
 from spdk_kv.deadline import Deadline
 from spdk_kv.store.records import Records
+
+# Nobody says so when a turn was forgotten.
+_FORGOTTEN_S = 0.1
 
 
 class Reserved:
@@ -63,6 +66,12 @@ class Reserved:
             self._records.extents.freed_count += 1
             self._changed.notify_all()
 
+    def keep(self, start: int) -> None:
+        """It is an extent that somebody uses from now on."""
+        with self._changed:
+            del self._runs[start]
+            self._changed.notify_all()
+
     def wait(self, turn: Turn, deadline: Deadline) -> None:
         """Blocks until nothing is reserved, and keeps it so until :meth:`end` of ``turn``.
         DeviceTimeout past ``deadline``."""
@@ -79,6 +88,12 @@ class Reserved:
         with self._changed:
             self._turns.discard(turn)
             self._changed.notify_all()
+
+    def wait_until_unwanted(self) -> None:
+        """Blocks until nobody waits any more."""
+        with self._changed:
+            while self.is_wanted:
+                self._changed.wait(_FORGOTTEN_S)
 
 
 class Turn:
