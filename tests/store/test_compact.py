@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import spdk_kv
 from spdk_kv.errors import CapacityError, ClosedError, CorruptionError, DeviceError, DeviceTimeout
 from spdk_kv.store import KVStore, compacting
+from spdk_kv.store.movable import MovableBlobs
 from store.helpers import (
     DATA_START,
     FILE_ENGINES,
@@ -177,6 +179,26 @@ def test_a_drive_that_fails_ends_it(folder, monkeypatch):
             patch.setattr(compacting.Compactor, "_copy_pieces", failing)
             with pytest.raises(DeviceError):
                 store.compact()
+        check(store, *LEFT)
+        check_books(store)
+
+
+def test_the_old_place_keeps_its_bytes_until_the_new_record_is_committed(folder, tmp_path):
+    with with_holes(folder, eviction="none") as store:
+        store.flush()
+        catalog = store.catalog
+        movables = [MovableBlobs(catalog.records)]
+        old = {key: extent_of(store, key)[0] for key in LEFT}
+        moved = compacting.Compactor(
+            catalog.records, store.engine, catalog.backing, catalog.reserved, movables, lambda: None
+        ).run(store.staging, lambda: False)
+        assert moved > 3 * MIB
+        free = catalog.records.extents.allocator.largest_free_nbytes
+        put(store, "over all that is free", nbytes=free)
+        shutil.copytree(folder, tmp_path / "as a crash leaves it")
+        check(store, *LEFT)
+    with reopen(tmp_path / "as a crash leaves it") as store:
+        assert {key: extent_of(store, key)[0] for key in LEFT} == old
         check(store, *LEFT)
         check_books(store)
 
