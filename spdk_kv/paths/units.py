@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from spdk_kv._native.holding import Hold
-from spdk_kv.placement import Ground, ranges
+from spdk_kv.placement import Ground, locate
 from spdk_kv.residency import Unit
 
 Extents = tuple[tuple[int, int], ...]
@@ -93,7 +93,7 @@ class TrackedUnit:
         return tuple(
             place
             for number in range(self.count)
-            for place in ranges(self.ground, number, start, end)
+            for place in locate(self.ground, number, start, end)
         )
 
     @property

@@ -2,8 +2,8 @@
 
 `allocator.py` hands out extents, `layout.py` says how a sequence's tokens lie in its own and
 `pieces.py` where on the drive those are, `superblock.py` keeps a drive and its index together,
-`count.py` shows an old copy of an index, `lock.py` keeps other processes out, `staging.py` has
-memory for DMA.
+`count.py` shows an old copy of an index, `lock.py` keeps other processes out, `ranges.py` is a set
+of bytes, `staging.py` has memory for DMA.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from spdk_kv.placement.allocator import Allocator, damaged_extents
 from spdk_kv.placement.count import COUNT_NBYTES, COUNT_OFFSET, pack_count, parse_count
 from spdk_kv.placement.layout import CHUNK_NBYTES, LayerLayout, SequenceLayout
 from spdk_kv.placement.lock import CommandsLock, StoreLock, owner_of
-from spdk_kv.placement.pieces import Ground, Piece, Stretch, grounds, ranges
+from spdk_kv.placement.pieces import Ground, Piece, Stretch, grounds, locate
+from spdk_kv.placement.ranges import Ranges
 from spdk_kv.placement.staging import StagingPool
 from spdk_kv.placement.superblock import (
     COPY_OFFSETS,
@@ -36,6 +37,7 @@ __all__ = [
     "Ground",
     "LayerLayout",
     "Piece",
+    "Ranges",
     "SequenceLayout",
     "StagingPool",
     "StoreLock",
@@ -45,9 +47,9 @@ __all__ = [
     "damaged_extents",
     "fit_drive_id",
     "grounds",
+    "locate",
     "owner_of",
     "pack",
     "pack_count",
     "parse_count",
-    "ranges",
 ]

@@ -105,7 +105,7 @@ def _cut(stretches: list[Stretch], end: int) -> list[Stretch]:
     return before
 
 
-def ranges(ground: Ground, number: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+def locate(ground: Ground, number: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """(offset, nbytes) on the drive of bytes ``[start, end)`` of extent ``number``."""
     for stretch in ground:
         first, last = max(start, stretch.start), min(end, stretch.end)

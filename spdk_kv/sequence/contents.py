@@ -10,7 +10,7 @@ from spdk_kv._native.memory import Lease
 from spdk_kv._native.transfer import Transfer
 from spdk_kv.errors import CorruptionError
 from spdk_kv.paths import Orchestrator, TrackedUnit
-from spdk_kv.placement import Ground, LayerLayout, ranges
+from spdk_kv.placement import Ground, LayerLayout, locate
 from spdk_kv.units import align_down
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Contents:
 
     def ranges(self, number: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         """(offset, nbytes) on the drive of bytes ``[start, end)`` of extent ``number``."""
-        return ranges(self.ground, number, start, end)
+        return locate(self.ground, number, start, end)
 
     def has_room(self, end: int) -> bool:
         """Whether every extent may be written from the end of what is stored to byte ``end``."""
@@ -161,7 +161,7 @@ class Contents:
     def _place(self, ground: Ground) -> list[tuple[int, int]]:
         """Where the tail of the first extent belongs."""
         stored = self.state.stored_nbytes
-        return list(ranges(ground, 0, stored, stored + self.layout.chunk_nbytes))
+        return list(locate(ground, 0, stored, stored + self.layout.chunk_nbytes))
 
     # -- checksums ------------------------------------------------------------------------------
 

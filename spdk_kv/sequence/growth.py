@@ -97,12 +97,15 @@ class Growth:
         number: int,
         tokens: int,
         deadline: Deadline = NEVER,
+        *,
+        may_stage: bool = True,
     ) -> None:
         """Gives layer ``number`` room for ``tokens``, and with it all others.
 
         The tokens that there are stay where they are; what lies on ground that others have as well
         is continued on another piece. May block on the drive, with no lock held. CapacityError
-        leaves everything as it was.
+        leaves everything as it was. ``may_stage``: whether other sequences may be recorded for it,
+        which who holds one's lock must not wait for.
         """
         while True:
             with deadline.hold(self.lock):
@@ -114,11 +117,11 @@ class Growth:
                 before, origins = self.pieces, self._origins(layers, deadline)
                 wanted = self._wanted(number, origins[number], tokens)
             try:
-                piece = self._allocate(origins, wanted, deadline)
+                piece = self._allocate(origins, wanted, deadline, may_stage)
             except CapacityError:
                 if wanted <= tokens:
                     raise
-                piece = self._allocate(origins, tokens, deadline)
+                piece = self._allocate(origins, tokens, deadline, may_stage)
             try:
                 with deadline.hold(self.lock):
                     if self.pieces is before:
@@ -154,7 +157,11 @@ class Growth:
         return found
 
     def _allocate(
-        self, origins: Sequence[int], tokens: int | Sequence[int], deadline: Deadline
+        self,
+        origins: Sequence[int],
+        tokens: int | Sequence[int],
+        deadline: Deadline,
+        may_stage: bool = True,
     ) -> Piece:
         """A piece that begins at ``origins`` and has room for ``tokens`` in every layer, or as many
         in each."""
@@ -162,7 +169,8 @@ class Growth:
         each = zip(origins, self._layout.layers, counts, strict=True)
         ends = [max(origin, layout.chunks(count)) for origin, layout, count in each]
         sizes = self._layout.extent_sizes([e - o for o, e in zip(origins, ends, strict=True)])
-        runs = self._records.allocate_joined([nbytes for nbytes in sizes if nbytes], deadline)
+        parts = [nbytes for nbytes in sizes if nbytes]
+        runs = self._records.allocate_joined(parts, deadline, may_stage)
         return Piece(_even(origins), _even(ends), tuple(runs))
 
     def _add(self, piece: Piece) -> None:

@@ -120,7 +120,7 @@ class Recorder:
         note, layers = self.note, self._body.layers
         for number, layer in enumerate(layers):
             while not self._flush(layer, checksums, maps, covered, deadline):
-                self._growth.extend(layers, number, layer.tokens, deadline)
+                self._growth.extend(layers, number, layer.tokens, deadline, may_stage=False)
         with deadline.hold(self._growth.lock):
             pieces = [PieceRecord(*each) for each in self._growth.recordable()]
             self._leaving += self._growth.take_left()

@@ -60,6 +60,19 @@ class Sequence(Foundation, Twins):
         return self._body.states[self._usable_number(layer)].tokens
 
     @property
+    def pinned(self) -> bool:
+        """Whether it is kept where room is made for others; may be set. One that is in use is kept
+        in any case, and a temporary one until it is deleted."""
+        return self._recorder.pinned
+
+    @pinned.setter
+    def pinned(self, pinned: bool) -> None:
+        self._usable_number(0)
+        if bool(pinned) != self._recorder.pinned:
+            self._mark_dirty()
+            self._recorder.pinned = bool(pinned)
+
+    @property
     def note(self) -> bytes:
         """What the caller wants to be recorded with the tokens, in one step with them: what they
         were computed from, say. Up to 256 MiB. Setting it does not block; a fork begins with its

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import Engine
-from spdk_kv.errors import CapacityError, DeviceError, SpdkKvError
+from spdk_kv.errors import CapacityError, SpdkKvError
 from spdk_kv.index import Index, SequenceRecord, commit_in_batches
 from spdk_kv.store.dataflush import DataFlush
 from spdk_kv.store.places import Places
@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 
 SEQUENCE_AGES = "sequence_ages"
 """The name in the index of how many uses ago each sequence was used."""
+
+
+def nothing() -> None:
+    """Does nothing."""
 
 
 class Committer:
@@ -41,7 +45,6 @@ class Committer:
         quarantine: Quarantine,
         engine: Engine,
         index: Index | None,
-        discard: bool,
         places: Places,
     ) -> None:
         self.lock = threading.Lock()
@@ -52,7 +55,8 @@ class Committer:
         self._engine = engine
         self.index = index
         self._count = None if index is None else CountWriter(engine, index)
-        self._discard = discard
+        self.on_freed: Callable[[], None] = nothing
+        """Called after a commit that freed extents. It must not block."""
         # For records that the index cannot hold, until they are raised.
         self._refused: list[CapacityError] = []
         # A commit that has not begun: it will have all changes made until then.
@@ -126,9 +130,9 @@ class Committer:
         except BaseException:
             records.give_back(changes)
             raise
-        if self._discard:
-            self._discard_unpinned(changes.retired)
         records.committed(recorded, changes.retired)
+        if changes.retired:
+            self.on_freed()
         if self._refused:
             refused, self._refused = self._refused, []
             for each in refused[1:]:
@@ -145,25 +149,6 @@ class Committer:
         """After the last commit: as :meth:`settle`, and gives up what belongs to the drive."""
         if self._count is not None:
             self._count.end()
-
-    def _discard_unpinned(self, offsets: Sequence[int]) -> None:
-        # Before they are free: a new owner's bytes must not be discarded. No record names them
-        # any more, so nobody can pin what is unpinned now.
-        extents = self._records.extents
-        with self._records.lock:
-            ranges = [
-                (offset, extents.allocator.extent_nbytes(offset))
-                for offset in extents.released(offsets)
-                if not extents.is_pinned(offset)
-            ]
-        self.settle()
-        for offset, nbytes in ranges:
-            try:
-                self._engine.discard(offset, nbytes)
-            except DeviceError as refused:
-                log.warning("the drive takes no discards, so there will be none: %s", refused)
-                self._discard = False
-                return
 
     def save_order(self) -> None:
         """Records what was used last, for eviction after a reopening. Blocks on the disk

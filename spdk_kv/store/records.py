@@ -119,6 +119,19 @@ class Records:
             if former is not None:
                 self._retire(former)
 
+    def move(self, key: str, former: BlobRecord, record: BlobRecord) -> bool:
+        """``record``, of the same bytes in another extent, takes the place of ``former``, also in
+        the order of use. False, and nothing changes, where that is not the blob's any more."""
+        with self.lock:
+            if self._closed or self.blobs.get(key) is not former:
+                return False
+            self.order_changed = True
+            self._changed_blobs[key] = record
+            self.blobs[key] = record
+            self.residents.move(former, record)
+            self.extents.retire([former.offset])
+            return True
+
     def drop(self, key: str, only: BlobRecord | None = None) -> bool:
         """Forgets a blob (``only``: if it is still that one). Returns whether it was there.
 
@@ -220,19 +233,20 @@ class Records:
     def evict_sequences(self, names: Iterable[str]) -> int:
         """Drops recorded sequences that nobody uses; returns how many bytes that gives."""
         with self.lock:
-            released: list[int] = []
-            for name in names:
-                record = self.sequences[name]
-                runs = [run for piece in record.pieces for run in piece.runs]
+            gone = {
+                name: [run for piece in self.sequences[name].pieces for run in piece.runs]
+                for name in names
+            }
+            released = self.extents.released(run for runs in gone.values() for run in runs)
+            nbytes = sum(map(self.extents.allocator.extent_nbytes, released))
+            for name, runs in gone.items():
                 # First what the index has to learn.
                 self._changed_sequences[name] = None
                 del self.sequences[name]
                 self.uses.forget(name)
                 self.extents.retire(runs)
                 self.counters["evictions"] += 1
-                released += runs
-            sizes = map(self.extents.allocator.extent_nbytes, self.extents.released(released))
-            return sum(sizes)
+            return nbytes
 
     def retire(self, offsets: Iterable[int]) -> None:
         """Marks extents that a dropped sequence has given up."""

@@ -36,7 +36,7 @@ class SequenceUses:
         """Takes up what :meth:`ages` returned when the store was closed; who is not in it was used
         ``now``."""
         known = json.loads(ages) if ages else {}
-        used = [(max(0, now - known.get(name, 0)), name) for name in self._sequences]
+        used = [(now - known.get(name, 0), name) for name in self._sequences]
         used.sort(key=lambda pair: pair[0])
         self._used_at = OrderedDict((name, at) for at, name in used)
 

@@ -57,6 +57,9 @@ class OpenSequences:
         self._kept: dict[str, Sequence] = {}
         # Reentrant, because a finalizer that deletes a sequence may run anywhere.
         self._lock = threading.RLock()
+        # Held while all are staged, so that who needs one to leave memory finds it staged. Nobody
+        # who holds a sequence's lock waits for it.
+        self._staging = threading.RLock()
         records.uses.is_in_use = self.is_bound
 
     def get(
@@ -163,10 +166,11 @@ class OpenSequences:
         """Stages what nobody but this object holds, so that it leaves memory and may be evicted.
         Returns whether some did. Waits for the drive, and for other threads' calls on them; what
         fails is left to the next flush to say."""
-        before = len(self._bound)
-        self._stage_changed([])
-        self.open_sequences()
-        return len(self._bound) < before
+        with self._staging:
+            before = len(self._bound)
+            self._stage_changed([])
+            self.open_sequences()
+            return len(self._bound) < before
 
     def _owner(self, name: str) -> Sequence | _Making | None:
         """Who has the name."""
@@ -233,13 +237,18 @@ class OpenSequences:
     def stage(self, left_out: LeftOut, deadline: Deadline = NEVER) -> None:
         """Stages all of them for the next commit. Adds the failures to ``left_out`` instead of
         raising them: a sequence that lost tokens must not keep the rest back."""
-        self._stage_changed(left_out, deadline)
-        self.open_sequences()  # which buries those that have left memory
+        with deadline.hold(self._staging, "a flush"):
+            self._stage_changed(left_out, deadline)
+            self.open_sequences()  # which buries those that have left memory
 
     def _stage_changed(self, left_out: LeftOut, deadline: Deadline = NEVER) -> None:
         with self._lock:
-            changed = [each for each in self._kept.values() if not each.temporary]
-        for sequence in changed:
+            names = [name for name, each in self._kept.items() if not each.temporary]
+        for name in names:
+            # One at a time: what is recorded leaves memory at once, if nobody else holds it.
+            sequence = self._kept.get(name)
+            if sequence is None:
+                continue
             try:
                 sequence.stage_for_commit(deadline)
                 self._let_go(sequence)

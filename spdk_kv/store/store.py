@@ -34,13 +34,15 @@ from spdk_kv.store.records import Records
 from spdk_kv.store.sequence_calls import SequenceCalls
 from spdk_kv.store.sequences import LeftOut, OpenSequences, report
 from spdk_kv.store.settings import StoreSettings
+from spdk_kv.store.space import SpaceCalls
+from spdk_kv.store.stats import stats_of
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class KVStore(SequenceCalls):
+class KVStore(SequenceCalls, SpaceCalls):
     """An open store; make one with :func:`spdk_kv.open`. Thread-safe; a context manager.
 
     What :meth:`put` wrote is visible to :meth:`get` in this process at once. It survives a crash
@@ -59,7 +61,7 @@ class KVStore(SequenceCalls):
                 raise ValueError(f"mmap=True is for the pagecache engine, not {self.engine.name}")
             self.verify = settings.verify and self.engine.keeps_bytes
             # Without an index nothing is ever committed.
-            lasting = self._parts.index is not None or settings.engine.discard
+            lasting = self._parts.index is not None or bool(settings.engine.discard)
             extents = ExtentTable(
                 self._parts.allocator, lasting, count_holders(self._parts.sequences.values())
             )
@@ -80,8 +82,9 @@ class KVStore(SequenceCalls):
             self.paths = open_paths(self._parts, self.staging, settings)
             self.links = Links(self.paths.routes.engines)
             self._sequences = OpenSequences(self._records, index)
+            self.catalog.room.make_idle = self._sequences.make_idle
             self._background = background.Background()
-            self._failed_flushes = 0
+            self.failed_flushes = 0
             self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
             self._stop = threading.Event()
             left_out: LeftOut = []
@@ -89,6 +92,7 @@ class KVStore(SequenceCalls):
                 self._sequences.delete_temporary,
                 partial(self._sequences.stage, left_out),
                 self.catalog.close,
+                self.catalog.trimmer.close,
                 self.catalog.committer.end,
                 self.catalog.committer.save_order,
                 partial(report, left_out, "the caller"),
@@ -305,6 +309,8 @@ class KVStore(SequenceCalls):
         self._sequences.stage(left_out, deadline)
         self.catalog.commit(deadline.left_s())
         report(left_out, audience)
+        if audience == "the caller":
+            self.catalog.trim_for_flush(deadline.left_s())
 
     def flush_async(self, timeout_s: float | None = None) -> Future[None]:
         """As :meth:`flush`, but returns a future."""
@@ -312,7 +318,7 @@ class KVStore(SequenceCalls):
 
     def count_failed_flush(self) -> None:
         """Called by the thread that flushes in the background."""
-        self._failed_flushes += 1
+        self.failed_flushes += 1
 
     def run_in_background(self, work: Callable[[], T]) -> Future[T]:
         """Runs ``work`` on one of the store's threads. ClosedError after close."""
@@ -323,20 +329,7 @@ class KVStore(SequenceCalls):
         """What the store holds and did: counts, bytes, hits and misses, and the engine's counters
         (times in nanoseconds). Does not block."""
         self.check_open()
-        engine = self.engine.stats()
-        histogram = engine.pop("histogram")
-        return {
-            "location": self.location,
-            "engine": self.engine.name,
-            **self._records.stats(),
-            "sequences": len(self.sequences()),
-            "failed_background_flushes": self._failed_flushes,
-            "staging": self.staging.stats(),
-            "residency": self.paths.stats(),
-            "pipelines": self.links.stats(),
-            "transfers": engine,
-            "latency_ns": histogram,
-        }
+        return stats_of(self)
 
     def why(self) -> list[dict[str, Any]]:
         """The path of each unit of each sequence in use, and why. Does not block."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spdk_kv.placement import Piece, SequenceLayout, Stretch, grounds, ranges
+from spdk_kv.placement import Piece, SequenceLayout, Stretch, grounds, locate
 from spdk_kv.types import KVShape
 
 CHUNK = 4096
@@ -42,7 +42,7 @@ def test_a_chunk_lies_in_the_last_piece_that_has_it() -> None:
 
 def test_bytes_are_found_across_stretches() -> None:
     ground = (Stretch(0, 100, (1000, 2000)), Stretch(100, 300, (5000, 6000)))
-    assert list(ranges(ground, 1, 50, 150)) == [(2050, 50), (6000, 50)]
-    assert list(ranges(ground, 0, 100, 300)) == [(5000, 200)]
-    assert list(ranges(ground, 0, 0, 0)) == []
+    assert list(locate(ground, 1, 50, 150)) == [(2050, 50), (6000, 50)]
+    assert list(locate(ground, 0, 100, 300)) == [(5000, 200)]
+    assert list(locate(ground, 0, 0, 0)) == []
     assert ground[1].of(slice(1, 2)) == Stretch(100, 300, (6000,))

@@ -1,6 +1,6 @@
 """Kills a store's process at random moments, over and over; run as a program by the tests.
 
-    python killing.py FOLDER CYCLES SEED (blobs|sequences|forks)
+    python killing.py FOLDER CYCLES SEED (blobs|sequences|forks|space)
 
 The parent imports torch once and opens no store; every child opens the store, checks what the one
 before it left, goes on changing it, and is killed. What a child was about to do and what it knows
@@ -15,6 +15,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,8 +26,9 @@ import torch
 
 import spdk_kv
 from sequence import forks_killed
-from spdk_kv.errors import KeyNotFound
+from spdk_kv.errors import ClosedError, KeyNotFound
 from spdk_kv.placement import lock
+from spdk_kv.store import trimming
 from store.helpers import FILE_ENGINES, open_store, payload, version_of
 
 KEYS = [f"key {i}" for i in range(8)]
@@ -42,7 +44,7 @@ class Shared:
         memory = mmap.mmap(-1, 1 << 16)
         words = np.frombuffer(memory, np.int64)
         self.started, self.durable = words[0:8], words[8:16]
-        # opened, checked, puts, flushes, appends
+        # opened, checked, puts, flushes, appends, what moved or was given back
         self.counts = words[16:24]
         # Of the sequence: the epoch of each token, the count of tokens ahead of them.
         self.committed, self.candidate = words[1000:1402], words[2000:2402]
@@ -92,6 +94,30 @@ def change_blobs(
     store.flush()
     shared.durable[:] = there
     shared.counts[3] += 1
+
+
+def give_back(store: spdk_kv.KVStore, shared: Shared) -> None:
+    """Compacts and trims in a thread, all the time."""
+    trimming.TICK_S = 0.001
+    trimming.LEAST_NBYTES = trimming._LEAST_WHILE_BUSY_NBYTES = 4096
+
+    def run() -> None:
+        try:
+            while True:
+                before = [blob.offset for blob in list(store.catalog.records.blobs.values())]
+                store.compact()
+                after = [blob.offset for blob in list(store.catalog.records.blobs.values())]
+                shared.counts[5] += before != after
+                store.trim()
+        except ClosedError:
+            pass
+        except BaseException:
+            shared.counts[7] = 1
+            sys.excepthook(*sys.exc_info())
+            sys.stderr.flush()
+            os._exit(1)
+
+    threading.Thread(target=run, daemon=True).start()
 
 
 # -- a sequence -----------------------------------------------------------------------------------
@@ -178,6 +204,8 @@ def child(folder: Path, shared: Shared, seed: int, what: str, engine: str, last:
     forks = shared.forks_durable, shared.forks_deleted
     if what == "forks":
         forks_killed.check_all(store, *forks)
+    if what == "space":
+        give_back(store, shared)
     shared.counts[1] += 1
     if last:
         store.close()
@@ -233,7 +261,7 @@ def main() -> int:
         elif status or not last:
             print(f"cycle {cycle} with {engine} ended with status {status}", file=sys.stderr)
             return 1
-    names = ("opened", "checked", "puts", "flushes", "appends")
+    names = ("opened", "checked", "puts", "flushes", "appends", "moves")
     counts = {name: int(count) for name, count in zip(names, shared.counts, strict=False)}
     print(json.dumps({"killed": killed, **counts}))
     return 0
