@@ -73,6 +73,8 @@ def change(
         except CapacityError:
             if names:
                 _delete(store, rng.choice(names), names, deleted)
+        except spdk_kv.KeyNotFound:  # it made room for another one
+            names[:] = store.sequences()
     while names and store.stats()["largest_free_nbytes"] < 1 << 20:  # for blobs
         _delete(store, rng.choice(names), names, deleted)
         store.flush()

@@ -11,7 +11,8 @@ import torch
 import spdk_kv
 from sequence.helpers import Reference
 from spdk_kv.errors import CapacityError, KeyNotFound
-from store.helpers import bytes_of, check_books, folder_fixture, open_store, reopen
+from store.helpers import bytes_of, check_books, folder_fixture, kill_loop, open_store, reopen
+from support.rounds import rounds
 
 folder = folder_fixture
 
@@ -216,6 +217,13 @@ def test_sixteen_threads_in_a_store_that_is_full(folder):
                 reference.append(_Sink(), count)
             reference.check(sequence)
         check_books(store)
+
+
+def test_kills_amid_evictions_and_compactions(folder):
+    kills = rounds(30, 200)
+    counts = kill_loop(folder, kills, "evicted", 7)
+    assert counts["killed"] == kills
+    assert counts["checked"] > kills // 12
 
 
 class _Sink:
