@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         DeviceTimeout,
         EngineUnavailable,
         KeyNotFound,
+        NameInUse,
         ShapeMismatch,
         SpdkKvError,
         StoreLocked,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     )
     from spdk_kv.sequence import Sequence
     from spdk_kv.store import EngineOptions, KVStore, PageCacheOptions, open
-    from spdk_kv.types import KVShape
+    from spdk_kv.types import KVShape, LayerShape
 
 # Loaded on first use: `import spdk_kv` costs milliseconds, torch seconds.
 _HOMES = {
@@ -41,6 +42,7 @@ _HOMES = {
     "open": "store",
     "Sequence": "sequence",
     "KVShape": "types",
+    "LayerShape": "types",
     "CapacityError": "errors",
     "ClosedError": "errors",
     "CorruptionError": "errors",
@@ -49,6 +51,7 @@ _HOMES = {
     "DeviceTimeout": "errors",
     "EngineUnavailable": "errors",
     "KeyNotFound": "errors",
+    "NameInUse": "errors",
     "ShapeMismatch": "errors",
     "SpdkKvError": "errors",
     "StoreLocked": "errors",
@@ -67,6 +70,8 @@ __all__ = [
     "KVShape",
     "KVStore",
     "KeyNotFound",
+    "LayerShape",
+    "NameInUse",
     "PageCacheOptions",
     "Sequence",
     "ShapeMismatch",

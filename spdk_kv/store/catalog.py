@@ -54,9 +54,21 @@ class Catalog:
         self.committer.on_freed = self.trimmer.freed
         self._waits_for_trim = discard is True
 
-    def allocate(self, sizes: Sequence[int]) -> list[int]:
+    def allocate_joined(
+        self, sizes: Sequence[int], deadline: Deadline, may_stage: bool = True
+    ) -> list[int]:
         """As :meth:`Room.allocate`."""
-        return self.room.allocate(sizes)
+        return self.room.allocate(sizes, deadline, joined=True, may_stage=may_stage)
+
+    def holders(self, offset: int) -> int:
+        """As :meth:`ExtentTable.holders`."""
+        with self.records.lock:
+            return self.records.extents.holders(offset)
+
+    def share(self, offsets: Sequence[int]) -> None:
+        """As :meth:`ExtentTable.share`."""
+        with self.records.lock:
+            self.records.extents.share(offsets)
 
     def abandon(self, offsets: Sequence[int]) -> None:
         """As :meth:`Room.abandon`."""

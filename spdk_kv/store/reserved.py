@@ -97,4 +97,7 @@ class Reserved:
 
 
 class Turn:
-    """One request for room, which may have to wait."""
+    """One request for room, which may have to wait. ``has_made_idle``: whether sequences that
+    nobody uses were recorded for it, so that they can go."""
+
+    has_made_idle = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -12,23 +12,14 @@ from spdk_kv.errors import CapacityError
 from spdk_kv.index import IndexFull
 from spdk_kv.store.backing import Backing
 from spdk_kv.store.committer import Committer
+from spdk_kv.store.evicting import Evictor
 from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.store.quarantine import Quarantine
 from spdk_kv.store.records import Records
 from spdk_kv.store.reserved import Reserved, Turn
 from spdk_kv.store.settings import Eviction
-from spdk_kv.store.windows import Windows
-from spdk_kv.units import align_down, align_up, format_nbytes
+from spdk_kv.units import align_down, align_up
 
-# Every eviction costs a commit, so more is evicted at once than the request needs, for requests to
-# come: at most this share of what the store holds
-_SHARE_AHEAD = 32
-# and half of what was evicted before, so that a store that was just opened loses little to a few
-# requests. Nothing for one that is so much larger than usual: its like will not come soon.
-_SHARE_OF_EVICTED = 2
-_UNUSUAL = 4
-# How fast "usual" follows the requests: each counts for this share.
-_USUAL_SHARE = 16
 # For records that the index has no room for, at most this many times their size is evicted from it.
 _MOST_FOR_INDEX = 4
 
@@ -61,25 +52,37 @@ class Room:
         self._reserved = reserved
         self._engine = backing.engine
         self._eviction = eviction
+        self.evictor = Evictor(records, eviction, backing.engine)
+        self.make_idle: Callable[[], bool] = lambda: False
+        """Records sequences that nobody uses, so that they can be evicted; says whether there were
+        any. Set by who knows them."""
         self._growth_lock = backing.lock
-        self._usual_nbytes = 0.0
-        self._evicted_nbytes = 0
 
-    def allocate(self, sizes: Sequence[int], deadline: Deadline = NEVER) -> list[int]:
-        """Extents for ``sizes`` bytes each, all or none.
+    def allocate(
+        self,
+        sizes: Sequence[int],
+        deadline: Deadline = NEVER,
+        *,
+        joined: bool = False,
+        may_stage: bool = True,
+    ) -> list[int]:
+        """Extents for ``sizes`` bytes each, all or none. ``joined``: a single one for all of them,
+        wherever one free run holds them.
 
-        Where there is no room: commits, so that retired extents come free, then evicts blobs if
-        that is allowed (both block on the drive). CapacityError, and nothing is evicted, where
-        there would be no room even without any blob.
+        Where there is no room: commits, so that retired extents come free, then evicts blobs and
+        sequences if that is allowed (both block on the drive); ``may_stage``: also records
+        sequences that could go then, which who holds a lock of one must not wait for.
+        CapacityError, and nothing is evicted, where there would be no room even without all that
+        nobody uses.
         """
         self._committer.data.check()  # or it would be kept for nothing
         self._quarantine.settle()
         asked = sizes[0] if len(sizes) == 1 else sum(sizes)
-        self._usual_nbytes += (asked - self._usual_nbytes) / _USUAL_SHARE
+        self.evictor.asked(asked)
         self._backing.taken_nbytes += asked
         turn = Turn()
         try:
-            offsets = self._allocate(sizes, turn, deadline)
+            offsets = self._allocate(sizes, joined, may_stage, turn, deadline)
         finally:
             if self._reserved.is_wanted:
                 self._reserved.end(turn)
@@ -90,7 +93,9 @@ class Room:
             raise
         return offsets
 
-    def _allocate(self, sizes: Sequence[int], turn: Turn, deadline: Deadline) -> list[int]:
+    def _allocate(
+        self, sizes: Sequence[int], joined: bool, may_stage: bool, turn: Turn, deadline: Deadline
+    ) -> list[int]:
         """As :meth:`allocate`; what commits let go of may not be over on the drive yet."""
         records = self._records
         within = Within()
@@ -99,14 +104,16 @@ class Room:
                 freed_count = records.extents.freed_count
                 try:
                     with self._only(within):
-                        offsets = records.extents.allocate(sizes, within.end)
+                        offsets = records.extents.allocate(sizes, within.end, joined)
                 except CapacityError as full:
-                    refusal = full
+                    # Without its frames, which would keep what the callers hold in memory.
+                    refusal = full.with_traceback(None)
                     offsets = []
             if not offsets:
-                self._make_room(sizes, within, freed_count, refusal, turn, deadline)
+                self._make_room(sizes, within, freed_count, refusal, turn, may_stage, deadline)
                 continue
-            narrower = self._back(offsets, sizes, within, deadline)
+            backed = sizes if len(offsets) == len(sizes) else [sum(sizes)]
+            narrower = self._back(offsets, backed, within, deadline)
             if narrower is None:
                 return offsets
             within = narrower
@@ -193,6 +200,7 @@ class Room:
         freed_count: int,
         refusal: CapacityError,
         turn: Turn,
+        may_stage: bool,
         deadline: Deadline,
     ) -> None:
         """Frees something ``within`` bounds, or raises CapacityError and says what is lacking.
@@ -205,66 +213,16 @@ class Room:
             if records.extents.freed_count != freed_count:
                 return
             is_reserved = bool(self._reserved) and not records.extents.has_retired
+            lacking: CapacityError | None = None
             if not is_reserved and not records.extents.has_retired:
-                if self._eviction != "lru":
-                    raise self._lacking(refusal, within, "")
                 with self._only(within):
-                    self._evict(sizes, within, refusal)
-        if is_reserved:  # it is free, and comes back
+                    lacking = self.evictor.evict(sizes, within.end, within.holes, refusal)
+        if lacking is not None:
+            # What nobody holds any more may only have to be recorded before it can go.
+            if turn.has_made_idle or not may_stage or not self.make_idle():
+                raise lacking
+            turn.has_made_idle = True
+        elif is_reserved:  # it is free, and comes back
             self._reserved.wait(turn, deadline)
         else:
             self.commit(deadline)
-
-    def _evict(self, sizes: Sequence[int], within: Within, refusal: CapacityError) -> None:
-        records = self._records
-        allocator = records.extents.allocator
-        limit = allocator.end if within.end is None else within.end
-        blocks = [align_up(nbytes, BLOCK_NBYTES) for nbytes in sizes]
-        free = allocator.free_nbytes - (allocator.end - limit)
-        if not within.holes:
-            free = sum(end - start for start, end in allocator.gaps_below(limit, BLOCK_NBYTES))
-        possible = free + records.blob_nbytes
-        windows = Windows(records, limit)
-        if sum(blocks) > possible:
-            raise self._lacking(refusal, within, format_nbytes(max(0, possible)))
-        victims = windows.choose(blocks, self._ahead_nbytes(sum(blocks)))
-        if victims is None:
-            largest = format_nbytes(windows.largest())
-            raise self._lacking(refusal, within, f"{largest} in one piece")
-        self._evicted_nbytes += records.evict(victims)
-
-    def _ahead_nbytes(self, nbytes: int) -> int:
-        """How much is evicted beyond a request for ``nbytes``."""
-        if nbytes > _UNUSUAL * self._usual_nbytes:
-            return 0
-        share = self._records.extents.allocator.used_nbytes // _SHARE_AHEAD
-        return min(share, self._evicted_nbytes // _SHARE_OF_EVICTED)
-
-    def _lacking(self, refusal: CapacityError, within: Within, most: str) -> CapacityError:
-        """``refusal``, and what there would be without blobs: ``most``; "" if none is evicted."""
-        records = self._records
-        text = str(refusal)
-        if within.end is not None:
-            text += (
-                f"; {self._engine.where} can grow to {format_nbytes(within.end)} and no further, "
-                "because its filesystem is full"
-            )
-        elif not within.holes:
-            text += (
-                f"; some of it {self._engine.where} gave back to its filesystem, which is full now"
-            )
-        kept = records.extents.allocator.used_nbytes - records.blob_nbytes
-        if most:
-            text += f"; nothing was evicted, since without any blob there would be {most}"
-        if not most and records.blob_nbytes:
-            text += (
-                f"; {format_nbytes(records.blob_nbytes)} belong to blobs, which eviction='none' "
-            )
-            text += "keeps until they are deleted: store.delete(key)"
-        if kept:
-            text += (
-                f"; {format_nbytes(kept)} belong to sequences, which stay until they are deleted, "
-                "or to reads and writes under way. Delete old ones: store.sequences() lists them, "
-                "store.sequence(name).delete() frees one"
-            )
-        return CapacityError(text)

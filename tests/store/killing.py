@@ -1,6 +1,6 @@
 """Kills a store's process at random moments, over and over; run as a program by the tests.
 
-    python killing.py FOLDER CYCLES SEED (blobs|sequences|space)
+    python killing.py FOLDER CYCLES SEED (blobs|sequences|forks|evicted|space)
 
 The parent imports torch once and opens no store; every child opens the store, checks what the one
 before it left, goes on changing it, and is killed. What a child was about to do and what it knows
@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,7 +26,8 @@ import numpy as np
 import torch
 
 import spdk_kv
-from spdk_kv.errors import ClosedError, KeyNotFound
+from sequence import forks_killed
+from spdk_kv.errors import CapacityError, ClosedError, KeyNotFound
 from spdk_kv.placement import lock
 from spdk_kv.store import trimming
 from store.helpers import FILE_ENGINES, open_store, payload, version_of
@@ -48,6 +50,8 @@ class Shared:
         # Of the sequence: the epoch of each token, the count of tokens ahead of them.
         self.committed, self.candidate = words[1000:1402], words[2000:2402]
         self.epoch = words[3000:3001]
+        # Of forks: which were durable, and which were deleted since.
+        self.forks_durable, self.forks_deleted = words[3100:3148], words[3200:3248]
 
 
 # -- blobs ----------------------------------------------------------------------------------------
@@ -194,10 +198,17 @@ def reached(shared: Shared, stage: int) -> int:
 def child(folder: Path, shared: Shared, seed: int, what: str, engine: str, last: bool) -> None:
     rng = random.Random(seed)
     # Small, so that space is reused all the time.
-    store = open_store(folder, capacity="4 MiB", engine=engine, eviction="none")
+    eviction = "lru" if what == "evicted" else "none"
+    store = open_store(folder, capacity="4 MiB", engine=engine, eviction=eviction)
+    if what == "evicted":
+        live_with_evictions(store, shared, rng, last)
+        return
     shared.counts[0] += 1
     there = check_blobs(store, shared)
     sequence = check_sequence(store, shared) if what == "sequences" else None
+    forks = shared.forks_durable, shared.forks_deleted
+    if what == "forks":
+        forks_killed.check_all(store, *forks)
     if what == "space":
         give_back(store, shared)
     shared.counts[1] += 1
@@ -207,8 +218,38 @@ def child(folder: Path, shared: Shared, seed: int, what: str, engine: str, last:
     while True:
         if sequence is not None:
             change_sequence(sequence, shared, rng)
+        if what == "forks":
+            forks_killed.change(store, *forks, shared.epoch, rng)
         change_blobs(store, shared, rng, there)
+        if what == "forks":
+            forks_killed.flushed(store, shared.forks_durable)
         shared.committed[:] = shared.candidate
+
+
+def live_with_evictions(
+    store: spdk_kv.KVStore, shared: Shared, rng: random.Random, last: bool
+) -> None:
+    """Blobs and sequences that come, go and make room for each other; none has other bytes."""
+    shared.counts[0] += 1
+    forks_killed.check_all(store, *(np.zeros(forks_killed.MOST, np.int64),) * 2)
+    keys = store.keys()
+    for key in keys:
+        version_of(key, store.get(key, as_numpy=True))
+    shared.counts[1] += 1
+    unused = np.zeros(forks_killed.MOST, np.int64)
+    while not last:
+        forks_killed.change(store, unused, unused, shared.epoch, rng)
+        key = rng.choice(KEYS)
+        with suppress(CapacityError):  # of sequences that are in use
+            store.put(key, payload(key, rng.randrange(100), rng.randrange(16, 500_000)))
+        shared.counts[2] += 1
+        if rng.random() < 0.1:
+            store.compact()
+            shared.counts[5] += 1
+        if rng.random() < 0.3:
+            store.flush()
+            shared.counts[3] += 1
+    store.close()
 
 
 def main() -> int:
