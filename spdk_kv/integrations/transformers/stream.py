@@ -144,6 +144,17 @@ class LayerStream:
         self.counters.resident_layers_peak = max(self.counters.resident_layers_peak, now)
         return keys, values
 
+    def held(self, layer: int) -> Pair | None:
+        """What the next token of ``layer`` will see of those before it, or None without any. Blocks
+        on the drive."""
+        tokens = self.tokens(layer)
+        if self._sequence is None or not tokens:
+            return None
+        if self._ahead == layer:
+            self._ahead = None  # this read takes it over
+        rest = slice(self._first(layer, tokens), None)
+        return self._sequence.read(layer, tokens=rest, device=self._device)
+
     def _first(self, layer: int, tokens: int) -> int:
         """The first of ``tokens`` that the next one still sees."""
         window = self.options.windows[layer]
