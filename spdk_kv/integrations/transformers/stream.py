@@ -373,6 +373,7 @@ class LayerStream:
                 f"layer {layer} follows {past} tokens, but layer {before} has "
                 f"{sequence.tokens(before)}: an earlier forward pass ended half-way; crop(0) takes "
                 "its tokens back, reset() forgets all"
+                + ("; cross-attention takes an OffloadedEncoderDecoderCache" if layer == 0 else "")
             )
         if torch.is_grad_enabled() and k.requires_grad:
             raise SpdkKvError(
