@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from spdk_kv.errors import CapacityError, KeyNotFound, ShapeMismatch, SpdkKvError
+from spdk_kv.errors import CapacityError, ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
 from spdk_kv.sequence import Sequence
 from spdk_kv.store import KVStore
 from spdk_kv.types import Granularity, KVShape
@@ -80,8 +80,10 @@ class LayerStream:
         self._spare_name: str | None = None
         self._sequence: Sequence | None = None
         self._finalizer: weakref.finalize[[Sequence], LayerStream] | None = None
-        if options.name is not None and options.name in store.sequences():
-            self._resume(options.name)
+        self.before_append: Callable[[Sequence, int, int, int], None] | None = None
+        """Called before a layer of the sequence gets tokens, with how many it has, how many it
+        gets, and the rows of the batch."""
+        self._let_go = False
 
     # -- properties -----------------------------------------------------------------------------
 
@@ -122,6 +124,8 @@ class LayerStream:
             # Its memory is given back first: two resident layers leave no room for a third.
             sequence.settle(self._written)
         self._written = layer
+        if self.before_append is not None:
+            self.before_append(sequence, past, count, k.shape[0])
         sequence.append(layer, k, v)
         if self.options.resident_layers == 1:
             sequence.settle(layer)
@@ -252,6 +256,7 @@ class LayerStream:
             self._sequence.prefetch([self._ahead], first_token=self.tokens(self._ahead))
         self._drop_resident()
         self._sequence = None
+        self._let_go = True
 
     def _drop_resident(self) -> None:
         self._kept.clear()
@@ -266,10 +271,16 @@ class LayerStream:
                 f"k is {list(k.shape)} but v is {list(v.shape)}: models whose keys and values "
                 "differ in shape cannot be kept in a sequence"
             )
+        name = self.options.name
+        if name is not None and self._let_go:
+            raise ClosedError(f"the cache {name!r} was closed: make it again to go on from it")
         batch, heads, count, head_dim = k.shape
         most = self.options.max_tokens
         if most is not None and count > most:
             raise _no_room(most, count)
+        if name is not None:
+            with suppress(KeyNotFound):  # what was not taken up gives way
+                outside_inference(lambda: self._store.sequence(name)).delete()
         sequence = self._open(KVShape(self.layers, heads, head_dim, k.dtype, most, batch))
         self._take(sequence)
         return sequence
@@ -282,7 +293,7 @@ class LayerStream:
         temporary = self.options.name is None
         granularity = self.options.granularity
         try:
-            return _outside_inference(
+            return outside_inference(
                 lambda: self._store.sequence(
                     name, shape, granularity=granularity, temporary=temporary
                 )
@@ -296,8 +307,13 @@ class LayerStream:
                 "made as tokens come, or open the store with a larger capacity="
             ) from error
 
-    def _resume(self, name: str) -> None:
-        sequence = _outside_inference(lambda: self._store.sequence(name))
+    def resume(self, name: str, tokens: int) -> int:
+        """Takes up the lasting sequence ``name`` with its first ``tokens`` tokens, or as many as it
+        has. Returns how many. Blocks on the drive.
+
+        Raises ShapeMismatch where it has other layers or less room, and the store's errors.
+        """
+        sequence = outside_inference(lambda: self._store.sequence(name))
         shape, wanted = sequence.shape, self.options.max_tokens
         if shape.layers != self.layers:
             raise ShapeMismatch(
@@ -307,9 +323,16 @@ class LayerStream:
             raise ShapeMismatch(
                 f"sequence {name!r} was made for {shape.max_tokens} tokens, not {wanted}"
             )
+        return self.adopt(sequence, tokens)
+
+    def adopt(self, sequence: Sequence, tokens: int) -> int:
+        """Goes on from the first ``tokens`` tokens of ``sequence``, or as many as it has, which is
+        this stream's from now on. Returns how many."""
         self._take(sequence)
         # A crash may have come between two layers of a forward pass.
         self.truncate(0)
+        self.truncate(max(0, self.tokens(0) - tokens))
+        return self.tokens(0)
 
     def _delete_spare(self) -> None:
         """Deletes a sequence that an interrupt has left behind."""
@@ -365,9 +388,9 @@ def _joined(kept: Pair, new: Pair, past: int) -> Pair:
     return k, v
 
 
-def _outside_inference(make: Callable[[], Sequence]) -> Sequence:
-    # A tensor made in inference mode cannot be changed outside it, and a sequence's tails live
-    # longer than one call of the model.
+def outside_inference(make: Callable[[], Sequence]) -> Sequence:
+    """What ``make`` makes or restores, not in inference mode: a tensor made there cannot be changed
+    elsewhere, and a sequence's tails live longer than one call of the model."""
     with torch.inference_mode(False):
         return make()
 
