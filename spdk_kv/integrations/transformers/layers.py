@@ -171,6 +171,11 @@ def layers_with_kv(templates: list[Any]) -> list[Any]:
     return [layer for layer in templates if type(layer) in OFFLOADED]
 
 
+def windows_of(templates: list[Any]) -> tuple[int | None, ...]:
+    """For each layer that has K/V, how many tokens its attention sees at most, or None for all."""
+    return tuple(window_of(layer) for layer in layers_with_kv(templates))
+
+
 def window_of(template: Any) -> int | None:
     """How many tokens the layer's attention sees at most; None for all."""
     return int(template.sliding_window) if template.is_sliding else None

@@ -17,6 +17,20 @@ HALF_WAY = (
 )
 
 
+def type_of(config: Any) -> str:
+    """A model's name, for messages."""
+    return str(getattr(config, "model_type", type(config).__name__))
+
+
+def check_lasting(templates: list[Any], config: Any) -> None:
+    """Raises ShapeMismatch where a cache that is stored would lack states."""
+    if LayerStates(templates, type_of(config)):
+        raise ShapeMismatch(
+            f"{type_of(config)} has layers with states beside K/V, and what is stored has K/V "
+            "alone: make a cache without name="
+        )
+
+
 class LayerStates:
     """The states of a cache's layers, changed together with the K/V on the drive.
 

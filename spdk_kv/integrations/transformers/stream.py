@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 import uuid
 import weakref
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 
-from spdk_kv.errors import CapacityError, KeyNotFound, ShapeMismatch, SpdkKvError
+from spdk_kv.errors import CapacityError, ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
 from spdk_kv.integrations.transformers.lifetime import delete_in_thread, outside_inference
 from spdk_kv.integrations.transformers.shapes import changed, guessed, shape_of
 from spdk_kv.sequence import Sequence
@@ -78,8 +79,10 @@ class LayerStream:
         self._spare_name: str | None = None
         self._sequence: Sequence | None = None
         self._finalizer: weakref.finalize[[Sequence], LayerStream] | None = None
-        if options.name is not None and options.name in store.sequences():
-            self._resume(options.name)
+        self.before_append: Callable[[Sequence, int, int, int], None] | None = None
+        """Called before a layer of the sequence gets tokens, with how many it has, how many it
+        gets, and the rows of the batch."""
+        self._let_go = False
 
     # -- properties -----------------------------------------------------------------------------
 
@@ -124,6 +127,8 @@ class LayerStream:
             # Its memory is given back first: two resident layers leave no room for a third.
             sequence.settle(self._written)
         self._written = layer
+        if self.before_append is not None:
+            self.before_append(sequence, past, count, k.shape[0])
         sequence.append(layer, k, v)
         if self.options.resident_layers == 1:
             sequence.settle(layer)
@@ -254,10 +259,14 @@ class LayerStream:
         """Deletes the sequence; the next :meth:`update` creates another one, of any batch."""
         self._drop_resident()
         self._delete_spare()
-        if self._sequence is not None:
-            self._sequence.delete()
-            self._detach()
+        sequence = self._sequence
+        if sequence is not None:
+            # An interrupt between the first two leaves it to the finalizer, or to the next of its
+            # name; one after them to the next call that needs a sequence.
             self._sequence = None
+            self._spare_name = sequence.name
+            self._delete_spare()
+            self._detach()
 
     def release(self) -> None:
         """Lets go of the sequence: a temporary one is deleted, a lasting one stays."""
@@ -269,6 +278,7 @@ class LayerStream:
             self._sequence.prefetch([self._ahead], first_token=self.tokens(self._ahead))
         self._drop_resident()
         self._sequence = None
+        self._let_go = True
 
     def _drop_resident(self) -> None:
         self._kept.clear()
@@ -278,11 +288,17 @@ class LayerStream:
     # -- the sequence ---------------------------------------------------------------------------
 
     def _create(self, k: torch.Tensor, v: torch.Tensor) -> Sequence:
+        name = self.options.name
+        if name is not None and self._let_go:
+            raise ClosedError(f"the cache {name!r} was closed: make it again to go on from it")
         layers = guessed([shape_of(k, v)], self.options.windows)
         batch, _, count, _ = k.shape
         most = self.options.max_tokens
         if most is not None and count > most:
             raise _no_room(most, count)
+        if name is not None:
+            with suppress(KeyNotFound):  # what was not taken up gives way
+                outside_inference(lambda: self._store.sequence(name)).delete()
         sequence = self._open(KVShape.of_layers(layers, most, batch))
         self._take(sequence)
         return sequence
@@ -328,7 +344,12 @@ class LayerStream:
                 "made as tokens come, or open the store with a larger capacity="
             ) from error
 
-    def _resume(self, name: str) -> None:
+    def resume(self, name: str, tokens: int) -> int:
+        """Takes up the lasting sequence ``name`` with its first ``tokens`` tokens, or as many as it
+        has. Returns how many. Blocks on the drive.
+
+        Raises ShapeMismatch where it has other layers or less room, and the store's errors.
+        """
         sequence = outside_inference(lambda: self._store.sequence(name))
         shape, wanted = sequence.shape, self.options.max_tokens
         if shape.layers != self.layers:
@@ -339,9 +360,16 @@ class LayerStream:
             raise ShapeMismatch(
                 f"sequence {name!r} was made for {shape.max_tokens} tokens, not {wanted}"
             )
+        return self.adopt(sequence, tokens)
+
+    def adopt(self, sequence: Sequence, tokens: int) -> int:
+        """Goes on from the first ``tokens`` tokens of ``sequence``, or as many as it has, which is
+        this stream's from now on. Returns how many."""
         self._take(sequence)
         # A crash may have come between two layers of a forward pass.
         self.truncate(0)
+        self.truncate(max(0, self.tokens(0) - tokens))
+        return self.tokens(0)
 
     def _delete_spare(self) -> None:
         """Deletes a sequence that an interrupt has left behind."""

@@ -36,17 +36,17 @@ def test_named_cache_is_taken_up_by_another_store(tmp_path: Path, family: str) -
     where = f"file://{tmp_path}/kv"
     with (
         open_store(where, capacity="64 MiB") as store,
-        OffloadedKVCache(store, model.config, name="chat", resident_layers=3) as cache,
+        OffloadedKVCache(store, model, name="chat", resident_layers=3) as cache,
     ):
         generate(model, cache, inputs, max_new_tokens=15)
+    begun = wanted.sequences[:, : 130 + 15]
+    mask = torch.ones_like(begun)
+    mask[:, :130] = inputs["attention_mask"]
+    inputs = {"input_ids": begun, "attention_mask": mask}
     with open_store(where) as store:
         assert store.sequences() == ["chat"]
-        with OffloadedKVCache(store, model.config, name="chat") as cache:
+        with OffloadedKVCache(store, model, name="chat", **inputs) as cache:
             assert cache.get_seq_length() == 130 + 14
-            begun = wanted.sequences[:, : 130 + 15]
-            mask = torch.ones_like(begun)
-            mask[:, :130] = inputs["attention_mask"]
-            inputs = {"input_ids": begun, "attention_mask": mask}
             found = generate(model, cache, inputs, max_new_tokens=15)
             assert cache.stats()["read_nbytes"] > 0
         assert leased_nbytes(store, 4 * 2 * (16 << 10)) <= 4 * 2 * (16 << 10)
@@ -54,30 +54,32 @@ def test_named_cache_is_taken_up_by_another_store(tmp_path: Path, family: str) -
 
 
 def test_record_made_between_two_layers_is_brought_into_step(tmp_path: Path) -> None:
-    where, config = f"file://{tmp_path}/kv", config_of("llama")
+    where, model, text = f"file://{tmp_path}/kv", model_of("llama"), prompt(1, 90)["input_ids"]
     with open_store(where, capacity="64 MiB") as store:
-        cache = OffloadedKVCache(store, config, name="chat", max_tokens=200)
-        feed([cache], 90)
+        cache = OffloadedKVCache(store, model, name="chat", max_tokens=200)
+        with torch.no_grad():
+            model(text, **{CACHE_ARGUMENT: cache})
         cache.update(*random_kv(1, 3), 0)
         cache.close()
+    longer = torch.cat([text, text], dim=1)
     with open_store(where) as store:
-        cache = OffloadedKVCache(store, config, name="chat")
+        cache = OffloadedKVCache(store, model, name="chat", input_ids=longer)
         assert cache.sequence is not None
         assert [cache.sequence.tokens(layer) for layer in range(4)] == [90] * 4
         feed([cache], 1)
 
 
 def test_named_cache_refuses_another_shape(store: KVStore) -> None:
-    cache = OffloadedKVCache(store, config_of("llama"), name="chat", max_tokens=100)
-    feed([cache], 50)
-    with pytest.raises(ShapeMismatch, match="without name="):
-        cache.batch_repeat_interleave(2)
+    model, text = model_of("llama"), prompt(1, 50)["input_ids"]
+    with OffloadedKVCache(store, model, name="chat", max_tokens=100) as cache, torch.no_grad():
+        model(text, **{CACHE_ARGUMENT: cache})
+        with pytest.raises(ShapeMismatch, match="without name="):
+            cache.batch_repeat_interleave(2)
     with pytest.raises(ShapeMismatch, match="made for 100 tokens, not 500"):
-        OffloadedKVCache(store, config_of("llama"), name="chat", max_tokens=500)
-    other = copy.deepcopy(config_of("llama"))
-    other.num_hidden_layers = 3
-    with pytest.raises(ShapeMismatch, match="has 4 layers, the model 3"):
-        OffloadedKVCache(store, other, name="chat")
+        OffloadedKVCache(store, model, name="chat", max_tokens=500, input_ids=text)
+    # Nothing is taken up, so any shape will do.
+    with OffloadedKVCache(store, model.config, name="chat", max_tokens=500) as cache:
+        feed([cache], 120, batch=2)
 
 
 # -- trouble -------------------------------------------------------------------------------------
