@@ -38,6 +38,7 @@ class Foundation:
         self._host = host
         self._layout = layout
         self._growth = growth
+        self._learns = True  # of what is read ahead
         self._body = Body(host, name, layout, growth, birth)
         self.release_units: Callable[[], None] = self._body.units.release
         """Ends the tracking of its units, once nobody uses it; may be called again."""
@@ -50,7 +51,9 @@ class Foundation:
     @cached_property
     def _ahead(self) -> ReadAhead:
         body, most = self._body, self._layout.shape.max_tokens
-        return ReadAhead(self._host.paths, body.group, body.layers, most)
+        made = ReadAhead(self._host.paths, body.group, body.layers, most)
+        made.learns = self._learns
+        return made
 
     @property
     def _layers(self) -> list[Layer]:

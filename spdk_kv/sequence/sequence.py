@@ -94,11 +94,13 @@ class Sequence(Foundation, Twins):
     def read_ahead(self) -> bool:
         """Whether layers are read ahead unasked, in the order of the last scans; may be set, and
         :meth:`prefetch` turns it off."""
-        return self._ahead.learns
+        return self._ahead.learns if "_ahead" in self.__dict__ else self._learns
 
     @read_ahead.setter
     def read_ahead(self, learns: bool) -> None:
-        self._ahead.learns = learns
+        self._learns = learns
+        if "_ahead" in self.__dict__:
+            self._ahead.learns = learns
 
     def set_weight(self, layers: Iterable[int], weight: float) -> None:
         """Sets how much it matters that ``layers`` stay in the page cache.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from spdk_kv.errors import CapacityError, ShapeMismatch
+from spdk_kv.integrations.transformers.forks import fork_of
 from spdk_kv.integrations.transformers.history import History
 from spdk_kv.integrations.transformers.identity import (
     config_of,
@@ -22,9 +24,10 @@ from spdk_kv.integrations.transformers.identity import (
 )
 from spdk_kv.integrations.transformers.layers import offloaded, windows_of
 from spdk_kv.integrations.transformers.live import claim, let_go
+from spdk_kv.integrations.transformers.options import StreamOptions
 from spdk_kv.integrations.transformers.refusal import layer_templates
 from spdk_kv.integrations.transformers.states import LayerStates, check_lasting, type_of
-from spdk_kv.integrations.transformers.stream import LayerStream, StreamOptions
+from spdk_kv.integrations.transformers.stream import LayerStream
 from spdk_kv.integrations.transformers.tables import tell
 from spdk_kv.integrations.transformers.taking_up import RESERVED, ids_of, stored_note
 from spdk_kv.integrations.transformers.text import Ids, Text
@@ -127,6 +130,7 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         self._history: History | None = None
         self._unwatch: Callable[[], object] | None = None
         self._saved_tokens = 0
+        self._model: weakref.ref[nn.Module] | None = None
         if name is not None:
             claim(store, name, self)
             ids = None if input_ids is None else ids_of(input_ids, attention_mask)
@@ -154,9 +158,31 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         if sequence is not None:
             self._saved_tokens = self._stream.adopt(sequence, len(history.text))
         self._history = history
+        self._model = weakref.ref(model) if isinstance(model, nn.Module) else None
         self._stream.before_append = history.before_append
         if isinstance(model, nn.Module):
             self._unwatch = watch(model, self, history)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """For a fork: whose forward passes are noted, if it is still there."""
+        return None if self._model is None else self._model()
+
+    @property
+    def parts(self) -> tuple[LayerStream, LayerStates]:
+        """For a fork: what it holds on the drive, and in memory."""
+        return self._stream, self._states
+
+    def empty_twin(self) -> OffloadedKVCache:
+        """For a fork: a cache like this one, without a name and without tokens."""
+        options = self._stream.options
+        return OffloadedKVCache(
+            self._store,
+            self._config,
+            max_tokens=options.max_tokens,
+            resident_layers=options.resident_layers,
+            granularity=options.granularity,
+        )
 
     @property
     def history(self) -> History | None:
@@ -299,13 +325,12 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         self._select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row of the batch ``repeats`` times. Copies the cache on the drive, which
-        needs room for both meanwhile."""
+        """Repeats every row of the batch ``repeats`` times. No I/O but for a cache with a name,
+        which is copied on the drive and needs room for both meanwhile."""
         self._select([row for row in range(self._batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows ``indices`` (numbers or a mask). Copies the cache unless the number of
-        rows stays the same."""
+        """Keeps the rows ``indices`` (numbers or a mask). As :meth:`batch_repeat_interleave`."""
         self._select(torch.arange(self._batch)[indices.cpu()].tolist())
 
     def _select(self, rows: list[int]) -> None:
@@ -372,8 +397,23 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
             "with name=, close it, and open it by that name in the other process"
         )
 
+    def fork(self, tokens: int | None = None) -> OffloadedKVCache:
+        """Another cache without a name, which begins with the first tokens of this one. Both have
+        them where they are: nothing is copied but unfinished chunks (and states, which are in
+        memory). Either goes on, or is closed, first. ``copy.deepcopy`` does the same.
+
+        Args:
+            tokens: How many tokens per row; all by default.
+
+        Returns:
+            The new cache: for another answer to the same prompt, or a branch of a search.
+
+        Raises:
+            ShapeMismatch: There are fewer tokens.
+            SpdkKvError: A layer has states that do not reach back so far, or whatever else the
+                store raises. Blocks on the drive.
+        """
+        return fork_of(self, tokens)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedKVCache:
-        raise TypeError(
-            "an OffloadedKVCache is on the drive and not copied by copy.deepcopy; crop() goes back "
-            "to a shared prompt"
-        )
+        return self.fork()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.sequence import Sequence
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 
-def outside_inference(make: Callable[[], Sequence]) -> Sequence:
+def outside_inference(make: Callable[[], T]) -> T:
     # A tensor made in inference mode cannot be changed outside it, and a sequence's tails live
     # longer than one call of the model.
     with torch.inference_mode(False):

@@ -8,49 +8,21 @@ import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from spdk_kv.errors import CapacityError, ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
+from spdk_kv.integrations.transformers.earlier import Earlier, behind, joined
 from spdk_kv.integrations.transformers.lifetime import delete_in_thread, outside_inference
+from spdk_kv.integrations.transformers.options import StreamCounters, StreamOptions, no_room
 from spdk_kv.integrations.transformers.shapes import changed, guessed, shape_of
 from spdk_kv.sequence import Sequence
 from spdk_kv.store import KVStore
-from spdk_kv.types import Granularity, KVShape
+from spdk_kv.types import KVShape
 from spdk_kv.units import format_nbytes
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """How a :class:`LayerStream` is laid out.
-
-    ``windows``: for each layer, how many tokens its attention sees, the newest one included, or
-    None for all. ``max_tokens``: the capacity, reserved at once; None lets it grow as tokens come.
-    ``resident_layers``: layers whose K/V may be in memory at once.
-    ``name``: of a lasting sequence.
-    """
-
-    windows: tuple[int | None, ...]
-    max_tokens: int | None
-    resident_layers: int
-    name: str | None
-    granularity: Granularity
-
-
-@dataclass
-class StreamCounters:
-    """What a stream did. ``prefetch_hits``: reads of a layer that had been prefetched;
-    ``read_wait_s``: seconds spent waiting in reads; bytes are those of K and V together."""
-
-    resident_layers_peak: int = 0
-    prefetch_hits: int = 0
-    prefetch_misses: int = 0
-    appended_nbytes: int = 0
-    read_nbytes: int = 0
-    read_wait_s: float = 0.0
 
 
 class LayerStream:
@@ -78,6 +50,7 @@ class LayerStream:
         # Of a sequence that is not this stream's, yet or any more, and is to be deleted.
         self._spare_name: str | None = None
         self._sequence: Sequence | None = None
+        self._earlier = Earlier()
         self._finalizer: weakref.finalize[[Sequence], LayerStream] | None = None
         self.before_append: Callable[[Sequence, int, int, int], None] | None = None
         """Called before a layer of the sequence gets tokens, with how many it has, how many it
@@ -97,7 +70,8 @@ class LayerStream:
 
     def tokens(self, layer: int) -> int:
         """Tokens that ``layer`` holds."""
-        return 0 if self._sequence is None else self._sequence.tokens(layer)
+        own = 0 if self._sequence is None else self._sequence.tokens(layer)
+        return self._earlier.tokens + own
 
     @property
     def resident_layers(self) -> int:
@@ -119,8 +93,8 @@ class LayerStream:
         """
         sequence = self._sequence or self._create(k, v)
         self._device = None if k.device.type == "cpu" else k.device
-        past, count = sequence.tokens(layer), k.shape[2]
-        self._check(layer, sequence, past, k)
+        past, count = self.tokens(layer), k.shape[2]
+        self._check(layer, past, k)
         if past == 0:
             sequence = self._fitted(sequence, layer, k, v)
         if self._written is not None and self._written != layer:
@@ -138,7 +112,7 @@ class LayerStream:
         if first == past:
             keys, values = k, v
         elif kept_tokens == past:
-            keys, values = _joined(kept, (k, v), past - first)
+            keys, values = behind(kept, (k, v), past - first)
         else:
             keys, values = self._read(sequence, layer, first)
         if layer < self.kept_layers:
@@ -157,8 +131,7 @@ class LayerStream:
             return None
         if self._ahead == layer:
             self._ahead = None  # this read takes it over
-        rest = slice(self._first(layer, tokens), None)
-        return self._sequence.read(layer, tokens=rest, device=self._device)
+        return self._read_parts(self._sequence, layer, self._first(layer, tokens))
 
     def _first(self, layer: int, tokens: int) -> int:
         """The first of ``tokens`` that the next one still sees."""
@@ -172,20 +145,30 @@ class LayerStream:
         else:
             self.counters.prefetch_misses += 1
         begin = time.perf_counter()
-        keys, values = sequence.read(layer, tokens=slice(first, None), device=self._device)
+        keys, values = self._read_parts(sequence, layer, first)
         self.counters.read_wait_s += time.perf_counter() - begin
         self.counters.read_nbytes += keys.nbytes + values.nbytes
         return keys, values
+
+    def _read_parts(self, sequence: Sequence, layer: int, first: int) -> Pair:
+        """Tokens of ``layer`` from ``first`` on."""
+        before = self._earlier.tokens
+        parts = self._earlier.read(layer, first, self._device)
+        if not parts or sequence.tokens(layer):
+            rest = slice(max(0, first - before), None)
+            parts.append(sequence.read(layer, tokens=rest, device=self._device))
+        return joined(parts)
 
     def _read_ahead(self, sequence: Sequence, layer: int, spare: int) -> None:
         if self.options.resident_layers == 1 or self.kept_layers == self.layers:
             return
         ahead = max((layer + 1) % self.layers, self.kept_layers)
-        tokens = sequence.tokens(ahead)
+        tokens, before = self.tokens(ahead), self._earlier.tokens
         first = self._first(ahead, tokens)
         if ahead in (self._ahead, layer) or first == tokens:
             return
-        sequence.prefetch([ahead], first_token=first, spare_tokens=spare)
+        self._earlier.prefetch(ahead, first)
+        sequence.prefetch([ahead], first_token=max(0, first - before), spare_tokens=spare)
         self._ahead = ahead
 
     # -- changing -------------------------------------------------------------------------------
@@ -197,13 +180,14 @@ class LayerStream:
         """
         if self._sequence is None:
             return
-        lengths = [self._sequence.tokens(layer) for layer in range(self.layers)]
+        lengths = [self.tokens(layer) for layer in range(self.layers)]
         left = max(0, min(lengths[0] - count, *lengths))
         if left == max(lengths):
             return
         # What is kept of a windowed layer does not reach back far enough, so it is read again.
         self._drop_resident()
-        self._sequence.truncate(left)
+        self._sequence.truncate(max(0, left - self._earlier.tokens))
+        self._earlier.truncate(left)
         self._read_ahead(self._sequence, self.layers - 1, 1)
 
     def reorder(self, rows: Rows[int]) -> None:
@@ -212,6 +196,7 @@ class LayerStream:
             return
         # Not there meanwhile: an interrupt costs a read, and no layer has another order.
         kept, self._kept = self._kept, {}
+        self._earlier.reorder(rows)
         self._sequence.reorder(rows)
         for layer, (tokens, (k, v)) in kept.items():
             index = torch.tensor(rows, device=k.device)
@@ -221,9 +206,9 @@ class LayerStream:
     def select(self, rows: Rows[int]) -> None:
         """The batch becomes the ``rows`` of what it was, in that order.
 
-        Another number of rows needs another layout: everything is copied on the drive, layer by
-        layer, which needs room for both meanwhile. Raises CapacityError, and ShapeMismatch for a
-        lasting sequence.
+        Another number of rows needs another layout, and so another sequence for what is to come;
+        what there is stays where it is. A lasting one is copied on the drive, layer by layer, which
+        needs room for both meanwhile. Raises CapacityError.
         """
         old = self._sequence
         if old is None:
@@ -231,13 +216,53 @@ class LayerStream:
         if len(rows) == old.shape.batch:
             self.reorder(rows)
             return
-        if not old.temporary:
-            raise ShapeMismatch(
-                f"the lasting sequence {old.name!r} has {old.shape.batch} rows for good, not "
-                f"{len(rows)}: make the cache without name= to change its batch"
-            )
+        self.truncate(0)
         self._drop_resident()
-        self._copy(old, replace(old.shape, batch=len(rows)), self.layers, list(rows))
+        shape = replace(old.shape, batch=len(rows))
+        if not old.temporary:
+            self._replace(old, shape, list(rows))
+            return
+        new = self._open(replace(shape, max_tokens=None))
+        stretches = self._earlier.grown(old, rows, old.tokens(0))
+        left = None if old.tokens(0) else old.name
+        self._earlier.stretches, self._sequence, self._spare_name = stretches, new, left
+        self._detach()
+        self._own(new)
+        self._delete_spare()
+
+    def _replace(self, old: Sequence, shape: KVShape, rows: list[int]) -> None:
+        """The ``rows`` of a lasting sequence become one of ``shape``, of the same name. Where there
+        is no room for both, it stays as it was."""
+        name, source = old.name, outside_inference(old.fork)
+        old.delete()
+        self._sequence = None
+        new: Sequence | None = None
+        try:
+            new = self._open(shape)
+            self._take(new)
+            for layer in range(self.layers):
+                k, v = source.read(layer)
+                new.append(layer, k[rows], v[rows])
+                new.settle(layer)
+        except CapacityError:
+            if new is not None:
+                new.delete()
+            self._take(outside_inference(lambda: source.fork(name)))
+            raise
+        finally:
+            source.delete()
+
+    def take_fork(self, other: LayerStream, tokens: int) -> None:
+        """This stream, which has nothing yet, begins with the first ``tokens`` of ``other``. Copies
+        nothing but unfinished chunks; may block on the drive."""
+        parent = other.sequence
+        if parent is None:
+            return
+        stretches = outside_inference(lambda: other._earlier.forked(tokens, self._earlier))
+        rest = max(0, tokens - other._earlier.tokens)
+        own = outside_inference(lambda: parent.fork(tokens=rest))
+        self._earlier.stretches, self._sequence = stretches, own
+        self._own(own)
 
     def _copy(self, old: Sequence, shape: KVShape, layers: int, rows: list[int]) -> Sequence:
         """The first ``layers`` of ``old`` become a sequence of ``shape``, which takes its place."""
@@ -263,10 +288,14 @@ class LayerStream:
         if sequence is not None:
             # An interrupt between the first two leaves it to the finalizer, or to the next of its
             # name; one after them to the next call that needs a sequence.
-            self._sequence = None
-            self._spare_name = sequence.name
-            self._delete_spare()
+            earlier = [each.sequence for each in self._earlier.stretches]
+            self._earlier.stretches, self._sequence, self._spare_name = (), None, sequence.name
+            sequence.delete()
+            self._spare_name = None
             self._detach()
+            for each in earlier:
+                each.delete()
+            self._earlier.let_go()
 
     def release(self) -> None:
         """Lets go of the sequence: a temporary one is deleted, a lasting one stays."""
@@ -295,7 +324,7 @@ class LayerStream:
         batch, _, count, _ = k.shape
         most = self.options.max_tokens
         if most is not None and count > most:
-            raise _no_room(most, count)
+            raise no_room(most, count)
         if name is not None:
             with suppress(KeyNotFound):  # what was not taken up gives way
                 outside_inference(lambda: self._store.sequence(name)).delete()
@@ -381,6 +410,10 @@ class LayerStream:
     def _take(self, sequence: Sequence) -> None:
         before = self._sequence
         self._sequence, self._spare_name = sequence, None if before is None else before.name
+        self._own(sequence)
+
+    def _own(self, sequence: Sequence) -> None:
+        """A temporary sequence goes with this stream."""
         sequence.read_ahead = False  # this class decides which layers are in memory
         if sequence.temporary:
             self._finalizer = weakref.finalize(self, delete_in_thread, sequence)
@@ -391,15 +424,15 @@ class LayerStream:
             self._finalizer.detach()
             self._finalizer = None
 
-    def _check(self, layer: int, sequence: Sequence, past: int, k: torch.Tensor) -> None:
-        room, count = sequence.shape.max_tokens, k.shape[2]
+    def _check(self, layer: int, past: int, k: torch.Tensor) -> None:
+        room, count = self.options.max_tokens, k.shape[2]
         if room is not None and past + count > room:
-            raise _no_room(room, past + count)
+            raise no_room(room, past + count)
         before, wanted = (layer - 1, past + count) if layer else (self.layers - 1, past)
-        if self.layers > 1 and sequence.tokens(before) != wanted:
+        if self.layers > 1 and self.tokens(before) != wanted:
             raise SpdkKvError(
                 f"layer {layer} follows {past} tokens, but layer {before} has "
-                f"{sequence.tokens(before)}: an earlier forward pass ended half-way; crop(0) takes "
+                f"{self.tokens(before)}: an earlier forward pass ended half-way; crop(0) takes "
                 "its tokens back, reset() forgets all"
                 + ("; cross-attention takes an OffloadedEncoderDecoderCache" if layer == 0 else "")
             )
@@ -408,19 +441,3 @@ class LayerStream:
                 "K/V that went to the drive has no gradients: run the model under torch.no_grad() "
                 "or torch.inference_mode()"
             )
-
-
-def _no_room(room: int, wanted: int) -> CapacityError:
-    return CapacityError(
-        f"the cache has room for {room} tokens per row, not for {wanted}: make it with "
-        f"max_tokens={wanted} or more, or without"
-    )
-
-
-def _joined(kept: Pair, new: Pair, past: int) -> Pair:
-    """The last ``past`` tokens of ``kept``, and ``new``."""
-    k, v = (
-        torch.cat([before[:, :, before.shape[2] - past :], after], dim=2)
-        for before, after in zip(kept, new, strict=True)
-    )
-    return k, v

@@ -21,7 +21,7 @@ from integrations.transformers.models import (
     prompt,
     random_kv,
 )
-from spdk_kv.errors import ClosedError, NameInUse, ShapeMismatch, StoreMismatch
+from spdk_kv.errors import CapacityError, ClosedError, NameInUse, ShapeMismatch, StoreMismatch
 from spdk_kv.integrations.transformers import CACHE_ARGUMENT, OffloadedKVCache
 from spdk_kv.integrations.transformers.note import decode
 from spdk_kv.store import KVStore
@@ -464,11 +464,16 @@ def test_bad_arguments(store: KVStore, model: Any) -> None:
         assert told(model, cache, one_row[None]) == wanted(model, one_row[None])
 
 
-def test_a_batch_that_cannot_change_keeps_its_text(store: KVStore, model: Any) -> None:
-    with OffloadedKVCache(store, model, name="chat", max_tokens=100) as cache:
-        forward(model, cache, ids(40))
-        with pytest.raises(ShapeMismatch, match="without name="):
-            cache.batch_repeat_interleave(2)
-        assert known(store) == 40
+def test_a_batch_that_cannot_change_keeps_its_text(model: Any) -> None:
+    with (
+        open_store("ram://", capacity="1 MiB") as store,
+        OffloadedKVCache(store, model, name="chat") as cache,
+    ):
+        forward(model, cache, ids(200))
+        with pytest.raises(CapacityError):
+            cache.batch_repeat_interleave(9)
+        assert known(store) == 200
+        assert cache.get_seq_length() == 200
+        cache.crop(-160)
         cache.update(*random_kv(1, 1), 0)
         assert known(store) == 40

@@ -73,8 +73,6 @@ def test_named_cache_refuses_another_shape(store: KVStore) -> None:
     model, text = model_of("llama"), prompt(1, 50)["input_ids"]
     with OffloadedKVCache(store, model, name="chat", max_tokens=100) as cache, torch.no_grad():
         model(text, **{CACHE_ARGUMENT: cache})
-        with pytest.raises(ShapeMismatch, match="without name="):
-            cache.batch_repeat_interleave(2)
     with pytest.raises(ShapeMismatch, match="made for 100 tokens, not 500"):
         OffloadedKVCache(store, model, name="chat", max_tokens=500, input_ids=text)
     # Nothing is taken up, so any shape will do.
@@ -188,8 +186,6 @@ def test_neither_copied_nor_pickled(store: KVStore) -> None:
     feed([cache], 4)
     with pytest.raises(TypeError, match=r"not copied by copy\.copy: .*make another"):
         copy.copy(cache)
-    with pytest.raises(TypeError, match=r"not copied by copy\.deepcopy"):
-        copy.deepcopy(cache)
     for write in (pickle.dumps, lambda what: torch.save(what, io.BytesIO())):
         with pytest.raises(TypeError, match=r"pickle or torch\.save: make it with name="):
             write(cache)

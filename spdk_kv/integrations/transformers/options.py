@@ -1,0 +1,46 @@
+"""How a stream of layers is laid out, and what it counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spdk_kv.errors import CapacityError
+from spdk_kv.types import Granularity
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a :class:`LayerStream` is laid out.
+
+    ``windows``: for each layer, how many tokens its attention sees, the newest one included, or
+    None for all. ``max_tokens``: the capacity, reserved at once; None lets it grow as tokens come.
+    ``resident_layers``: layers whose K/V may be in memory at once.
+    ``name``: of a lasting sequence.
+    """
+
+    windows: tuple[int | None, ...]
+    max_tokens: int | None
+    resident_layers: int
+    name: str | None
+    granularity: Granularity
+
+
+@dataclass
+class StreamCounters:
+    """What a stream did. ``prefetch_hits``: reads of a layer that had been prefetched;
+    ``read_wait_s``: seconds spent waiting in reads; bytes are those of K and V together."""
+
+    resident_layers_peak: int = 0
+    prefetch_hits: int = 0
+    prefetch_misses: int = 0
+    appended_nbytes: int = 0
+    read_nbytes: int = 0
+    read_wait_s: float = 0.0
+
+
+def no_room(room: int, wanted: int) -> CapacityError:
+    """The error for more tokens than there is room for."""
+    return CapacityError(
+        f"the cache has room for {room} tokens per row, not for {wanted}: make it with "
+        f"max_tokens={wanted} or more, or without"
+    )
