@@ -2,20 +2,24 @@
 
 `database.py` is the file, `records.py` what a row holds, `batches.py` a commit of any size,
 `space.py` what the filesystem must have left, `commits.py` the count of commits that shows an old
-copy.
+copy, `reader.py` reads an index beside its writer, with `log.py` and `snapshot.py`.
 """
 
 from __future__ import annotations
 
 from spdk_kv.index.batches import commit_in_batches
 from spdk_kv.index.database import Index
+from spdk_kv.index.reader import IndexReader
 from spdk_kv.index.records import BlobRecord, SequenceRecord, UnitRecord
+from spdk_kv.index.snapshot import IndexSnapshot
 from spdk_kv.index.space import IndexFull
 
 __all__ = [
     "BlobRecord",
     "Index",
     "IndexFull",
+    "IndexReader",
+    "IndexSnapshot",
     "SequenceRecord",
     "UnitRecord",
     "commit_in_batches",
