@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Sequential
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.errors import CapacityError, ClosedError, ShapeMismatch, SpdkKvError, is_unreadable
@@ -392,6 +392,12 @@ class Sequence(Twins):
     def is_news(self, failure: Exception, audience: str) -> bool:
         """For :meth:`KVStore.flush`: see :meth:`Recorder.is_news`."""
         return self._recorder.is_news(failure, audience)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"sequence {self.name!r} belongs to its store and cannot be pickled or copied: open "
+            "the store in the worker with read_only=True, and the sequence there"
+        )
 
     def _mark_dirty(self) -> None:
         self._recorder.mark_dirty()

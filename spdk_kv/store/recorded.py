@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from spdk_kv.errors import CapacityError
 from spdk_kv.index import BlobRecord, Index, SequenceRecord
@@ -67,7 +69,14 @@ class Recorded:
         return allocator
 
 
-def load_recorded(index: Index, capacity: int) -> Recorded:
+class Entries(Protocol):
+    """An :class:`Index`, or a snapshot of one."""
+
+    def load_blobs(self) -> Iterator[tuple[str, BlobRecord]]: ...
+    def load_sequences(self) -> Iterator[tuple[str, SequenceRecord]]: ...
+
+
+def load_recorded(index: Entries, capacity: int) -> Recorded:
     """Reads all entries of ``index``. ``capacity``: how far their extents may reach."""
     blobs, sequences = OrderedDict(index.load_blobs()), dict(index.load_sequences())
     extents = [(blob.offset, blob.nbytes) for blob in blobs.values() if blob.nbytes]
