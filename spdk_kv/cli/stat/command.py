@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None:
     """Show what the store at URI holds.
 
-    The store is opened briefly; a missing one is not created. If another process has it open, the
-    error names its PID, and the exit status is 1.
+    The store is read only, beside a process that has it open as well: what that has flushed is
+    counted. A drive that SPDK or passthrough drives is opened briefly instead; if another process
+    has it open, the error names its PID, and the exit status is 1. A missing store is not created.
 
     With --why the store is not opened: the output is what the process that has it open last
     decided, and that process is not disturbed.
@@ -52,7 +53,13 @@ def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None
     from spdk_kv.store import open as open_store  # loads torch: not for `--help`
 
     try:
-        store = open_store(location, create=False, index_dir=index_dir, flush_interval_s=None)
+        store = open_store(
+            location,
+            create=False,
+            index_dir=index_dir,
+            flush_interval_s=None,
+            read_only=place.scheme in ("file", "block"),
+        )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     with store:
