@@ -22,6 +22,7 @@ import time
 from spdk_kv.errors import (
     CorruptionError,
     DeviceGone,
+    DeviceTimeout,
     SpdkKvError,
     StoreMismatch,
     device_error,
@@ -65,7 +66,8 @@ class IndexReader:
         """The index after its last commit. Blocks on its disk.
 
         Raises CorruptionError where it is damaged or lost commits, StoreMismatch where a newer
-        version wrote it, DeviceGone where it was removed or replaced, DeviceError.
+        version wrote it, DeviceGone where it was removed or replaced, DeviceTimeout where it is
+        written faster than it can be read, DeviceError.
         """
         for attempt in range(_ATTEMPTS):
             if attempt:
@@ -86,8 +88,9 @@ class IndexReader:
                 raise
             self._uuid = snapshot.uuid
             return snapshot
-        raise CorruptionError(
-            f"index {self.path} changed during each of {_ATTEMPTS} attempts to read it"
+        raise DeviceTimeout(
+            f"index {self.path} was written anew during each of {_ATTEMPTS} attempts to read it",
+            op="read",
         )
 
     def _check(self, snapshot: IndexSnapshot, count: bytes | None) -> None:

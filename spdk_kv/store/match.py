@@ -7,7 +7,6 @@ from typing import Protocol
 from spdk_kv.engines import Engine, Location
 from spdk_kv.errors import StoreMismatch
 from spdk_kv.placement import Superblock, fit_drive_id
-from spdk_kv.store.superblocks import read_count
 
 NEXT_GENERATION = "next generation"
 """Key in the index of the generation that an open is about to write."""
@@ -26,11 +25,11 @@ class IndexFacts(Protocol):
 
 
 def check_match(
-    place: Location, drive: Engine, index: IndexFacts, current: Superblock | None
+    place: Location, drive: Engine, index: IndexFacts, current: Superblock | None, counted: int
 ) -> int:
     """StoreMismatch unless ``index`` belongs to what ``drive`` holds, whose superblock is
-    ``current``. Returns the generation that both have, or are about to have. Reads the drive's
-    count of commits."""
+    ``current``, and has made the commits that the drive has ``counted``. Returns the generation
+    that both have, or are about to have."""
     # Generation 0: the index of a store whose making was interrupted.
     generation = index.generation
     if current is None and generation:
@@ -43,7 +42,7 @@ def check_match(
         raise StoreMismatch(
             f"{place}: the data is that of store {current.uuid}, the index that of {index.uuid}"
         )
-    if index.commits < (counted := read_count(drive, index.uuid)):
+    if index.commits < counted:
         raise StoreMismatch(
             f"{place}: the index {index.path} has made {index.commits} commits, and the data has "
             f"seen {counted}: it is an old copy. Put the newest one back, or remove the store to "

@@ -40,6 +40,7 @@ from spdk_kv.store.recorded import load_recorded
 from spdk_kv.store.settings import StoreSettings
 from spdk_kv.store.superblocks import (
     read_copies,
+    read_count,
     read_superblock,
     refuse_if_written_over,
     refuse_unless_blank,
@@ -250,7 +251,7 @@ def _join(
     """
     current = read_superblock(drive)
     # Before anything is written to the index: one that is refused stays as it is.
-    generation = check_match(place, drive, index, current)
+    generation = check_match(place, drive, index, current, read_count(drive, index.uuid))
     if generation != index.generation:
         index.generation = generation
     identity = fit_drive_id(drive.identity)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from spdk_kv.errors import CorruptionError, DeviceError, DeviceGone, StoreMismatch
+from spdk_kv.errors import CorruptionError, DeviceError, DeviceGone, DeviceTimeout, StoreMismatch
 from spdk_kv.index import (
     BlobRecord,
     Index,
@@ -290,6 +291,18 @@ def in_steps(monkeypatch: pytest.MonkeyPatch, reader: IndexReader, events: list[
     monkeypatch.setattr(os, "preadv", read)
 
 
+def test_what_is_written_faster_than_it_is_read_ends_in_time(
+    index: Index, reader: IndexReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(index, 1)
+    index._empty_log()
+    monkeypatch.setattr("spdk_kv.index.reader._PAUSE_S", 0.0)
+    in_steps(monkeypatch, reader, [partial(begun_anew, index) for _ in range(200)])
+    monkeypatch.setattr("spdk_kv.index.reader._ATTEMPTS", 5)
+    with pytest.raises(DeviceTimeout, match="each of 5 attempts"):
+        reader.take()
+
+
 WRITER = """
 import random, sys
 from contextlib import closing
@@ -428,17 +441,37 @@ def test_a_child_of_a_fork_reads_while_its_parent_writes(index: Index, path: Pat
         writer.join()
 
 
-def test_a_fork_waits_for_calls_of_sqlite_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, hung = forks.sqlite_lock(), forks.sqlite_lock()
-    monkeypatch.setattr(forks, "_TIMEOUT_S", 0.05)
-    hung.acquire()
+def free_in_a_child(lock: threading.Lock) -> bool:
     pid = os.fork()
     if not pid:
-        # Free in the child, but for the one whose holder did not let go in time.
-        os._exit(0 if lock.acquire(blocking=False) and not hung.acquire(blocking=False) else 1)
-    assert os.waitpid(pid, 0)[1] == 0
+        os._exit(0 if lock.acquire(blocking=False) else 1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_fork_waits_for_a_call_of_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forks, "_TIMEOUT_S", 100.0)
+    lock, begun = forks.sqlite_lock(), threading.Event()
+
+    def call() -> None:
+        with lock:
+            begun.set()
+            time.sleep(0.2)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    assert begun.wait(60)
+    assert free_in_a_child(lock)
+    caller.join()
     assert lock.acquire(blocking=False)
-    hung.release()
+
+
+def test_a_fork_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forks, "_TIMEOUT_S", 0.05)
+    lock, hung = forks.sqlite_lock(), forks.sqlite_lock()
+    with hung:
+        assert free_in_a_child(lock)
+        assert not free_in_a_child(hung)
+    assert lock.acquire(blocking=False)
 
 
 # -- refusals -------------------------------------------------------------------------------------

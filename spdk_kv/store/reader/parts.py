@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from spdk_kv.engines import Engine, Location, open_engine, parse_location
 from spdk_kv.errors import CorruptionError, StoreMismatch
 from spdk_kv.index import IndexReader, IndexSnapshot
-from spdk_kv.placement import Allocator, Superblock, choose
+from spdk_kv.placement import Allocator, Superblock, choose, parse_count
 from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.store.match import check_match
 from spdk_kv.store.parts import Opened, index_folder
 from spdk_kv.store.settings import StoreSettings
-from spdk_kv.store.superblocks import read_copies, refuse_if_written_over
+from spdk_kv.store.superblocks import (
+    read_copies,
+    read_count_block,
+    refuse_if_written_over,
+)
 
 # Between two looks at a store that is being opened by its writer at this moment.
 _PAUSE_S = 0.01
@@ -104,13 +108,15 @@ def _look(place: Location, drive: Engine, index: IndexReader) -> tuple[IndexSnap
     for look in range(_LOOKS):
         if look:
             time.sleep(_PAUSE_S)
+        count = read_count_block(drive)  # before the index, which may count more
         snapshot = index.take()
         try:
             copies = read_copies(drive)
             if drive.capacity_nbytes is not None:
                 refuse_if_written_over(drive.where, copies)
             superblock = choose(copies)
-            check_match(place, drive, snapshot, superblock)
+            counted = parse_count(count, snapshot.uuid)
+            check_match(place, drive, snapshot, superblock, counted)
             if superblock is None:
                 raise StoreMismatch(f"no store at {place} yet: its making was not finished")
         except (StoreMismatch, CorruptionError):

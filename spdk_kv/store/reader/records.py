@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 
-from spdk_kv.errors import KeyNotFound, ReadOnlyStore
+from spdk_kv.errors import ClosedError, KeyNotFound, ReadOnlyStore
 from spdk_kv.index import BlobRecord, IndexReader, IndexSnapshot, SequenceRecord
 from spdk_kv.placement import Allocator, Superblock
 from spdk_kv.store.extents import BLOCK_NBYTES, ExtentTable
@@ -129,11 +129,9 @@ class ReadRecords(Records):
     # -- books ----------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
-        """As :meth:`Records.stats`. Reads all records of a snapshot once."""
+        """As :meth:`Records.stats`. Reads all records of a snapshot, once."""
+        allocator = self._allocator()
         with self.lock:
-            if self._books is None or self._books[0] is not self._snapshot:
-                self._books = (self._snapshot, self._allocator())
-            allocator = self._books[1]
             return {
                 "blobs": len(self),
                 "capacity_nbytes": allocator.capacity_nbytes,
@@ -144,8 +142,20 @@ class ReadRecords(Records):
             }
 
     def _allocator(self) -> Allocator:
-        if self._superblock.generation != self._snapshot.generation:
-            # Opened anew by its writer, perhaps with another capacity.
-            self._superblock = self._read_superblock() or self._superblock
-        capacity = self._superblock.capacity_nbytes
-        return load_recorded(self._snapshot, capacity).allocator(self._superblock, capacity)
+        """One that has the extents of all records in use."""
+        while True:
+            books, snapshot, superblock = self._books, self._snapshot, self._superblock
+            if books is not None and books[0] is snapshot:
+                return books[1]
+            if superblock.generation != snapshot.generation:
+                # Opened anew by its writer, perhaps with another capacity.
+                superblock = self._superblock = self._read_superblock() or superblock
+            capacity = superblock.capacity_nbytes
+            try:
+                allocator = load_recorded(snapshot, capacity).allocator(superblock, capacity)
+            except ClosedError:
+                if snapshot is self._snapshot:
+                    raise
+                continue  # another thread has refreshed
+            self._books = (snapshot, allocator)
+            return allocator
