@@ -14,6 +14,9 @@ from spdk_kv.store.reader.parts import Readable
 from spdk_kv.store.recorded import load_recorded
 from spdk_kv.store.records import Records, shown
 
+# Each takes about 300 bytes.
+_MOST_KNOWN = 100_000
+
 
 class ReadRecords(Records):
     """The records in a snapshot of the index, which :meth:`refresh` replaces. Thread-safe.
@@ -28,6 +31,8 @@ class ReadRecords(Records):
         self._index: IndexReader = parts.index
         self._snapshot: IndexSnapshot = parts.snapshot
         self._superblock = parts.superblock
+        # What was found in the snapshot, for who reads the same again.
+        self._known: dict[str, BlobRecord] = {}
         self._read_superblock = read_superblock
         # The books of a snapshot, made when somebody asks for them.
         self._books: tuple[IndexSnapshot, Allocator] | None = None
@@ -37,7 +42,13 @@ class ReadRecords(Records):
     def peek(self, keys: Iterable[str]) -> list[BlobRecord | None]:
         """The records of ``keys`` in the present snapshot."""
         with self.lock:
-            return [self._snapshot.blob(key) for key in keys]
+            return [self._known.get(key) or self._look_up(key) for key in keys]
+
+    def _look_up(self, key: str) -> BlobRecord | None:
+        record = self._snapshot.blob(key)
+        if record is not None and len(self._known) < _MOST_KNOWN:
+            self._known[key] = record
+        return record
 
     def find(self, keys: Iterable[str]) -> list[BlobRecord]:
         """The records of ``keys``. Where one is missing, looks for news first, which blocks on the
@@ -96,6 +107,8 @@ class ReadRecords(Records):
         fresh = self._index.take()
         with self.lock:
             if is_newer := fresh.commits > self._snapshot.commits:
+                # First: an interrupt in between leaves nothing known of another snapshot.
+                self._known.clear()
                 fresh, self._snapshot = self._snapshot, fresh
         fresh.close()
         return is_newer
@@ -105,6 +118,7 @@ class ReadRecords(Records):
         super().close()
         with self.lock:
             self._books = None
+            self._known.clear()
             self._snapshot.close()
         self._index.close()
 
