@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         DeviceTimeout,
         EngineUnavailable,
         KeyNotFound,
+        NameInUse,
         ReadOnlyStore,
         ShapeMismatch,
         SpdkKvError,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     )
     from spdk_kv.sequence import Sequence
     from spdk_kv.store import EngineOptions, KVStore, PageCacheOptions, open
-    from spdk_kv.types import KVShape
+    from spdk_kv.types import KVShape, LayerShape
 
 # Loaded on first use: `import spdk_kv` costs milliseconds, torch seconds.
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "open": "store",
     "Sequence": "sequence",
     "KVShape": "types",
+    "LayerShape": "types",
     "CapacityError": "errors",
     "ClosedError": "errors",
     "CorruptionError": "errors",
@@ -50,6 +52,7 @@ _HOMES = {
     "DeviceTimeout": "errors",
     "EngineUnavailable": "errors",
     "KeyNotFound": "errors",
+    "NameInUse": "errors",
     "ReadOnlyStore": "errors",
     "ShapeMismatch": "errors",
     "SpdkKvError": "errors",
@@ -69,6 +72,8 @@ __all__ = [
     "KVShape",
     "KVStore",
     "KeyNotFound",
+    "LayerShape",
+    "NameInUse",
     "PageCacheOptions",
     "ReadOnlyStore",
     "Sequence",

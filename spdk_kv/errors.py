@@ -94,6 +94,13 @@ class CorruptionError(SpdkKvError):
     """
 
 
+class NameInUse(SpdkKvError):
+    """Something else has the name, or uses it just now.
+
+    Nothing was changed. Remedy: take another name, or delete or close what has it.
+    """
+
+
 class StoreLocked(SpdkKvError):
     """Another process, or another store object of this process, has the store or drive open.
 

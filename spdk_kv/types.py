@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,6 +67,54 @@ def movable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """The shape of one layer's K and V.
+
+    Attributes:
+        kv_heads: Key and value heads.
+        head_dim: Elements of one head's key.
+        dtype: Of the keys; a torch or numpy dtype, or its name, kept as the name.
+        value_dim: Elements of one head's value, which may be none; None, as many as of its key.
+        value_dtype: Of the values; None, the keys'.
+
+    Raises:
+        ShapeMismatch: A size is not a positive int, or a dtype cannot be stored.
+    """
+
+    kv_heads: int
+    head_dim: int
+    dtype: Any
+    value_dim: int | None = None
+    value_dtype: Any = None
+
+    def __post_init__(self) -> None:
+        if self.value_dim is None:
+            object.__setattr__(self, "value_dim", self.head_dim)
+        for field in ("kv_heads", "head_dim"):
+            _check_size("LayerShape", field, getattr(self, field))
+        if self.value_dim != 0:  # some models keep no values beside their keys
+            _check_size("LayerShape", "value_dim", self.value_dim)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        values = self.dtype if self.value_dtype is None else dtype_name(self.value_dtype)
+        object.__setattr__(self, "value_dtype", values)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether K and V are alike."""
+        return (self.head_dim, self.dtype) == (self.value_dim, self.value_dtype)
+
+    @property
+    def key_nbytes(self) -> int:
+        """Bytes of one token's keys in one row of a batch."""
+        return self.kv_heads * self.head_dim * dtype_itemsize(self.dtype)
+
+    @property
+    def value_nbytes(self) -> int:
+        """Bytes of one token's values in one row of a batch."""
+        return self.kv_heads * (self.value_dim or 0) * dtype_itemsize(self.value_dtype)
+
+
+@dataclass(frozen=True)
 class KVShape:
     """The shape of one sequence's KV cache; fixed when the sequence is created.
 
@@ -75,8 +123,11 @@ class KVShape:
         kv_heads: Key and value heads of a layer (fewer than its attention heads under GQA).
         head_dim: Elements of one head's key or value.
         dtype: A torch or numpy dtype, or its name; kept as the name.
-        max_tokens: Capacity in tokens.
+        max_tokens: Capacity in tokens, reserved when the sequence is created, in one piece. None
+            reserves none: it grows as tokens come, by pieces as large as all before.
         batch: Batch rows, which decode together. Default 1.
+        per_layer: Where layers, or a layer's K and V, are unlike: the shape of each
+            (:meth:`of_layers`). The fields above are then those of the first layer's keys.
 
     Raises:
         ShapeMismatch: A size is not a positive int, or the dtype cannot be stored.
@@ -86,27 +137,81 @@ class KVShape:
     kv_heads: int
     head_dim: int
     dtype: Any
-    max_tokens: int
+    max_tokens: int | None = None
     batch: int = 1
+    per_layer: tuple[LayerShape, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("layers", "kv_heads", "head_dim", "max_tokens", "batch"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ShapeMismatch(f"KVShape.{field} is a positive int, not {value!r}")
+        for field in ("layers", "kv_heads", "head_dim", "batch"):
+            _check_size("KVShape", field, getattr(self, field))
+        if self.max_tokens is not None:
+            _check_size("KVShape", "max_tokens", self.max_tokens)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.per_layer:
+            self._check_per_layer()
+
+    def _check_per_layer(self) -> None:
+        first = self.per_layer[0]
+        fields = (self.layers, self.kv_heads, self.head_dim, self.dtype)
+        if fields != (len(self.per_layer), first.kv_heads, first.head_dim, first.dtype):
+            raise ShapeMismatch(
+                f"KVShape has {fields}, but per_layer {len(self.per_layer)} layers, the first of "
+                f"{first}: make it with KVShape.of_layers()"
+            )
+        if all(layer == first for layer in self.per_layer) and first.is_even:
+            object.__setattr__(self, "per_layer", ())  # equal shapes are equal, however made
+
+    @classmethod
+    def of_layers(
+        cls, layers: Iterable[LayerShape], max_tokens: int | None = None, batch: int = 1
+    ) -> KVShape:
+        """A shape whose layers, or their K and V, may be unlike.
+
+        Args:
+            layers: The shape of each layer, at least one.
+            max_tokens: As in :class:`KVShape`.
+            batch: As in :class:`KVShape`.
+
+        Raises:
+            ShapeMismatch: There is no layer, or a size is not a positive int.
+        """
+        each = tuple(layers)
+        if not each:
+            raise ShapeMismatch("a sequence has at least one layer")
+        first = each[0]
+        return cls(len(each), first.kv_heads, first.head_dim, first.dtype, max_tokens, batch, each)
+
+    def layer(self, number: int) -> LayerShape:
+        """The shape of one layer."""
+        if self.per_layer:
+            return self.per_layer[number]
+        return LayerShape(self.kv_heads, self.head_dim, self.dtype)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Bytes of one element of the first layer's keys."""
         return dtype_itemsize(self.dtype)
 
     @property
     def token_nbytes(self) -> int:
-        """Bytes that one token adds to one unit: batch x kv_heads x head_dim elements."""
+        """Bytes that one token adds to one unit: batch x kv_heads x head_dim elements. Where layers
+        are unlike, to the first layer's keys."""
         return self.batch * self.kv_heads * self.head_dim * self.itemsize
 
     @property
+    def all_layers_token_nbytes(self) -> int:
+        """Bytes that one token adds to K and V of all layers."""
+        if not self.per_layer:
+            return 2 * self.layers * self.token_nbytes
+        return self.batch * sum(each.key_nbytes + each.value_nbytes for each in self.per_layer)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the whole cache when it is full (K and V of all layers)."""
-        return 2 * self.layers * self.max_tokens * self.token_nbytes
+        """Bytes of the whole cache when it is full (K and V of all layers); 0 where it grows
+        without end."""
+        return (self.max_tokens or 0) * self.all_layers_token_nbytes
+
+
+def _check_size(kind: str, field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ShapeMismatch(f"{kind}.{field} is a positive int, not {value!r}")

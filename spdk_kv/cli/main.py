@@ -25,6 +25,7 @@ COMMANDS = {
         "Show what this machine offers and how to fix what is missing.",
     ),
     "stat": ("spdk_kv.cli.stat.command:stat", "Show what a store holds."),
+    "trim": ("spdk_kv.cli.trim:trim", "Give a store's free space back."),
 }
 
 

@@ -331,15 +331,17 @@ class Engine:
         transfer.add(0, 0, 0)
         self.run(transfer, timeout_s)
 
-    def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> None:
+    def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> bool:
         """Marks a range as unused (TRIM, or a hole in a file). Blocks until it is done.
 
-        Does nothing where neither the filesystem nor the drive supports it.
+        Does nothing, and returns False, where neither the filesystem nor the drive supports it.
         """
         transfer = self.transfer(DISCARD)
         transfer.add(offset, 0, nbytes)
-        if transfer.run(timeout_s) not in (0, errno.EOPNOTSUPP):
+        status = transfer.run(timeout_s)
+        if status not in (0, errno.EOPNOTSUPP):
             raise self.error(transfer)
+        return status == 0
 
     def ensure(self, nbytes: int, limit_nbytes: int | None = None, index_nbytes: int = 0) -> None:
         """Grows the file to at least ``nbytes``; CapacityError where it cannot.
@@ -350,6 +352,24 @@ class Engine:
 
     def growable_to(self, index_nbytes: int = 0) -> int | None:
         """How far :meth:`ensure` could grow the file now, in bytes; None where nothing grows."""
+        return None
+
+    def back(self, offset: int, nbytes: int, index_nbytes: int = 0) -> None:
+        """Gets the filesystem's blocks for a range of the file in which there may be holes, so that
+        no write to it fails for want of them. CapacityError where they, and ``index_nbytes`` for
+        the index to grow, are not there."""
+
+    def shrink(self, nbytes: int) -> None:
+        """Cuts off what a file has beyond ``nbytes``. Blocks on the filesystem."""
+
+    @property
+    def file_nbytes(self) -> int | None:
+        """How far the data file reaches; None where there is none."""
+        return None
+
+    @property
+    def stored_nbytes(self) -> int | None:
+        """What the data file takes of its filesystem; None where there is none."""
         return None
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 from spdk_kv.engines.base import Engine, QueueOptions
 from spdk_kv.errors import (
     CapacityError,
+    ClosedError,
     EngineUnavailable,
     StoreLocked,
     device_error,
@@ -28,6 +29,8 @@ _GROWTH_NBYTES = 256 << 20
 # Growth leaves this much of the filesystem, for the index beside the data: where that cannot be
 # written, not even room can be made, since a blob is only gone when the index says so.
 _LEFT_NBYTES = 8 << 20
+# What st_blocks counts, whatever the filesystem's own blocks are (stat(2)).
+_SECTOR_NBYTES = 512
 _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 # statx(2): struct statx and its flags, which Python's os module does not have.
@@ -86,7 +89,8 @@ class FileEngine(Engine):
         self._close_files()
 
     def _close_files(self) -> None:
-        fd, self.fd = self.fd, -1
+        with self._lock:
+            fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
@@ -152,6 +156,53 @@ class FileEngine(Engine):
             f"{format_nbytes(free_nbytes)} free, of which {format_nbytes(left_nbytes)} are left "
             "for the index"
         ) from last_error
+
+    def back(self, offset: int, nbytes: int, index_nbytes: int = 0) -> None:
+        if self._is_block:
+            return
+        found = os.fstat(self.fd)
+        # No more than the file lacks in all: what is said to be a hole may have its blocks.
+        lacking = max(0, min(nbytes, found.st_size - found.st_blocks * _SECTOR_NBYTES))
+        left_nbytes = _LEFT_NBYTES + index_nbytes
+        refusal: OSError | None = None
+        if not lacking or lacking <= self._free_nbytes() - left_nbytes:
+            try:
+                os.posix_fallocate(self.fd, offset, nbytes)
+            except OSError as refused:
+                if refused.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise device_error(
+                        "allocation", offset, nbytes, refused.errno or 0, self.where
+                    ) from refused
+                refusal = refused
+            else:
+                return
+        raise CapacityError(
+            f"no room for {format_nbytes(lacking)} that {self.where} gave back to its filesystem, "
+            f"which has {format_nbytes(self._free_nbytes())} free, of which "
+            f"{format_nbytes(left_nbytes)} are left for the index"
+        ) from refusal
+
+    def shrink(self, nbytes: int) -> None:
+        # Through a descriptor of its own: close() may come between, and its number be another's.
+        with self._lock:
+            if self.fd < 0:
+                raise ClosedError(f"the {self.name} engine of {self.where} is closed")
+            fd = os.dup(self.fd)
+        try:
+            if not self._is_block and os.fstat(fd).st_size > nbytes:
+                os.ftruncate(fd, nbytes)
+        except OSError as refused:
+            raise device_error("truncation", nbytes, 0, refused.errno or 0, self.where) from refused
+        finally:
+            os.close(fd)
+
+    @property
+    def file_nbytes(self) -> int | None:
+        return None if self._is_block else os.fstat(self.fd).st_size
+
+    @property
+    def stored_nbytes(self) -> int | None:
+        return None if self._is_block else os.fstat(self.fd).st_blocks * _SECTOR_NBYTES
 
     def growable_to(self, index_nbytes: int = 0) -> int | None:
         if self._is_block:

@@ -300,11 +300,13 @@ class NgEngine(Engine):
             return super().error(transfer)
         return nvme_error(op, offset, nbytes, transfer.status, self.where, self.block_nbytes)
 
-    def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> None:
-        if self.namespace.deallocate:
-            transfer = self.transfer(DISCARD)
-            transfer.add(offset, 0, nbytes)
-            self.run(transfer, timeout_s)
+    def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> bool:
+        if not self.namespace.deallocate:
+            return False
+        transfer = self.transfer(DISCARD)
+        transfer.add(offset, 0, nbytes)
+        self.run(transfer, timeout_s)
+        return True
 
     def _release(self) -> None:
         self._slots = None

@@ -1,6 +1,7 @@
 """The index: which record belongs to which key, in SQLite, committed after the data.
 
-`database.py` is the file, `records.py` what a row holds, `batches.py` a commit of any size,
+`database.py` is the file, `records.py` what a row holds, `sequences.py`
+the record of a sequence, `batches.py` a commit of any size,
 `space.py` what the filesystem must have left, `commits.py` the count of commits that shows an old
 copy, `reader.py` reads an index beside its writer, with `log.py` and `snapshot.py`.
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 from spdk_kv.index.batches import commit_in_batches
 from spdk_kv.index.database import Index
 from spdk_kv.index.reader import IndexReader
-from spdk_kv.index.records import BlobRecord, SequenceRecord, UnitRecord
+from spdk_kv.index.records import BlobRecord
+from spdk_kv.index.sequences import PieceRecord, SequenceRecord
 from spdk_kv.index.snapshot import IndexSnapshot
 from spdk_kv.index.space import IndexFull
 
@@ -20,7 +22,7 @@ __all__ = [
     "IndexFull",
     "IndexReader",
     "IndexSnapshot",
+    "PieceRecord",
     "SequenceRecord",
-    "UnitRecord",
     "commit_in_batches",
 ]

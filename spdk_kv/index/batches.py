@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any, Protocol
 
 from spdk_kv.errors import CapacityError
-from spdk_kv.index.records import BlobRecord, Row, SequenceRecord, decode, encode, pack
+from spdk_kv.index.records import BlobRecord, Row, decode, encode, pack
+from spdk_kv.index.sequences import SequenceRecord
 from spdk_kv.index.space import LEAST_ROWS, IndexFull
 
 # The most in a transaction.

@@ -26,19 +26,20 @@ from spdk_kv.index.records import (
     BlobRecord,
     Record,
     Row,
-    SequenceRecord,
     decode,
     encode,
     meta_crc,
     pack,
     parse_blob,
-    parse_sequence,
     unpack,
 )
+from spdk_kv.index.sequences import SequenceRecord, parse_sequence
 from spdk_kv.index.space import IndexFull, check_space, file_nbytes
 from spdk_kv.index.unopened import why_unopened
 
-_VERSION = 1
+_VERSION = 2
+# Its rows are all of this one's as well.
+_OLDEST_VERSION = 1
 # The file is ours alone, so a lock on it is a backup tool's or a mistake.
 _BUSY_TIMEOUT_S = 1.0
 
@@ -242,6 +243,14 @@ class Index:
         """All sequences, least recently committed first. Exhaust it before committing."""
         return self._load("sequences", parse_sequence)
 
+    def load_sequence(self, name: str) -> SequenceRecord | None:
+        """One sequence, or None."""
+        key = encode(name)
+        with self._lock, typed_errors(self.path):
+            query = "SELECT record FROM sequences WHERE key = ?"
+            row = self._use().execute(query, (key,)).fetchone()
+        return None if row is None else unpack("sequences", key, row[0], parse_sequence)
+
     def commit(
         self,
         blobs: Mapping[str, BlobRecord | None],
@@ -388,7 +397,7 @@ def check_index(connection: sqlite3.Connection, *, whole: bool = True) -> tuple[
     if version > _VERSION:
         raise StoreMismatch(f"its format is {version}; this spdk_kv knows {_VERSION}: upgrade it")
     tables = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-    if version < _VERSION or sorted(sql for (sql,) in tables) != sorted(_SCHEMA):
+    if version < _OLDEST_VERSION or sorted(sql for (sql,) in tables) != sorted(_SCHEMA):
         raise CorruptionError("not an index of spdk_kv, or its tables are damaged")
     # Finds a key whose look-up would miss its row: a deleted key could come back. Measured: 50 ms
     # for 100,000 rows.
@@ -408,6 +417,10 @@ def _make_durable(connection: sqlite3.Connection) -> None:
     for pragma in _DURABLE:
         connection.execute(pragma)
     _use_log(connection)
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version < _VERSION:
+        # An earlier release, which would not know the rows to come, is to refuse it from now on.
+        connection.execute(f"PRAGMA user_version = {_VERSION}")
 
 
 def _use_log(connection: sqlite3.Connection) -> None:

@@ -114,9 +114,9 @@ class Copy:
         """The part of ``lines`` that can be written now, if any."""
         count, nbytes = lines.shape
         is_paused = self._closed or self._pause_decisions
-        if is_paused or not unit.cached or unit.fill is not None:
+        if is_paused or not (unit.cached and unit.copyable) or unit.fill is not None:
             return None
-        if count != len(unit.extents) or not start <= unit.filled < start + nbytes:
+        if count != unit.count or not start <= unit.filled < start + nbytes:
             return None
         if any(_overlap(hole.extents, unit.extents) for hole in self._holes):
             return None
@@ -133,8 +133,10 @@ class Copy:
         tensor_from(lease, "uint8", (fill.count, width)).copy_(lines)
         transfer = self.engine.transfer(WRITE)
         transfer.keep(lease)
-        for number, (offset, _) in enumerate(unit.extents):
-            transfer.add(offset + fill.start, lease.address + number * width, width)
+        address = lease.address
+        for offset, nbytes in unit.ranges(fill.start, fill.end):
+            transfer.add(offset, address, nbytes)
+            address += nbytes
         return transfer
 
     def _on_written(self, unit: TrackedUnit, fill: Fill, transfer: Transfer) -> None:
@@ -184,10 +186,17 @@ class Copy:
 
     def forget(self, unit: TrackedUnit) -> Hole:
         """Nothing of ``unit`` is filled from now on. Returns what is left to :meth:`punch`."""
-        hole = Hole(unit.extents, unit.fill)
-        self._holes.append(hole)
+        # What lies on shared ground is the copy of another unit.
+        hole = self.leave(unit.extents if unit.copyable else (), unit.fill)
         unit.filled = 0
         unit.copy_epoch += 1
+        return hole
+
+    def leave(self, extents: Extents, fill: Fill | None) -> Hole:
+        """Nothing is filled in ``extents`` from now on, where ``fill`` may still write. Returns
+        what is left to :meth:`punch`."""
+        hole = Hole(extents, fill)
+        self._holes.append(hole)
         return hole
 
     def punch(self, hole: Hole) -> None:

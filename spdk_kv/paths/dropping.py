@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from spdk_kv.engines import SharedPageCacheEngine
 from spdk_kv.paths.copy import Copy
-from spdk_kv.paths.units import TrackedUnit
+from spdk_kv.paths.units import Extents, TrackedUnit
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,12 @@ class Dropper:
             self._thread.submit(self._copy.punch, self._copy.forget(unit))
         else:
             self._thread.submit(self._drop, unit)
+
+    def leave_later(self, unit: TrackedUnit, extents: Extents) -> None:
+        """Frees ``extents`` of the copy, which ``unit`` has none of its bytes in any more. Called
+        with the lock held."""
+        if self._copy is not None and unit.copyable:
+            self._thread.submit(self._copy.punch, self._copy.leave(extents, unit.fill))
 
     def drop_now(self, unit: TrackedUnit) -> None:
         """Drops the pages even if the unit has been promoted again; blocks until they are gone.

@@ -29,8 +29,8 @@ from spdk_kv.paths.copy import Copy
 from spdk_kv.paths.dropping import Dropper
 from spdk_kv.paths.routes import Routes
 from spdk_kv.paths.scans import Scans
-from spdk_kv.paths.units import Extents, TrackedUnit, UnitGroup
-from spdk_kv.placement import StagingPool
+from spdk_kv.paths.units import TrackedUnit, UnitGroup
+from spdk_kv.placement import Ground, StagingPool
 from spdk_kv.residency import Observation, Policy
 
 if TYPE_CHECKING:
@@ -97,18 +97,21 @@ class Orchestrator:
 
     # -- sequences come and go ------------------------------------------------------------------
 
-    def adopt(self, name: str, extents: Sequence[Extents]) -> UnitGroup:
+    def adopt(
+        self, name: str, layers: Sequence[Sequence[tuple[Ground, int]]], copyable: bool = True
+    ) -> UnitGroup:
         """Starts to track a sequence.
 
         Args:
             name: for people.
-            extents: those of K and V of each layer, alternating.
+            layers: of each layer's units, K and then V, the ground and the number of extents.
+            copyable: whether there may be copies of them; not of a sequence on shared ground.
 
         Returns:
             Its units. All are read directly until the next decision.
         """
         with self._lock:
-            group = self._scans.add(name, extents)
+            group = self._scans.add(name, layers, copyable)
             if self.routes.copy is not None:
                 for unit in group.units:
                     unit.filled = 0
@@ -122,6 +125,15 @@ class Orchestrator:
                 for unit in group.units:
                     self._demote(unit)
                 self._notify()
+
+    def move(self, unit: TrackedUnit, ground: Ground) -> None:
+        """Bytes of ``unit`` that are still to come will lie on another ``ground``."""
+        with self._lock:
+            left = {offset for offset, _ in unit.extents}
+            before, unit.ground = unit.extents, ground
+            left -= {offset for offset, _ in unit.extents}
+            if self.routes.copy is not None and self._dropper is not None and left:
+                self._dropper.leave_later(unit, tuple(each for each in before if each[0] in left))
 
     def resize(self, unit: TrackedUnit, nbytes: int) -> None:
         """The drive has the first ``nbytes`` of every extent of ``unit`` now."""

@@ -92,8 +92,8 @@ class Routes:
             return None
         total = 0
         for unit in units:
-            each = unit.served_nbytes // len(unit.extents)
-            found = [cached_nbytes(self.cache.fd, offset, each) for offset, _ in unit.extents]
+            each = unit.served_nbytes // unit.count
+            found = [cached_nbytes(self.cache.fd, *place) for place in unit.ranges(0, each)]
             known = [nbytes for nbytes in found if nbytes is not None]
             if len(known) < len(found):
                 return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 
-from spdk_kv.paths.units import Extents, TrackedUnit, UnitGroup
+from spdk_kv.paths.units import TrackedUnit, UnitGroup
+from spdk_kv.placement import Ground
 from spdk_kv.residency import Unit, spread
 
 # Decisions without a scan after which a sequence falls asleep. Chosen: far more than those of
@@ -41,11 +42,13 @@ class Scans:
         """All units of sequences that are awake, in the order of a scan."""
         return (unit for number in sorted(self._awake) for unit in self._awake[number].units)
 
-    def add(self, name: str, extents: Sequence[Extents]) -> UnitGroup:
-        """A new group. ``extents``: those of K and V of each layer, alternating."""
+    def add(
+        self, name: str, layers: Sequence[Sequence[tuple[Ground, int]]], copyable: bool
+    ) -> UnitGroup:
+        """A new group; see :meth:`UnitGroup.add`."""
         self._last_number += 1
         group = UnitGroup(self._last_number, name)
-        group.add(extents)
+        group.add(layers, copyable)
         self._awake[group.number] = group
         return group
 

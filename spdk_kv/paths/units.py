@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from spdk_kv._native.holding import Hold
+from spdk_kv.placement import Ground, locate
 from spdk_kv.residency import Unit
 
 Extents = tuple[tuple[int, int], ...]
-"""(offset, nbytes) of each extent."""
+"""(offset, nbytes) of what a unit has on the drive."""
 
 
 WHOLE_EXTENT = 1 << 62
@@ -43,6 +44,9 @@ class Fill:
 class TrackedUnit:
     """One layer's K or V of one sequence.
 
+    ``ground``: where its ``count`` extents lie, which grow together. ``copyable``: whether there
+    may be copies of it: not where it shares ground, of which the owner may have some.
+
     ``cached``: whether it is on the page-cache path. ``nbytes``: its bytes on the drive now.
 
     ``filled``: bytes of every extent that the page cache serves: all where it caches the drive's
@@ -58,7 +62,9 @@ class TrackedUnit:
     group: UnitGroup
     layer: int
     value: int
-    extents: Extents
+    ground: Ground
+    count: int
+    copyable: bool = True
     weight: float = 1.0
     nbytes: int = 0
     cached: bool = False
@@ -74,17 +80,34 @@ class TrackedUnit:
         return (self.group.number, self.layer, self.value)
 
     @property
+    def extents(self) -> Extents:
+        """All that it may use of the drive, in the order of its bytes."""
+        return tuple(
+            (offset, stretch.end - stretch.start)
+            for stretch in self.ground
+            for offset in stretch.offsets
+        )
+
+    def ranges(self, start: int, end: int) -> Extents:
+        """Where bytes ``[start, end)`` of its extents lie: those of the first, then of the next."""
+        return tuple(
+            place
+            for number in range(self.count)
+            for place in locate(self.ground, number, start, end)
+        )
+
+    @property
     def capacity_nbytes(self) -> int:
-        return sum(nbytes for _, nbytes in self.extents)
+        return self.count * (self.ground[-1].end if self.ground else 0)
 
     @property
     def served_nbytes(self) -> int:
         """Bytes of ``nbytes`` that the page cache serves if the unit is on its path."""
-        return min(self.nbytes, self.filled * len(self.extents))
+        return min(self.nbytes, self.filled * self.count)
 
     def resize(self, nbytes: int) -> None:
         """The drive has the first ``nbytes`` of every extent now."""
-        self.nbytes = nbytes * len(self.extents)
+        self.nbytes = nbytes * self.count
         if nbytes < self.filled < WHOLE_EXTENT:
             self.filled = nbytes
         if self.fill is not None:
@@ -127,21 +150,29 @@ class TrackedUnit:
 class UnitGroup:
     """The units of one sequence, and how far its present scan has come.
 
-    ``idle_steps``: decisions since the sequence last started a scan.
+    ``units``: all of them, and ``layers`` those of each layer. ``idle_steps``: decisions since the
+    sequence last started a scan.
     """
 
     number: int
     name: str
     units: list[TrackedUnit] = field(default_factory=list)
+    layers: list[list[TrackedUnit]] = field(default_factory=list)
     idle_steps: int = 0
     _last_layer: int | None = None
     _started_ahead: bool = False
 
-    def add(self, extents: Sequence[Extents]) -> None:
-        """``extents``: those of K and V of each layer, alternating."""
-        self.units = [
-            TrackedUnit(self, number // 2, number % 2, unit) for number, unit in enumerate(extents)
+    def add(self, layers: Sequence[Sequence[tuple[Ground, int]]], copyable: bool) -> None:
+        """``layers``: of each layer's units (K, then V) the ground, and how many extents they
+        have."""
+        self.layers = [
+            [
+                TrackedUnit(self, number, value, ground, count, copyable)
+                for value, (ground, count) in enumerate(units)
+            ]
+            for number, units in enumerate(layers)
         ]
+        self.units = [unit for units in self.layers for unit in units]
 
     def enter_layer(self, layer: int) -> bool:
         """A read of ``layer`` begins. Returns whether it starts another scan."""

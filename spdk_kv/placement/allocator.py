@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 from spdk_kv.errors import CapacityError, CorruptionError
@@ -335,3 +336,40 @@ class Allocator:
             if offset > end:
                 self._add_free(end, offset - end)
             end = offset + nbytes
+
+    def take_free(self, run: int, start: int, nbytes: int) -> bool:
+        """Makes ``[start, start + nbytes)``, whole blocks within the free run that begins at
+        ``run``, an extent. False, and nothing changes, where that is not free (any more)."""
+        size = self._free.get(run, 0)
+        if not run <= start < start + nbytes <= run + size:
+            return False
+        try:
+            self._remove_free(run)
+            self._used[start] = nbytes
+            self._used_nbytes += nbytes
+            for first, end in ((run, start), (start + nbytes, run + size)):
+                if first < end:
+                    self._add_free(first, end - first)
+        except BaseException:
+            self._recover()
+            raise
+        return True
+
+    @contextmanager
+    def without(self, ranges: Iterable[tuple[int, int]]) -> Iterator[None]:
+        """Within it nothing of ``ranges`` (start, end) is handed out. It takes time in proportion
+        to the extents."""
+        try:
+            for start, end in ranges:
+                self._hide(start, end)
+            yield
+        finally:
+            self._recover()
+
+    def _hide(self, start: int, end: int) -> None:
+        touched = [(run, n) for run, n in self._free.items() if run < end and run + n > start]
+        for run, nbytes in touched:
+            self._remove_free(run)
+            for first, last in ((run, min(start, run + nbytes)), (max(end, run), run + nbytes)):
+                if first < last:
+                    self._add_free(first, last - first)

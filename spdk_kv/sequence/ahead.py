@@ -22,7 +22,7 @@ class ReadAhead:
         paths: Orchestrator,
         group: UnitGroup,
         layers: Sequence[Layer],
-        max_tokens: int,
+        max_tokens: int | None,
     ) -> None:
         self.learns = True
         self.gpu: LinkedGpu | None = None
@@ -98,7 +98,8 @@ class ReadAhead:
         layer = self._layers[number]
         self._paths.before_read_ahead(self._group)
         with deadline.hold(layer.lock), deadline.hold(self._paths.ahead.lock):
-            spare = min(spare, self._max_tokens - layer.tokens)
+            if self._max_tokens is not None:
+                spare = min(spare, self._max_tokens - layer.tokens)
             if not self._paths.ahead.admits(layer.reader.prefetch_nbytes(first, spare)):
                 return False
             try:

@@ -9,35 +9,34 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spdk_kv.errors import ShapeMismatch
+from spdk_kv.placement import LayerLayout
 from spdk_kv.tensors import check_dense
-from spdk_kv.types import KVShape, dtype_name
+from spdk_kv.types import dtype_name
 
 if TYPE_CHECKING:
     import torch
 
 
-def check_tokens(shape: KVShape, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_tokens(layout: LayerLayout, k: torch.Tensor, v: torch.Tensor) -> None:
     """Raises ShapeMismatch unless both are dense tensors ``[batch, kv_heads, tokens, head_dim]`` of
-    ``shape``, with as many tokens each."""
+    the layer's shape, with as many tokens each."""
     import torch
 
-    for name, tensor in (("k", k), ("v", v)):
+    shape, batch = layout.shape, layout.batch
+    expected = (("k", k, shape.head_dim, shape.dtype), ("v", v, shape.value_dim, shape.value_dtype))
+    for name, tensor, head_dim, dtype in expected:
         if not isinstance(tensor, torch.Tensor):
             raise ShapeMismatch(f"{name} is a torch tensor, not {type(tensor).__name__}")
         check_dense(tensor, name)
         found = tuple(tensor.shape)
-        if len(found) != 4 or (*found[:2], found[3]) != (
-            shape.batch,
-            shape.kv_heads,
-            shape.head_dim,
-        ):
+        if len(found) != 4 or (*found[:2], found[3]) != (batch, shape.kv_heads, head_dim):
             raise ShapeMismatch(
-                f"{name} is {list(found)}, not [batch={shape.batch}, "
-                f"kv_heads={shape.kv_heads}, tokens, head_dim={shape.head_dim}]"
+                f"{name} is {list(found)}, not [batch={batch}, kv_heads={shape.kv_heads}, tokens, "
+                f"head_dim={head_dim}]"
             )
-        if dtype_name(tensor.dtype) != shape.dtype:
-            raise ShapeMismatch(f"{name} is {tensor.dtype}; the sequence holds {shape.dtype}")
-    if k.shape != v.shape:
+        if dtype_name(tensor.dtype) != dtype:
+            raise ShapeMismatch(f"{name} is {tensor.dtype}; the sequence holds {dtype}")
+    if k.shape[:3] != v.shape[:3]:
         raise ShapeMismatch(f"k is {list(k.shape)}, but v {list(v.shape)}")
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from spdk_kv._native.transfer import WRITE, Transfer
 from spdk_kv.engines import Engine
 from spdk_kv.link import GpuMemory, LinkedGpu
-from spdk_kv.placement import SequenceLayout, StagingPool
+from spdk_kv.placement import LayerLayout, StagingPool
+from spdk_kv.sequence.contents import Contents, chunk_crcs
 from spdk_kv.sequence.rows import lay_out
 from spdk_kv.tensors import tensor_from
 from spdk_kv.units import align_down, align_up
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ChunkWrite:
     """The write of bytes ``[start, end)`` of every extent of a layer, and the memory it takes them
     from.
 
-    ``rows`` is that memory, ``[extents, bytes]``: the whole chunks, then the ``rest`` that fills
-    none and is not written.
+    ``each``: in how many pieces an extent's part is written. ``rows`` is that memory,
+    ``[extents, bytes]``: the whole chunks, then the ``rest`` that fills none and is not written.
     """
 
     engine: Engine
@@ -34,6 +35,7 @@ class ChunkWrite:
     start: int
     end: int
     rest_nbytes: int
+    each: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -47,21 +49,30 @@ class ChunkWrite:
         rows = self.rows[extents.start : extents.stop]
         return rows[:, start - self.start : end - self.start]
 
+    def crcs(self, number: int) -> bytes:
+        """The checksums of the chunks of extent ``number``, once they are written."""
+        return chunk_crcs(self.transfer, number, self.each)
+
     @property
     def rest(self) -> torch.Tensor:
         """The bytes behind the whole chunks, ``[extents, bytes]``, in host memory."""
         whole = self.end - self.start
         return self.rows[:, whole : whole + self.rest_nbytes].cpu()
 
-    def add_segments(self, offsets: list[int]) -> None:
-        """Aims the write at the extents at ``offsets``."""
+    def add_segments(self, contents: Contents) -> None:
+        """Aims the write at the extents of ``contents``."""
         address, stride = int(self.memory.address), self.rows.shape[1]
-        for number, offset in enumerate(offsets):
-            self.transfer.add(offset + self.start, address + number * stride, self.end - self.start)
+        for number in contents.extents:
+            at = address + number * stride
+            places = list(contents.ranges(number, self.start, self.end))
+            for offset, nbytes in places:
+                self.transfer.add(offset, at, nbytes)
+                at += nbytes
+            self.each = len(places)
 
 
 def whole_chunks(
-    layout: SequenceLayout,
+    layout: LayerLayout,
     staging: StagingPool,
     engine: Engine,
     start: int,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spdk_kv._native.memory import Lease
+from spdk_kv._native.transfer import Transfer
 from spdk_kv.errors import CorruptionError
-from spdk_kv.index import UnitRecord
 from spdk_kv.paths import Orchestrator, TrackedUnit
-from spdk_kv.placement import SequenceLayout
+from spdk_kv.placement import Ground, LayerLayout, locate
 from spdk_kv.units import align_down
 
 if TYPE_CHECKING:
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 CRC_NBYTES = 4
 """Size of a chunk's checksum, as the index keeps it."""
+
+
+def chunk_crcs(transfer: Transfer, number: int, each: int) -> bytes:
+    """The checksums of the chunks of the ``number``-th extent in ``transfer``, where every extent
+    is in ``each`` pieces."""
+    if each == 1:
+        return transfer.chunk_crcs(number)
+    return b"".join(transfer.chunk_crcs(number * each + part) for part in range(each))
 
 
 @dataclass(eq=False, slots=True)
@@ -47,7 +55,7 @@ class State:
 
 
 class Contents:
-    """K and V of one layer: ``2 * extents_per_unit`` extents that grow together.
+    """K and V of one layer: extents that grow together, on a ``ground`` that grows as well.
 
     ``state`` is replaced as a whole, by one assignment, when everything that the new one tells of
     is there. So an interrupt, wherever it comes, leaves the layer as it was or as it was to be:
@@ -60,19 +68,23 @@ class Contents:
     def __init__(
         self,
         name: str,
-        layout: SequenceLayout,
-        offsets: Sequence[int],
+        layout: LayerLayout,
+        ground: Ground,
+        writable: tuple[int, int],
         units: Sequence[TrackedUnit],
         paths: Orchestrator,
     ) -> None:
         self.name = name
         self.layout = layout
-        self.offsets = list(offsets)
+        self.ground = ground
+        self.writable = writable
+        """Bytes of every extent that may be written: the end of the ground, as far as this
+        sequence has it for itself."""
         self.units = units
         self.failure: Exception | None = None
         """Why the layer cannot be used any more: a write failed, or the sequence was deleted."""
         # The checksums of each extent's chunks, as far as their writes are settled.
-        self._crcs = [bytearray() for _ in self.offsets]
+        self._crcs = [bytearray() for _ in range(layout.extents)]
         self._paths = paths
 
     def check(self) -> None:
@@ -83,7 +95,7 @@ class Contents:
     @property
     def extents(self) -> range:
         """The numbers of all extents: those of K, then those of V."""
-        return range(len(self.offsets))
+        return range(self.layout.extents)
 
     @property
     def tokens(self) -> int:
@@ -121,6 +133,36 @@ class Contents:
         for unit in self.units:
             self._paths.resize(unit, stored_nbytes)
 
+    # -- ground ---------------------------------------------------------------------------------
+
+    def ranges(self, number: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """(offset, nbytes) on the drive of bytes ``[start, end)`` of extent ``number``."""
+        return locate(self.ground, number, start, end)
+
+    def has_room(self, end: int) -> bool:
+        """Whether every extent may be written from the end of what is stored to byte ``end``."""
+        first, last = self.writable
+        stored = self.state.stored_nbytes
+        return end <= stored or (first <= stored and end <= last)
+
+    def move(self, ground: Ground, writable: tuple[int, int]) -> None:
+        """What is written from now on lies on ``ground``."""
+        if ground != self.ground:
+            if self._place(ground) != self._place(self.ground):
+                self.state.tail.written_nbytes = 0  # the drive has it elsewhere
+            self.ground = ground
+            first = 0
+            for unit in self.units:
+                part = slice(first, first + unit.count)
+                self._paths.move(unit, tuple(stretch.of(part) for stretch in ground))
+                first += unit.count
+        self.writable = writable
+
+    def _place(self, ground: Ground) -> list[tuple[int, int]]:
+        """Where the tail of the first extent belongs."""
+        stored = self.state.stored_nbytes
+        return list(locate(ground, 0, stored, stored + self.layout.chunk_nbytes))
+
     # -- checksums ------------------------------------------------------------------------------
 
     def set_crcs(self, number: int, start: int, crcs: bytes) -> None:
@@ -138,17 +180,19 @@ class Contents:
 
     # -- records --------------------------------------------------------------------------------
 
-    def restore(self, records: Sequence[UnitRecord]) -> list[bytes]:
-        """Takes up the recorded state; returns the checksum of each extent's tail, or b"".
+    def restore(self, tokens: int, checksums: Sequence[bytes]) -> list[bytes]:
+        """Takes up a recorded state, with the ``checksums`` of each extent; returns those of their
+        tails, or b"".
 
-        Raises CorruptionError where the extents' lengths differ.
+        Raises CorruptionError where there are too many tokens, or not as many checksums.
         """
-        row, chunk = self.layout.row_nbytes, self.layout.chunk_nbytes
-        nbytes = records[0].nbytes
-        if any(record.nbytes != nbytes for record in records) or nbytes % row:
-            raise CorruptionError(f"{self.name}: the index gives its extents unequal lengths")
-        stored = align_down(nbytes, chunk)
+        nbytes = tokens * self.layout.row_nbytes
+        stored = align_down(nbytes, self.layout.chunk_nbytes)
         whole = self._place_of_crc(stored)
-        self._crcs = [bytearray(record.checksums[:whole]) for record in records]
-        self.grow(State(nbytes // row, stored, self.state.tail))
-        return [record.checksums[whole:] for record in records]
+        count = whole + CRC_NBYTES * (nbytes > stored)
+        reach = self.ground[-1].end if self.ground else 0
+        if nbytes > reach or any(len(each) != count for each in checksums):
+            raise CorruptionError(f"{self.name}: the index gives its extents wrong lengths")
+        self._crcs = [bytearray(each[:whole]) for each in checksums]
+        self.grow(State(tokens, stored, self.state.tail))
+        return [each[whole:] for each in checksums]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spdk_kv._native.transfer import Transfer
 from spdk_kv.deadline import NEVER, Deadline
-from spdk_kv.errors import ClosedError
-from spdk_kv.index import UnitRecord
+from spdk_kv.errors import ClosedError, ShapeMismatch
 from spdk_kv.link import LinkedGpu
 from spdk_kv.paths import Orchestrator
 from spdk_kv.placement import StagingPool
@@ -24,6 +24,18 @@ from spdk_kv.units import align_down
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class LayerSnapshot:
+    """What a layer held at one moment, apart from what is on the drive: the first ``stored_nbytes``
+    of each extent, with their checksums. ``tail``: the bytes behind those, ``[extents, bytes]``."""
+
+    tokens: int
+    stored_nbytes: int
+    tail: np.ndarray[Any, np.dtype[np.uint8]]
+    checksums: tuple[bytes, ...]
+    row_map: bytes
 
 
 class Layer:
@@ -41,12 +53,15 @@ class Layer:
         self.contents = contents
         self._paths = paths
         self._verify = verify
-        self.order = RowOrder(contents.layout.shape)
+        self.order = RowOrder(contents.layout.batch)
         self._tail = Tail(contents, paths.routes.writer, staging)
         self.writer = Writer(contents, self._tail, paths, staging)
         self.reader = Reader(
             contents, self.writer.pending, self._tail, self.order, paths, staging, verify
         )
+
+        # The last snapshot, and of what.
+        self._snapshot: tuple[State, int, LayerSnapshot] | None = None
 
     @property
     def tokens(self) -> int:
@@ -127,35 +142,83 @@ class Layer:
         self.contents.check()
         self.order.change(self.tokens, rows)
 
-    def flush(self, deadline: Deadline = NEVER) -> list[UnitRecord]:
-        """Writes what is only in memory and returns the records of all extents. Waits."""
+    def has_room(self, tokens: int) -> bool:
+        """Whether it can be written until it has ``tokens``."""
+        layout = self.contents.layout
+        return self.contents.has_room(layout.token_range(0, tokens)[1])
+
+    def flush(self, deadline: Deadline = NEVER) -> list[bytes]:
+        """Writes what is only in memory and returns the checksums of each extent. Waits. There is
+        room for its tail."""
         self.settle(deadline)
         self._tail.flush(deadline)
         contents = self.contents
-        nbytes = contents.tokens * contents.layout.row_nbytes
         return [
-            UnitRecord(offset, nbytes, contents.crcs(number, 0, contents.stored_nbytes) + tail)
-            for number, (offset, tail) in enumerate(
-                zip(contents.offsets, self._tail.checksums(), strict=True)
-            )
+            contents.crcs(number, 0, contents.stored_nbytes) + tail
+            for number, tail in enumerate(self._tail.checksums())
         ]
 
     def row_map(self) -> bytes:
         """The reordering, as little-endian int32 [tokens, batch]; empty if there was none."""
         return self.order.as_bytes(self.tokens)
 
-    def restore(self, records: Sequence[UnitRecord], row_map: bytes) -> None:
+    def restore(self, tokens: int, checksums: Sequence[bytes], row_map: bytes) -> None:
         """Takes up the recorded state; waits for the drive, to bring the tail back into memory."""
-        self._tail.load(self.contents.restore(records), self._verify)
+        self._tail.load(self.contents.restore(tokens, checksums), self._verify)
         self.order.restore(self.tokens, row_map)
+
+    def snapshot(self, tokens: int | None, deadline: Deadline = NEVER) -> LayerSnapshot:
+        """What it holds of its first ``tokens`` (None: of all); ShapeMismatch where it has fewer.
+        Waits until everything is written, and for the last chunk where that is on the drive."""
+        self.settle(deadline)
+        contents, state, changes = self.contents, self.contents.state, self.order.changes
+        tokens = state.tokens if tokens is None else tokens
+        if not 0 <= tokens <= state.tokens:
+            raise ShapeMismatch(f"{self.name} has {state.tokens} tokens, not {tokens}")
+        if self._snapshot is not None:
+            before, order, snapshot = self._snapshot
+            if before is state and order == changes and snapshot.tokens == tokens:
+                return snapshot
+        nbytes = tokens * contents.layout.row_nbytes
+        keep = align_down(nbytes, contents.layout.chunk_nbytes)
+        used = nbytes - keep
+        if used and keep < state.stored_nbytes:
+            tail = self.reader.read_chunk(keep, deadline)
+        else:
+            tail = state.tail.rows
+        snapshot = LayerSnapshot(
+            tokens,
+            keep,
+            np.array(tail.numpy()[:, :used]),
+            tuple(contents.crcs(number, 0, keep) for number in contents.extents),
+            self.order.as_bytes(tokens),
+        )
+        self._snapshot = state, changes, snapshot
+        return snapshot
+
+    def begin(self, snapshot: LayerSnapshot) -> None:
+        """Takes up what another layer held, on ground that both have."""
+        import torch
+
+        for number, checksums in enumerate(snapshot.checksums):
+            self.contents.set_crcs(number, 0, checksums)
+        with torch.inference_mode(False):
+            tail = self._tail.begin(torch.from_numpy(snapshot.tail))
+        self.order.restore(snapshot.tokens, snapshot.row_map)
+        self.contents.grow(State(snapshot.tokens, snapshot.stored_nbytes, tail))
 
     def close(self) -> list[Transfer]:
         """Makes every other method raise ClosedError. Cancels the writes and returns them: some
         may still be in flight."""
         self.contents.failure = ClosedError(f"{self.name}: the sequence was deleted")
         self.reader.prefetched.drop()
-        transfers = self.writer.unfinished + self._tail.unfinished
+        transfers = self.unfinished
         for transfer in transfers:
             if transfer.in_flight:
                 transfer.cancel()
         return transfers
+
+    @property
+    def unfinished(self) -> list[Transfer]:
+        """The writes that may still be in flight."""
+        return self.writer.unfinished + self._tail.unfinished

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spdk_kv.sequence.buffer import ReadBuffer
-from spdk_kv.types import KVShape
 
 if TYPE_CHECKING:
     import torch
@@ -16,23 +15,27 @@ if TYPE_CHECKING:
 class RowOrder:
     """For each token, which stored row of the batch is row b now; its own until that changes."""
 
-    def __init__(self, shape: KVShape) -> None:
-        self._shape = shape
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
         self.changes = 0
         """How often :meth:`change` was called."""
-        # rows[t, b]: the stored row; None while each is its own.
+        # rows[t, b]: the stored row, for at least the tokens that there are; None while each is its
+        # own.
         self._rows: np.ndarray[Any, np.dtype[np.int32]] | None = None
 
     def append(self, tokens: int, count: int) -> None:
         """``count`` tokens come after the first ``tokens``, stored as they are."""
         if self._rows is not None:
-            self._rows[tokens : tokens + count] = np.arange(self._shape.batch)
+            if tokens + count > len(self._rows):
+                more = np.empty((max(count, tokens), self._batch), np.int32)
+                self._rows = np.concatenate([self._rows[:tokens], more])
+            self._rows[tokens : tokens + count] = np.arange(self._batch)
 
     def change(self, tokens: int, rows: np.ndarray[Any, Any]) -> None:
         """Row b of each of the first ``tokens`` becomes what row ``rows[b]`` was."""
         if self._rows is None:
-            own = np.arange(self._shape.batch, dtype=np.int32)
-            self._rows = np.tile(own, (self._shape.max_tokens, 1))
+            own = np.arange(self._batch, dtype=np.int32)
+            self._rows = np.tile(own, (max(1, tokens), 1))
         # No call comes between these two, so that no interrupt does.
         self._rows[:tokens] = self._rows[:tokens, rows]
         self.changes += 1
@@ -62,6 +65,4 @@ class RowOrder:
     def restore(self, tokens: int, row_map: bytes) -> None:
         """Takes up what :meth:`as_bytes` returned."""
         if row_map:
-            self._rows = np.empty((self._shape.max_tokens, self._shape.batch), np.int32)
-            stored = np.frombuffer(row_map, "<i4").reshape(tokens, self._shape.batch)
-            self._rows[:tokens] = stored
+            self._rows = np.frombuffer(row_map, "<i4").reshape(tokens, self._batch).astype(np.int32)

@@ -19,7 +19,6 @@ from spdk_kv.sequence.prefetched import Prefetched
 from spdk_kv.sequence.reading import Reading, by_path
 from spdk_kv.sequence.tail import Tail
 from spdk_kv.tensors import tensor_from
-from spdk_kv.types import torch_dtypes
 from spdk_kv.units import align_up
 
 if TYPE_CHECKING:
@@ -52,7 +51,6 @@ class Reader:
         self._paths = paths
         self._staging = staging
         self._verify = verify
-        self._dtype = torch_dtypes()[contents.layout.shape.dtype]
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -98,12 +96,12 @@ class Reader:
         return end - reading.start <= reading.per_extent
 
     def finish(self, reading: Reading, last: int, deadline: Deadline = NEVER) -> torch.Tensor:
-        """Waits for the reading, checks it, and returns ``[extents, tokens, *row_shape]``."""
+        """Waits for the reading, checks it, and returns the tokens as bytes,
+        ``[extents, nbytes]``."""
         reading.complete(deadline)
         buffer, extents, start = reading.buffer, reading.extents, reading.start
-        shape = (len(extents), last - reading.first, *self._layout.row_shape)
         if last == reading.first:
-            return buffer.local(tensor_from(None, self._layout.shape.dtype, shape))
+            return buffer.local(tensor_from(None, "uint8", (len(extents), 0)))
         row, stored = self._layout.row_nbytes, self._contents.stored_nbytes
         begin, end = reading.first * row, last * row
         rows = buffer.as_bytes(len(extents), reading.per_extent)
@@ -115,8 +113,7 @@ class Reader:
         if end > stored:
             at = max(stored, start)
             rows[:, at - start : end - start] = buffer.local(self._tail.part(extents, at, end))
-        rows = self._order.apply(rows[:, begin - start : end - start], reading.first, last, buffer)
-        return rows.view(self._dtype).view(shape)
+        return self._order.apply(rows[:, begin - start : end - start], reading.first, last, buffer)
 
     def read_chunk(self, start: int, deadline: Deadline) -> torch.Tensor:
         """The stored chunk from byte ``start`` of every extent, in memory of its own. Waits."""
@@ -147,7 +144,7 @@ class Reader:
         if self.has_prefetched(first):
             return 0
         start, end = self._layout.token_range(first, self._contents.tokens + spare)
-        return len(self._contents.offsets) * (end - start)
+        return self._layout.extents * (end - start)
 
     def take_prefetched(self, first: int) -> Reading | None:
         """What was prefetched, if it begins at ``first`` and has room for all tokens.

@@ -14,7 +14,7 @@ from spdk_kv.engines import Engine
 from spdk_kv.errors import CorruptionError, DeviceError, DeviceTimeout, SpdkKvError
 from spdk_kv.paths import Orchestrator, TrackedUnit
 from spdk_kv.sequence.buffer import ReadBuffer
-from spdk_kv.sequence.contents import Contents
+from spdk_kv.sequence.contents import Contents, chunk_crcs
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 class Part:
     """Bytes ``[start, end)`` of some of a reading's extents, on their way by one path.
 
-    ``unit``: the unit that they belong to, if it is on the page-cache path; ``warm_epoch`` and
-    ``copy_epoch`` are its own at the time of the request.
+    ``each``: in how many pieces every extent is read. ``unit``: the unit that they belong to, if it
+    is on the page-cache path; ``warm_epoch`` and ``copy_epoch`` are its own at the time of the
+    request.
     """
 
     transfer: Transfer
@@ -38,6 +39,7 @@ class Part:
     extents: range
     start: int
     end: int
+    each: int
 
 
 class Reading:
@@ -99,13 +101,17 @@ class Reading:
             checksum=self._verify,
             chunk_nbytes=self._chunk_nbytes,
         )
-        offsets, first = self._contents.offsets, self.extents.start
         address = self.buffer.address + start - self.start
         for number in extents:
-            at = address + (number - first) * self.per_extent
-            transfer.add(offsets[number] + start, at, end - start)
+            at = address + (number - self.extents.start) * self.per_extent
+            places = list(self._contents.ranges(number, start, end))
+            for offset, nbytes in places:
+                transfer.add(offset, at, nbytes)
+                at += nbytes
         transfer.submit(None, priority)
-        return Part(transfer, engine, unit, warm_epoch, copy_epoch, extents, start, end)
+        return Part(
+            transfer, engine, unit, warm_epoch, copy_epoch, extents, start, end, len(places)
+        )
 
     def complete(self, deadline: Deadline = NEVER) -> None:
         """Waits until all of it is there. What one path cannot deliver, the other one may. Whoever
@@ -177,7 +183,7 @@ class Reading:
         if not self._verify:
             return
         for segment, number in enumerate(part.extents):
-            if part.transfer.chunk_crcs(segment) != self._contents.crcs(
+            if chunk_crcs(part.transfer, segment, part.each) != self._contents.crcs(
                 number, part.start, part.end
             ):
                 raise CorruptionError(
@@ -205,12 +211,15 @@ class Reading:
 
 
 def by_path(units: Sequence[TrackedUnit], extents: range) -> list[tuple[TrackedUnit | None, range]]:
-    """Splits ``extents`` of a layer, whose ``units`` are K and V, by path: those of each unit on
+    """Splits ``extents`` of a layer, whose ``units`` they are of, by path: those of each unit on
     the page-cache path with that unit, and those that are read directly with None."""
     if not any(unit.cached for unit in units):
         return [(None, extents)]
-    border = len(units[0].extents)
-    keys = range(extents.start, min(extents.stop, border))
-    values = range(max(extents.start, border), extents.stop)
-    halves = zip(units, (keys, values), strict=True)
-    return [(unit if unit.cached else None, half) for unit, half in halves if half]
+    parts: list[tuple[TrackedUnit | None, range]] = []
+    first = 0
+    for unit in units:
+        part = range(max(extents.start, first), min(extents.stop, first + unit.count))
+        if part:
+            parts.append((unit if unit.cached else None, part))
+        first += unit.count
+    return parts

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.errors import SpdkKvError
-from spdk_kv.index import SequenceRecord
-from spdk_kv.placement import SequenceLayout
+from spdk_kv.index import PieceRecord, SequenceRecord
+from spdk_kv.sequence.body import Body
 from spdk_kv.sequence.host import Records
 from spdk_kv.sequence.layer import Layer
 
@@ -28,11 +28,14 @@ class Recorder:
         self,
         records: Records,
         name: str,
-        layout: SequenceLayout,
-        layers: Sequence[Layer],
+        body: Body,
         temporary: bool,
         life: object = None,
     ) -> None:
+        self.note = b""
+        """What the caller wants to be recorded with the tokens."""
+        self.pinned = False
+        """Whether it is kept from eviction."""
         self.temporary = temporary
         self.life = life or object()
         """What its records have in common; see :class:`SequenceRecord`."""
@@ -48,10 +51,13 @@ class Recorder:
         any layer's lock."""
         self._records = records
         self._name = name
-        self._layout = layout
-        self._layers = layers
+        self._body = body
+        self._layout = body.layout
+        self._growth = body.growth
         # Tokens of each layer that the last record covers.
-        self._recorded = [0] * len(layers)
+        self._recorded = [0] * body.layout.shape.layers
+        # Runs that only the last record names, until the next one is published.
+        self._leaving: list[int] = []
         # What stage() raised when somebody was last told of it.
         self._told: dict[str, Exception] = {}
 
@@ -67,7 +73,7 @@ class Recorder:
 
     def mark_recorded(self) -> None:
         """The last record covers all tokens that the layers have now."""
-        self._recorded = [layer.tokens for layer in self._layers]
+        self._recorded = [layer.tokens for layer in self._body.layers]
 
     @contextmanager
     def forgetting(self, number: int, tokens: int) -> Iterator[None]:
@@ -104,15 +110,20 @@ class Recorder:
         # First what guards the record, in case an interrupt comes between the two.
         self._recorded = covered
         self._records.publish_sequence(self._name, record)
+        self._records.retire(self.take_leaving())
 
     def _record(self, deadline: Deadline) -> tuple[SequenceRecord, list[int]]:
         """The record, and how many tokens of each layer it covers."""
-        units, maps, covered = [], [], []
-        for layer in self._layers:
-            with deadline.hold(layer.lock):
-                units += layer.flush(deadline)
-                maps.append(layer.row_map())
-                covered.append(layer.tokens)
+        checksums: list[bytes] = []
+        maps: list[bytes] = []
+        covered: list[int] = []
+        note, layers = self.note, self._body.layers
+        for number, layer in enumerate(layers):
+            while not self._flush(layer, checksums, maps, covered, deadline):
+                self._growth.extend(layers, number, layer.tokens, deadline, may_stage=False)
+        with deadline.hold(self._growth.lock):
+            pieces = [PieceRecord(*each) for each in self._growth.recordable()]
+            self._leaving += self._growth.take_left()
         layout = self._layout
         if any(maps):
             own = np.arange(layout.shape.batch, dtype="<i4")
@@ -124,12 +135,37 @@ class Recorder:
             layout.shape,
             layout.granularity,
             layout.chunk_nbytes,
-            layout.extent_nbytes,
-            tuple(units),
+            tuple(pieces),
+            tuple(covered),
+            tuple(checksums),
             b"".join(maps),
+            note,
+            self.pinned,
             self.life,
         )
         return record, covered
+
+    def _flush(
+        self,
+        layer: Layer,
+        checksums: list[bytes],
+        maps: list[bytes],
+        covered: list[int],
+        deadline: Deadline,
+    ) -> bool:
+        """Adds what a record says of ``layer``; False where its tail has no room on the drive."""
+        with deadline.hold(layer.lock):
+            if not layer.has_room(layer.tokens):
+                return False
+            checksums += layer.flush(deadline)
+            maps.append(layer.row_map())
+            covered.append(layer.tokens)
+            return True
+
+    def take_leaving(self) -> list[int]:
+        """The runs that only records before the last published one name."""
+        leaving, self._leaving = self._leaving, []
+        return leaving
 
     def commit_if_due(self, deadline: Deadline = NEVER) -> None:
         """Commits a record of what is left, if the last one covers tokens forgotten since."""

@@ -1,14 +1,15 @@
-"""Appended tokens laid out as rows, in the order in which they lie on the drive."""
+"""K and V as rows, in the order in which they lie on the drive, and rows as K and V."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spdk_kv.placement import SequenceLayout
-from spdk_kv.types import movable
+from spdk_kv.placement import LayerLayout
+from spdk_kv.types import movable, torch_dtypes
 
 if TYPE_CHECKING:
     import torch
@@ -18,21 +19,53 @@ _FEW_CORES = 4
 
 
 def lay_out(
-    layout: SequenceLayout, into: torch.Tensor, at: int, k: torch.Tensor, v: torch.Tensor
+    layout: LayerLayout, into: torch.Tensor, at: int, k: torch.Tensor, v: torch.Tensor
 ) -> None:
     """Writes K and V, ``[batch, kv_heads, tokens, head_dim]``, as rows into ``into``, bytes
     ``[extents, nbytes]``, from byte ``at`` of every extent on."""
-    count, extents = k.shape[2], into.shape[0]
     k, v = movable(k), movable(v)
-    target = into[:, at : at + count * layout.row_nbytes].view(k.dtype)
-    rows = target.view(extents, count, *layout.row_shape)
-    if layout.granularity == "head":
-        heads = layout.extents_per_unit
-        _copy(rows[:heads], k.permute(1, 2, 0, 3))
-        _copy(rows[heads:], v.permute(1, 2, 0, 3))
-    else:
-        _copy(rows[0], k.permute(2, 0, 1, 3))
-        _copy(rows[1], v.permute(2, 0, 1, 3))
+    target = into[:, at : at + k.shape[2] * layout.row_nbytes]
+    for rows, values in zip(_halves(layout, target, k.dtype, v.dtype), (k, v), strict=True):
+        _copy(rows, values)
+
+
+def as_pair(layout: LayerLayout, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V, ``[batch, kv_heads, tokens, head_dim]``: views of ``rows``, bytes
+    ``[extents, nbytes]`` of whole tokens."""
+    dtypes = torch_dtypes()
+    if not rows.shape[1]:
+        return _empty(layout, rows, dtypes)
+    return _halves(layout, rows, dtypes[layout.shape.dtype], dtypes[layout.shape.value_dtype])
+
+
+def _empty(
+    layout: LayerLayout, rows: torch.Tensor, dtypes: Mapping[str, torch.dtype]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape, front = layout.shape, (layout.batch, layout.shape.kv_heads, 0)
+    return (
+        rows.new_empty((*front, shape.head_dim), dtype=dtypes[shape.dtype]),
+        rows.new_empty((*front, shape.value_dim or 0), dtype=dtypes[shape.value_dtype]),
+    )
+
+
+def _halves(
+    layout: LayerLayout, rows: torch.Tensor, key_dtype: torch.dtype, value_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as views of ``rows``, in dtypes of the size of theirs."""
+    tokens, shape = rows.shape[1] // layout.row_nbytes, layout.shape
+    if layout.order == "joint":
+        own = rows.view(tokens, layout.batch, layout.row_nbytes // layout.batch)
+        keys = own[..., : shape.key_nbytes].view(key_dtype)
+        values = own[..., layout.values_at : layout.values_at + shape.value_nbytes]
+        return (
+            keys.view(*own.shape[:2], shape.kv_heads, -1).permute(1, 2, 0, 3),
+            values.view(value_dtype).view(*own.shape[:2], shape.kv_heads, -1).permute(1, 2, 0, 3),
+        )
+    both = rows.view(key_dtype).view(layout.extents, tokens, *layout.row_shape)
+    if layout.order == "head":
+        heads = shape.kv_heads
+        return both[:heads].permute(2, 0, 1, 3), both[heads:].permute(2, 0, 1, 3)
+    return both[0].permute(1, 2, 0, 3), both[1].permute(1, 2, 0, 3)
 
 
 def _copy(into: torch.Tensor, values: torch.Tensor) -> None:

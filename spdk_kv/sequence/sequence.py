@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Sequential
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from spdk_kv.deadline import NEVER, Deadline
-from spdk_kv.errors import CapacityError, ClosedError, ShapeMismatch, SpdkKvError, is_unreadable
-from spdk_kv.paths import UnitGroup
-from spdk_kv.placement import SequenceLayout
-from spdk_kv.sequence.ahead import ReadAhead
+from spdk_kv._native.transfer import Transfer
+from spdk_kv.deadline import Deadline
+from spdk_kv.errors import CapacityError, ShapeMismatch, SpdkKvError, is_unreadable
 from spdk_kv.sequence.arguments import batch_order, check_tokens, head_list, token_range
-from spdk_kv.sequence.host import Host
+from spdk_kv.sequence.forks import share
+from spdk_kv.sequence.foundation import Foundation
+from spdk_kv.sequence.growth import Growth
 from spdk_kv.sequence.layer import Layer
-from spdk_kv.sequence.recorder import Recorder
 from spdk_kv.sequence.twins import Twins
 from spdk_kv.sequence.views import read_all, read_heads
-from spdk_kv.sequence.whole import Whole
-from spdk_kv.types import Granularity, KVShape
+from spdk_kv.types import Granularity
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
 
+# SQLite takes a row of 1 GB at most.
+_MOST_NOTE_NBYTES = 256 << 20
 
-class Sequence(Twins):
+
+class Sequence(Foundation, Twins):
     """The KV cache of one request or batch; :meth:`KVStore.sequence` makes one.
 
     Layers are independent of each other: they may hold different numbers of tokens, and threads
@@ -44,34 +42,7 @@ class Sequence(Twins):
         name: The name it has in its store.
     """
 
-    def __init__(
-        self,
-        host: Host,
-        name: str,
-        layout: SequenceLayout,
-        offsets: list[int],
-        group: UnitGroup,
-        layers: list[Layer],
-        recorder: Recorder,
-    ) -> None:
-        self.name = name
-        self._host = host
-        self._layout = layout
-        self._offsets = offsets
-        self._group = group
-        self._layers = layers
-        self._recorder = recorder
-        self._whole = Whole(layers, recorder)
-        self.release_units: Callable[[], None] = partial(host.paths.release, group)
-        """Ends the tracking of its units, once nobody uses it; may be called again."""
-        self._ahead = ReadAhead(host.paths, group, layers, layout.shape.max_tokens)
-
     # -- properties -----------------------------------------------------------------------------
-
-    @property
-    def shape(self) -> KVShape:
-        """The shape that it was created with."""
-        return self._layout.shape
 
     @property
     def granularity(self) -> Granularity:
@@ -79,28 +50,45 @@ class Sequence(Twins):
         return self._layout.granularity
 
     @property
-    def temporary(self) -> bool:
-        """Whether it is gone when the store is closed."""
-        return self._recorder.temporary
-
-    @property
-    def deleted(self) -> bool:
-        """Whether :meth:`delete` was called."""
-        return self._recorder.deleted
-
-    @property
-    def dirty(self) -> bool:
-        """Whether it has changes that :meth:`KVStore.flush` would record."""
-        return self._recorder.dirty
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all tokens in all layers."""
-        return sum(2 * layer.tokens for layer in self._layers) * self.shape.token_nbytes
+        each = zip(self._body.states, self._layout.layers, strict=True)
+        return sum(state.tokens * layout.token_nbytes for state, layout in each)
 
     def tokens(self, layer: int = 0) -> int:
         """Tokens appended to ``layer`` so far."""
-        return self._layers[self._usable_number(layer)].tokens
+        return self._body.states[self._usable_number(layer)].tokens
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is kept where room is made for others; may be set. One that is in use is kept
+        in any case, and a temporary one until it is deleted."""
+        return self._recorder.pinned
+
+    @pinned.setter
+    def pinned(self, pinned: bool) -> None:
+        self._usable_number(0)
+        if bool(pinned) != self._recorder.pinned:
+            self._mark_dirty()
+            self._recorder.pinned = bool(pinned)
+
+    @property
+    def note(self) -> bytes:
+        """What the caller wants to be recorded with the tokens, in one step with them: what they
+        were computed from, say. Up to 256 MiB. Setting it does not block; a fork begins with its
+        parent's."""
+        return self._recorder.note
+
+    @note.setter
+    def note(self, note: bytes) -> None:
+        if not isinstance(note, bytes):
+            raise TypeError(f"a note is bytes, not {type(note).__name__}")
+        if len(note) > _MOST_NOTE_NBYTES:
+            raise ValueError(f"a note has at most {_MOST_NOTE_NBYTES} bytes, not {len(note)}")
+        self._usable_number(0)
+        if note != self._recorder.note:
+            self._mark_dirty()
+            self._recorder.note = note
 
     @property
     def read_ahead(self) -> bool:
@@ -129,7 +117,7 @@ class Sequence(Twins):
             raise ValueError(f"a weight is a finite number, not {weight}")
         for layer in layers:
             number = self._number(layer)
-            for unit in self._group.units[2 * number : 2 * number + 2]:
+            for unit in self._body.group.layers[number]:
                 unit.weight = float(weight)
 
     # -- appending ------------------------------------------------------------------------------
@@ -159,27 +147,40 @@ class Sequence(Twins):
         """
         deadline = Deadline(timeout_s)
         target = self._layer(layer, deadline)
-        check_tokens(self.shape, k, v)
+        check_tokens(target.contents.layout, k, v)
         k, v = k.detach(), v.detach()
         self._host.paths.backlog.make_room(deadline)
         while not self._append(target, k, v, deadline):
             self._recorder.commit_if_due(deadline)
+            self._grow(self._number(layer), k.shape[2], deadline)
 
     def _append(self, layer: Layer, k: torch.Tensor, v: torch.Tensor, deadline: Deadline) -> bool:
-        """Whether it could be done: not before a record that is due was made."""
+        """Whether it could be done: not before a record that is due was made, and not without room
+        on the drive."""
         with deadline.hold(layer.lock):
-            if self._recorder.must_record:
-                return False
-            if layer.tokens + k.shape[2] > self.shape.max_tokens:
+            most, tokens = self.shape.max_tokens, layer.tokens + k.shape[2]
+            if most is not None and tokens > most:
                 raise CapacityError(
                     f"{layer.name}: {layer.tokens} tokens and {k.shape[2]} more exceed max_tokens "
-                    f"{self.shape.max_tokens}"
+                    f"{most}"
                 )
+            if self._recorder.must_record or not layer.has_room(tokens):
+                layer.contents.check()
+                return False
             layer.settle(wait=False)
             if k.shape[2]:
                 self._mark_dirty()
                 layer.append(k, v, self._host.links.of((k, v)), deadline)
             return True
+
+    def _grow(self, number: int, count: int, deadline: Deadline) -> None:
+        """Makes room for ``count`` tokens more in a layer."""
+        layers = self._layers
+        self._growth.extend(layers, number, layers[number].tokens + count, deadline)
+        if self.temporary:
+            left = self._growth.take_left()
+            writes = [transfer for layer in layers for transfer in layer.unfinished]
+            self._host.catalog.retire(left, writes)
 
     def settle(self, layer: int, *, timeout_s: float | None = None) -> None:
         """Blocks until all tokens appended to ``layer`` are written, and their copies in memory
@@ -237,13 +238,13 @@ class Sequence(Twins):
         """
         deadline = Deadline(timeout_s)
         source = self._layer(layer, deadline)
-        chosen = head_list(self.shape.kv_heads, heads)
+        chosen = head_list(source.contents.layout.shape.kv_heads, heads)
         gpu = self._gpu(device)
         if device is not None and gpu is None:
             self._host.staging.pin_for_gpu()
         self._ahead.gpu = gpu
         number = self._number(layer)
-        self._host.paths.before_read(self._group, number)
+        self._host.paths.before_read(self._body.group, number)
         with deadline.hold(source.lock), self._counting_corruption():
             first, last = token_range(source.tokens, tokens)
             if chosen is None:
@@ -353,6 +354,59 @@ class Sequence(Twins):
         self._mark_dirty()
         self._whole.reorder(numbers, index, deadline)
 
+    def fork(
+        self,
+        name: str | None = None,
+        *,
+        tokens: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Sequence:
+        """A new sequence that begins with the first tokens of this one.
+
+        They stay where they are, and both have them: nothing is copied but the unfinished last
+        chunk of each layer. From then on neither sees what the other does; either may go on, be
+        truncated or deleted first. Blocks until what was appended here is written.
+
+        Args:
+            name: The name of the new sequence; None makes a temporary one.
+            tokens: How many tokens of each layer it has; as many as each has by default.
+            timeout_s: Seconds to wait at most; None waits as long as it takes.
+
+        Returns:
+            The new sequence, of the same shape.
+
+        Raises:
+            NameInUse: There is a sequence of that name.
+            ShapeMismatch: A layer has fewer tokens.
+            CapacityError: There is no room for the unfinished chunks of one that lasts.
+            DeviceTimeout: It took longer than ``timeout_s``.
+            DeviceError, CorruptionError: A write failed, or the chunk that is cut cannot be read.
+            ClosedError: The sequence was deleted, or the store closed.
+        """
+        deadline = Deadline(timeout_s)
+        self._usable_number(0)
+        self._whole.finish(deadline)
+
+        def make(own_name: str, temporary: bool) -> Sequence:
+            with self._counting_corruption():
+                pieces, birth = share(
+                    self._growth, self._layers, tokens, self._host.catalog, deadline
+                )
+            growth = Growth(self._host.catalog, self._layout, pieces)
+            if not temporary:  # a flush is not to fail for want of it
+                try:
+                    growth.begin([each.tokens for each in birth], deadline)
+                except BaseException:
+                    self._host.catalog.abandon(growth.take_all())
+                    raise
+            made = Sequence(self._host, own_name, self._layout, growth, temporary, birth=birth)
+            made._recorder.note = self._recorder.note
+            made.mark_new()
+            return made
+
+        forked: Sequence = self._host.adopt_fork(self.name, name, make)
+        return forked
+
     def delete(self) -> None:
         """Deletes the sequence and gives its extents back. May be called twice: a second call
         finishes what an interrupt (Ctrl-C) left.
@@ -368,67 +422,21 @@ class Sequence(Twins):
                 self._host.check_open()
             self._recorder.deleted = True
             self._host.forget_sequence(self)
-        self._ahead.clear()
-        writes = []
-        for layer in self._layers:
+        writes: list[Transfer] = []
+        if layers := self._body.made_layers:
+            self._ahead.clear()
+        for layer in layers:
             with layer.lock:
                 writes += layer.close()
         self.release_units()
         # No call reaches the extents any more. Given back once, however many threads come here.
         with self._recorder.lock:
-            offsets, self._offsets = self._offsets, []
+            offsets = [*self._growth.take_all(), *self._recorder.take_leaving()]
         if offsets:
             self._host.catalog.retire(offsets, writes)
-
-    def forget_record(self) -> None:
-        """Called by the store that its name no longer belongs to: drops its record, if any."""
-        self._host.catalog.drop_sequence(self.name, self._recorder.life)
-
-    def stage_for_commit(self, deadline: Deadline = NEVER) -> None:
-        """For :meth:`KVStore.flush`: see :meth:`Recorder.stage`. Blocks on the drive."""
-        self._whole.finish(deadline)
-        self._recorder.stage(deadline)
-
-    def is_news(self, failure: Exception, audience: str) -> bool:
-        """For :meth:`KVStore.flush`: see :meth:`Recorder.is_news`."""
-        return self._recorder.is_news(failure, audience)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             f"sequence {self.name!r} belongs to its store and cannot be pickled or copied: open "
             "the store in the worker with read_only=True, and the sequence there"
         )
-
-    def _mark_dirty(self) -> None:
-        self._recorder.mark_dirty()
-        # After that, or a flush that comes in between would find nothing to keep it for.
-        if not self.temporary:
-            self._host.keep_sequence(self)
-
-    # -- arguments ------------------------------------------------------------------------------
-
-    def _number(self, layer: int) -> int:
-        number = operator.index(layer)
-        if not 0 <= number < len(self._layers):
-            raise ShapeMismatch(f"sequence {self.name!r} has layers 0 to {len(self._layers) - 1}")
-        return number
-
-    def _usable_number(self, layer: int) -> int:
-        self._host.check_open()
-        if self._recorder.deleted:
-            raise ClosedError(f"sequence {self.name!r} was deleted")
-        return self._number(layer)
-
-    def _layer(self, layer: int, deadline: Deadline = NEVER) -> Layer:
-        found = self._layers[self._usable_number(layer)]
-        self._whole.finish(deadline, found)
-        return found
-
-    def _numbers(self, layer: int | None, deadline: Deadline) -> Sequential[int]:
-        """The number of ``layer``, or those of all layers."""
-        if layer is None:
-            self._usable_number(0)
-            self._whole.finish(deadline)
-            return range(len(self._layers))
-        self._layer(layer, deadline)
-        return [self._number(layer)]

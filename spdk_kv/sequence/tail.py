@@ -44,7 +44,7 @@ class Tail:
         """
         import torch
 
-        extents, chunk = len(self._contents.offsets), self._contents.layout.chunk_nbytes
+        extents, chunk = self._contents.layout.extents, self._contents.layout.chunk_nbytes
         lease = self._staging.lease(extents * chunk)
         # A tensor made in inference mode cannot be changed outside it, and this one lives longer
         # than one call of the model.
@@ -108,22 +108,22 @@ class Tail:
         self._add_segments(transfer, nbytes)
         self._engine.run(transfer)
         self._contents.state.tail.written_nbytes = nbytes
-        for number, (offset, checksum) in enumerate(
-            zip(self._contents.offsets, checksums, strict=True)
-        ):
+        for number, checksum in enumerate(checksums):
             if verify and transfer.chunk_crcs(number) != checksum:
                 raise CorruptionError(
-                    f"{self._contents.name}: the last chunk of the extent at {offset} is not what "
-                    "was appended (CRC32C differs)"
+                    f"{self._contents.name}: the last chunk of extent {number} is not what was "
+                    "appended (CRC32C differs)"
                 )
 
     def _add_segments(self, transfer: Transfer, nbytes: int) -> None:
         state, chunk = self._contents.state, self._contents.layout.chunk_nbytes
         lease = state.tail.lease
         transfer.keep(lease)
-        for number, offset in enumerate(self._contents.offsets):
-            address = lease.address + number * chunk
-            transfer.add(offset + state.stored_nbytes, address, nbytes, chunk)
+        stored = state.stored_nbytes
+        for number in self._contents.extents:
+            # One chunk always lies in one piece.
+            ((offset, _),) = self._contents.ranges(number, stored, stored + chunk)
+            transfer.add(offset, lease.address + number * chunk, nbytes, chunk)
 
     def checksums(self) -> list[bytes]:
         """One for each extent, as the index keeps them; b"" where nothing is in use."""

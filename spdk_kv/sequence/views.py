@@ -5,11 +5,13 @@ Tensors are joined and indexed as bytes, since torch does neither with every dty
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.link import LinkedGpu
 from spdk_kv.sequence.layer import Layer
+from spdk_kv.sequence.rows import as_pair
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +32,7 @@ def read_all(
         reading = reader.plan(first, last, layer.contents.extents, 0, gpu)
     layer.settle(wait=False)
     reader.extend(reading, last)
-    rows = reader.finish(reading, last, deadline)
-    if layout.granularity == "head":
-        heads = layout.shape.kv_heads
-        return rows[:heads].permute(2, 0, 1, 3), rows[heads:].permute(2, 0, 1, 3)
-    return rows[0].permute(1, 2, 0, 3), rows[1].permute(1, 2, 0, 3)
+    return as_pair(layout, reader.finish(reading, last, deadline))
 
 
 def read_heads(
@@ -50,7 +48,7 @@ def read_heads(
     import torch
 
     reader, layout = layer.reader, layer.contents.layout
-    if layout.granularity == "layer" or not heads:
+    if layout.order != "head" or not heads:
         whole = read_all(layer, first, last, gpu, deadline)
         index = torch.tensor(heads, dtype=torch.long, device=whole[0].device)
         k, v = (
@@ -65,9 +63,5 @@ def read_heads(
     ]
     for reading in readings:
         reader.extend(reading, last)
-    rows = [reader.finish(reading, last, deadline) for reading in readings]
-    k, v = (
-        torch.cat([row.view(torch.uint8) for row in half]).view(rows[0].dtype)
-        for half in (rows[: len(heads)], rows[len(heads) :])
-    )
-    return k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
+    rows = torch.cat([reader.finish(reading, last, deadline) for reading in readings])
+    return as_pair(replace(layout, shape=replace(layout.shape, kv_heads=len(heads))), rows)

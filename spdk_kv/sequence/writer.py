@@ -53,7 +53,7 @@ class Writer:
     @property
     def slice_tokens(self) -> int:
         """Tokens that are laid out at once."""
-        row_nbytes = self._contents.layout.row_nbytes * len(self._contents.offsets)
+        row_nbytes = self._contents.layout.row_nbytes * self._contents.layout.extents
         return max(1, _SLICE_NBYTES // row_nbytes)
 
     def add(self, state: State, k: torch.Tensor, v: torch.Tensor, gpu: LinkedGpu | None) -> State:
@@ -78,7 +78,7 @@ class Writer:
             v,
             gpu,
         )
-        write.add_segments(contents.offsets)
+        write.add_segments(contents)
         tail = self._tail.begin(write.rest)
         write.transfer.keep(self._paths.backlog.account.hold(write.nbytes))
         # Known before it begins: nothing that was begun may be lost sight of.
@@ -144,7 +144,7 @@ class Writer:
             self._contents.failure = failure
             raise failure
         for number in self._contents.extents:
-            self._contents.set_crcs(number, write.start, write.transfer.chunk_crcs(number))
+            self._contents.set_crcs(number, write.start, write.crcs(number))
         self._paths.after_write(self._contents.units, write.engine)
         self.pending.popleft()
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import Engine
-from spdk_kv.errors import CapacityError, DeviceError, SpdkKvError
-from spdk_kv.index import Index, commit_in_batches
+from spdk_kv.errors import CapacityError, SpdkKvError
+from spdk_kv.index import Index, SequenceRecord, commit_in_batches
 from spdk_kv.store.dataflush import DataFlush
 from spdk_kv.store.places import Places
 from spdk_kv.store.quarantine import Quarantine
@@ -23,6 +23,13 @@ from spdk_kv.store.records import Changes, Records
 from spdk_kv.store.superblocks import CountWriter
 
 log = logging.getLogger(__name__)
+
+SEQUENCE_AGES = "sequence_ages"
+"""The name in the index of how many uses ago each sequence was used."""
+
+
+def nothing() -> None:
+    """Does nothing."""
 
 
 class Committer:
@@ -38,7 +45,6 @@ class Committer:
         quarantine: Quarantine,
         engine: Engine,
         index: Index | None,
-        discard: bool,
         places: Places,
     ) -> None:
         self.lock = threading.Lock()
@@ -49,7 +55,8 @@ class Committer:
         self._engine = engine
         self.index = index
         self._count = None if index is None else CountWriter(engine, index)
-        self._discard = discard
+        self.on_freed: Callable[[], None] = nothing
+        """Called after a commit that freed extents. It must not block."""
         # For records that the index cannot hold, until they are raised.
         self._refused: list[CapacityError] = []
         # A commit that has not begun: it will have all changes made until then.
@@ -104,11 +111,13 @@ class Committer:
     def _commit(self, timeout_s: float | None) -> None:
         records = self._records
         changes = Changes()
+        recorded: dict[str, SequenceRecord | None] = {}
         try:
             records.take_changes(changes)
             if self.index is not None and self._count is not None:
                 self.data.check()
                 self._places.check()
+                recorded = dict(changes.sequences)
                 found = (*changes.blobs.values(), *changes.sequences.values())
                 if found.count(None) < len(found):
                     self.data.flush(timeout_s)
@@ -116,13 +125,14 @@ class Committer:
                     commit_in_batches(self.index, changes.blobs, changes.sequences, self._refused)
                 self._count.update(timeout_s)
                 self._places.check()
+                if self._refused:
+                    recorded = {}  # some of them it does not have
         except BaseException:
             records.give_back(changes)
             raise
-        if self._discard:
-            self._discard_unpinned(changes.retired)
-        with records.lock:
-            records.extents.committed(changes.retired)
+        records.committed(recorded, changes.retired)
+        if changes.retired:
+            self.on_freed()
         if self._refused:
             refused, self._refused = self._refused, []
             for each in refused[1:]:
@@ -140,31 +150,18 @@ class Committer:
         if self._count is not None:
             self._count.end()
 
-    def _discard_unpinned(self, offsets: Sequence[int]) -> None:
-        # Before they are free: a new owner's bytes must not be discarded. No record names them
-        # any more, so nobody can pin what is unpinned now.
-        extents = self._records.extents
-        with self._records.lock:
-            ranges = [
-                (offset, extents.allocator.extent_nbytes(offset))
-                for offset in offsets
-                if not extents.is_pinned(offset)
-            ]
-        self.settle()
-        for offset, nbytes in ranges:
-            try:
-                self._engine.discard(offset, nbytes)
-            except DeviceError as refused:
-                log.warning("the drive takes no discards, so there will be none: %s", refused)
-                self._discard = False
-                return
-
     def save_order(self) -> None:
-        """Records which blobs were used last, for eviction after a reopening. Blocks on the disk
+        """Records what was used last, for eviction after a reopening. Blocks on the disk
         of the index. Nothing is lost where that fails, so it is logged only."""
-        if self.index is None or not self._records.order_changed:
+        records = self._records
+        if self.index is None:
             return
         try:
-            self.index.touch_order(self._records.blobs)
+            if records.order_changed:
+                self.index.touch_order(records.blobs)
+            if records.uses.changed:
+                ages = records.uses.ages(records.residents.now)
+                if ages is not None:
+                    self.index.set_meta(SEQUENCE_AGES, ages)
         except SpdkKvError as failure:
-            log.warning("the order in which blobs were used is not kept: %s", failure)
+            log.warning("the order in which things were used is not kept: %s", failure)

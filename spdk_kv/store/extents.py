@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
+from spdk_kv.errors import CapacityError
 from spdk_kv.placement import Allocator
 
 BLOCK_NBYTES = 4096
@@ -13,14 +16,24 @@ BLOCK_NBYTES = 4096
 class ExtentTable:
     """An allocator whose extents come back only when nothing can read them any more.
 
-    An extent that a record gives up is *retired*: it is free again once the change is committed
+    Sequences may have an extent in common; it is counted. An extent that a record gives up is
+    *retired*: it is free again once the change is committed
     (until then a crash would bring the old record back, which must still find its bytes) and no
     read has it pinned. Where nothing is ever committed (``lasting`` is False) there is no old
     record to come back. Not thread-safe: the store calls it under its lock.
     """
 
-    def __init__(self, allocator: Allocator, lasting: bool = True) -> None:
+    def __init__(
+        self,
+        allocator: Allocator,
+        lasting: bool = True,
+        holders: Mapping[int, int] | None = None,
+    ) -> None:
         self.allocator = allocator
+        # How many have an extent, where that is more than one.
+        self._holders: dict[int, int] = {
+            offset: count for offset, count in (holders or {}).items() if count > 1
+        }
         self._lasting = lasting
         self._pins: dict[int, int] = {}
         self._retired: list[int] = []
@@ -34,9 +47,25 @@ class ExtentTable:
         """Whether a commit would let go of extents."""
         return bool(self._retired)
 
-    def allocate(self, sizes: Sequence[int], end: int | None = None) -> list[int]:
-        """Offsets of new extents (below ``end``), all or none; CapacityError."""
+    def allocate(
+        self, sizes: Sequence[int], end: int | None = None, joined: bool = False
+    ) -> list[int]:
+        """Offsets of new extents (below ``end``), all or none; CapacityError. ``joined``: one for
+        all, as long as they are together, if there is room for that."""
+        if joined and len(sizes) > 1:
+            with suppress(CapacityError):
+                return self.allocator.allocate_many([sum(sizes)], end)
         return self.allocator.allocate_many(sizes, end)
+
+    def holders(self, offset: int) -> int:
+        """How many have the extent, those included that have given it up by a change that is not
+        committed."""
+        return self._holders.get(offset, 1)
+
+    def share(self, offsets: Iterable[int]) -> None:
+        """Another one has the extents as well."""
+        for offset in offsets:
+            self._holders[offset] = self._holders.get(offset, 1) + 1
 
     def pin(self, offsets: Iterable[int]) -> None:
         """Keeps extents from being reused until the same number of unpins."""
@@ -62,7 +91,22 @@ class ExtentTable:
     def abandon(self, offsets: Iterable[int]) -> None:
         """Frees extents that no record ever named."""
         for offset in offsets:
-            self.allocator.free(offset)
+            if self._is_last(offset):
+                self.allocator.free(offset)
+
+    def _is_last(self, offset: int) -> bool:
+        """One who has the extent gives it up. Returns whether nobody else has it."""
+        count = self._holders.get(offset, 1) - 1
+        if count > 1:
+            self._holders[offset] = count
+        else:
+            self._holders.pop(offset, None)
+        return count < 1
+
+    def released(self, offsets: Iterable[int]) -> list[int]:
+        """Which extents nobody has any more once ``offsets`` are given up."""
+        counts = Counter(offsets)
+        return [offset for offset, count in counts.items() if count >= self.holders(offset)]
 
     def retire(self, offsets: Iterable[int]) -> None:
         """Marks extents that their record has given up."""
@@ -78,8 +122,10 @@ class ExtentTable:
         return taken
 
     def committed(self, offsets: Iterable[int]) -> None:
-        """Frees extents whose retirement is on the medium."""
+        """Frees extents whose retirement is on the medium, unless others have them as well."""
         for offset in offsets:
+            if not self._is_last(offset):
+                continue
             if offset in self._pins:
                 self._free_when_unpinned.add(offset)
             else:

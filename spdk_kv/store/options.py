@@ -28,7 +28,10 @@ class EngineOptions:
             reserved ones are for SPDK alone. Default True.
         staging: Bytes of idle memory kept for the next transfers, as an int or text. Half of it
             may hold what is read ahead. Default 512 MiB; it grows to that only with use.
-        discard: Tell the drive which space comes free (TRIM; in a file, a hole). Default False.
+        discard: Give back what comes free: space of a file goes to its filesystem (holes, and the
+            file's end), a drive is told of it (TRIM). None (the default) does so for files, in the
+            background and when the store is closed. True does so for drives as well, and a flush
+            returns when it is done. False leaves it to :meth:`KVStore.trim`.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -41,7 +44,7 @@ class EngineOptions:
     queue_pairs: int = 1
     hugepages: bool = True
     staging: int | str = "512 MiB"
-    discard: bool = False
+    discard: bool | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None and not isinstance(self.name, str):
@@ -50,8 +53,9 @@ class EngineOptions:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"EngineOptions.{field} is an int, not {value!r}")
-        for field in ("hugepages", "discard"):
-            _check_bool(self, field)
+        _check_bool(self, "hugepages")
+        if self.discard is not None:
+            _check_bool(self, "discard")
         for field in ("segment", "staging"):
             _nbytes(self, field)
         try:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from spdk_kv.errors import CapacityError
+from spdk_kv.errors import CapacityError, CorruptionError, ShapeMismatch
 from spdk_kv.index import BlobRecord, Index, SequenceRecord
-from spdk_kv.placement import DATA_START, Allocator, Superblock, damaged_extents
+from spdk_kv.placement import (
+    DATA_START,
+    Allocator,
+    Piece,
+    SequenceLayout,
+    Superblock,
+    damaged_extents,
+)
 from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.store.records import shown
+from spdk_kv.types import Granularity
 from spdk_kv.units import align_up, format_nbytes
 
 log = logging.getLogger(__name__)
@@ -55,8 +63,7 @@ class Recorded:
         """An allocator of ``capacity`` bytes that has all extents. CapacityError if a smaller
         store was asked for than those reach."""
         live = [(blob.offset, blob.nbytes) for blob in self.blobs.values() if blob.nbytes]
-        for sequence in self.sequences.values():
-            live += [(unit.offset, sequence.extent_nbytes) for unit in sequence.units]
+        live += {place for each in self.sequences.values() for place in extents_of(each)}
         end = max((offset + nbytes for offset, nbytes in live), default=DATA_START)
         reached = end - DATA_START
         if current is not None and capacity < reached <= current.capacity_nbytes:
@@ -69,6 +76,21 @@ class Recorded:
         return allocator
 
 
+def extents_of(sequence: SequenceRecord) -> list[tuple[int, int]]:
+    """(offset, nbytes) of what was allocated for a recorded sequence."""
+    granularity: Granularity = "head" if sequence.granularity == "head" else "layer"
+    layout = SequenceLayout(sequence.shape, granularity, sequence.chunk_nbytes)
+    try:
+        return [place for each in sequence.pieces for place in Piece(*each).allocated(layout)]
+    except (ValueError, ShapeMismatch) as error:
+        raise CorruptionError(f"its pieces are not those of its shape: {error}") from error
+
+
+def count_holders(sequences: Iterable[SequenceRecord]) -> Counter[int]:
+    """How many of the recorded ``sequences`` have each run."""
+    return Counter(run for each in sequences for piece in each.pieces for run in piece.runs)
+
+
 class Entries(Protocol):
     """An :class:`Index`, or a snapshot of one."""
 
@@ -78,17 +100,27 @@ class Entries(Protocol):
 
 def load_recorded(index: Entries, capacity: int) -> Recorded:
     """Reads all entries of ``index``. ``capacity``: how far their extents may reach."""
-    blobs, sequences = OrderedDict(index.load_blobs()), dict(index.load_sequences())
+    blobs = OrderedDict(index.load_blobs())
+    sequences = {name: sequence.lean() for name, sequence in index.load_sequences()}
     extents = [(blob.offset, blob.nbytes) for blob in blobs.values() if blob.nbytes]
     keys = [key for key, blob in blobs.items() if blob.nbytes]
-    names = []
+    # What sequences have in common is the same for all of them, or it is damaged.
+    owners: dict[tuple[int, int], list[str]] = {}
+    bad_names = set()
     for name, sequence in sequences.items():
-        extents += [(unit.offset, sequence.extent_nbytes) for unit in sequence.units]
-        names += [name] * len(sequence.units)
+        try:
+            for place in extents_of(sequence):
+                owners.setdefault(place, []).append(name)
+        except CorruptionError:
+            bad_names.add(name)
+    extents += owners
+    names = list(owners.values())
     damaged = damaged_extents(extents, BLOCK_NBYTES, DATA_START, DATA_START + capacity)
     # Whose they are: the extents of blobs come first.
     bad_keys = [key for position, key in enumerate(keys) if position in damaged]
-    bad_names = {name for at, name in enumerate(names, len(keys)) if at in damaged}
+    bad_names |= {
+        name for at, each in enumerate(names, len(keys)) if at in damaged for name in each
+    }
     for key in bad_keys:
         del blobs[key]
     for name in bad_names:

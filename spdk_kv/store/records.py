@@ -12,6 +12,7 @@ from spdk_kv.errors import ClosedError, KeyNotFound
 from spdk_kv.index import BlobRecord, SequenceRecord
 from spdk_kv.store.extents import BLOCK_NBYTES, ExtentTable
 from spdk_kv.store.residents import Residents
+from spdk_kv.store.sequence_uses import SequenceUses
 from spdk_kv.units import align_up
 
 # Keys whose lengths stand for all.
@@ -56,6 +57,7 @@ class Records:
         """Space that forgetting all blobs would give."""
         self._changed_blobs: dict[str, BlobRecord | None] = {}
         self._changed_sequences: dict[str, SequenceRecord | None] = {}
+        self.uses = SequenceUses(sequences, extents)
         self._closed = False
 
     # -- blobs ----------------------------------------------------------------------------------
@@ -116,6 +118,19 @@ class Records:
             self.blob_nbytes += _footprint(record)
             if former is not None:
                 self._retire(former)
+
+    def move(self, key: str, former: BlobRecord, record: BlobRecord) -> bool:
+        """``record``, of the same bytes in another extent, takes the place of ``former``, also in
+        the order of use. False, and nothing changes, where that is not the blob's any more."""
+        with self.lock:
+            if self._closed or self.blobs.get(key) is not former:
+                return False
+            self.order_changed = True
+            self._changed_blobs[key] = record
+            self.blobs[key] = record
+            self.residents.move(former, record)
+            self.extents.retire([former.offset])
+            return True
 
     def drop(self, key: str, only: BlobRecord | None = None) -> bool:
         """Forgets a blob (``only``: if it is still that one). Returns whether it was there.
@@ -190,6 +205,7 @@ class Records:
                 raise ClosedError(f"the store was closed before sequence {name!r} was recorded")
             self._changed_sequences[name] = record
             self.sequences[name] = record
+            self.touch_sequence(name)
 
     def drop_sequence(self, name: str, life: object) -> bool:
         """Forgets the record under ``name`` if it is of that life (:class:`SequenceRecord`).
@@ -205,7 +221,32 @@ class Records:
                 raise ClosedError(f"the store was closed before sequence {name!r} was deleted")
             self._changed_sequences[name] = None
             del self.sequences[name]
+            self.uses.forget(name)
             return True
+
+    def touch_sequence(self, name: str) -> None:
+        """A sequence is used."""
+        with self.lock:
+            self.residents.now += 1
+            self.uses.touch(name, self.residents.now)
+
+    def evict_sequences(self, names: Iterable[str]) -> int:
+        """Drops recorded sequences that nobody uses; returns how many bytes that gives."""
+        with self.lock:
+            gone = {
+                name: [run for piece in self.sequences[name].pieces for run in piece.runs]
+                for name in names
+            }
+            released = self.extents.released(run for runs in gone.values() for run in runs)
+            nbytes = sum(map(self.extents.allocator.extent_nbytes, released))
+            for name, runs in gone.items():
+                # First what the index has to learn.
+                self._changed_sequences[name] = None
+                del self.sequences[name]
+                self.uses.forget(name)
+                self.extents.retire(runs)
+                self.counters["evictions"] += 1
+            return nbytes
 
     def retire(self, offsets: Iterable[int]) -> None:
         """Marks extents that a dropped sequence has given up."""
@@ -238,6 +279,17 @@ class Records:
             self._changed_blobs = changes.blobs | self._changed_blobs
             self._changed_sequences = changes.sequences | self._changed_sequences
             self.extents.retire(changes.retired)
+
+    def committed(
+        self, sequences: Mapping[str, SequenceRecord | None], retired: Iterable[int]
+    ) -> None:
+        """The index has these ``sequences``: what is only needed to restore one leaves memory. The
+        extents ``retired`` come free."""
+        with self.lock:
+            for name, record in sequences.items():
+                if record is not None and self.sequences.get(name) is record:
+                    self.sequences[name] = record.lean()
+            self.extents.committed(retired)
 
     def close(self) -> None:
         """Refuses what is published from now on."""

@@ -21,7 +21,7 @@ class RenamedKeywords(TypedDict, total=False):
     staging: int | str
     hugepages: bool
     queue_pairs: int
-    discard: bool
+    discard: bool | None
     residency: str
     page_cache_dir: str | os.PathLike[str] | None
     mmap: bool

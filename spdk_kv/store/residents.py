@@ -36,6 +36,11 @@ class Residents:
             self.now += 1
             self.used_at[record.offset] = self.now
 
+    def move(self, former: BlobRecord, record: BlobRecord) -> None:
+        """A blob lies elsewhere now."""
+        self.keys[record.offset] = self.keys.pop(former.offset)
+        self.used_at[record.offset] = self.used_at.pop(former.offset)
+
     def remove(self, record: BlobRecord) -> None:
         """A blob was replaced or forgotten."""
         if record.nbytes:

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 from spdk_kv.deadline import NEVER, Deadline
-from spdk_kv.engines import Engine
 from spdk_kv.errors import CapacityError
 from spdk_kv.index import IndexFull
+from spdk_kv.store.backing import Backing
 from spdk_kv.store.committer import Committer
+from spdk_kv.store.evicting import Evictor
 from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.store.quarantine import Quarantine
 from spdk_kv.store.records import Records
+from spdk_kv.store.reserved import Reserved, Turn
 from spdk_kv.store.settings import Eviction
-from spdk_kv.store.windows import Windows
-from spdk_kv.units import align_down, align_up, format_nbytes
+from spdk_kv.units import align_down, align_up
 
-# Every eviction costs a commit, so more is evicted at once than the request needs, for requests to
-# come: at most this share of what the store holds
-_SHARE_AHEAD = 32
-# and half of what was evicted before, so that a store that was just opened loses little to a few
-# requests. Nothing for one that is so much larger than usual: its like will not come soon.
-_SHARE_OF_EVICTED = 2
-_UNUSUAL = 4
-# How fast "usual" follows the requests: each counts for this share.
-_USUAL_SHARE = 16
 # For records that the index has no room for, at most this many times their size is evicted from it.
 _MOST_FOR_INDEX = 4
 
 log = logging.getLogger(__name__)
+
+
+class Within(NamedTuple):
+    """Where extents may lie: below ``end`` (None: anywhere), and in ``holes`` or not."""
+
+    end: int | None = None
+    holes: bool = True
 
 
 class Room:
@@ -41,54 +41,82 @@ class Room:
         records: Records,
         quarantine: Quarantine,
         committer: Committer,
-        engine: Engine,
+        backing: Backing,
+        reserved: Reserved,
         eviction: Eviction,
     ) -> None:
         self._records = records
         self._quarantine = quarantine
         self._committer = committer
-        self._engine = engine
+        self._backing = backing
+        self._reserved = reserved
+        self._engine = backing.engine
         self._eviction = eviction
-        self._growth_lock = threading.Lock()
-        # The data file was seen to reach to here; it only grows.
-        self._backed_to = 0
-        self._usual_nbytes = 0.0
-        self._evicted_nbytes = 0
+        self.evictor = Evictor(records, eviction, backing.engine)
+        self.make_idle: Callable[[], bool] = lambda: False
+        """Records sequences that nobody uses, so that they can be evicted; says whether there were
+        any. Set by who knows them."""
+        self._growth_lock = backing.lock
 
-    def allocate(self, sizes: Sequence[int], deadline: Deadline = NEVER) -> list[int]:
-        """Extents for ``sizes`` bytes each, all or none.
+    def allocate(
+        self,
+        sizes: Sequence[int],
+        deadline: Deadline = NEVER,
+        *,
+        joined: bool = False,
+        may_stage: bool = True,
+    ) -> list[int]:
+        """Extents for ``sizes`` bytes each, all or none. ``joined``: a single one for all of them,
+        wherever one free run holds them.
 
-        Where there is no room: commits, so that retired extents come free, then evicts blobs if
-        that is allowed (both block on the drive). CapacityError, and nothing is evicted, where
-        there would be no room even without any blob.
+        Where there is no room: commits, so that retired extents come free, then evicts blobs and
+        sequences if that is allowed (both block on the drive); ``may_stage``: also records
+        sequences that could go then, which who holds a lock of one must not wait for.
+        CapacityError, and nothing is evicted, where there would be no room even without all that
+        nobody uses.
         """
-        records = self._records
         self._committer.data.check()  # or it would be kept for nothing
         self._quarantine.settle()
         asked = sizes[0] if len(sizes) == 1 else sum(sizes)
-        self._usual_nbytes += (asked - self._usual_nbytes) / _USUAL_SHARE
-        end: int | None = None  # of what the filesystem has room for
-        while True:
-            with records.lock:
-                freed_count = records.extents.freed_count
-                try:
-                    offsets = records.extents.allocate(sizes, end)
-                except CapacityError as full:
-                    refusal = full
-                    offsets = []
-            if offsets:
-                reached = self._back(offsets, sizes, deadline)
-                if reached is None:
-                    break
-                end = reached
-            else:
-                self._make_room(sizes, end, freed_count, refusal, deadline)
+        self.evictor.asked(asked)
+        self._backing.taken_nbytes += asked
+        turn = Turn()
+        try:
+            offsets = self._allocate(sizes, joined, may_stage, turn, deadline)
+        finally:
+            if self._reserved.is_wanted:
+                self._reserved.end(turn)
         try:
             self._committer.settle(deadline)
         except BaseException:
             self.abandon(offsets)
             raise
         return offsets
+
+    def _allocate(
+        self, sizes: Sequence[int], joined: bool, may_stage: bool, turn: Turn, deadline: Deadline
+    ) -> list[int]:
+        """As :meth:`allocate`; what commits let go of may not be over on the drive yet."""
+        records = self._records
+        within = Within()
+        while True:
+            with records.lock:
+                freed_count = records.extents.freed_count
+                try:
+                    with self._only(within):
+                        offsets = records.extents.allocate(sizes, within.end, joined)
+                except CapacityError as full:
+                    # Without its frames, which would keep what the callers hold in memory.
+                    refusal = full.with_traceback(None)
+                    offsets = []
+            if not offsets:
+                self._make_room(sizes, within, freed_count, refusal, turn, may_stage, deadline)
+                continue
+            backed = sizes if len(offsets) == len(sizes) else [sum(sizes)]
+            narrower = self._back(offsets, backed, within, deadline)
+            if narrower is None:
+                return offsets
+            within = narrower
 
     def abandon(self, offsets: Sequence[int]) -> None:
         """Takes extents back that no record ever named."""
@@ -116,26 +144,41 @@ class Room:
             else:
                 return
 
-    def _back(self, offsets: Sequence[int], sizes: Sequence[int], deadline: Deadline) -> int | None:
-        """Makes the data file reach the extents. Where it cannot, gives them up and returns how far
-        it can: below their end."""
+    def _only(self, within: Within) -> AbstractContextManager[None]:
+        """A context in which extents are handed out within these bounds. Under the records' lock,
+        as far as holes are concerned; ``end`` is for the callers."""
+        if within.holes:
+            return nullcontext()
+        return self._records.extents.allocator.without(self._backing.holes())
+
+    def _back(
+        self, offsets: Sequence[int], sizes: Sequence[int], within: Within, deadline: Deadline
+    ) -> Within | None:
+        """Makes the data file reach the extents and have blocks for them. Where it cannot, gives
+        them up and returns where it can."""
         if len(sizes) == 1:  # most often, and put() is to be fast
             end = offsets[0] + align_up(sizes[0], BLOCK_NBYTES)
         else:
             end = max(o + align_up(n, BLOCK_NBYTES) for o, n in zip(offsets, sizes, strict=True))
-        if end <= self._backed_to:
-            return None
         index_nbytes = 0
+        is_growing = end > self._backing.reach
         try:
-            # One at a time: a growth that fails takes back what it added to the file.
-            with deadline.hold(self._growth_lock, "the growth of the data file"):
+            if is_growing:
+                # One at a time: a growth that fails takes back what it added to the file.
+                with deadline.hold(self._growth_lock, "the growth of the data file"):
+                    index_nbytes = self._expected_index_growth(end)
+                    self._engine.ensure(end, self._records.extents.allocator.end, index_nbytes)
+                    self._backing.reach = max(self._backing.reach, end)
+                is_growing = False
+            if self._backing.lacks(offsets, sizes):
                 index_nbytes = self._expected_index_growth(end)
-                self._engine.ensure(end, self._records.extents.allocator.end, index_nbytes)
-                self._backed_to = max(self._backed_to, end)
+                self._backing.fill(offsets, sizes, index_nbytes, deadline)
         except CapacityError:
             self.abandon(offsets)
+            if not is_growing:
+                return within._replace(holes=False)
             reached = self._engine.growable_to(index_nbytes) or 0
-            return align_down(min(reached, end - 1), BLOCK_NBYTES)
+            return within._replace(end=align_down(min(reached, end - 1), BLOCK_NBYTES))
         except BaseException:
             self.abandon(offsets)
             raise
@@ -153,12 +196,14 @@ class Room:
     def _make_room(
         self,
         sizes: Sequence[int],
-        end: int | None,
+        within: Within,
         freed_count: int,
         refusal: CapacityError,
+        turn: Turn,
+        may_stage: bool,
         deadline: Deadline,
     ) -> None:
-        """Frees something below ``end``, or raises CapacityError and says what is lacking.
+        """Frees something ``within`` bounds, or raises CapacityError and says what is lacking.
 
         ``freed_count``: the extent table's when there was no room; ``refusal``: what it said.
         """
@@ -167,55 +212,17 @@ class Room:
         with deadline.hold(self._committer.lock, "a commit"), records.lock:
             if records.extents.freed_count != freed_count:
                 return
-            if not records.extents.has_retired:
-                if self._eviction != "lru":
-                    raise self._lacking(refusal, end, "")
-                self._evict(sizes, end, refusal)
-        self.commit(deadline)
-
-    def _evict(self, sizes: Sequence[int], end: int | None, refusal: CapacityError) -> None:
-        records = self._records
-        allocator = records.extents.allocator
-        limit = allocator.end if end is None else end
-        blocks = [align_up(nbytes, BLOCK_NBYTES) for nbytes in sizes]
-        possible = allocator.free_nbytes - (allocator.end - limit) + records.blob_nbytes
-        windows = Windows(records, limit)
-        if sum(blocks) > possible:
-            raise self._lacking(refusal, end, format_nbytes(max(0, possible)))
-        victims = windows.choose(blocks, self._ahead_nbytes(sum(blocks)))
-        if victims is None:
-            largest = format_nbytes(windows.largest())
-            raise self._lacking(refusal, end, f"{largest} in one piece")
-        self._evicted_nbytes += records.evict(victims)
-
-    def _ahead_nbytes(self, nbytes: int) -> int:
-        """How much is evicted beyond a request for ``nbytes``."""
-        if nbytes > _UNUSUAL * self._usual_nbytes:
-            return 0
-        share = self._records.extents.allocator.used_nbytes // _SHARE_AHEAD
-        return min(share, self._evicted_nbytes // _SHARE_OF_EVICTED)
-
-    def _lacking(self, refusal: CapacityError, end: int | None, most: str) -> CapacityError:
-        """``refusal``, and what there would be without blobs: ``most``; "" if none is evicted."""
-        records = self._records
-        text = str(refusal)
-        if end is not None:
-            text += (
-                f"; {self._engine.where} can grow to {format_nbytes(end)} and no further, because "
-                "its filesystem is full"
-            )
-        kept = records.extents.allocator.used_nbytes - records.blob_nbytes
-        if most:
-            text += f"; nothing was evicted, since without any blob there would be {most}"
-        if not most and records.blob_nbytes:
-            text += (
-                f"; {format_nbytes(records.blob_nbytes)} belong to blobs, which eviction='none' "
-            )
-            text += "keeps until they are deleted: store.delete(key)"
-        if kept:
-            text += (
-                f"; {format_nbytes(kept)} belong to sequences, which stay until they are deleted, "
-                "or to reads and writes under way. Delete old ones: store.sequences() lists them, "
-                "store.sequence(name).delete() frees one"
-            )
-        return CapacityError(text)
+            is_reserved = bool(self._reserved) and not records.extents.has_retired
+            lacking: CapacityError | None = None
+            if not is_reserved and not records.extents.has_retired:
+                with self._only(within):
+                    lacking = self.evictor.evict(sizes, within.end, within.holes, refusal)
+        if lacking is not None:
+            # What nobody holds any more may only have to be recorded before it can go.
+            if turn.has_made_idle or not may_stage or not self.make_idle():
+                raise lacking
+            turn.has_made_idle = True
+        elif is_reserved:  # it is free, and comes back
+            self._reserved.wait(turn, deadline)
+        else:
+            self.commit(deadline)

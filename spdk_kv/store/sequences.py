@@ -6,10 +6,12 @@ import threading
 import weakref
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from typing import NamedTuple
 
 from spdk_kv.deadline import NEVER, Deadline
-from spdk_kv.errors import KeyNotFound, ShapeMismatch, SpdkKvError
+from spdk_kv.errors import CorruptionError, KeyNotFound, NameInUse, ShapeMismatch, SpdkKvError
+from spdk_kv.index import Index, SequenceRecord
 from spdk_kv.sequence import Host, Sequence, create_sequence, restore_sequence
 from spdk_kv.store.records import Records, shown
 from spdk_kv.types import Granularity, KVShape
@@ -48,12 +50,17 @@ class OpenSequences:
     the garbage collector.
     """
 
-    def __init__(self, records: Records) -> None:
+    def __init__(self, records: Records, index: Index | None) -> None:
         self._records = records
+        self._index = index
         self._bound: dict[str, _Bound | _Making] = {}
         self._kept: dict[str, Sequence] = {}
         # Reentrant, because a finalizer that deletes a sequence may run anywhere.
         self._lock = threading.RLock()
+        # Held while all are staged, so that who needs one to leave memory finds it staged. Nobody
+        # who holds a sequence's lock waits for it.
+        self._staging = threading.RLock()
+        records.uses.is_in_use = self.is_bound
 
     def get(
         self,
@@ -83,6 +90,23 @@ class OpenSequences:
             )
         return sequence
 
+    def add(self, name: str, make: Callable[[], Sequence]) -> Sequence:
+        """A sequence that ``make`` makes under a free name. NameInUse."""
+        making = _Making()
+        with self._lock:
+            if self._owner(name) is not None or name in self._records.sequences:
+                raise NameInUse(f"there is a sequence {name!r}: delete it, or take another name")
+            self._bound[name] = making
+        try:
+            sequence = make()
+            with self._lock:
+                self._bound[name] = _Bound(weakref.ref(sequence), sequence.release_units)
+                self._kept[name] = sequence
+            return sequence
+        finally:
+            making.over.set()
+            self._owner(name)
+
     def _make(
         self,
         store: Host,
@@ -98,7 +122,7 @@ class OpenSequences:
                 if self._owner(name) is not None:
                     return None
                 self._bound[name] = making
-                record = self._records.sequences.get(name)
+            record = self._stored(name)
             if record is not None:
                 sequence = restore_sequence(store, name, record)
             elif shape is None:
@@ -114,6 +138,39 @@ class OpenSequences:
             # First of all, in case of an interrupt: the next one who asks may try.
             making.over.set()
             self._owner(name)
+
+    def _stored(self, name: str) -> SequenceRecord | None:
+        """The whole record of a sequence that has a binding, and so is not evicted from now on."""
+        with self._records.lock:
+            record = self._records.sequences.get(name)
+            self._records.touch_sequence(name)
+        if record is None or not record.is_lean:
+            return record
+        whole = None if self._index is None else self._index.load_sequence(name)
+        if whole is None:
+            raise CorruptionError(f"the index has lost sequence {name!r}")
+        return replace(whole, life=record.life)
+
+    def note(self, name: str) -> bytes | None:
+        """The note of a recorded sequence; None if there is none of that name."""
+        record = self._records.sequences.get(name)
+        if record is not None and record.is_lean and self._index is not None:
+            record = self._index.load_sequence(name)
+        return None if record is None else record.note
+
+    def is_bound(self, name: str) -> bool:
+        """Whether it is in memory, or about to be. Needs no lock."""
+        return name in self._bound
+
+    def make_idle(self) -> bool:
+        """Stages what nobody but this object holds, so that it leaves memory and may be evicted.
+        Returns whether some did. Waits for the drive, and for other threads' calls on them; what
+        fails is left to the next flush to say."""
+        with self._staging:
+            before = len(self._bound)
+            self._stage_changed([])
+            self.open_sequences()
+            return len(self._bound) < before
 
     def _owner(self, name: str) -> Sequence | _Making | None:
         """Who has the name."""
@@ -131,6 +188,7 @@ class OpenSequences:
                 # Before anybody is given the same extents: two are never tracked on them at once.
                 bound.release_units()
                 del self._bound[name]
+                self._records.touch_sequence(name)
             elif sequence.deleted:
                 self.forget(sequence)
                 return None
@@ -179,13 +237,18 @@ class OpenSequences:
     def stage(self, left_out: LeftOut, deadline: Deadline = NEVER) -> None:
         """Stages all of them for the next commit. Adds the failures to ``left_out`` instead of
         raising them: a sequence that lost tokens must not keep the rest back."""
-        self._stage_changed(left_out, deadline)
-        self.open_sequences()  # which buries those that have left memory
+        with deadline.hold(self._staging, "a flush"):
+            self._stage_changed(left_out, deadline)
+            self.open_sequences()  # which buries those that have left memory
 
-    def _stage_changed(self, left_out: LeftOut, deadline: Deadline) -> None:
+    def _stage_changed(self, left_out: LeftOut, deadline: Deadline = NEVER) -> None:
         with self._lock:
-            changed = [each for each in self._kept.values() if not each.temporary]
-        for sequence in changed:
+            names = [name for name, each in self._kept.items() if not each.temporary]
+        for name in names:
+            # One at a time: what is recorded leaves memory at once, if nobody else holds it.
+            sequence = self._kept.get(name)
+            if sequence is None:
+                continue
             try:
                 sequence.stage_for_commit(deadline)
                 self._let_go(sequence)

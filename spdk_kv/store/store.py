@@ -18,28 +18,31 @@ from spdk_kv.engines import PageCacheEngine
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.link import Links
 from spdk_kv.placement import StagingPool
-from spdk_kv.sequence import Sequence
 from spdk_kv.store import background
 from spdk_kv.store.blobs import BlobReader, BlobWriter
 from spdk_kv.store.catalog import Catalog
 from spdk_kv.store.closing import Closing
+from spdk_kv.store.committer import SEQUENCE_AGES
 from spdk_kv.store.extents import ExtentTable
 from spdk_kv.store.lifetime import Lifetime
 from spdk_kv.store.mapped import detach, map_blob
 from spdk_kv.store.parts import open_parts
 from spdk_kv.store.paths import check_settings, open_paths
 from spdk_kv.store.places import Places
+from spdk_kv.store.recorded import count_holders
 from spdk_kv.store.records import Records
+from spdk_kv.store.sequence_calls import SequenceCalls
 from spdk_kv.store.sequences import LeftOut, OpenSequences, report
 from spdk_kv.store.settings import StoreSettings
-from spdk_kv.types import Granularity, KVShape
+from spdk_kv.store.space import SpaceCalls
+from spdk_kv.store.stats import stats_of
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class KVStore(Lifetime):
+class KVStore(Lifetime, SequenceCalls, SpaceCalls):
     """An open store; make one with :func:`spdk_kv.open`. Thread-safe; a context manager.
 
     What :meth:`put` wrote is visible to :meth:`get` in this process at once. It survives a crash
@@ -58,10 +61,15 @@ class KVStore(Lifetime):
                 raise ValueError(f"mmap=True is for the pagecache engine, not {self.engine.name}")
             self.verify = settings.verify and self.engine.keeps_bytes
             # Without an index nothing is ever committed.
-            lasting = self._parts.index is not None or settings.engine.discard
-            extents = ExtentTable(self._parts.allocator, lasting)
+            lasting = self._parts.index is not None or bool(settings.engine.discard)
+            extents = ExtentTable(
+                self._parts.allocator, lasting, count_holders(self._parts.sequences.values())
+            )
             self._records = Records(self._parts.blobs, self._parts.sequences, extents)
             self._records.counters["corruptions"] += self._parts.damaged
+            index = self._parts.index
+            ages = None if index is None else index.get_meta(SEQUENCE_AGES)
+            self._records.uses.load(ages, self._records.residents.now)
             self.catalog = Catalog(
                 self._records,
                 self.engine,
@@ -73,9 +81,10 @@ class KVStore(Lifetime):
             self.staging = StagingPool(self.engine.allocate, settings.engine.staging_nbytes)
             self.paths = open_paths(self._parts, self.staging, settings)
             self.links = Links(self.paths.routes.engines)
-            self._sequences = OpenSequences(self._records)
+            self._sequences = OpenSequences(self._records, index)
+            self.catalog.room.make_idle = self._sequences.make_idle
             self._background = background.Background()
-            self._failed_flushes = 0
+            self.failed_flushes = 0
             self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
             self._stop = threading.Event()
             left_out: LeftOut = []
@@ -83,6 +92,7 @@ class KVStore(Lifetime):
                 self._sequences.delete_temporary,
                 partial(self._sequences.stage, left_out),
                 self.catalog.close,
+                self.catalog.trimmer.close,
                 self.catalog.committer.end,
                 self.catalog.committer.save_order,
                 partial(report, left_out, "the caller"),
@@ -280,53 +290,6 @@ class KVStore(Lifetime):
     def __len__(self) -> int:
         return len(self._records.blobs)
 
-    # -- sequences ------------------------------------------------------------------------------
-
-    def sequence(
-        self,
-        name: str,
-        shape: KVShape | None = None,
-        *,
-        granularity: Granularity | None = None,
-        temporary: bool = False,
-    ) -> Sequence:
-        """The sequence called ``name``; created, with room for all its tokens, if it is new.
-
-        Args:
-            name: Any text. The same object comes back for the same name, as long as somebody holds
-                it; with the last reference a sequence whose tokens are recorded leaves memory.
-            shape: Needed to create; where the sequence exists, it must match.
-            granularity: What lies contiguously, ``"layer"`` (the default) or ``"head"``; where the
-                sequence exists, it must match.
-            temporary: The sequence goes away when the store is closed, and flushes pass it by.
-
-        Returns:
-            The sequence. Creating one may block on the drive, to make room.
-
-        Raises:
-            KeyNotFound: There is no such sequence, and no ``shape`` to create it.
-            ShapeMismatch: It has another shape or granularity.
-            CapacityError: There is no room for it.
-            ReadOnlyStore: There is none, and the store is open ``read_only``.
-            ClosedError: The store is closed.
-        """
-        self.check_open()
-        return self._sequences.get(self, name, shape, granularity, temporary)
-
-    def sequences(self) -> list[str]:
-        """The names of all sequences, temporary ones included. Does not block."""
-        self.check_open()
-        return self._sequences.names()
-
-    def forget_sequence(self, sequence: Sequence) -> None:
-        """Called by :meth:`Sequence.delete`: the name is free again."""
-        self._sequences.forget(sequence)
-
-    def keep_sequence(self, sequence: Sequence) -> None:
-        """Called by a sequence that has just noted a change: it stays in memory until that is
-        recorded."""
-        self._sequences.keep(sequence)
-
     # -- the whole ------------------------------------------------------------------------------
 
     @property
@@ -369,6 +332,8 @@ class KVStore(Lifetime):
         self._sequences.stage(left_out, deadline)
         self.catalog.commit(deadline.left_s())
         report(left_out, audience)
+        if audience == "the caller":
+            self.catalog.trim_for_flush(deadline.left_s())
 
     def flush_async(self, timeout_s: float | None = None) -> Future[None]:
         """As :meth:`flush`, but returns a future."""
@@ -377,7 +342,7 @@ class KVStore(Lifetime):
 
     def count_failed_flush(self) -> None:
         """Called by the thread that flushes in the background."""
-        self._failed_flushes += 1
+        self.failed_flushes += 1
 
     def run_in_background(self, work: Callable[[], T]) -> Future[T]:
         """Runs ``work`` on one of the store's threads. ClosedError after close."""
@@ -388,20 +353,7 @@ class KVStore(Lifetime):
         """What the store holds and did: counts, bytes, hits and misses, and the engine's counters
         (times in nanoseconds). Does not block."""
         self.check_open()
-        engine = self.engine.stats()
-        histogram = engine.pop("histogram")
-        return {
-            "location": self.location,
-            "engine": self.engine.name,
-            **self._records.stats(),
-            "sequences": len(self.sequences()),
-            "failed_background_flushes": self._failed_flushes,
-            "staging": self.staging.stats(),
-            "residency": self.paths.stats(),
-            "pipelines": self.links.stats(),
-            "transfers": engine,
-            "latency_ns": histogram,
-        }
+        return stats_of(self)
 
     def why(self) -> list[dict[str, Any]]:
         """The path of each unit of each sequence in use, and why. Does not block."""

@@ -13,7 +13,8 @@ import pytest
 
 from spdk_kv.errors import CorruptionError, StoreMismatch
 from spdk_kv.index.database import Index
-from spdk_kv.index.records import BlobRecord, SequenceRecord, UnitRecord
+from spdk_kv.index.records import BlobRecord
+from spdk_kv.index.sequences import PieceRecord, SequenceRecord
 from spdk_kv.types import KVShape
 
 BLOB = BlobRecord(offset=1 << 20, nbytes=4096, dtype="bfloat16", shape=(2, 1024), crc=0xDEADBEEF)
@@ -21,9 +22,15 @@ SEQUENCE = SequenceRecord(
     shape=KVShape(layers=2, kv_heads=4, head_dim=64, dtype="float16", max_tokens=128, batch=3),
     granularity="head",
     chunk_nbytes=65536,
-    extent_nbytes=1 << 20,
-    units=(UnitRecord(1 << 20, 5, b"abcd"), UnitRecord(1 << 21, 1 << 20, b"")),
+    pieces=(
+        PieceRecord((0,), (16,), (1 << 20,)),
+        PieceRecord((16, 3), (20, 16), (1 << 25, 1 << 26)),
+    ),
+    tokens=(5, 0),
+    checksums=(b"abcd", b""),
     row_map=b"\0\1\2",
+    note=b"of a model",
+    pinned=True,
 )
 
 
@@ -137,7 +144,7 @@ def test_an_edited_row_is_corruption_that_names_the_file(path: Path, damage: str
 def test_a_newer_format_is_a_mismatch(path: Path) -> None:
     Index(path).close()
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     with pytest.raises(StoreMismatch, match=r"index\.sqlite.*upgrade"):
         Index(path)
 

@@ -27,7 +27,8 @@ from spdk_kv.errors import (
 )
 from spdk_kv.index import database
 from spdk_kv.index.database import Index
-from spdk_kv.index.records import BlobRecord, SequenceRecord, UnitRecord
+from spdk_kv.index.records import BlobRecord
+from spdk_kv.index.sequences import PieceRecord, SequenceRecord
 from spdk_kv.types import KVShape
 from support.rounds import examples
 
@@ -36,9 +37,15 @@ SEQUENCE = SequenceRecord(
     shape=KVShape(layers=2, kv_heads=4, head_dim=64, dtype="float16", max_tokens=128, batch=3),
     granularity="head",
     chunk_nbytes=65536,
-    extent_nbytes=1 << 20,
-    units=(UnitRecord(1 << 20, 5, b"abcd"), UnitRecord(1 << 21, 1 << 20, b"")),
+    pieces=(
+        PieceRecord((0,), (16,), (1 << 20,)),
+        PieceRecord((16, 3), (20, 16), (1 << 25, 1 << 26)),
+    ),
+    tokens=(5, 0),
+    checksums=(b"abcd", b""),
     row_map=b"\0\1\2",
+    note=b"of a model",
+    pinned=True,
 )
 HOSTILE_KEYS = [
     "",
@@ -94,8 +101,8 @@ def test_a_record_out_of_range_is_refused_and_nothing_of_its_commit_is_kept(inde
     for bad in ({"bad": replace(BLOB, offset=-1)}, {"bad": replace(BLOB, crc=1 << 32)}):
         with pytest.raises(ValueError, match="field"):
             index.commit({"good": BLOB} | bad, {"sequence": SEQUENCE})
-    with pytest.raises(ValueError, match="extent"):
-        index.commit({"good": BLOB}, {"bad": replace(SEQUENCE, extent_nbytes=1)})
+    with pytest.raises(ValueError, match="tokens"):
+        index.commit({"good": BLOB}, {"bad": replace(SEQUENCE, tokens=())})
     assert list(index.load_blobs()) == []
     assert list(index.load_sequences()) == []
 

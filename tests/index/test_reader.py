@@ -23,8 +23,8 @@ from spdk_kv.index import (
     Index,
     IndexReader,
     IndexSnapshot,
+    PieceRecord,
     SequenceRecord,
-    UnitRecord,
     descriptors,
     forks,
     snapshot,
@@ -57,8 +57,8 @@ def blob(number: int) -> BlobRecord:
 
 
 def sequence(number: int) -> SequenceRecord:
-    units = tuple(UnitRecord(4096 * unit, number % 1000, bytes(4)) for unit in range(4))
-    return SequenceRecord(SHAPE, "layer", 4096, 65536, units, b"map")
+    piece = PieceRecord((0,), (16,), tuple(4096 * (number % 1000 + run) for run in range(4)))
+    return SequenceRecord(SHAPE, "layer", 4096, (piece,), (1, 2), (bytes(4),) * 4, b"map")
 
 
 def assert_same(reader: IndexReader, index: Index) -> None:

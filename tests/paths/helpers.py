@@ -95,8 +95,11 @@ def dropping_held(store: KVStore) -> Iterator[None]:
 def resident(store: KVStore, unit: TrackedUnit) -> int:
     """Bytes of ``unit`` that the kernel has in its page cache."""
     assert store.paths.routes.cache is not None
-    each = unit.nbytes // len(unit.extents)
-    found = [cached_nbytes(store.paths.routes.cache.fd, offset, each) for offset, _ in unit.extents]
+    each = unit.nbytes // unit.count
+    found = [
+        cached_nbytes(store.paths.routes.cache.fd, offset, each)
+        for offset, _ in unit.ranges(0, each)
+    ]
     assert None not in found
     return sum(filter(None, found))
 

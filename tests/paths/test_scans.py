@@ -18,11 +18,12 @@ from paths.helpers import (
     units,
 )
 from spdk_kv.paths.scans import Scans
+from spdk_kv.placement import Stretch
 from store.helpers import folder_fixture
 
 folder = folder_fixture
 MIB = 1 << 20
-EXTENTS = [((0, 100),), ((100, 100),)] * 2
+EXTENTS = [[((Stretch(0, 100, (at,)),), 1) for at in (0, 100)]] * 2
 
 
 def step(found: Scans, group: Any, times: int = 1) -> None:
@@ -40,7 +41,7 @@ def cached(group: Any, nbytes: int = 10) -> Any:
 
 def test_who_does_not_scan_falls_asleep_and_wakes_when_used():
     found = Scans()
-    busy, idle, bare = (found.add(name, EXTENTS) for name in ("busy", "idle", "bare"))
+    busy, idle, bare = (found.add(name, EXTENTS, True) for name in ("busy", "idle", "bare"))
     cached(idle)
     step(found, busy, 16)
     assert found.sleeper() is None
@@ -68,7 +69,7 @@ def test_who_does_not_scan_falls_asleep_and_wakes_when_used():
 
 def test_those_asleep_for_longest_make_room_first():
     found = Scans()
-    busy, second, first = (found.add(name, EXTENTS) for name in ("busy", "b", "a"))
+    busy, second, first = (found.add(name, EXTENTS, True) for name in ("busy", "b", "a"))
     cached(first)
     cached(second)
     step(found, busy, 5)
@@ -90,7 +91,7 @@ def test_those_asleep_for_longest_make_room_first():
 
 def test_a_policy_that_binds_for_good_is_shown_all():
     found = Scans(sleeps=False)
-    busy, idle = found.add("busy", EXTENTS), cached(found.add("idle", EXTENTS))
+    busy, idle = found.add("busy", EXTENTS, True), cached(found.add("idle", EXTENTS, True))
     step(found, busy, 50)
     assert not found.is_asleep(idle)
     assert len(list(found.units())) == 8

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 
 from spdk_kv.paths.units import WHOLE_EXTENT, Fill, TrackedUnit, UnitGroup
+from spdk_kv.placement import Stretch
 from spdk_kv.sequence.reading import by_path
 
-EXTENTS = [((0, 100),), ((100, 100),)] * 2
+EXTENTS = [[((Stretch(0, 100, (at,)),), 1) for at in (0, 100)]] * 2
 
 
 @pytest.fixture
 def group() -> UnitGroup:
     made = UnitGroup(1, "s")
-    made.add(EXTENTS)
+    made.add(EXTENTS, copyable=True)
     return made
 
 

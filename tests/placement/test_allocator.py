@@ -86,6 +86,39 @@ class AgainstBitmap(RuleBasedStateMachine):
         with pytest.raises(ValueError, match="no extent"):
             self.allocator.free(offset)
 
+    @rule(first=st.integers(0, NBLOCKS - 1), count=st.integers(1, 8))
+    def take_free(self, first: int, count: int) -> None:
+        start, nbytes = START + first * BLOCK, count * BLOCK
+        runs = self.allocator.gaps.items()
+        run = next((at for at, n in runs if at <= start and start + nbytes <= at + n), None)
+        blocks = range(first, first + count)
+        free = blocks.stop <= NBLOCKS and not any(self.bitmap[block] for block in blocks)
+        assert (run is not None) == free
+        taken = self.allocator.take_free(start if run is None else run, start, nbytes)
+        assert taken == free
+        if taken:
+            self.mark(start, nbytes, True)
+
+    @rule(data=st.data(), nbytes=st.integers(1, 8 * BLOCK))
+    def allocate_without(self, data: st.DataObject, nbytes: int) -> None:
+        edges = data.draw(st.lists(st.integers(0, NBLOCKS), max_size=6, unique=True).map(sorted))
+        pairs = list(zip(edges[::2], edges[1::2], strict=False))
+        hidden = {block for pair in pairs for block in range(*pair)}
+        usable = "".join(
+            "x" if used or block in hidden else "." for block, used in enumerate(self.bitmap)
+        )
+        fitting = [len(run) * BLOCK for run in usable.split("x") if len(run) * BLOCK >= nbytes]
+        with self.allocator.without((START + a * BLOCK, START + b * BLOCK) for a, b in pairs):
+            try:
+                offset = self.allocator.allocate(nbytes)
+            except CapacityError:
+                assert not fitting
+                return
+        assert fitting
+        self.mark(offset, nbytes, True)
+        first = (offset - START) // BLOCK
+        assert not hidden & set(range(first, first + self.live[offset] // BLOCK))
+
     @rule(first=st.integers(-2, NBLOCKS + 1), nbytes=st.integers(-1, 6 * BLOCK))
     def reserve(self, first: int, nbytes: int) -> None:
         blocks = range(first, first + -(-nbytes // BLOCK))

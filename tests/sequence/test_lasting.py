@@ -266,7 +266,8 @@ def test_a_damaged_tail_is_found_at_reopening_and_the_sequence_forgotten(folder,
         sequence, _ = begun(store, granularity, [300])
         store.flush()
         contents = sequence._layers[1].contents
-        offset = contents.offsets[-1] + contents.stored_nbytes + 10
+        last, at = contents.extents[-1], contents.stored_nbytes + 10
+        ((offset, _),) = contents.ranges(last, at, at + 1)
     with open(folder / "data", "r+b") as data:
         data.seek(offset)
         data.write(b"\xff\x00\xff")

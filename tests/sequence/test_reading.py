@@ -427,7 +427,7 @@ def test_a_flipped_bit_of_a_unit_is_found_and_counted(folder):
     with open_store(folder, capacity="64 MiB") as store:
         sequence, reference = begun(store, "layer", [500])
         store.flush()
-        offset = sequence._layers[1].contents.offsets[1]
+        offset = next(sequence._layers[1].contents.ranges(1, 0, 1))[0]
         with open(folder / "data", "r+b") as data:
             data.seek(offset + 20_000)
             byte = data.read(1)[0]

@@ -162,10 +162,11 @@ def check_books(store: KVStore) -> None:
     allocator.check()
     named = {blob.offset for blob in catalog.records.blobs.values() if blob.nbytes}
     for record in catalog.records.sequences.values():
-        named |= {unit.offset for unit in record.units}
+        named |= {run for piece in record.pieces for run in piece.runs}
     for sequence in store._sequences.open_sequences():
-        named |= set(sequence._offsets)
-    assert set(allocator._used) == named
+        named |= {run for held in sequence._growth.pieces for run in held.piece.runs}
+    with catalog.records.lock:
+        assert set(allocator._used) - catalog.reserved.offsets == named
 
 
 # -- other processes ------------------------------------------------------------------------------

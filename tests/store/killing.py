@@ -1,6 +1,6 @@
 """Kills a store's process at random moments, over and over; run as a program by the tests.
 
-    python killing.py FOLDER CYCLES SEED (blobs|sequences)
+    python killing.py FOLDER CYCLES SEED (blobs|sequences|forks|evicted|space)
 
 The parent imports torch once and opens no store; every child opens the store, checks what the one
 before it left, goes on changing it, and is killed. What a child was about to do and what it knows
@@ -15,7 +15,9 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,8 +26,10 @@ import numpy as np
 import torch
 
 import spdk_kv
-from spdk_kv.errors import KeyNotFound
+from sequence import forks_killed
+from spdk_kv.errors import CapacityError, ClosedError, KeyNotFound
 from spdk_kv.placement import lock
+from spdk_kv.store import trimming
 from store.helpers import FILE_ENGINES, open_store, payload, version_of
 
 KEYS = [f"key {i}" for i in range(8)]
@@ -41,11 +45,13 @@ class Shared:
         memory = mmap.mmap(-1, 1 << 16)
         words = np.frombuffer(memory, np.int64)
         self.started, self.durable = words[0:8], words[8:16]
-        # opened, checked, puts, flushes, appends
+        # opened, checked, puts, flushes, appends, what moved or was given back
         self.counts = words[16:24]
         # Of the sequence: the epoch of each token, the count of tokens ahead of them.
         self.committed, self.candidate = words[1000:1402], words[2000:2402]
         self.epoch = words[3000:3001]
+        # Of forks: which were durable, and which were deleted since.
+        self.forks_durable, self.forks_deleted = words[3100:3148], words[3200:3248]
 
 
 # -- blobs ----------------------------------------------------------------------------------------
@@ -89,6 +95,30 @@ def change_blobs(
     store.flush()
     shared.durable[:] = there
     shared.counts[3] += 1
+
+
+def give_back(store: spdk_kv.KVStore, shared: Shared) -> None:
+    """Compacts and trims in a thread, all the time."""
+    trimming.TICK_S = 0.001
+    trimming.LEAST_NBYTES = trimming._LEAST_WHILE_BUSY_NBYTES = 4096
+
+    def run() -> None:
+        try:
+            while True:
+                before = [blob.offset for blob in list(store.catalog.records.blobs.values())]
+                store.compact()
+                after = [blob.offset for blob in list(store.catalog.records.blobs.values())]
+                shared.counts[5] += before != after
+                store.trim()
+        except ClosedError:
+            pass
+        except BaseException:
+            shared.counts[7] = 1
+            sys.excepthook(*sys.exc_info())
+            sys.stderr.flush()
+            os._exit(1)
+
+    threading.Thread(target=run, daemon=True).start()
 
 
 # -- a sequence -----------------------------------------------------------------------------------
@@ -168,10 +198,19 @@ def reached(shared: Shared, stage: int) -> int:
 def child(folder: Path, shared: Shared, seed: int, what: str, engine: str, last: bool) -> None:
     rng = random.Random(seed)
     # Small, so that space is reused all the time.
-    store = open_store(folder, capacity="4 MiB", engine=engine, eviction="none")
+    eviction = "lru" if what == "evicted" else "none"
+    store = open_store(folder, capacity="4 MiB", engine=engine, eviction=eviction)
+    if what == "evicted":
+        live_with_evictions(store, shared, rng, last)
+        return
     shared.counts[0] += 1
     there = check_blobs(store, shared)
     sequence = check_sequence(store, shared) if what == "sequences" else None
+    forks = shared.forks_durable, shared.forks_deleted
+    if what == "forks":
+        forks_killed.check_all(store, *forks)
+    if what == "space":
+        give_back(store, shared)
     shared.counts[1] += 1
     if last:
         store.close()
@@ -179,8 +218,38 @@ def child(folder: Path, shared: Shared, seed: int, what: str, engine: str, last:
     while True:
         if sequence is not None:
             change_sequence(sequence, shared, rng)
+        if what == "forks":
+            forks_killed.change(store, *forks, shared.epoch, rng)
         change_blobs(store, shared, rng, there)
+        if what == "forks":
+            forks_killed.flushed(store, shared.forks_durable)
         shared.committed[:] = shared.candidate
+
+
+def live_with_evictions(
+    store: spdk_kv.KVStore, shared: Shared, rng: random.Random, last: bool
+) -> None:
+    """Blobs and sequences that come, go and make room for each other; none has other bytes."""
+    shared.counts[0] += 1
+    forks_killed.check_all(store, *(np.zeros(forks_killed.MOST, np.int64),) * 2)
+    keys = store.keys()
+    for key in keys:
+        version_of(key, store.get(key, as_numpy=True))
+    shared.counts[1] += 1
+    unused = np.zeros(forks_killed.MOST, np.int64)
+    while not last:
+        forks_killed.change(store, unused, unused, shared.epoch, rng)
+        key = rng.choice(KEYS)
+        with suppress(CapacityError):  # of sequences that are in use
+            store.put(key, payload(key, rng.randrange(100), rng.randrange(16, 500_000)))
+        shared.counts[2] += 1
+        if rng.random() < 0.1:
+            store.compact()
+            shared.counts[5] += 1
+        if rng.random() < 0.3:
+            store.flush()
+            shared.counts[3] += 1
+    store.close()
 
 
 def main() -> int:
@@ -223,7 +292,7 @@ def main() -> int:
         elif status or not last:
             print(f"cycle {cycle} with {engine} ended with status {status}", file=sys.stderr)
             return 1
-    names = ("opened", "checked", "puts", "flushes", "appends")
+    names = ("opened", "checked", "puts", "flushes", "appends", "moves")
     counts = {name: int(count) for name, count in zip(names, shared.counts, strict=False)}
     print(json.dumps({"killed": killed, **counts}))
     return 0

@@ -50,7 +50,12 @@ def change_sequences(store: spdk_kv.KVStore, rng: random.Random, version: int) -
         sequence.delete()
         store.flush()
         sequence = store.sequence(name, SHAPE)
-    elif what < 0.5:
+    elif what < 0.4:
+        other = rng.choice([each for each in NAMES if each != name])
+        if other in store.sequences():
+            store.sequence(other).delete()
+        sequence = sequence.fork(other, tokens=rng.randrange(sequence.tokens() + 1))
+    elif what < 0.6:
         sequence.truncate(rng.randrange(sequence.tokens() + 1))
     first = sequence.tokens()
     count = rng.randrange(min(150, 600 - first) + 1)

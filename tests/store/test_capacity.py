@@ -329,11 +329,11 @@ def test_a_small_store_has_a_small_data_file(folder, engine, capacity):
 def test_a_data_file_grows_in_steps_that_end_at_the_capacity(folder, engine):
     with open_store(folder, engine=engine, capacity=300 * MIB) as store:
         assert (folder / "data").stat().st_size == 256 * MIB
-        extents = store.catalog.allocate([300 * MIB])  # grown for, not written
+        extents = store.catalog.room.allocate([300 * MIB])  # grown for, not written
         assert (folder / "data").stat().st_size == DATA_START + 300 * MIB
         store.catalog.abandon(extents)
     with open_store(folder, engine=engine, capacity=310 * MIB) as store:
-        store.catalog.abandon(store.catalog.allocate([310 * MIB]))
+        store.catalog.abandon(store.catalog.room.allocate([310 * MIB]))
         assert (folder / "data").stat().st_size == DATA_START + 310 * MIB
 
 

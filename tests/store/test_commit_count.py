@@ -277,21 +277,28 @@ superblocks._COUNT_TIMEOUT_S = PATIENCE_S
 store.close()
 store = open_store(folder, engine="threads", discard=True)
 discards, discard = [], store.engine.discard
-store.engine.discard = lambda *extent: (discards.append(extent), discard(*extent))
+shrink = store.engine.shrink
+store.engine.discard = lambda *extent: (discards.append(extent), discard(*extent))[1]
+store.engine.shrink = lambda nbytes: (discards.append(nbytes), shrink(nbytes))[1]
 index = store.catalog.committer.index
-store.put("a", payload("a", 1))
+store.put("a", payload("a", 1, 1 << 20))
+store.put("b", payload("b", 1, 1 << 20))
+store.put("c", payload("c", 1, 1 << 20))
 store.flush()
 store.catalog.settle()
+discards.clear()
 commits = index.commits
 hold.touch()
 store.delete("a")
+store.delete("c")
 flush = begin(store.flush)
 wait_until(lambda: index.commits > commits)
 flush.join(0.2)
 assert flush.is_alive() and not discards
 hold.unlink()
 flush.join()
-assert count_on(store) == index.commits and len(discards) == 1
+assert count_on(store) == index.commits
+assert discards == [(3 << 20), (1 << 20, 1 << 20)]
 store.close()
 """,
     )

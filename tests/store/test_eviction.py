@@ -150,22 +150,26 @@ def test_what_the_filesystem_cannot_hold_is_refused_and_evicts_nothing(tmp_path,
 
 def test_a_full_disk_s_refusal_says_what_is_lacking_and_what_can_be_done():
     with open_store("ram://", capacity="8 MiB") as store:
-        store.sequence("s", spdk_kv.KVShape(1, 1, 64, torch.float16, 16384))  # 4 MiB
+        held = store.sequence("s", spdk_kv.KVShape(1, 1, 64, torch.float16, 16384))  # 4 MiB
         store.put("blob", BUFFER[:MIB])
         with pytest.raises(CapacityError) as refused:
             store.put("large", BUFFER[: 5 * MIB])
         said = str(refused.value)
-        assert "nothing was evicted, since without any blob there would be 4.0 MiB" in said
-        assert "4.0 MiB belong to sequences, which stay until they are deleted" in said
+        assert "nothing was evicted, since without any blob and any sequence that nobody" in said
+        assert "there would be 4.0 MiB" in said
+        assert "4.0 MiB belong to sequences, of which those stay that are in use" in said
         assert "blob" in store
+        assert not held.deleted
 
 
 def test_room_that_is_cut_up_by_sequences_is_refused_by_its_largest_piece():
     with open_store("ram://", capacity="8 MiB") as store:
+        shape = spdk_kv.KVShape(1, 1, 64, torch.float16, 4096)  # 1 MiB
+        held = []
         for number in range(4):
             store.put(str(number), BUFFER[:MIB])
-            store.sequence(str(number), spdk_kv.KVShape(1, 1, 64, torch.float16, 4096))  # 1 MiB
-        store.sequence("1").delete()
+            held.append(store.sequence(str(number), shape))
+        held[1].delete()
         with pytest.raises(CapacityError, match=r"there would be 3\.0 MiB in one piece"):
             store.put("large", BUFFER[: 3 * MIB + 1])
         assert store.stats()["evictions"] == 0

@@ -16,8 +16,7 @@ SHAPE = KVShape(layers=2, kv_heads=4, head_dim=64, dtype="float16", max_tokens=4
 
 def test_sequences_that_fill_a_store_are_named_as_what_to_delete(tmp_path: Path) -> None:
     with open_store(tmp_path / "kv") as store:
-        for name in ("monday", "tuesday"):
-            store.sequence(name, SHAPE)
+        held = [store.sequence(name, SHAPE) for name in ("monday", "tuesday")]
         with pytest.raises(CapacityError) as full:
             store.sequence("wednesday", SHAPE)
         said = str(full.value)
@@ -27,7 +26,7 @@ def test_sequences_that_fill_a_store_are_named_as_what_to_delete(tmp_path: Path)
         assert "store.sequences()" in said
         assert "store.sequence(name).delete()" in said
         assert sorted(store.sequences()) == ["monday", "tuesday"]
-        store.sequence("monday").delete()
+        held[0].delete()
         store.sequence("wednesday", SHAPE)
 
 

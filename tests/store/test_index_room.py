@@ -143,6 +143,6 @@ def test_close_succeeds_where_only_the_order_of_use_is_not_kept(folder, monkeypa
 
     monkeypatch.setattr(store.catalog.committer.index, "touch_order", full)
     store.close()
-    assert "order in which blobs were used is not kept" in caplog.text
+    assert "order in which things were used is not kept" in caplog.text
     with reopen(folder) as store:
         assert set(store.keys()) == {"a", "b"}

@@ -28,7 +28,8 @@ def test_records_that_overlap_cost_themselves_and_nothing_else(folder, caplog):
         opened.flush()
         records = opened.catalog.records
         beyond = replace(records.blobs["b"], offset=1 << 40)
-        within = replace(records.blobs["b"], offset=records.sequences["hit"].units[1].offset)
+        second = records.sequences["hit"].pieces[0].runs[0] + BLOCK
+        within = replace(records.blobs["b"], offset=second)
         wrong = {"twin": records.blobs["a"], "beyond": beyond, "within": within}
         opened.catalog.committer.index.commit(wrong, {})
     with caplog.at_level(logging.ERROR, "spdk_kv"):

@@ -78,6 +78,12 @@ def prompt(store: KVStore, name: str, count: int, seed: int = 0) -> spdk_kv.Sequ
     return sequence
 
 
+def runs_of(store: KVStore, name: str) -> set[int]:
+    """Where the bytes of a sequence lie."""
+    record = store.catalog.records.sequences[name]
+    return {run for piece in record.pieces for run in piece.runs}
+
+
 # -- what it finds --------------------------------------------------------------------------------
 
 
@@ -171,6 +177,22 @@ def test_what_was_used_anew_is_read_again_and_never_others_bytes(reader, writer)
         reader.get("a")
 
 
+def test_a_data_file_that_became_shorter_under_a_reader_is_no_damage(reader, writer, folder):
+    writer.put_many({str(n): payload(str(n), 1, 500_000) for n in range(20)})
+    writer.flush()
+    reader.refresh()
+    last = max(range(20), key=lambda n: extent_of(writer, str(n))[0])
+    size = (folder / "data").stat().st_size
+    for n in range(20):
+        if n != 3:
+            writer.delete(str(n))
+    assert writer.compact() > 0
+    assert (folder / "data").stat().st_size < size
+    with pytest.raises(KeyNotFound):
+        reader.get(str(last))
+    assert version_of("3", reader.get("3")) == 1
+
+
 def test_damage_is_damage_and_nothing_is_forgotten(reader, writer, folder):
     writer.put_many({"a": payload("a", 1), "b": payload("b", 1)})
     writer.flush()
@@ -232,6 +254,18 @@ def test_a_sequence_is_read_and_stays_as_it_is_until_a_refresh(reader, writer):
     assert found.tokens() == 150
     assert torch.equal(found.read(1)[0][:, :, 100:], tokens(50, 9)[0])
     assert reader.sequences() == ["s"]
+    written.note, written.pinned = b"of what", True
+    written.fork("child", tokens=60)
+    writer.flush()
+    assert (found.note, found.pinned) == (b"", False)
+    assert reader.sequence_note("child") == b"of what"
+    reader.refresh()
+    assert (found.tokens(), found.note, found.pinned) == (150, b"of what", True)
+    child = reader.sequence("child", SHAPE)
+    assert torch.equal(child.read(2)[1], tokens(100, 2)[1][:, :, :60])
+    with pytest.raises(KeyNotFound):
+        reader.sequence_note("none")
+    del child
     entries = reader.why()
     assert len(entries) == 2 * SHAPE.layers
 
@@ -251,8 +285,8 @@ def test_a_sequence_that_changed_under_a_reader_is_a_miss(reader, writer):
     assert same_tokens(found, 300, 50)
     written.delete()
     writer.flush()
-    other = prompt(writer, "t", 300, 70)
-    assert set(other._offsets) & {u.offset for u in found._state.record.units}
+    prompt(writer, "t", 300, 70)
+    assert runs_of(writer, "t") & {run for each in found._state.record.pieces for run in each.runs}
     with pytest.raises(KeyNotFound, match="'s' was deleted by its writer"):
         found.read(0)
     reader.refresh()
@@ -264,8 +298,8 @@ def test_a_sequence_that_changed_under_a_reader_is_a_miss(reader, writer):
 
 
 def test_a_damaged_sequence_is_damage(reader, writer, folder):
-    written = prompt(writer, "s", 400)
-    flip(folder / "data", written._offsets[0] + 100)
+    prompt(writer, "s", 400)
+    flip(folder / "data", min(runs_of(writer, "s")) + 100)
     found = reader.sequence("s")
     for _ in range(2):
         with pytest.raises(CorruptionError, match="not those that were appended"):
@@ -312,6 +346,11 @@ def test_every_change_is_refused_and_nothing_changes(reader, writer, folder):
         "truncate": lambda: found.truncate(0),
         "reorder": lambda: found.reorder([1, 0]),
         "delete of s": found.delete,
+        "fork": lambda: found.fork("other"),
+        "note": lambda: setattr(found, "note", b"x"),
+        "pinned": lambda: setattr(found, "pinned", True),
+        "trim": reader.trim,
+        "compact": reader.compact,
     }
     for name, make in changes.items():
         with pytest.raises(ReadOnlyStore, match="read_only"):

@@ -388,7 +388,7 @@ def test_kills_leave_old_or_new_values_and_all_that_was_flushed(folder):
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("what", ["blobs", "sequences"])
+@pytest.mark.parametrize("what", ["blobs", "sequences", "forks", "evicted"])
 def test_thousands_of_kills(folder, what):
     counts = kill_loop(folder, 5000, what, 2)
     assert counts["killed"] == 5000

@@ -16,8 +16,8 @@ from spdk_kv.testing import EngineContract, Medium, PolicyContract
 
 
 class KeepsWhatItDiscards(RamEngine):
-    def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> None:
-        pass
+    def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> bool:
+        return True
 
 
 class CutsNothing(RamEngine):

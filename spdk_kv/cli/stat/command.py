@@ -50,7 +50,8 @@ def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None
         else:
             _print_rows(lines_of(explained))
         return
-    from spdk_kv.store import open as open_store  # loads torch: not for `--help`
+    from spdk_kv.store import EngineOptions  # loads torch: not for `--help`
+    from spdk_kv.store import open as open_store
 
     try:
         store = open_store(
@@ -59,6 +60,7 @@ def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None
             index_dir=index_dir,
             flush_interval_s=None,
             read_only=place.scheme in ("file", "block"),
+            engine=EngineOptions(discard=False),  # leaves the data file as it is
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error

@@ -227,11 +227,13 @@ class SpdkEngine(Engine):
             return f"the namespace {self.where} was removed; it is used again once it is back"
         return ""
 
-    def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> None:
-        if self.controller["deallocate"]:
-            transfer = self.transfer(DISCARD)
-            transfer.add(offset, 0, nbytes)
-            self.run(transfer, timeout_s)
+    def discard(self, offset: int, nbytes: int, timeout_s: float | None = None) -> bool:
+        if not self.controller["deallocate"]:
+            return False
+        transfer = self.transfer(DISCARD)
+        transfer.add(offset, 0, nbytes)
+        self.run(transfer, timeout_s)
+        return True
 
     def _release(self) -> None:
         self._slots = None

@@ -43,9 +43,8 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
     Args:
         store: Where the tokens go.
         config: The model's configuration.
-        max_tokens: Capacity in tokens per row of the batch, reserved on the store at the first use
-            and fixed from then on. By default the model's ``max_position_embeddings``, or as many
-            as half of the store's capacity holds.
+        max_tokens: Capacity in tokens per row of the batch, reserved on the store at the first use,
+            in one piece, and fixed from then on. By default the cache grows as tokens come.
         resident_layers: Layers whose K/V may be in memory at once, including the one being
             computed and the one being read ahead. With more than two, the first
             ``resident_layers - 2`` stay in memory. Each layer's unfinished chunks, 16 KiB of K and
@@ -76,10 +75,8 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
             raise ValueError(f"resident_layers is 1 or more, not {resident_layers}")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens is 1 or more, not {max_tokens}")
-        text_config = config.get_text_config(decoder=True)
         options = StreamOptions(
             windows=layer_windows(config),
-            model_tokens=getattr(text_config, "max_position_embeddings", None),
             max_tokens=max_tokens,
             resident_layers=resident_layers,
             name=name,

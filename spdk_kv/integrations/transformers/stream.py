@@ -30,14 +30,12 @@ class StreamOptions:
     """How a :class:`LayerStream` is laid out.
 
     ``windows``: for each layer, how many tokens its attention sees, the newest one included, or
-    None for all. ``model_tokens``: how many tokens the model can attend to, or None if it has no
-    limit. ``max_tokens``: the capacity; None for ``model_tokens``, or as many as half of the
-    store's capacity holds. ``resident_layers``: layers whose K/V may be in memory at once.
+    None for all. ``max_tokens``: the capacity, reserved at once; None lets it grow as tokens come.
+    ``resident_layers``: layers whose K/V may be in memory at once.
     ``name``: of a lasting sequence.
     """
 
     windows: tuple[int | None, ...]
-    model_tokens: int | None
     max_tokens: int | None
     resident_layers: int
     name: str | None
@@ -269,13 +267,10 @@ class LayerStream:
                 "differ in shape cannot be kept in a sequence"
             )
         batch, heads, count, head_dim = k.shape
-        one = KVShape(self.layers, heads, head_dim, k.dtype, 1, batch)
-        tokens = self.options.max_tokens
-        if tokens is None:
-            # Half of the capacity, not of what is free: evictions and commits make room.
-            half = self._store.stats()["capacity_nbytes"] // 2 // one.nbytes
-            tokens = max(count, min(half, self.options.model_tokens or half))
-        sequence = self._open(replace(one, max_tokens=tokens))
+        most = self.options.max_tokens
+        if most is not None and count > most:
+            raise _no_room(most, count)
+        sequence = self._open(KVShape(self.layers, heads, head_dim, k.dtype, most, batch))
         self._take(sequence)
         return sequence
 
@@ -293,10 +288,12 @@ class LayerStream:
                 )
             )
         except CapacityError as error:
+            if shape.max_tokens is None:
+                raise
             raise CapacityError(
                 f"{error}; {shape.max_tokens} tokens of {shape.layers} layers take "
-                f"{format_nbytes(shape.nbytes)}: pass a smaller max_tokens=, or open the store "
-                "with a larger capacity="
+                f"{format_nbytes(shape.nbytes)}: pass a smaller max_tokens=, or none to have room "
+                "made as tokens come, or open the store with a larger capacity="
             ) from error
 
     def _resume(self, name: str) -> None:
@@ -306,7 +303,7 @@ class LayerStream:
             raise ShapeMismatch(
                 f"sequence {name!r} has {shape.layers} layers, the model {self.layers}"
             )
-        if wanted is not None and wanted > shape.max_tokens:
+        if wanted is not None and shape.max_tokens is not None and wanted > shape.max_tokens:
             raise ShapeMismatch(
                 f"sequence {name!r} was made for {shape.max_tokens} tokens, not {wanted}"
             )
@@ -336,11 +333,8 @@ class LayerStream:
 
     def _check(self, layer: int, sequence: Sequence, past: int, k: torch.Tensor) -> None:
         room, count = sequence.shape.max_tokens, k.shape[2]
-        if past + count > room:
-            raise CapacityError(
-                f"the cache has room for {room} tokens per row, not for {past + count}: make it "
-                f"with max_tokens={past + count} or more"
-            )
+        if room is not None and past + count > room:
+            raise _no_room(room, past + count)
         before, wanted = (layer - 1, past + count) if layer else (self.layers - 1, past)
         if self.layers > 1 and sequence.tokens(before) != wanted:
             raise SpdkKvError(
@@ -353,6 +347,13 @@ class LayerStream:
                 "K/V that went to the drive has no gradients: run the model under torch.no_grad() "
                 "or torch.inference_mode()"
             )
+
+
+def _no_room(room: int, wanted: int) -> CapacityError:
+    return CapacityError(
+        f"the cache has room for {room} tokens per row, not for {wanted}: make it with "
+        f"max_tokens={wanted} or more, or without"
+    )
 
 
 def _joined(kept: Pair, new: Pair, past: int) -> Pair:

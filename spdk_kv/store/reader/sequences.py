@@ -91,6 +91,24 @@ class SequenceReader(Sequence):
         """As :attr:`Sequence.nbytes`."""
         return self._state.restored.nbytes
 
+    @property
+    def pinned(self) -> bool:
+        """As :attr:`Sequence.pinned`; not to be set here."""
+        return self._state.record.pinned
+
+    @pinned.setter
+    def pinned(self, pinned: bool) -> None:
+        self._refuse("pinned")
+
+    @property
+    def note(self) -> bytes:
+        """As :attr:`Sequence.note`, of the same flush as the tokens; not to be set here."""
+        return self._now().record.note
+
+    @note.setter
+    def note(self, note: bytes) -> None:
+        self._refuse("note")
+
     def tokens(self, layer: int = 0) -> int:
         """As :meth:`Sequence.tokens`, as of the last flush that was taken up."""
         return self._now().restored.tokens(layer)
@@ -174,9 +192,28 @@ class SequenceReader(Sequence):
         """Raises ReadOnlyStore."""
         self._refuse("reorder")
 
+    def fork(
+        self,
+        name: str | None = None,
+        *,
+        tokens: int | None = None,
+        timeout_s: float | None = None,
+    ) -> NoReturn:
+        """Raises ReadOnlyStore."""
+        self._refuse("fork")
+
     def delete(self) -> NoReturn:
         """Raises ReadOnlyStore."""
         self._refuse("delete")
+
+    def mark_new(self) -> None:
+        """A reader makes none."""
+
+    def make_layers(self) -> None:
+        """They are there."""
+
+    def restore(self, record: SequenceRecord) -> None:
+        """A reader restores another one instead."""
 
     def forget_record(self) -> None:
         """A reader has none to forget."""
@@ -241,6 +278,13 @@ class ReadSequences:
                 f"sequence {name!r} has granularity {found.granularity!r}, not {granularity!r}"
             )
         return found
+
+    def note(self, name: str) -> bytes:
+        """As :meth:`KVStore.sequence_note`."""
+        record = self._find(name)
+        if record is None:
+            raise KeyNotFound(f"no sequence {name!r}")
+        return record.note
 
     def _find(self, name: str) -> SequenceRecord | None:
         record = self._records.sequence(name)

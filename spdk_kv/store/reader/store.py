@@ -63,7 +63,7 @@ class StoreReader(KVStore):
             self.links = Links(self.paths.routes.engines)
             self._open_sequences = ReadSequences(self._found)
             self._background = background.Background()
-            self._failed_flushes = 0
+            self.failed_flushes = 0
             self.mappings = weakref.WeakSet()
             self._stop = threading.Event()
             self._closing = Closing(self.paths.close, self._parts.close, self._found.close)
@@ -180,6 +180,11 @@ class StoreReader(KVStore):
         self.check_open()
         return self._open_sequences.get(self, name, shape, granularity)
 
+    def sequence_note(self, name: str) -> bytes:
+        """As :meth:`KVStore.sequence_note`; looks for news where there is no such sequence."""
+        self.check_open()
+        return self._open_sequences.note(name)
+
     def sequences(self) -> list[str]:
         """As :meth:`KVStore.sequences`, as of the last refresh."""
         self.check_open()
@@ -189,6 +194,12 @@ class StoreReader(KVStore):
         """As :meth:`KVStore.why`."""
         self._open_sequences.bury()
         return super().why()
+
+    def stats(self) -> dict[str, Any]:
+        """As :meth:`KVStore.stats`. The first time after a refresh it reads all records."""
+        self.check_open()
+        self._found.stats()  # not with a lock held
+        return super().stats()
 
     @property
     def dirty(self) -> bool:

@@ -18,7 +18,7 @@ LAYERS, PAST, NEW = 4, 90, 40
 
 def stream_of(store: KVStore, resident: int, window: int | None = None) -> LayerStream:
     windows = (None, window, None, window)
-    return LayerStream(store, StreamOptions(windows, None, 400, resident, None, "layer"))
+    return LayerStream(store, StreamOptions(windows, 400, resident, None, "layer"))
 
 
 def tokens(layer: int, first: int, count: int, batch: int = 2) -> torch.Tensor:

@@ -95,11 +95,12 @@ def test_store_too_small_says_what_to_do(tmp_path: Path) -> None:
         cache = OffloadedKVCache(store, config_of("llama"), max_tokens=2000)
         with pytest.raises(CapacityError, match="smaller max_tokens="):
             feed([cache], 10)
-        # By default it takes what half of the store has room for.
+        # By default it takes no more than it needs.
         small = OffloadedKVCache(store, config_of("llama"))
         feed([small], 10)
         assert small.sequence is not None
-        assert small.sequence.shape.max_tokens == (1 << 19) // (2 * 4 * 2 * 64 * 4)
+        assert small.sequence.shape.max_tokens is None
+        assert store.stats()["used_nbytes"] == 4 * 2 * 16384
 
 
 def test_half_finished_forward_pass_is_noticed_and_mended_by_crop(store: KVStore) -> None:

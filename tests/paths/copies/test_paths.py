@@ -276,7 +276,7 @@ def test_trouble_is_told_each_time_that_it_begins_and_ends(
 def test_a_hole_that_may_still_be_punched_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     with on_memory() as place, place.open() as store:
         copy = store.paths.routes.copy
-        unit = filled(store, tokens=100)[0]._group.units[0]
+        unit = filled(store, tokens=100)[0]._body.group.units[0]
 
         def late(offset: int, nbytes: int) -> None:
             raise DeviceTimeout("as if the drop took too long", op="discard")
@@ -297,7 +297,7 @@ def test_a_store_that_is_closed_is_no_trouble_of_its_copies(
         copy = store.paths.routes.copy
         copy.pause(ClosedError("the engine is closed"))
         assert (copy.trouble, copy._pause_decisions) == ("", 0)
-        hole = copy.forget(filled(store, tokens=100)[0]._group.units[0])
+        hole = copy.forget(filled(store, tokens=100)[0]._body.group.units[0])
         hole.fill = Fill(1, 0, 4096, 0)  # one that never ends, as on a drive that hangs
         copy.close()
         copy.pause(DeviceError("as if the drive had failed"))
