@@ -126,9 +126,10 @@ class ReadOnlyStore(SpdkKvError):
 class StoreMismatch(SpdkKvError):
     """What was found is not the store that was asked for.
 
-    Raised when the data and the index, or the drive and its superblock, do not belong together, and
-    where a store is missing that must exist. Nothing is overwritten. Remedy: check the location and
-    ``index_dir``; to give up what is there, remove the index and clear the drive's superblocks.
+    Raised when the data and the index, or the drive and its superblock, do not belong together,
+    where a store is missing that must exist, and where a named cache is another model's. Nothing is
+    overwritten. Remedy: check the location and ``index_dir``; to give up what is there, remove the
+    index and clear the drive's superblocks.
     """
 
 

@@ -21,11 +21,10 @@ def turn(folder: str) -> None:
     prompt = torch.randint(1, 256, (1, 1500))
     with (
         spdk_kv.open(f"file://{folder}/kv", capacity="256 MiB") as store,
-        OffloadedKVCache(store, config, name="manual") as cache,
+        OffloadedKVCache(store, model, name="manual", input_ids=prompt) as cache,
     ):
-        print(cache.get_seq_length(), "tokens are there already")
+        print(cache.saved_tokens, "tokens are there already")
         model.generate(prompt, max_new_tokens=10, **{CACHE_ARGUMENT: cache})
-        cache.crop(min(0, 1499 - cache.get_seq_length()))  # all but the prompt's last token
 
 
 if len(sys.argv) > 1:

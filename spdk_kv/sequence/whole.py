@@ -54,7 +54,8 @@ class Whole:
         layers = [self._layers[number] for number in numbers]
         for layer in layers:
             layer.contents.check()
-        with deadline.hold(self._lock):
+        # No record has the note from before this, and the rows from after it.
+        with deadline.hold(self._recorder.lock), deadline.hold(self._lock):
             self.finish(deadline)
             self._unfinished = {layer: (layer.order.changes, rows) for layer in layers}
             self.finish(deadline)

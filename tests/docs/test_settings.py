@@ -12,12 +12,12 @@ import pytest
 
 import spdk_kv
 from docs.pages import page
-from spdk_kv.integrations.transformers import OffloadedKVCache
+from spdk_kv.integrations.transformers import OffloadedKVCache, PromptCache
 from spdk_kv.store import KVStore
 
 _ROW = re.compile(r"^\| ((?:`\w+`(?:, )?)+) \|[^|]*\| *(?:`([^`]*)`)?[^|]*\|", re.MULTILINE)
 # Given by place, and explained in the text.
-_NOT_SETTINGS = {"self", "location", "name", "store", "config"}
+_NOT_SETTINGS = {"self", "location", "name", "store", "config", "model"}
 
 
 def shown(section: str) -> dict[str, str]:
@@ -52,6 +52,7 @@ def settings_of(what: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         (KVStore.sequence, "KVStore.sequence and KVShape"),
         (spdk_kv.KVShape, "KVStore.sequence and KVShape"),
         (OffloadedKVCache, "OffloadedKVCache"),
+        (PromptCache, "PromptCache"),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
@@ -71,5 +72,6 @@ def test_the_page_names_no_setting_that_is_gone() -> None:
         (spdk_kv.EngineOptions, "EngineOptions"),
         (spdk_kv.PageCacheOptions, "PageCacheOptions"),
         (OffloadedKVCache, "OffloadedKVCache"),
+        (PromptCache, "PromptCache"),
     ):
         assert set(shown(section)) <= {name for name, _ in settings_of(what)}

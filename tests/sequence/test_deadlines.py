@@ -171,3 +171,16 @@ def test_a_timeout_is_a_positive_number(timeout_s):
         for call in calls(sequence, timeout_s=timeout_s).values():
             with pytest.raises(ValueError, match="positive"):
                 call()
+
+
+def test_no_rows_change_while_a_record_is_made():
+    # It would have the note from before, which says what each row is, and rows from after it.
+    with open_store("ram://", capacity="64 MiB") as store:
+        sequence, reference = store.sequence("s", SHAPE), Reference(SHAPE)
+        reference.append(sequence, 300)
+        with in_use(sequence._recorder.lock):
+            with pytest.raises(DeviceTimeout):
+                sequence.reorder([1, 0], timeout_s=0.02)
+            reference.check(sequence)
+        reference.reorder(sequence, [1, 0])
+        reference.check(sequence)
