@@ -115,6 +115,14 @@ class StoreLocked(SpdkKvError):
         self.pid = pid
 
 
+class ReadOnlyStore(SpdkKvError):
+    """A change was asked of a store that is open to be read only.
+
+    Raised before anything is changed. Remedy: make the change in the process that has the store
+    open to write, or open it here without ``read_only=True`` once that one has closed it.
+    """
+
+
 class StoreMismatch(SpdkKvError):
     """What was found is not the store that was asked for.
 

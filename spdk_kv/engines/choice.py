@@ -56,15 +56,19 @@ def open_engine(
     engine: str | None = None,
     capacity_nbytes: int = 0,
     options: QueueOptions | None = None,
+    read_only: bool = False,
 ) -> Engine:
     """Opens the engine for ``location``.
 
     ``path``: the data file of a ``file://`` location (a block device is its own). ``engine``:
     uring, threads or pagecache; None takes the best that may be used here and logs, once, why it
-    is not a better one. ``capacity_nbytes``: the size of ``ram://``. Raises EngineUnavailable,
+    is not a better one. ``capacity_nbytes``: the size of ``ram://``. ``read_only``: beside others
+    that have it open, which only files and block devices allow. Raises EngineUnavailable,
     ValueError, DeviceError.
     """
     options = options or QueueOptions()
+    if read_only:
+        refuse_one_process(location)
     if options.queue_pairs > 1 and not location.is_nvme:
         raise ValueError(f"queue_pairs is for the engine spdk; {location} has one queue")
     if location.scheme in ("ram", "null"):
@@ -90,19 +94,33 @@ def open_engine(
                 f"engine {engine!r} does not serve {location}; it is one of "
                 f"{', '.join(_FILE_ENGINES)}"
             )
-        return _FILE_ENGINES[engine](path, options)
+        return _FILE_ENGINES[engine](path, options, read_only)
     refusals = []
     if missing := uring.why_unavailable():
         refusals.append(missing[0])
     for kind in (UringEngine, ThreadsEngine) if not missing else (ThreadsEngine,):
         try:
-            opened: Engine = kind(path, options)
+            opened: Engine = kind(path, options, read_only)
         except EngineUnavailable as unavailable:
             refusals.append(str(unavailable))
             continue
         break
     else:
-        opened = PageCacheEngine(path, options)
+        opened = PageCacheEngine(path, options, read_only)
     if refusals:
         _log_once(f"engine {opened.name} serves {location}: {refusals[-1]}")
     return opened
+
+
+def refuse_one_process(location: Location) -> None:
+    """Raises where only one process at a time reaches ``location``, so that nobody can read it
+    beside its owner: ValueError for memory, EngineUnavailable for a drive."""
+    if location.scheme in ("ram", "null"):
+        raise ValueError(f"{location} is its own process's alone: there is nothing to read there")
+    if location.scheme not in ("file", "block"):
+        engine = "spdk" if location.is_nvme else location.scheme
+        raise EngineUnavailable(
+            f"{location} cannot be opened read_only: the engine {engine} gives its drive to one "
+            "process at a time, which is the one that writes. Read in that process, or keep what "
+            "several processes read in a store at file:// or block://"
+        )

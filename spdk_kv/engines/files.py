@@ -41,14 +41,19 @@ _DIO_MEM_ALIGN_AT = 152
 
 
 class FileEngine(Engine):
-    """A regular file or a block device, through one descriptor."""
+    """A regular file or a block device, through one descriptor.
+
+    ``read_only``: it has to be there, nothing is written, and others may have it open, exclusively
+    as well.
+    """
 
     failed_flush_is_final = True
     exclusive = True
     """Whether a block device is opened exclusively (O_EXCL)."""
 
-    def __init__(self, path: str, options: QueueOptions) -> None:
+    def __init__(self, path: str, options: QueueOptions, read_only: bool = False) -> None:
         super().__init__(path, options)
+        self.read_only = read_only
         self.fd = self._open_file(path)
         try:
             if self.direct:
@@ -65,6 +70,8 @@ class FileEngine(Engine):
 
     def _open_file(self, path: str) -> int:
         """Opens what ``path`` names, or raises a typed error."""
+        if self.read_only:
+            return _open_to_read(path, self.direct, self.name)
         return _open(path, self.direct, self.name, self.exclusive)
 
     def _open_backend(self) -> Any:
@@ -245,10 +252,7 @@ def _open(path: str, direct: bool, name: str, exclusive: bool) -> int:
             os.fchmod(fd, 0o600)  # whatever the umask
     except OSError as refused:
         if direct and refused.errno == errno.EINVAL:
-            raise EngineUnavailable(
-                f"{path}: this filesystem has no O_DIRECT, which the {name} engine needs; use the "
-                "pagecache engine, or a folder on ext4 or XFS"
-            ) from refused
+            raise _no_direct(path, name) from refused
         if refused.errno == errno.EBUSY:
             raise StoreLocked(
                 f"{path} is in use (mounted, swapped on, or held by another program); see "
@@ -256,3 +260,19 @@ def _open(path: str, direct: bool, name: str, exclusive: bool) -> int:
             ) from refused
         raise file_error("open", path, refused) from refused
     return fd
+
+
+def _open_to_read(path: str, direct: bool, name: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+    except OSError as refused:
+        if direct and refused.errno == errno.EINVAL:
+            raise _no_direct(path, name) from refused
+        raise file_error("open", path, refused) from refused
+
+
+def _no_direct(path: str, name: str) -> EngineUnavailable:
+    return EngineUnavailable(
+        f"{path}: this filesystem has no O_DIRECT, which the {name} engine needs; use the "
+        "pagecache engine, or a folder on ext4 or XFS"
+    )

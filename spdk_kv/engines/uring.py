@@ -76,10 +76,10 @@ class UringEngine(FileEngine):
     name = "uring"
     direct = True
 
-    def __init__(self, path: str, options: QueueOptions) -> None:
+    def __init__(self, path: str, options: QueueOptions, read_only: bool = False) -> None:
         if reason := why_unavailable():
             raise EngineUnavailable(f"engine uring: {reason[0]}; mend it with: {reason[1]}")
-        super().__init__(path, options)
+        super().__init__(path, options, read_only)
 
     def _open_backend(self) -> Any:
         from spdk_kv._native.engines.uring import UringBackend

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _COPY_OFFSETS = (0, 4096)
 _COUNT = struct.Struct("<32sQ")  # the index's uuid, commits; then the checksum of both
 _CRC = struct.Struct("<I")
+_COPY_NBYTES = _COUNT.size + _CRC.size
 
 
 class CommitCount:
@@ -51,7 +52,11 @@ class CommitCount:
         # The count is not brought up to date here: the last commit of a killed process may not be
         # on the medium yet, and this file must not get there first. The next commit flushes both.
         try:
-            counted = self._read()
+            try:
+                content = self._file.read()
+            except OSError as error:
+                raise device_error("read", 0, 0, error.errno or 0, path) from error
+            counted = counted_by(content, path, uuid)
             if commits < counted:
                 raise CorruptionError(
                     f"the index lost {counted - commits} commits: it counts {commits}, {path} "
@@ -74,26 +79,44 @@ class CommitCount:
     def close(self) -> None:
         self._file.close()
 
-    def _read(self) -> int:
-        counts = []
-        for offset in _COPY_OFFSETS:
-            try:
-                copy = os.pread(self._file.fileno(), _COUNT.size + _CRC.size, offset)
-            except OSError as error:
-                raise device_error("read", offset, 0, error.errno or 0, self.path) from error
-            if len(copy) == _COUNT.size + _CRC.size:
-                commits = int(_COUNT.unpack_from(copy)[1])
-                if copy == _pack(self._uuid, commits):
-                    counts.append(commits)
-        if not counts:
-            raise CorruptionError(f"{self.path} is damaged, or of another index; {_UNKNOWN}")
-        return max(counts)  # a kill between the two writes leaves one behind
-
 
 _UNKNOWN = (
     "so nothing shows whether the index is the latest. Put the file back, or remove the store to "
     "start empty"
 )
+
+
+def read_commit_count(path: str) -> bytes | None:
+    """What the file at ``path`` says, for :func:`counted_by`; None where it is missing."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise file_error("open", path, error) from error
+    try:
+        return os.pread(file, _COPY_OFFSETS[-1] + _COPY_NBYTES, 0)
+    except OSError as error:
+        raise device_error("read", 0, 0, error.errno or 0, path) from error
+    finally:
+        os.close(file)
+
+
+def counted_by(content: bytes | None, path: str, uuid: str) -> int:
+    """How many commits ``content``, the bytes of the file at ``path``, gives the index ``uuid``.
+    CorruptionError where it has no good count; both may also have been read amid a write."""
+    if content is None:
+        raise CorruptionError(f"{path} is missing; {_UNKNOWN}")
+    counts = []
+    for offset in _COPY_OFFSETS:
+        copy = content[offset : offset + _COPY_NBYTES]
+        if len(copy) == _COPY_NBYTES:
+            commits = int(_COUNT.unpack_from(copy)[1])
+            if copy == _pack(uuid, commits):
+                counts.append(commits)
+    if not counts:
+        raise CorruptionError(f"{path} is damaged, or of another index; {_UNKNOWN}")
+    return max(counts)  # a kill between the two writes leaves one behind
 
 
 def create_commit_count(path: str, uuid: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -20,7 +19,9 @@ from spdk_kv.errors import (
     StoreMismatch,
     file_error,
 )
+from spdk_kv.index import descriptors
 from spdk_kv.index.commits import CommitCount, create_commit_count
+from spdk_kv.index.forks import sqlite_lock
 from spdk_kv.index.records import (
     BlobRecord,
     Record,
@@ -59,7 +60,7 @@ _DURABLE = (
 
 
 @contextmanager
-def _typed_errors(path: str, opened: str = "") -> Iterator[None]:
+def typed_errors(path: str, opened: str = "") -> Iterator[None]:
     """Turns SQLite's errors into ours, with the file's name in each. ``opened``: the file that is
     opened, where that is not ``path``."""
     try:
@@ -100,7 +101,7 @@ def _create(path: str) -> None:
         # Whatever the umask. SQLite gives its log and shared memory the mode of this file.
         os.chmod(new, 0o600)
         identity = uuid.uuid4().hex
-        with _typed_errors(path, new), closing(sqlite3.connect(new, isolation_level=None)) as fresh:
+        with typed_errors(path, new), closing(sqlite3.connect(new, isolation_level=None)) as fresh:
             fresh.execute("BEGIN IMMEDIATE")
             for statement in _SCHEMA:
                 fresh.execute(statement)
@@ -112,7 +113,7 @@ def _create(path: str) -> None:
             # Not left to the first open: a kill in the middle would leave a rollback journal, which
             # a read-only fresh cannot play back.
             _use_log(fresh)
-        create_commit_count(_count_path(path), identity)
+        create_commit_count(count_path(path), identity)
         _sync_folder(path)  # no index without its count, even after a power cut
         os.rename(new, path)
         _sync_folder(path)
@@ -128,7 +129,8 @@ def _sync_folder(path: str) -> None:
         os.close(folder)
 
 
-def _count_path(path: str) -> str:
+def count_path(path: str) -> str:
+    """The file with the count of commits of the index at ``path``."""
     return f"{path}-commits"
 
 
@@ -139,7 +141,8 @@ def _write_meta(connection: sqlite3.Connection, name: str, value: str) -> None:
         connection.execute("INSERT INTO meta(value, crc, name) VALUES (?, ?, ?)", row)
 
 
-def _read_meta(connection: sqlite3.Connection, name: str) -> str | None:
+def read_meta(connection: sqlite3.Connection, name: str) -> str | None:
+    """The text under ``name`` in the table meta, or None; CorruptionError."""
     query = "SELECT value, crc FROM meta WHERE name = ?"
     row = connection.execute(query, (name,)).fetchone()
     if row is None:
@@ -149,11 +152,24 @@ def _read_meta(connection: sqlite3.Connection, name: str) -> str | None:
     return str(row[0])
 
 
-def _read_number(connection: sqlite3.Connection, name: str) -> int:
-    text = _read_meta(connection, name)
+def read_number(connection: sqlite3.Connection, name: str) -> int:
+    """The number under ``name`` in the table meta; CorruptionError."""
+    text = read_meta(connection, name)
     if text is None or not text.isdecimal():
         raise CorruptionError(f"meta {name!r} is {text!r}, not a number")
     return int(text)
+
+
+def read_row(
+    table: str, found: tuple[int, bytes, bytes], parse: Callable[[bytes], Record]
+) -> tuple[str, Record]:
+    """Name and record of a row (id, key, record) of ``table``; CorruptionError."""
+    number, key, row = found
+    try:
+        record = unpack(table, key, row, parse)
+        return decode(key), record
+    except (CorruptionError, UnicodeDecodeError) as error:
+        raise CorruptionError(f"row {number} of {table}: {error}") from error
 
 
 class Index:
@@ -167,16 +183,24 @@ class Index:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.abspath(os.fsdecode(path))
-        self._lock = threading.Lock()
+        self._lock = sqlite_lock()
         self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
         if not os.path.exists(self.path):
             _create(self.path)
+        self._locked: descriptors.Identity | None = _locks_taken(self.path)
+        try:
+            self._open()
+        except BaseException:
+            self._locks_dropped()
+            raise
+
+    def _open(self) -> None:
         # A refused index must stay as it is, but the last writable connection moves even a damaged
         # log into the file when it closes. So the checks use a read-only connection.
-        with _typed_errors(self.path), closing(_connect(self.path, "ro")) as reader:
-            self.uuid, self.commits = _check(reader)
-            self._count = CommitCount(_count_path(self.path), self.uuid, self.commits)
+        with typed_errors(self.path), closing(_connect(self.path, "ro")) as reader:
+            self.uuid, self.commits = check_index(reader)
+            self._count = CommitCount(count_path(self.path), self.uuid, self.commits)
             try:
                 self._connection = _connect(self.path, "rw")
                 _make_durable(self._connection)
@@ -194,8 +218,8 @@ class Index:
     @property
     def generation(self) -> int:
         """The superblock's generation that belongs to it; 0 when new. Setting it commits."""
-        with self._lock, _typed_errors(self.path):
-            return _read_number(self._use(), "generation")
+        with self._lock, typed_errors(self.path):
+            return read_number(self._use(), "generation")
 
     @generation.setter
     def generation(self, value: int) -> None:
@@ -203,8 +227,8 @@ class Index:
 
     def get_meta(self, name: str) -> str | None:
         """The text stored under ``name``, or None."""
-        with self._lock, _typed_errors(self.path):
-            return _read_meta(self._use(), name)
+        with self._lock, typed_errors(self.path):
+            return read_meta(self._use(), name)
 
     def set_meta(self, name: str, value: str) -> None:
         """Stores ``value`` under ``name``; it is on the medium on return."""
@@ -222,7 +246,7 @@ class Index:
     def load_sequence(self, name: str) -> SequenceRecord | None:
         """One sequence, or None."""
         key = encode(name)
-        with self._lock, _typed_errors(self.path):
+        with self._lock, typed_errors(self.path):
             query = "SELECT record FROM sequences WHERE key = ?"
             row = self._use().execute(query, (key,)).fetchone()
         return None if row is None else unpack("sequences", key, row[0], parse_sequence)
@@ -273,7 +297,7 @@ class Index:
     @property
     def paths(self) -> list[str]:
         """Its files: the database, its log, and the count of commits."""
-        return [self.path, f"{self.path}-wal", _count_path(self.path)]
+        return [self.path, f"{self.path}-wal", count_path(self.path)]
 
     @property
     def nbytes(self) -> int:
@@ -293,7 +317,7 @@ class Index:
 
     def close(self) -> None:
         """Moves the log into the file and closes it. Does nothing once closed, or after fork."""
-        with self._lock, _typed_errors(self.path):
+        with self._lock, typed_errors(self.path):
             if self._pid != os.getpid():
                 return
             if self._connection is not None:
@@ -302,6 +326,12 @@ class Index:
                 self._connection.close()
                 self._connection = None
             self._count.close()
+            self._locks_dropped()
+
+    def _locks_dropped(self) -> None:
+        locked, self._locked = self._locked, None
+        if locked is not None:
+            descriptors.locks_dropped(locked)
 
     def _use(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -312,7 +342,7 @@ class Index:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _typed_errors(self.path):
+        with self._lock, typed_errors(self.path):
             connection = self._use()
             try:
                 if connection.in_transaction:
@@ -321,7 +351,7 @@ class Index:
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 # Counted from the row, because an interrupt can leave a count in memory behind it.
-                commits = _read_number(connection, "commits") + 1
+                commits = read_number(connection, "commits") + 1
                 _write_meta(connection, "commits", str(commits))
                 connection.execute("COMMIT")
             except BaseException:
@@ -332,7 +362,7 @@ class Index:
             self._count.write(commits)
 
     def _load(self, table: str, parse: Callable[[bytes], Record]) -> Iterator[tuple[str, Record]]:
-        with _typed_errors(self.path):
+        with typed_errors(self.path):
             with self._lock:
                 query = f"SELECT id, key, record FROM {table} ORDER BY id"
                 cursor = self._use().execute(query)
@@ -342,13 +372,14 @@ class Index:
                     found = cursor.fetchone()
                 if found is None:
                     return
-                number, key, row = found
-                try:
-                    record = unpack(table, key, row, parse)
-                    name = decode(key)
-                except (CorruptionError, UnicodeDecodeError) as error:
-                    raise CorruptionError(f"row {number} of {table}: {error}") from error
-                yield name, record
+                yield read_row(table, found, parse)
+
+
+def _locks_taken(path: str) -> descriptors.Identity:
+    try:
+        return descriptors.locks_taken(path)
+    except OSError as refused:
+        raise file_error("open", path, refused) from refused
 
 
 def _connect(path: str, mode: str) -> sqlite3.Connection:
@@ -359,8 +390,9 @@ def _connect(path: str, mode: str) -> sqlite3.Connection:
     )
 
 
-def _check(connection: sqlite3.Connection) -> tuple[str, int]:
-    """Checks that the index is whole and of a known format. Returns its uuid and its commits."""
+def check_index(connection: sqlite3.Connection, *, whole: bool = True) -> tuple[str, int]:
+    """Checks that the index is of a known format and, with ``whole``, that all of it is. Returns
+    its uuid and its commits."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > _VERSION:
         raise StoreMismatch(f"its format is {version}; this spdk_kv knows {_VERSION}: upgrade it")
@@ -370,14 +402,15 @@ def _check(connection: sqlite3.Connection) -> tuple[str, int]:
     # Finds a key whose look-up would miss its row: a deleted key could come back. Measured: 50 ms
     # for 100,000 rows.
     connection.execute("PRAGMA cell_size_check = ON")
-    (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-    if verdict != "ok":
-        raise CorruptionError(verdict)
-    identity = _read_meta(connection, "uuid")
+    if whole:
+        (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        if verdict != "ok":
+            raise CorruptionError(verdict)
+    identity = read_meta(connection, "uuid")
     if identity is None:
         raise CorruptionError("meta 'uuid' is missing")
-    _read_number(connection, "generation")
-    return identity, _read_number(connection, "commits")
+    read_number(connection, "generation")
+    return identity, read_number(connection, "commits")
 
 
 def _make_durable(connection: sqlite3.Connection) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from spdk_kv._native.transfer import Transfer
 from spdk_kv.deadline import Deadline
@@ -436,3 +436,9 @@ class Sequence(Foundation, Twins):
             offsets = [*self._growth.take_all(), *self._recorder.take_leaving()]
         if offsets:
             self._host.catalog.retire(offsets, writes)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"sequence {self.name!r} belongs to its store and cannot be pickled or copied: open "
+            "the store in the worker with read_only=True, and the sequence there"
+        )

@@ -155,6 +155,11 @@ class BlobReader:
             self._unpin()
             raise
 
+    @property
+    def records(self) -> list[BlobRecord]:
+        """What is read, in the order of the keys."""
+        return self._records
+
     def _reached(self, outs: tuple[Any, ...] | None) -> LinkedGpu | None:
         """The GPU that everything goes to, if it is reached over a link."""
         if outs is None:
@@ -254,7 +259,7 @@ class BlobReader:
                 self._store.catalog.records.drop_damaged(key, record)
             segment += 1
         if damaged:
-            raise damage(self._store.location, damaged)
+            raise damage(self._store, damaged)
 
     def _result(self, position: int) -> Any:
         record, place = self._records[position], self._destinations[position]
@@ -280,12 +285,15 @@ def _transfer(
     return linked.transfer(engine, op, nbytes, linked.stream(), checksum=checksum)
 
 
-def damage(location: str, keys: list[str]) -> CorruptionError:
+def damage(store: Host, keys: list[str]) -> CorruptionError:
     """The error for blobs whose checksum does not match."""
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    outcome = "forgotten, so that they can be put again"
+    if store.read_only:
+        outcome = "a reader forgets nothing: put them again, or delete them, where it is written"
     return CorruptionError(
-        f"the stored bytes of {shown(keys[0])}{more} in {location} are not those that were put "
-        "(CRC32C differs); forgotten, so that they can be put again"
+        f"the stored bytes of {shown(keys[0])}{more} in {store.location} are not those that were "
+        f"put (CRC32C differs); {outcome}"
     )
 
 

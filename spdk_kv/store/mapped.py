@@ -33,7 +33,7 @@ def map_blob(store: Host, key: str) -> Any:
     store.mappings.add(mapping)
     if store.verify and crc32c(mapping) != record.crc:
         store.catalog.records.drop_damaged(key, record)
-        raise damage(store.location, [key])
+        raise damage(store, [key])
     return tensor_from(mapping, record.dtype, record.shape)
 
 

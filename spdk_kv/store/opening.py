@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from typing import TYPE_CHECKING
 
+from spdk_kv.errors import DeviceError, EngineUnavailable
 from spdk_kv.store.options import EngineOptions, PageCacheOptions
+from spdk_kv.store.reader.parts import why_not
+from spdk_kv.store.reader.store import StoreReader
 from spdk_kv.store.renamed import RenamedKeywords, option_objects
 from spdk_kv.store.settings import Eviction, StoreSettings
 from spdk_kv.store.store import KVStore
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+log = logging.getLogger(__name__)
 
 
 def open(
@@ -25,6 +32,7 @@ def open(
     verify: bool = True,
     index_dir: str | os.PathLike[str] | None = None,
     flush_interval_s: float | None = 5.0,
+    read_only: bool = False,
     **renamed: Unpack[RenamedKeywords],
 ) -> KVStore:
     """Opens the store at ``location``, or begins one where there is none.
@@ -46,8 +54,9 @@ def open(
         capacity: Bytes of tensors at most, as an int or text like ``"64 GiB"``. By default what it
             was; for a new store half of the free space up to 64 GiB, or all of a drive, or 1 GiB
             of memory.
-        create: False never begins a store. True is needed to begin one on a drive, both ends of
-            which have to be blank.
+        create: False never begins a store, and opens one that lies on a read-only filesystem as
+            with ``read_only=True``, which the log says. True is needed to begin one on a drive,
+            both ends of which have to be blank.
         engine: ``"uring"``, ``"threads"`` or ``"pagecache"``, or an :class:`EngineOptions` with
             all that can be set about how the drive is driven. None takes the best direct engine
             that may be used.
@@ -61,6 +70,12 @@ def open(
             ``$XDG_STATE_HOME``, named after the drive.
         flush_interval_s: Seconds after which what was put is made durable in the background. None
             leaves that to :meth:`KVStore.flush` and :meth:`KVStore.close`.
+        read_only: Read a store that exists, and write nothing anywhere: beside the process that
+            writes it, in any number of processes, on a read-only filesystem. The store is as of
+            the writer's last flush. It takes up later ones when a key is not found, and by
+            :meth:`KVStore.refresh`. Calls that would change it raise ReadOnlyStore. Takes about
+            the size of the index in memory. For ``file://`` and ``block://``; excludes
+            ``capacity``, ``create=True``, ``verify=False`` and ``mmap``.
         **renamed: Keywords of earlier releases that are fields of ``engine`` and ``page_cache``
             now. They work for one more release, with a DeprecationWarning.
 
@@ -88,4 +103,20 @@ def open(
         index_dir=index_dir,
         flush_interval_s=flush_interval_s,
     )
-    return KVStore(location, settings)
+    if read_only:
+        return StoreReader(location, settings)
+    try:
+        return KVStore(location, settings)
+    except DeviceError as refused:
+        if create is not False or refused.status != errno.EROFS or why_not(settings):
+            raise
+        try:
+            store = StoreReader(location, settings)
+        except EngineUnavailable:
+            raise refused from None
+        log.warning(
+            "%s is opened read_only, since nothing can be written there: %s",
+            store.location,
+            refused,
+        )
+        return store

@@ -35,6 +35,7 @@ from spdk_kv.placement import (
     fit_drive_id,
 )
 from spdk_kv.store.extents import BLOCK_NBYTES
+from spdk_kv.store.match import NEXT_GENERATION, check_match
 from spdk_kv.store.recorded import load_recorded
 from spdk_kv.store.settings import StoreSettings
 from spdk_kv.store.superblocks import (
@@ -54,8 +55,6 @@ _VOLATILE_CAPACITY_NBYTES = 1 * GIB
 _MOST_BY_DEFAULT_NBYTES = 64 * GIB
 # A killed process holds its drive until its last command has ended, which is waited for.
 _BUSY_TIMEOUT_S = 1.0
-# Key in the index of the generation that an open is about to write.
-_NEXT_GENERATION = "next generation"
 # What stores held whose drive did not let go, kept until the process ends.
 _kept: list[ExitStack] = []
 
@@ -251,43 +250,11 @@ def _join(
     A crash in between can thus be distinguished from an old copy of one of the two.
     """
     current = read_superblock(drive)
-    # Generation 0: the index of a store whose making was interrupted.
-    generation = index.generation
-    if current is None and generation:
-        raise StoreMismatch(
-            f"{place}: the index is that of store {index.uuid}, but the data carries no "
-            f"superblock: it was replaced or wiped. Put it back, or remove {index.path}* to start "
-            "empty"
-        )
-    if current is not None and current.uuid != index.uuid:
-        raise StoreMismatch(
-            f"{place}: the data is that of store {current.uuid}, the index that of {index.uuid}"
-        )
     # Before anything is written to the index: one that is refused stays as it is.
-    if index.commits < (counted := read_count(drive, index.uuid)):
-        raise StoreMismatch(
-            f"{place}: the index {index.path} has made {index.commits} commits, and the data has "
-            f"seen {counted}: it is an old copy. Put the newest one back, or remove the store to "
-            "start empty"
-        )
-    if current is not None and current.generation != generation:
-        if str(current.generation) == index.get_meta(_NEXT_GENERATION):
-            generation = index.generation = current.generation
-        else:
-            raise StoreMismatch(
-                f"{place}: data of generation {current.generation} beside an index of generation "
-                f"{generation}: one of them is an old copy"
-            )
+    generation = check_match(place, drive, index, current, read_count(drive, index.uuid))
+    if generation != index.generation:
+        index.generation = generation
     identity = fit_drive_id(drive.identity)
-    if current is not None and current.drive_id != identity:
-        raise StoreMismatch(
-            f"{place}: the store was made on drive {current.drive_id!r}, this is {identity!r}"
-        )
-    if current is not None and current.geometry and current.geometry != drive.geometry:
-        raise StoreMismatch(
-            f"{place}: the store was made on a drive of {current.geometry}, this one has "
-            f"{drive.geometry}: it was formatted anew, resized or replaced, and is not touched"
-        )
     capacity = _capacity(place, drive, current, wanted)
     recorded = load_recorded(index, max(capacity, current.capacity_nbytes if current else 0))
     allocator = recorded.allocator(current, capacity)
@@ -298,7 +265,7 @@ def _join(
     )
     drive.ensure(DATA_START, DATA_START + capacity)
     recorded.forget_damaged(index)
-    index.set_meta(_NEXT_GENERATION, str(generation))
+    index.set_meta(NEXT_GENERATION, str(generation))
     write_superblock(drive, superblock)
     index.generation = generation
     return Opened(

@@ -80,6 +80,6 @@ def _open_cache(
         why = "was asked for" if chosen else "is the only way to this file or drive here"
         return None, f"the engine {engine.name} {why}: everything goes through the page cache"
     try:
-        return SharedPageCacheEngine(engine.where, engine.options), ""
+        return SharedPageCacheEngine(engine.where, engine.options, engine.read_only), ""
     except SpdkKvError as refused:
         return None, f"the page cache cannot be used beside {engine.name}: {refused}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from spdk_kv.errors import CapacityError, CorruptionError, ShapeMismatch
 from spdk_kv.index import BlobRecord, Index, SequenceRecord
@@ -90,7 +91,14 @@ def count_holders(sequences: Iterable[SequenceRecord]) -> Counter[int]:
     return Counter(run for each in sequences for piece in each.pieces for run in piece.runs)
 
 
-def load_recorded(index: Index, capacity: int) -> Recorded:
+class Entries(Protocol):
+    """An :class:`Index`, or a snapshot of one."""
+
+    def load_blobs(self) -> Iterator[tuple[str, BlobRecord]]: ...
+    def load_sequences(self) -> Iterator[tuple[str, SequenceRecord]]: ...
+
+
+def load_recorded(index: Entries, capacity: int) -> Recorded:
     """Reads all entries of ``index``. ``capacity``: how far their extents may reach."""
     blobs = OrderedDict(index.load_blobs())
     sequences = {name: sequence.lean() for name, sequence in index.load_sequences()}

@@ -48,6 +48,7 @@ class SequenceCalls(ABC):
             KeyNotFound: There is no such sequence, and no ``shape`` to create it.
             ShapeMismatch: It has another shape or granularity.
             CapacityError: There is no room for it.
+            ReadOnlyStore: There is none, and the store is open ``read_only``.
             ClosedError: The store is closed.
         """
         self.check_open()

@@ -45,6 +45,7 @@ class SpaceCalls:
         Raises:
             DeviceError: The drive refused or failed; or as :meth:`flush`.
             DeviceTimeout: It takes longer; it goes on by itself.
+            ReadOnlyStore: The store is open ``read_only``.
             ClosedError: The store is closed.
         """
         deadline = Deadline(timeout_s)
@@ -70,6 +71,7 @@ class SpaceCalls:
             CapacityError: The filesystem is so full that there is no room to move to.
             DeviceError: The drive failed; or as :meth:`flush`.
             DeviceTimeout: It takes longer; it goes on until it is done or the store is closed.
+            ReadOnlyStore: The store is open ``read_only``.
             ClosedError: The store is closed.
         """
         deadline = Deadline(timeout_s)

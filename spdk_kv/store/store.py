@@ -11,12 +11,11 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial
-from types import TracebackType
 from typing import Any, TypeVar
 
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import PageCacheEngine
-from spdk_kv.errors import ClosedError, SpdkKvError
+from spdk_kv.errors import SpdkKvError
 from spdk_kv.link import Links
 from spdk_kv.placement import StagingPool
 from spdk_kv.store import background
@@ -25,6 +24,7 @@ from spdk_kv.store.catalog import Catalog
 from spdk_kv.store.closing import Closing
 from spdk_kv.store.committer import SEQUENCE_AGES
 from spdk_kv.store.extents import ExtentTable
+from spdk_kv.store.lifetime import Lifetime
 from spdk_kv.store.mapped import detach, map_blob
 from spdk_kv.store.parts import open_parts
 from spdk_kv.store.paths import check_settings, open_paths
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class KVStore(SequenceCalls, SpaceCalls):
+class KVStore(Lifetime, SequenceCalls, SpaceCalls):
     """An open store; make one with :func:`spdk_kv.open`. Thread-safe; a context manager.
 
     What :meth:`put` wrote is visible to :meth:`get` in this process at once. It survives a crash
@@ -135,6 +135,7 @@ class KVStore(SequenceCalls, SpaceCalls):
             ShapeMismatch: The dtype cannot be stored.
             CapacityError: There is no room, and none can be made.
             DeviceError, DeviceTimeout: The drive failed, or was too slow.
+            ReadOnlyStore: The store is open ``read_only``.
             ClosedError: The store is closed.
 
         After any of these the key holds what it held before.
@@ -143,7 +144,7 @@ class KVStore(SequenceCalls, SpaceCalls):
 
     def put_many(self, tensors: Mapping[str, Any], *, timeout_s: float | None = None) -> None:
         """As :meth:`put`, for several tensors in one transfer: all become visible, or none."""
-        self.check_open()
+        self.check_writable("put")
         BlobWriter(self, tensors, NEVER if timeout_s is None else Deadline(timeout_s)).run()
 
     def put_async(self, key: str, tensor: Any, *, timeout_s: float | None = None) -> Future[None]:
@@ -158,7 +159,7 @@ class KVStore(SequenceCalls, SpaceCalls):
         self, tensors: Mapping[str, Any], *, timeout_s: float | None = None
     ) -> Future[None]:
         """As :meth:`put_many`, but returns a future."""
-        self.check_open()
+        self.check_writable("put")
         return self._background.track(
             BlobWriter(self, tensors, NEVER if timeout_s is None else Deadline(timeout_s)).start()
         )
@@ -190,15 +191,16 @@ class KVStore(SequenceCalls, SpaceCalls):
         Raises:
             KeyNotFound: There is no such blob.
             ShapeMismatch: ``out`` does not fit; raised before any I/O.
-            CorruptionError: The bytes are not those that were put. The blob is then forgotten.
+            CorruptionError: The bytes are not those that were put. The blob is then forgotten, but
+                not by a store that is open ``read_only``.
             DeviceError, DeviceTimeout: The drive failed, or was too slow.
             ClosedError: The store is closed.
         """
         self.check_open()
         if self._mmap and out is None and not as_numpy and device is None:
             return map_blob(self, key)
-        reader = BlobReader(self, (key,), None if out is None else (out,), device, as_numpy)
-        return reader.run(timeout_s)[0]
+        outs = None if out is None else (out,)
+        return self._read((key,), outs, device, as_numpy, timeout_s)[0]
 
     def get_many(
         self,
@@ -212,7 +214,17 @@ class KVStore(SequenceCalls, SpaceCalls):
         """As :meth:`get`, for several tensors in one transfer, in the order of ``keys``."""
         self.check_open()
         outs = None if out is None else tuple(out)
-        return BlobReader(self, tuple(keys), outs, device, as_numpy).run(timeout_s)
+        return self._read(tuple(keys), outs, device, as_numpy, timeout_s)
+
+    def _read(
+        self,
+        keys: tuple[str, ...],
+        outs: tuple[Any, ...] | None,
+        device: Any,
+        as_numpy: bool,
+        timeout_s: float | None,
+    ) -> list[Any]:
+        return BlobReader(self, keys, outs, device, as_numpy).run(timeout_s)
 
     def get_async(
         self,
@@ -226,8 +238,7 @@ class KVStore(SequenceCalls, SpaceCalls):
         """As :meth:`get`, but returns a future. ShapeMismatch and KeyNotFound are raised here."""
         self.check_open()
         outs = None if out is None else (out,)
-        reader = BlobReader(self, (key,), outs, device, as_numpy)
-        return reader.start(timeout_s, lambda found: found[0])
+        return self._start((key,), outs, device, as_numpy, timeout_s, lambda found: found[0])
 
     def get_many_async(
         self,
@@ -241,12 +252,23 @@ class KVStore(SequenceCalls, SpaceCalls):
         """As :meth:`get_many`, but returns a future."""
         self.check_open()
         outs = None if out is None else tuple(out)
-        reader = BlobReader(self, tuple(keys), outs, device, as_numpy)
-        return reader.start(timeout_s, lambda found: found)
+        return self._start(tuple(keys), outs, device, as_numpy, timeout_s, lambda found: found)
+
+    def _start(
+        self,
+        keys: tuple[str, ...],
+        outs: tuple[Any, ...] | None,
+        device: Any,
+        as_numpy: bool,
+        timeout_s: float | None,
+        pick: Callable[[list[Any]], T],
+    ) -> Future[T]:
+        return BlobReader(self, keys, outs, device, as_numpy).start(timeout_s, pick)
 
     def delete(self, key: str) -> bool:
-        """Forgets ``key``. Returns whether it was there. Does not block on the drive."""
-        self.check_open()
+        """Forgets ``key``. Returns whether it was there. Does not block on the drive.
+        ReadOnlyStore where the store is open ``read_only``."""
+        self.check_writable("delete")
         return self._records.drop(key)
 
     def contains(self, key: str) -> bool:
@@ -293,6 +315,7 @@ class KVStore(SequenceCalls, SpaceCalls):
             DeviceGone: A file of the store was removed or replaced while it was open.
             CapacityError: The index has no room on its disk, even after eviction (if that is
                 allowed), or cannot hold a record, which the message names; the rest is flushed.
+            ReadOnlyStore: The store is open ``read_only``.
             ClosedError: The store is closed.
         """
         self._flush(timeout_s, "the caller")
@@ -303,7 +326,7 @@ class KVStore(SequenceCalls, SpaceCalls):
         self._flush(None, "the log")
 
     def _flush(self, timeout_s: float | None, audience: str) -> None:
-        self.check_open()
+        self.check_writable("flush")
         deadline = Deadline(timeout_s)
         left_out: LeftOut = []
         self._sequences.stage(left_out, deadline)
@@ -314,6 +337,7 @@ class KVStore(SequenceCalls, SpaceCalls):
 
     def flush_async(self, timeout_s: float | None = None) -> Future[None]:
         """As :meth:`flush`, but returns a future."""
+        self.check_writable("flush")
         return self.run_in_background(lambda: self.flush(timeout_s))
 
     def count_failed_flush(self) -> None:
@@ -359,18 +383,6 @@ class KVStore(SequenceCalls, SpaceCalls):
             if self._closing.is_over():
                 background.closed(self)
 
-    def __enter__(self) -> KVStore:
-        self.check_open()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __del__(self) -> None:
         is_open = hasattr(self, "_closing") and not self._closing.is_over()
         if is_open and os.getpid() == self._pid:
@@ -383,13 +395,3 @@ class KVStore(SequenceCalls, SpaceCalls):
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self.engine.name}, {len(self)} blobs"
         return f"<KVStore {self.location} ({state})>"
-
-    def check_open(self) -> None:
-        """Raises ClosedError after close, and in a process forked after open."""
-        if self._closed:
-            raise ClosedError(f"the store at {self.location} is closed")
-        if os.getpid() != self._pid:
-            raise ClosedError(
-                f"the store at {self.location} was opened by process {self._pid} and cannot be "
-                "used after a fork: open it in the child"
-            )

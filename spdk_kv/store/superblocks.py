@@ -63,14 +63,20 @@ def write_superblock(drive: Engine, superblock: Superblock) -> None:
 
 def read_count(drive: Engine, uuid: str) -> int:
     """How many commits the index of store ``uuid`` had made at least; 0 where nothing says so."""
+    return parse_count(read_count_block(drive), uuid)
+
+
+def read_count_block(drive: Engine) -> bytes:
+    """The block with the count of commits, for :func:`parse_count`; zeroes where it cannot be
+    read."""
     try:
-        return parse_count(_read_if_there(drive, COUNT_OFFSET, COUNT_NBYTES), uuid)
+        return _read_if_there(drive, COUNT_OFFSET, COUNT_NBYTES)
     except SpdkKvError as failure:
         if not is_unreadable(failure):
             raise
         # It shows old copies and nothing else. Written anew, the block can be read again.
         log.warning("the count of commits on %s cannot be read: %s", drive.where, failure)
-        return 0
+        return bytes(COUNT_NBYTES)
 
 
 class CountWriter:

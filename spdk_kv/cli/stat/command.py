@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None:
     """Show what the store at URI holds.
 
-    The store is opened briefly; a missing one is not created. If another process has it open, the
-    error names its PID, and the exit status is 1.
+    The store is read only, beside a process that has it open as well: what that has flushed is
+    counted. A drive that SPDK or passthrough drives is opened briefly instead; if another process
+    has it open, the error names its PID, and the exit status is 1. A missing store is not created.
 
     With --why the store is not opened: the output is what the process that has it open last
     decided, and that process is not disturbed.
@@ -58,6 +59,7 @@ def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None
             create=False,
             index_dir=index_dir,
             flush_interval_s=None,
+            read_only=place.scheme in ("file", "block"),
             engine=EngineOptions(discard=False),  # leaves the data file as it is
         )
     except ValueError as error:

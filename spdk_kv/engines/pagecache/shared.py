@@ -24,7 +24,8 @@ class SharedPageCacheEngine(PageCacheEngine):
     exclusive = False
 
     def drop(self, offset: int, nbytes: int) -> None:
-        """Drops a range from the page cache; dirty pages in it are written first.
+        """Drops a range from the page cache; dirty pages in it are written first, unless this is
+        a reader, which leaves them there.
 
         Blocks until they are. Pages that are in use at that moment, or that could not be
         written, stay.
@@ -33,7 +34,8 @@ class SharedPageCacheEngine(PageCacheEngine):
             offset: Start of the range, in bytes.
             nbytes: Its length.
         """
-        # The advice alone leaves dirty pages where they are.
-        libc = ctypes.CDLL(None)
-        libc.sync_file_range(self.fd, _Offset(offset), _Offset(nbytes), _WRITE_AND_WAIT)
+        if not self.read_only:
+            # The advice alone leaves dirty pages where they are.
+            libc = ctypes.CDLL(None)
+            libc.sync_file_range(self.fd, _Offset(offset), _Offset(nbytes), _WRITE_AND_WAIT)
         os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
