@@ -509,7 +509,7 @@ def test_tokens_stay_right_while_space_goes_and_comes(folder, monkeypatch):
             if rng.random() < 0.5:
                 store.flush()
 
-    with open_store(folder, capacity="8 MiB", eviction="none") as store:
+    with open_store(folder, capacity="5 MiB", eviction="none") as store:
         with ThreadPoolExecutor(4) as threads:
             for done in [threads.submit(live, store, who) for who in range(4)]:
                 done.result(600)
