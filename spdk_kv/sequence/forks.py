@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from spdk_kv.deadline import Deadline
 from spdk_kv.sequence.growth import Growth, HeldPiece
@@ -22,17 +23,21 @@ def share(
 
     Waits for writes; ShapeMismatch where a layer has fewer tokens, and the drive's errors.
     """
-    with deadline.hold(growth.lock):
+    with ExitStack() as locks:
+        locks.enter_context(deadline.hold(growth.lock))
         # First, so that nothing gives them up in between.
         shared = growth.share()
         try:
+            begun = []
+            for layer in layers:  # in this order; nobody else holds two of them
+                locks.enter_context(deadline.hold(layer.lock))
+                begun.append(layer.begin_snapshot(tokens, deadline))
             snapshots = []
             for number, layer in enumerate(layers):
-                with deadline.hold(layer.lock):
-                    snapshot = layer.snapshot(tokens, deadline)
-                    chunks = snapshot.stored_nbytes // layer.contents.layout.chunk_nbytes
-                    growth.freeze(layer, number, chunks)
-                    snapshots.append((snapshot, chunks))
+                snapshot = begun[number]()
+                chunks = snapshot.stored_nbytes // layer.contents.layout.chunk_nbytes
+                growth.freeze(layer, number, chunks)
+                snapshots.append((snapshot, chunks))
         except BaseException:
             records.abandon([run for held in shared for run in held.piece.runs])
             raise

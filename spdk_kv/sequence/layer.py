@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -167,9 +167,14 @@ class Layer:
         self._tail.load(self.contents.restore(tokens, checksums), self._verify)
         self.order.restore(self.tokens, row_map)
 
-    def snapshot(self, tokens: int | None, deadline: Deadline = NEVER) -> LayerSnapshot:
-        """What it holds of its first ``tokens`` (None: of all); ShapeMismatch where it has fewer.
-        Waits until everything is written, and for the last chunk where that is on the drive."""
+    def begin_snapshot(
+        self, tokens: int | None, deadline: Deadline = NEVER
+    ) -> Callable[[], LayerSnapshot]:
+        """What it holds of its first ``tokens`` (None: of all), once what is returned is called,
+        with the lock still held. ShapeMismatch where it has fewer.
+
+        Waits until everything is written; the call, for the last chunk where that is on the drive.
+        """
         self.settle(deadline)
         contents, state, changes = self.contents, self.contents.state, self.order.changes
         tokens = state.tokens if tokens is None else tokens
@@ -178,14 +183,19 @@ class Layer:
         if self._snapshot is not None:
             before, order, snapshot = self._snapshot
             if before is state and order == changes and snapshot.tokens == tokens:
-                return snapshot
+                return lambda: snapshot
         nbytes = tokens * contents.layout.row_nbytes
         keep = align_down(nbytes, contents.layout.chunk_nbytes)
-        used = nbytes - keep
-        if used and keep < state.stored_nbytes:
-            tail = self.reader.read_chunk(keep, deadline)
-        else:
-            tail = state.tail.rows
+        if nbytes == keep or keep == state.stored_nbytes:
+            snapshot = self._take_snapshot(tokens, keep, state.tail.rows)
+            return lambda: snapshot
+        finish = self.reader.begin_chunk(keep, deadline)
+        return lambda: self._take_snapshot(tokens, keep, finish())
+
+    def _take_snapshot(self, tokens: int, keep: int, tail: torch.Tensor) -> LayerSnapshot:
+        """``tail``: the bytes of every extent from ``keep`` to the end of ``tokens``, or more."""
+        contents, state, changes = self.contents, self.contents.state, self.order.changes
+        used = tokens * contents.layout.row_nbytes - keep
         snapshot = LayerSnapshot(
             tokens,
             keep,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -117,12 +118,20 @@ class Reader:
 
     def read_chunk(self, start: int, deadline: Deadline) -> torch.Tensor:
         """The stored chunk from byte ``start`` of every extent, in memory of its own. Waits."""
+        return self.begin_chunk(start, deadline)()
+
+    def begin_chunk(self, start: int, deadline: Deadline) -> Callable[[], torch.Tensor]:
+        """Starts what :meth:`read_chunk` does; the call that is returned does the rest."""
         chunk, every = self._layout.chunk_nbytes, self._contents.extents
         buffer = ReadBuffer(self._staging, len(every) * chunk, None)
         reading = self._reading(buffer, every, 0, start, chunk)
         self._extend_to(reading, start + chunk)
-        reading.complete(deadline)
-        return buffer.as_bytes(len(every), chunk)
+
+        def finish() -> torch.Tensor:
+            reading.complete(deadline)
+            return buffer.as_bytes(len(every), chunk)
+
+        return finish
 
     # -- reading ahead --------------------------------------------------------------------------
 

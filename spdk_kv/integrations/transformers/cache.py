@@ -7,16 +7,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from spdk_kv.errors import ShapeMismatch, SpdkKvError
+from spdk_kv.errors import ShapeMismatch
+from spdk_kv.integrations.transformers.layers import layers_with_kv, offloaded, window_of
+from spdk_kv.integrations.transformers.refusal import layer_templates
+from spdk_kv.integrations.transformers.states import LayerStates
 from spdk_kv.integrations.transformers.stream import LayerStream, StreamOptions
 from spdk_kv.sequence import Sequence
 from spdk_kv.store import KVStore
@@ -35,10 +32,13 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
     (:data:`CACHE_ARGUMENT`). The K/V of every new token goes to a sequence of ``store``; while one
     layer computes, the next one's K/V is read. It serves greedy decoding, sampling, beam search,
     assisted decoding, padded batches, chunked prefill, and full, sliding-window and chunked
-    attention in any mixture.
+    attention in any mixture. Layers without K/V (linear attention, Mamba, convolution) keep their
+    states in memory, where DynamicCache has them, beside those on the drive.
 
     Blocks in the model's attention while the drive reads. Batch, dtype and device are those of the
-    first forward pass until :meth:`reset`. A context manager. Not thread-safe.
+    first forward pass until :meth:`reset`. A context manager. Not thread-safe. Of an
+    encoder-decoder it holds the decoder's self-attention: see
+    :class:`OffloadedEncoderDecoderCache`.
 
     Args:
         store: Where the tokens go.
@@ -55,8 +55,8 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         granularity: ``layer`` or ``head``, for a new sequence.
 
     Raises:
-        ShapeMismatch: The model cannot be served (see :func:`layer_windows`), or a tensor has
-            another shape than at first.
+        ShapeMismatch: The model cannot be served (see :func:`layer_templates`), or not by a lasting
+            cache, since it has states beside K/V; or a tensor has another shape than at first.
         CapacityError: There are more than ``max_tokens`` tokens, or the store has no room.
         SpdkKvError: Whatever else the store raises.
     """
@@ -75,17 +75,30 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
             raise ValueError(f"resident_layers is 1 or more, not {resident_layers}")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens is 1 or more, not {max_tokens}")
+        templates = layer_templates(config)
         options = StreamOptions(
-            windows=layer_windows(config),
+            windows=tuple(window_of(layer) for layer in layers_with_kv(templates)),
             max_tokens=max_tokens,
             resident_layers=resident_layers,
             name=name,
             granularity=granularity,
         )
+        self._config = config
+        self._refuse_lasting_states(templates, name)
         self._stream = LayerStream(store, options)
-        super().__init__(
-            layers=[OffloadedLayer(self._stream, number) for number in range(len(options.windows))]
-        )
+        super().__init__(layers=offloaded(templates, self._stream))
+        self._states = LayerStates(self.layers, self._model_type)
+
+    @property
+    def _model_type(self) -> str:
+        return str(getattr(self._config, "model_type", type(self._config).__name__))
+
+    def _refuse_lasting_states(self, templates: list[Any], name: str | None) -> None:
+        if name is not None and LayerStates(templates, self._model_type):
+            raise ShapeMismatch(
+                f"{self._model_type} has layers with states beside K/V, and a cache with a name "
+                "stores K/V alone: make it without name="
+            )
 
     @property
     def sequence(self) -> Sequence | None:
@@ -106,42 +119,123 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
             **asdict(self._stream.counters),
         }
 
+    # -- one layer of a forward pass ------------------------------------------------------------
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds tokens to a layer and returns what its attention sees; see
+        :meth:`LayerStream.update`."""
+        self._states.begin(layer_idx, "kv")
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._states.end(layer_idx, "kv")
+        return keys, values
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """As DynamicCache does."""
+        self._states.read(layer_idx, f"convolution {state_idx} read")
+        state: torch.Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return state
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """As DynamicCache does."""
+        self._states.read(layer_idx, f"recurrence {state_idx} read")
+        state: torch.Tensor | None = super().get_recurrent_state(layer_idx, state_idx)
+        return state
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """As DynamicCache does."""
+        call = f"convolution {state_idx}"
+        self._states.begin(layer_idx, call)
+        self._states.spoil()
+        states: torch.Tensor = super().update_conv_state(
+            conv_states, layer_idx, state_idx, **kwargs
+        )
+        self._states.end(layer_idx, call)
+        return states
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """As DynamicCache does."""
+        call = f"recurrence {state_idx}"
+        self._states.begin(layer_idx, call)
+        self._states.spoil()
+        states: torch.Tensor = super().update_recurrent_state(
+            recurrent_states, layer_idx, state_idx, **kwargs
+        )
+        self._states.end(layer_idx, call)
+        return states
+
     # -- changing: all layers at once -----------------------------------------------------------
 
     def reset(self) -> None:
         """Forgets all tokens; the next forward pass may have another batch and dtype."""
+        self._states.spoil()
         self._stream.clear()
+        self._renew_layers()
+
+    def _renew_layers(self) -> None:
+        recording = [self.is_recording_past(number) for number in range(len(self.layers))]
+        self.layers[:] = offloaded(layer_templates(self._config), self._stream)
+        for layer, record_past in zip(self.layers, recording, strict=True):
+            if record_past:
+                layer.activate_past_recording()
+        self._states = LayerStates(self.layers, self._model_type)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens. Blocks on the drive.
 
-        Reaches back past a sliding window, since the drive has every token.
+        Reaches back past a sliding window, since the drive has every token. Layers with states
+        set the same limits as in DynamicCache: convolutional ones go back as far as the last crop
+        after ``activate_past_recording()``, recurrent ones only to the beginning.
 
         Args:
             tokens_to_remove: Minus the number of tokens to remove, as in transformers.
 
         Raises:
             ShapeMismatch: The number is positive.
+            SpdkKvError: A layer has states that do not reach back so far, or that an interrupted
+                pass left half-way. Nothing is changed.
         """
         if tokens_to_remove > 0:
             raise ShapeMismatch(
                 f"crop takes minus the number of tokens to remove, not {tokens_to_remove}"
             )
-        self._stream.truncate(-tokens_to_remove)
+        count, tokens = -tokens_to_remove, self._stream.tokens(0)
+        if self._states and count >= tokens > 0:
+            self.reset()
+            return
+        self._states.check_croppable(count, tokens)
+        with self._states.changing():
+            self._stream.truncate(count)
+            self._states.crop(count)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``b`` becomes what row ``beam_idx[b]`` was. No I/O."""
-        self._stream.select(beam_idx.tolist())
+        self._select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row of the batch ``repeats`` times. Copies the cache on the drive, which
         needs room for both meanwhile."""
-        self._stream.select([row for row in range(self._batch) for _ in range(repeats)])
+        self._select([row for row in range(self._batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows ``indices`` (numbers or a mask). Copies the cache unless the number of
         rows stays the same."""
-        self._stream.select(torch.arange(self._batch)[indices.cpu()].tolist())
+        self._select(torch.arange(self._batch)[indices.cpu()].tolist())
+
+    def _select(self, rows: list[int]) -> None:
+        with self._states.changing():
+            self._stream.select(rows)
+            self._states.select(rows)
 
     @property
     def _batch(self) -> int:
@@ -153,7 +247,9 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
     def close(self) -> None:
         """Frees the memory, and deletes the tokens unless the cache has a name. May be called
         twice. Another forward pass begins a new cache."""
+        self._states.spoil()
         self._stream.release()
+        self._renew_layers()
 
     def __enter__(self) -> OffloadedKVCache:
         return self
@@ -166,95 +262,20 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
     ) -> None:
         self.close()
 
+    def __copy__(self) -> OffloadedKVCache:
+        raise TypeError(
+            "an OffloadedKVCache is on the drive and not copied by copy.copy: two caches cannot "
+            "write the same tokens; use this one itself, or make another"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an OffloadedKVCache is on the drive and not saved by pickle or torch.save: make it "
+            "with name=, close it, and open it by that name in the other process"
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedKVCache:
         raise TypeError(
             "an OffloadedKVCache is on the drive and not copied by copy.deepcopy; crop() goes back "
             "to a shared prompt"
         )
-
-
-class OffloadedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of an :class:`OffloadedKVCache`, as models and masks see it.
-
-    It holds no tensors; ``keys`` and ``values`` are always None.
-    """
-
-    is_compileable = False
-    is_croppable = True
-    # A sequence can only be created with the batch and dtype of the real K/V.
-    supports_early_init = False
-
-    def __init__(self, stream: LayerStream, number: int) -> None:
-        super().__init__()
-        self._stream = stream
-        self._number = number
-        window = stream.options.windows[number]
-        self.is_sliding = window is not None
-        if window is not None:
-            self.sliding_window = window
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the first :meth:`update` creates the sequence."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds tokens and returns what attention sees; see :meth:`LayerStream.update`."""
-        return self._stream.update(self._number, key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        """Tokens per row so far."""
-        return self._stream.tokens(self._number)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many tokens attention sees after ``query_length`` new ones, and the position of the
-        first."""
-        past = self.get_seq_length()
-        window = self._stream.options.windows[self._number]
-        first = 0 if window is None else max(0, past - window + 1)
-        return past - first + query_length, first
-
-    def get_max_length(self) -> int:
-        """The window, or -1 where there is none, as DynamicCache says it."""
-        return self._stream.options.windows[self._number] or -1
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> None:
-        raise SpdkKvError("the layers of an OffloadedKVCache change together: call this on it")
-
-    reset = crop = reorder_cache = offload = prefetch = _refuse
-    batch_repeat_interleave = batch_select_indices = _refuse
-
-
-def layer_windows(config: Any) -> tuple[int | None, ...]:
-    """For each layer of the model, how many tokens its attention sees at most, or None for all.
-
-    Raises:
-        ShapeMismatch: One sequence cannot hold the model's K/V: it is an encoder-decoder, or has
-            layers with recurrent or convolutional state, with an indexer, without a cache of their
-            own (K/V shared between layers), or with different numbers of KV heads.
-    """
-    name = getattr(config, "model_type", type(config).__name__)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ShapeMismatch(f"{name} is an encoder-decoder: only decoders can be offloaded")
-    text_config = config.get_text_config(decoder=True)
-    for field in ("num_key_value_heads", "head_dim"):
-        layers = getattr(text_config, "per_layer_config", ())
-        if len({getattr(layer, field, None) for layer in layers}) > 1:
-            raise ShapeMismatch(
-                f"{name} has layers that differ in {field}: use DynamicCache for it"
-            )
-    windows: list[int | None] = []
-    # DynamicCache decides what each layer is, so that the two always agree.
-    for number, layer in enumerate(DynamicCache(config=text_config).layers):
-        if type(layer) is DynamicLayer:
-            windows.append(None)
-        elif type(layer) is DynamicSlidingWindowLayer:
-            windows.append(int(layer.sliding_window))
-        else:
-            raise ShapeMismatch(
-                f"layer {number} of {name} is cached as {type(layer).__name__}: only layers that "
-                "keep K/V of their own can be offloaded; use DynamicCache for this model"
-            )
-    if not windows:
-        raise ShapeMismatch(f"{name} has no layers with a KV cache")
-    return tuple(windows)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from spdk_kv.errors import CapacityError, KeyNotFound, ShapeMismatch, SpdkKvError
+from spdk_kv.integrations.transformers.lifetime import delete_in_thread, outside_inference
+from spdk_kv.integrations.transformers.shapes import changed, guessed, shape_of
 from spdk_kv.sequence import Sequence
 from spdk_kv.store import KVStore
 from spdk_kv.types import Granularity, KVShape
 from spdk_kv.units import format_nbytes
-
-log = logging.getLogger(__name__)
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -75,6 +72,7 @@ class LayerStream:
         self._kept: dict[int, tuple[int, Pair]] = {}
         self._lent: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]]] = {}
         self._ahead: int | None = None
+        self._device: torch.device | None = None  # None for host memory
         self._written: int | None = None
         # Of a sequence that is not this stream's, yet or any more, and is to be deleted.
         self._spare_name: str | None = None
@@ -108,16 +106,20 @@ class LayerStream:
     # -- tokens ---------------------------------------------------------------------------------
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Pair:
-        """Adds tokens, ``[batch, kv_heads, tokens, head_dim]`` each, and returns what the layer's
-        attention sees: the window (all tokens where there is none) before them, and them.
+        """Adds tokens, ``[batch, kv_heads, tokens, width]`` each, and returns what the layer's
+        attention sees: the window (all tokens where there is none) before them, and them. Width and
+        dtype may be others for K than for V, and for other layers.
 
         They are on the device of ``k``, with the strides of token-major memory. Blocks on the
         drive for what was not read ahead, and for the write of the layer before. Raises
         CapacityError and ShapeMismatch before anything is changed, and the store's errors.
         """
         sequence = self._sequence or self._create(k, v)
+        self._device = None if k.device.type == "cpu" else k.device
         past, count = sequence.tokens(layer), k.shape[2]
         self._check(layer, sequence, past, k)
+        if past == 0:
+            sequence = self._fitted(sequence, layer, k, v)
         if self._written is not None and self._written != layer:
             # Its memory is given back first: two resident layers leave no room for a third.
             sequence.settle(self._written)
@@ -125,7 +127,7 @@ class LayerStream:
         sequence.append(layer, k, v)
         if self.options.resident_layers == 1:
             sequence.settle(layer)
-        self.counters.appended_nbytes += 2 * k.nbytes
+        self.counters.appended_nbytes += k.nbytes + v.nbytes
         first = self._first(layer, past)
         kept_tokens, kept = self._kept.get(layer, (0, (k, v)))
         if first == past:
@@ -133,7 +135,7 @@ class LayerStream:
         elif kept_tokens == past:
             keys, values = _joined(kept, (k, v), past - first)
         else:
-            keys, values = self._read(sequence, layer, first, k.device)
+            keys, values = self._read(sequence, layer, first)
         if layer < self.kept_layers:
             self._kept[layer] = past + count, (keys.contiguous(), values.contiguous())
         self._lent[layer] = (weakref.ref(keys), weakref.ref(values))
@@ -142,20 +144,30 @@ class LayerStream:
         self.counters.resident_layers_peak = max(self.counters.resident_layers_peak, now)
         return keys, values
 
+    def held(self, layer: int) -> Pair | None:
+        """What the next token of ``layer`` will see of those before it, or None without any. Blocks
+        on the drive."""
+        tokens = self.tokens(layer)
+        if self._sequence is None or not tokens:
+            return None
+        if self._ahead == layer:
+            self._ahead = None  # this read takes it over
+        rest = slice(self._first(layer, tokens), None)
+        return self._sequence.read(layer, tokens=rest, device=self._device)
+
     def _first(self, layer: int, tokens: int) -> int:
         """The first of ``tokens`` that the next one still sees."""
         window = self.options.windows[layer]
         return 0 if window is None else max(0, tokens - window + 1)
 
-    def _read(self, sequence: Sequence, layer: int, first: int, device: torch.device) -> Pair:
+    def _read(self, sequence: Sequence, layer: int, first: int) -> Pair:
         if self._ahead == layer:
             self.counters.prefetch_hits += 1
             self._ahead = None
         else:
             self.counters.prefetch_misses += 1
         begin = time.perf_counter()
-        target = None if device.type == "cpu" else device
-        keys, values = sequence.read(layer, tokens=slice(first, None), device=target)
+        keys, values = sequence.read(layer, tokens=slice(first, None), device=self._device)
         self.counters.read_wait_s += time.perf_counter() - begin
         self.counters.read_nbytes += keys.nbytes + values.nbytes
         return keys, values
@@ -220,11 +232,15 @@ class LayerStream:
                 f"{len(rows)}: make the cache without name= to change its batch"
             )
         self._drop_resident()
-        new = self._open(replace(old.shape, batch=len(rows)))
+        self._copy(old, replace(old.shape, batch=len(rows)), self.layers, list(rows))
+
+    def _copy(self, old: Sequence, shape: KVShape, layers: int, rows: list[int]) -> Sequence:
+        """The first ``layers`` of ``old`` become a sequence of ``shape``, which takes its place."""
+        new = self._open(shape)
         try:
-            for layer in range(self.layers):
+            for layer in range(layers):
                 k, v = old.read(layer)
-                new.append(layer, k[list(rows)], v[list(rows)])
+                new.append(layer, k[rows], v[rows])
                 new.settle(layer)
         except BaseException:
             new.delete()
@@ -232,6 +248,7 @@ class LayerStream:
         self._detach()
         self._take(new)
         self._delete_spare()
+        return new
 
     def clear(self) -> None:
         """Deletes the sequence; the next :meth:`update` creates another one, of any batch."""
@@ -261,18 +278,33 @@ class LayerStream:
     # -- the sequence ---------------------------------------------------------------------------
 
     def _create(self, k: torch.Tensor, v: torch.Tensor) -> Sequence:
-        if k.shape != v.shape:
-            raise ShapeMismatch(
-                f"k is {list(k.shape)} but v is {list(v.shape)}: models whose keys and values "
-                "differ in shape cannot be kept in a sequence"
-            )
-        batch, heads, count, head_dim = k.shape
+        layers = guessed([shape_of(k, v)], self.options.windows)
+        batch, _, count, _ = k.shape
         most = self.options.max_tokens
         if most is not None and count > most:
             raise _no_room(most, count)
-        sequence = self._open(KVShape(self.layers, heads, head_dim, k.dtype, most, batch))
+        sequence = self._open(KVShape.of_layers(layers, most, batch))
         self._take(sequence)
         return sequence
+
+    def _fitted(self, sequence: Sequence, layer: int, k: torch.Tensor, v: torch.Tensor) -> Sequence:
+        """The sequence, or one with another shape of ``layer``, if its first tokens are not as they
+        were guessed. What the layers before it hold is copied, once or twice in a first pass."""
+        come = shape_of(k, v)
+        if layer == 0 or sequence.shape.layer(layer) == come:
+            return sequence
+        shape = changed(sequence.shape, layer, come, self.options.windows)
+        self._drop_resident()
+        if sequence.temporary:
+            return self._copy(sequence, shape, layer, list(range(shape.batch)))
+        # Two cannot have the same name.
+        before = [sequence.read(number) for number in range(layer)]
+        self.clear()
+        fitted = self._open(shape)
+        self._take(fitted)
+        for number, pair in enumerate(before):
+            fitted.append(number, *pair)
+        return fitted
 
     def _open(self, shape: KVShape) -> Sequence:
         self._delete_spare()
@@ -282,7 +314,7 @@ class LayerStream:
         temporary = self.options.name is None
         granularity = self.options.granularity
         try:
-            return _outside_inference(
+            return outside_inference(
                 lambda: self._store.sequence(
                     name, shape, granularity=granularity, temporary=temporary
                 )
@@ -297,7 +329,7 @@ class LayerStream:
             ) from error
 
     def _resume(self, name: str) -> None:
-        sequence = _outside_inference(lambda: self._store.sequence(name))
+        sequence = outside_inference(lambda: self._store.sequence(name))
         shape, wanted = sequence.shape, self.options.max_tokens
         if shape.layers != self.layers:
             raise ShapeMismatch(
@@ -323,7 +355,7 @@ class LayerStream:
         self._sequence, self._spare_name = sequence, None if before is None else before.name
         sequence.read_ahead = False  # this class decides which layers are in memory
         if sequence.temporary:
-            self._finalizer = weakref.finalize(self, _delete_in_thread, sequence)
+            self._finalizer = weakref.finalize(self, delete_in_thread, sequence)
             self._finalizer.atexit = False  # closing the store deletes it
 
     def _detach(self) -> None:
@@ -341,6 +373,7 @@ class LayerStream:
                 f"layer {layer} follows {past} tokens, but layer {before} has "
                 f"{sequence.tokens(before)}: an earlier forward pass ended half-way; crop(0) takes "
                 "its tokens back, reset() forgets all"
+                + ("; cross-attention takes an OffloadedEncoderDecoderCache" if layer == 0 else "")
             )
         if torch.is_grad_enabled() and k.requires_grad:
             raise SpdkKvError(
@@ -363,23 +396,3 @@ def _joined(kept: Pair, new: Pair, past: int) -> Pair:
         for before, after in zip(kept, new, strict=True)
     )
     return k, v
-
-
-def _outside_inference(make: Callable[[], Sequence]) -> Sequence:
-    # A tensor made in inference mode cannot be changed outside it, and a sequence's tails live
-    # longer than one call of the model.
-    with torch.inference_mode(False):
-        return make()
-
-
-def _delete_in_thread(sequence: Sequence) -> None:
-    """Deletes the sequence of a stream that was dropped without :meth:`LayerStream.release`."""
-    # The garbage collector may run in a thread that holds the store's locks.
-    threading.Thread(target=_delete, args=(sequence,), name="spdk_kv-delete", daemon=True).start()
-
-
-def _delete(sequence: Sequence) -> None:
-    try:
-        sequence.delete()
-    except SpdkKvError as error:
-        log.debug("deleting %s: %s", sequence.name, error)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
+from transformers import Lfm2Config
 
+from integrations.transformers.families.tiny import shrunk
+from spdk_kv.errors import SpdkKvError
+from spdk_kv.integrations.transformers import OffloadedKVCache
 from spdk_kv.integrations.transformers.stream import LayerStream, StreamOptions
 from spdk_kv.store import KVStore
 from support.interrupts import interrupted_everywhere
@@ -99,3 +105,52 @@ def test_after_an_interrupted_first_pass_or_change_of_the_batch_it_begins_anew(s
         run_pass(stream, 0, 5)
 
     interrupted_everywhere(prepare, change, check, step=rounds(149, 17))
+
+
+@pytest.mark.parametrize("change", ["crop", "select", "reset", "pass"])
+def test_states_and_kv_of_one_token_whatever_is_interrupted(store, change):
+    """A convolution's state is the newest columns; they must be those of the K/V's last tokens."""
+    config = shrunk(Lfm2Config, {"layer_types": ["conv", "full_attention", "conv", "conv"]})
+    cache = OffloadedKVCache(store, config)
+
+    def step(past: int, count: int, batch: int = 2) -> None:
+        at = torch.arange(past, past + count, dtype=torch.float32)
+        for layer in range(4):
+            if layer == 1:
+                kv = at.reshape(1, 1, count, 1).expand(batch, 2, count, 16).contiguous()
+                cache.update(kv, -kv, layer)
+            else:
+                cache.update_conv_state(at.expand(batch, 4, count).contiguous(), layer)
+
+    def prepare(at: int) -> None:
+        cache.reset()
+        cache.activate_past_recording()
+        step(0, 20)
+        cache.crop(0)
+        step(20, 6)
+
+    def act(at: int) -> None:
+        if change == "crop":
+            cache.crop(-4)
+        elif change == "select":
+            cache.batch_select_indices(torch.tensor([1]))
+        elif change == "reset":
+            cache.reset()
+        else:
+            step(26, 2)
+
+    def check(at: int) -> None:
+        with suppress(SpdkKvError):  # where it ended half-way
+            tokens = cache.get_seq_length()
+            batch = 2 if cache.sequence is None else cache.sequence.shape.batch
+            step(tokens, 1, batch)
+            for layer in (0, 2, 3):
+                newest = cache.get_conv_state(layer)[:, 0, -2:].tolist()
+                assert newest == [[tokens - 1, tokens]] * batch or tokens == 0
+            assert cache.layers[1].keys[:, 0, -1, 0].tolist() == [tokens] * batch
+            return
+        cache.reset()
+        step(0, 3)
+
+    interrupted_everywhere(prepare, act, check, step=rounds(37, 5))
+    cache.close()

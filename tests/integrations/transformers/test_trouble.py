@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from integrations.transformers.models import (
     random_kv,
 )
 from spdk_kv.errors import CapacityError, CorruptionError, ShapeMismatch, SpdkKvError
-from spdk_kv.integrations.transformers.cache import CACHE_ARGUMENT, OffloadedKVCache, layer_windows
+from spdk_kv.integrations.transformers.cache import CACHE_ARGUMENT, OffloadedKVCache
 from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
 
@@ -161,15 +163,48 @@ def test_begun_in_inference_mode_and_continued_without(store: KVStore) -> None:
 @pytest.mark.parametrize(
     ("model_type", "complaint"),
     [
-        ("t5", "encoder-decoder"),
-        ("mamba", "no layers|cached as"),
-        ("gemma4_text", "differ in|cached as"),
-        ("qwen3_next", "cached as LinearAttention"),
+        ("mamba", "no layers with a KV cache"),
+        ("mllama", "mixes the K/V of images"),
+        ("rwkv", "a cache of its own"),
+        ("reformer", "a cache of its own"),
+        ("xlnet", "a cache of its own"),
+        ("recurrent_gemma", "in the model itself"),
+        ("blt", "not a configuration for which transformers makes a DynamicCache"),
+        ("pi0", "not a configuration for which transformers makes a DynamicCache"),
+        ("deepseek_v4", "not a configuration for which|cached as"),
     ],
 )
-def test_models_that_a_sequence_cannot_hold_are_refused(model_type: str, complaint: str) -> None:
+def test_models_without_anything_to_offload_are_refused_when_the_cache_is_made(
+    store: KVStore, model_type: str, complaint: str
+) -> None:
     with pytest.raises(ShapeMismatch, match=complaint):
-        layer_windows(AutoConfig.for_model(model_type))
+        OffloadedKVCache(store, AutoConfig.for_model(model_type))
+
+
+def test_neither_copied_nor_pickled(store: KVStore) -> None:
+    cache = OffloadedKVCache(store, config_of("llama"), max_tokens=100)
+    feed([cache], 4)
+    with pytest.raises(TypeError, match=r"not copied by copy\.copy: .*make another"):
+        copy.copy(cache)
+    with pytest.raises(TypeError, match=r"not copied by copy\.deepcopy"):
+        copy.deepcopy(cache)
+    for write in (pickle.dumps, lambda what: torch.save(what, io.BytesIO())):
+        with pytest.raises(TypeError, match=r"pickle or torch\.save: make it with name="):
+            write(cache)
+    for take in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied"):
+            take(cache.layers[0])
+
+
+def test_layers_give_out_what_attention_sees(store: KVStore) -> None:
+    """As generate of Whisper takes it from them."""
+    theirs, ours = DynamicCache(config=config_of()), OffloadedKVCache(store, config_of())
+    assert ours.layers[0].keys is ours.layers[0].values is None
+    feed([theirs, ours], 70)
+    for layer, wanted in zip(ours.layers, theirs.layers, strict=True):
+        assert torch.equal(layer.keys, wanted.keys)
+        assert torch.equal(layer.values, wanted.values)
+    feed([theirs, ours], 1)
 
 
 def test_bad_arguments(store: KVStore) -> None:
@@ -181,15 +216,13 @@ def test_bad_arguments(store: KVStore) -> None:
     cache = OffloadedKVCache(store, config, max_tokens=100)
     with pytest.raises(ValueError, match="minus the number"):
         cache.crop(3)
-    with pytest.raises(TypeError, match="not copied"):
-        copy.deepcopy(cache)
     with pytest.raises(SpdkKvError, match="change together"):
         cache.layers[0].crop(-1)
     feed([cache], 4)
     with pytest.raises(ShapeMismatch, match="the sequence holds float32"):
         cache.update(*random_kv(1, 1, torch.float16), 0)
-    with pytest.raises(ShapeMismatch, match="differ in shape"):
-        OffloadedKVCache(store, config).update(random_kv(1, 1)[0], torch.zeros(1, 2, 1, 32), 0)
+    with pytest.raises(ShapeMismatch, match="differ in width only"):
+        OffloadedKVCache(store, config).update(random_kv(1, 1)[0], torch.zeros(1, 1, 1, 64), 0)
 
 
 def test_two_caches_at_once_do_not_disturb_each_other(store: KVStore) -> None:
