@@ -483,6 +483,42 @@ def test_bytes_stay_right_while_space_goes_and_comes(folder, monkeypatch, engine
         check_books(store)
 
 
+def test_tokens_stay_right_while_space_goes_and_comes(folder, monkeypatch):
+    monkeypatch.setattr(trimming, "TICK_S", 0.0005)
+    monkeypatch.setattr(trimming, "LEAST_NBYTES", 4096)
+    monkeypatch.setattr(trimming, "_PART_NBYTES", 64 << 10)
+    monkeypatch.setattr(Reserve, "look", lambda self, taken: 0)
+    shape = spdk_kv.KVShape(2, 2, 64, "float32", 512)
+    count = rounds(25, 400)
+
+    def live(store: KVStore, who: int) -> None:
+        rng = random.Random(who)
+        for life in range(count):
+            sequence = store.sequence(f"{who}", shape, temporary=life % 2 == 0)
+            k = torch.randn(1, 2, rng.randrange(1, 512), 64)
+            for layer in range(2):
+                sequence.append(layer, k[:, :, :7], k[:, :, :7])
+                sequence.append(layer, k[:, :, 7:], k[:, :, 7:])
+            if rng.random() < 0.3:
+                store.flush()
+            for layer in range(2):
+                assert all(torch.equal(found, k) for found in sequence.read(layer))
+            if k.shape[2] < 512:
+                sequence.append(0, k[:, :, :1], k[:, :, :1])
+            sequence.delete()  # its writes may be on their way
+            if rng.random() < 0.5:
+                store.flush()
+
+    with open_store(folder, capacity="5 MiB", eviction="none") as store:
+        with ThreadPoolExecutor(4) as threads:
+            for done in [threads.submit(live, store, who) for who in range(4)]:
+                done.result(600)
+        assert store.stats()["discarded_nbytes"] > 0
+        assert store.trim() >= 0
+        assert store.stats()["used_nbytes"] == 0
+        assert disk(folder) == 1
+
+
 def test_a_hole_is_filled_before_it_is_written(folder):
     filled = []
     with open_store(folder, discard=False) as store:
