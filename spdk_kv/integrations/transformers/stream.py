@@ -178,6 +178,7 @@ class LayerStream:
 
         Also evens out the layers after a forward pass that ended half way.
         """
+        self._delete_spare()
         if self._sequence is None:
             return
         lengths = [self.tokens(layer) for layer in range(self.layers)]
@@ -344,17 +345,20 @@ class LayerStream:
             return self._copy(sequence, shape, layer, list(range(shape.batch)))
         # Two cannot have the same name.
         before = [sequence.read(number) for number in range(layer)]
+        note = sequence.note
         self.clear()
-        fitted = self._open(shape)
+        fitted = self._open(shape, new=True)
         self._take(fitted)
+        fitted.note = note
         for number, pair in enumerate(before):
             fitted.append(number, *pair)
         return fitted
 
-    def _open(self, shape: KVShape) -> Sequence:
+    def _open(self, shape: KVShape, new: bool = False) -> Sequence:
+        """The sequence, created if nobody did; ``new`` says that nobody did."""
         self._delete_spare()
         name = self.options.name or f"layer-stream-{uuid.uuid4().hex}"
-        if self.options.name is None:
+        if new or self.options.name is None:
             self._spare_name = name
         temporary = self.options.name is None
         granularity = self.options.granularity
@@ -403,7 +407,7 @@ class LayerStream:
     def _delete_spare(self) -> None:
         """Deletes a sequence that an interrupt has left behind."""
         if self._spare_name is not None:
-            with suppress(KeyNotFound):
+            with suppress(KeyNotFound, ClosedError):  # a store that is closed has none any more
                 self._store.sequence(self._spare_name).delete()
         self._spare_name = None
 
