@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     type=click.Path(file_okay=False),
     help="Folder of the index, if the store is on a drive of its own and not at its usual place.",
 )
+@click.option(
+    "--prompts", is_flag=True, help="List the texts that caches stored: tokens, hits, last use."
+)
 @click.option("--why", is_flag=True, help="Show how an open store reads its layers, and why.")
 @json_option
-def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None:
+def stat(location: str, index_dir: str | None, prompts: bool, why: bool, as_json: bool) -> None:
     """Show what the store at URI holds.
 
     The store is read only, beside a process that has it open as well: what that has flushed is
@@ -65,6 +68,16 @@ def stat(location: str, index_dir: str | None, why: bool, as_json: bool) -> None
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     with store:
+        if prompts:
+            from spdk_kv.cli.stat.prompts import lines_of as lines_of_prompts
+            from spdk_kv.cli.stat.prompts import stored_prompts
+
+            listed = stored_prompts(store)
+            if as_json:
+                print_json({"prompts": listed})
+            else:
+                _print_rows(lines_of_prompts(listed))
+            return
         report = _report(store, place.scheme != "file")
     if as_json:
         print_json(report)

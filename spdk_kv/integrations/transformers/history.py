@@ -56,8 +56,10 @@ class History:
 
     def before_append(self, sequence: Sequence, past: int, count: int, rows: int) -> None:
         """Notes what a layer of ``sequence`` that has ``past`` tokens is about to be given."""
-        if self._entered == (past, count):
-            return  # with an earlier layer
+        if self._entered == (past, count):  # with an earlier layer
+            if not self._is_noted(sequence):  # which lay in another sequence
+                self.note(sequence)
+            return
         coming, why = self._coming, "tokens came without a forward pass of the model"
         if coming is not None:
             self._entered = past, count

@@ -33,13 +33,13 @@ class Noted:
         self.stream.before_append = self.history.before_append
         self.given = 0
 
-    def run_pass(self, count: int) -> None:
+    def run_pass(self, count: int, widths: tuple[int, ...] = (64,) * LAYERS) -> None:
         past = self.stream.tokens(0)
         ids = np.arange(self.given, self.given + ROWS * count).reshape(count, ROWS).astype("<u4")
         self.given += ROWS * count
         self.history.announce(Pass(past, ids, np.zeros(ROWS, "<u4")))
-        k = torch.tensor(ids.T.astype("f4")).view(ROWS, 1, count, 1).expand(-1, 2, -1, 64)
-        for layer in range(LAYERS):
+        for layer, width in enumerate(widths):
+            k = torch.tensor(ids.T.astype("f4")).view(ROWS, 1, count, 1).expand(-1, 2, -1, width)
             self.stream.update(layer, k, -k)
         self.history.retract()
 
@@ -103,3 +103,12 @@ def test_rows_that_an_interrupted_reordering_has_changed_are_not_noted(store: KV
     noted.stream.select([1, 1])
     noted.history.select(noted.stream.sequence, text, [1, 1])
     assert len(noted.check()) == PAST
+
+
+def test_a_sequence_made_anew_amid_the_first_pass_is_noted(store: KVStore) -> None:
+    # Its layers turn out to be of another width than the first one.
+    noted, widths = Noted(store), (64, 32, 48)
+    noted.run_pass(PAST, widths)
+    assert len(noted.check()) == PAST
+    noted.run_pass(NEW, widths)
+    assert len(noted.check()) == PAST + NEW

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, Lfm2Config
 
 from integrations.transformers.models import feed, generate, model_of, prompt
 from spdk_kv.errors import ShapeMismatch, StoreMismatch
@@ -33,6 +33,19 @@ def model() -> Any:
 
 def ids(tokens: int, seed: int = 1) -> torch.Tensor:
     return prompt(1, tokens, seed)["input_ids"]
+
+
+def tiny_lfm2() -> Lfm2Config:
+    """Of a model with convolutional layers."""
+    return Lfm2Config(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
 
 
 def joined(*parts: torch.Tensor) -> torch.Tensor:
@@ -186,6 +199,8 @@ def test_what_cannot_be_a_prompt_says_why(store: KVStore, model: Any, tmp_path: 
         prompts.open(prompt(3, 20)["input_ids"])
     with pytest.raises(TypeError, match="takes the model itself"):
         PromptCache(store, model.config)
+    with pytest.raises(ShapeMismatch, match="states beside K/V"):
+        PromptCache(store, AutoModelForCausalLM.from_config(tiny_lfm2()))
     with torch.device("meta"):
         empty = type(model)(model.config)
     with pytest.raises(StoreMismatch, match="have no values"):
