@@ -13,6 +13,7 @@ from spdk_kv.types import PLAIN_DTYPES, dtype_itemsize, dtype_name, movable, tor
 if TYPE_CHECKING:
     import torch
 
+
 @dataclass(frozen=True, slots=True)
 class ByteView:
     """A tensor's bytes where they lie; valid while ``keep`` is alive."""
