@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from spdk_kv.errors import CapacityError, KeyNotFound, ShapeMismatch, SpdkKvError
+from spdk_kv.integrations.transformers.granularity import fastest_granularity
 from spdk_kv.sequence import Sequence
 from spdk_kv.store import KVStore
 from spdk_kv.types import Granularity, KVShape
@@ -32,14 +33,14 @@ class StreamOptions:
     ``windows``: for each layer, how many tokens its attention sees, the newest one included, or
     None for all. ``max_tokens``: the capacity, reserved at once; None lets it grow as tokens come.
     ``resident_layers``: layers whose K/V may be in memory at once.
-    ``name``: of a lasting sequence.
+    ``name``: of a lasting sequence. ``granularity``: of a new one; None is the fastest.
     """
 
     windows: tuple[int | None, ...]
     max_tokens: int | None
     resident_layers: int
     name: str | None
-    granularity: Granularity
+    granularity: Granularity | None
 
 
 @dataclass
@@ -76,6 +77,7 @@ class LayerStream:
         self._lent: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]]] = {}
         self._ahead: int | None = None
         self._written: int | None = None
+        self._granularity = options.granularity
         # Of a sequence that is not this stream's, yet or any more, and is to be deleted.
         self._spare_name: str | None = None
         self._sequence: Sequence | None = None
@@ -111,7 +113,7 @@ class LayerStream:
         """Adds tokens, ``[batch, kv_heads, tokens, head_dim]`` each, and returns what the layer's
         attention sees: the window (all tokens where there is none) before them, and them.
 
-        They are on the device of ``k``, with the strides of token-major memory. Blocks on the
+        They are on the device of ``k``, with the strides of how they are kept. Blocks on the
         drive for what was not read ahead, and for the write of the layer before. Raises
         CapacityError and ShapeMismatch before anything is changed, and the store's errors.
         """
@@ -270,7 +272,9 @@ class LayerStream:
         most = self.options.max_tokens
         if most is not None and count > most:
             raise _no_room(most, count)
-        sequence = self._open(KVShape(self.layers, heads, head_dim, k.dtype, most, batch))
+        shape = KVShape(self.layers, heads, head_dim, k.dtype, most, batch)
+        self._granularity = self.options.granularity or fastest_granularity(shape, k.device)
+        sequence = self._open(shape)
         self._take(sequence)
         return sequence
 
@@ -280,11 +284,10 @@ class LayerStream:
         if self.options.name is None:
             self._spare_name = name
         temporary = self.options.name is None
-        granularity = self.options.granularity
         try:
             return _outside_inference(
                 lambda: self._store.sequence(
-                    name, shape, granularity=granularity, temporary=temporary
+                    name, shape, granularity=self._granularity, temporary=temporary
                 )
             )
         except CapacityError as error:
@@ -321,6 +324,7 @@ class LayerStream:
     def _take(self, sequence: Sequence) -> None:
         before = self._sequence
         self._sequence, self._spare_name = sequence, None if before is None else before.name
+        self._granularity = sequence.granularity
         sequence.read_ahead = False  # this class decides which layers are in memory
         if sequence.temporary:
             self._finalizer = weakref.finalize(self, _delete_in_thread, sequence)
