@@ -16,6 +16,7 @@ import torch
 
 from spdk_kv.errors import CapacityError, KeyNotFound, ShapeMismatch, SpdkKvError
 from spdk_kv.integrations.transformers.granularity import fastest_granularity
+from spdk_kv.integrations.transformers.kept import Kept
 from spdk_kv.sequence import Sequence
 from spdk_kv.store import KVStore
 from spdk_kv.types import Granularity, KVShape
@@ -73,7 +74,7 @@ class LayerStream:
         self._store = store
         # With the number of tokens up to which it reaches: what a pass that was interrupted left
         # behind is not taken for another's.
-        self._kept: dict[int, tuple[int, Pair]] = {}
+        self._kept: dict[int, tuple[int, tuple[Kept, Kept]]] = {}
         self._lent: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]]] = {}
         self._ahead: int | None = None
         self._written: int | None = None
@@ -129,15 +130,20 @@ class LayerStream:
             sequence.settle(layer)
         self.counters.appended_nbytes += 2 * k.nbytes
         first = self._first(layer, past)
-        kept_tokens, kept = self._kept.get(layer, (0, (k, v)))
-        if first == past:
-            keys, values = k, v
-        elif kept_tokens == past:
-            keys, values = _joined(kept, (k, v), past - first)
+        kept_tokens, kept = self._kept.get(layer, (0, None))
+        if kept is not None and kept_tokens == past > first:
+            kept = kept[0].followed_by(k, past - first), kept[1].followed_by(v, past - first)
+            keys, values = kept[0].tensor, kept[1].tensor
         else:
-            keys, values = self._read(sequence, layer, first, k.device)
+            if first == past:
+                keys, values = k, v
+            else:
+                keys, values = self._read(sequence, layer, first, k.device)
+            if layer < self.kept_layers:
+                kept = Kept(keys.contiguous()), Kept(values.contiguous())
         if layer < self.kept_layers:
-            self._kept[layer] = past + count, (keys.contiguous(), values.contiguous())
+            assert kept is not None
+            self._kept[layer] = past + count, kept
         self._lent[layer] = (weakref.ref(keys), weakref.ref(values))
         self._read_ahead(sequence, layer, count if past else 1)
         now = self.resident_layers
@@ -199,8 +205,9 @@ class LayerStream:
         kept, self._kept = self._kept, {}
         self._sequence.reorder(rows)
         for layer, (tokens, (k, v)) in kept.items():
-            index = torch.tensor(rows, device=k.device)
-            kept[layer] = tokens, (k.index_select(0, index), v.index_select(0, index))
+            index = torch.tensor(rows, device=k.tensor.device)
+            keys, values = (each.tensor.index_select(0, index) for each in (k, v))
+            kept[layer] = tokens, (Kept(keys), Kept(values))
         self._kept = kept
 
     def select(self, rows: Rows[int]) -> None:
@@ -358,15 +365,6 @@ def _no_room(room: int, wanted: int) -> CapacityError:
         f"the cache has room for {room} tokens per row, not for {wanted}: make it with "
         f"max_tokens={wanted} or more, or without"
     )
-
-
-def _joined(kept: Pair, new: Pair, past: int) -> Pair:
-    """The last ``past`` tokens of ``kept``, and ``new``."""
-    k, v = (
-        torch.cat([before[:, :, before.shape[2] - past :], after], dim=2)
-        for before, after in zip(kept, new, strict=True)
-    )
-    return k, v
 
 
 def _outside_inference(make: Callable[[], Sequence]) -> Sequence:
