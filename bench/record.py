@@ -16,7 +16,7 @@ from typing import Any
 
 import machine
 
-QUESTIONS = ("fio", "small", "spdk_perf", "decode", "pipeline", "own_cost")
+QUESTIONS = ("fio", "small", "spdk_perf", "decode", "pipeline", "own_cost", "cached_decode")
 SPDK_KV, DUAL_BLADE = "spdk_kv", "DUAL-BLADE"
 ASKERS = (SPDK_KV, DUAL_BLADE)
 SIDES = ("at least", "at most")

@@ -46,6 +46,12 @@ TITLES = {
         "The pipeline to a GPU",
         "How much of the slower of drive and link remains when both work at once.",
     ),
+    "cached_decode": (
+        "Decode from the page cache",
+        "How much of DynamicCache's speed an OffloadedKVCache has where everything is in the page "
+        "cache, and what memory it takes. Models of Llama's shape with random weights; `1B` has "
+        "layers as large as those of Llama 3.2 1B, `small` little but attention to compute.",
+    ),
     "own_cost": (
         "Our own cost",
         "What a call costs without a drive (the engine `null`), and what 100,000 blobs cost.",

@@ -8,14 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spdk_kv.errors import ShapeMismatch
-from spdk_kv.types import dtype_itemsize, dtype_name, movable, torch_dtypes
+from spdk_kv.types import PLAIN_DTYPES, dtype_itemsize, dtype_name, movable, torch_dtypes
 
 if TYPE_CHECKING:
     import torch
-
-_NUMPY_ALONE = frozenset(
-    name for name in ("bool", "complex64", "complex128", "float16", "float32", "float64")
-) | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +119,7 @@ def tensor_from(buffer: Any, dtype: str, shape: tuple[int, ...], offset: int = 0
 
 def array_from(buffer: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """A numpy array over ``buffer``. Raises ShapeMismatch for dtypes that numpy lacks."""
-    if dtype not in _NUMPY_ALONE:
+    if dtype not in PLAIN_DTYPES:
         raise ShapeMismatch(f"numpy has no dtype {dtype}; get it as a torch tensor")
     count = 1
     for size in shape:

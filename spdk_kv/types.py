@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 
 Granularity = Literal["layer", "head"]
 
+PLAIN_DTYPES: Mapping[str, int] = {
+    "bool": 1,
+    **{f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": bits // 8 for bits in (16, 32, 64)},
+    **{f"complex{bits}": bits // 8 for bits in (64, 128)},
+}
+"""Bytes per element of the dtypes that numpy and every supported torch have, by name. To know them
+takes no torch, whose import takes longer than most programs' work with arrays."""
+
 
 @cache
 def torch_dtypes() -> Mapping[str, torch.dtype]:
@@ -44,7 +53,7 @@ def dtype_name(dtype: Hashable) -> str:
     ShapeMismatch for numpy dtypes that torch does not have (``float128``, strings ...).
     """
     text = str(dtype).removeprefix("torch.")
-    if text not in torch_dtypes():
+    if text not in PLAIN_DTYPES and text not in torch_dtypes():
         raise ShapeMismatch(
             f"dtype {dtype!s} cannot be stored; the ones that can are {', '.join(torch_dtypes())}"
         )
@@ -53,7 +62,7 @@ def dtype_name(dtype: Hashable) -> str:
 
 def dtype_itemsize(name: str) -> int:
     """Bytes per element of the dtype called ``name``."""
-    return torch_dtypes()[name].itemsize
+    return PLAIN_DTYPES.get(name) or torch_dtypes()[name].itemsize
 
 
 def movable(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from spdk_kv._native.transfer import READ, Transfer
 from spdk_kv.engines import Engine, Link
 from spdk_kv.errors import EngineUnavailable
@@ -154,6 +156,9 @@ class Links:
 
     def of(self, tensors: Iterable[Any]) -> LinkedGpu | None:
         """The one GPU that all ``tensors`` are on, if it is reached over a link."""
+        tensors = list(tensors)
+        if any(isinstance(each, np.ndarray) for each in tensors):
+            return None  # without the import of torch, which takes longer than the rest of a put
         import torch
 
         found = None

@@ -119,12 +119,16 @@ class Orchestrator:
             return group
 
     def release(self, group: UnitGroup) -> None:
-        """Forgets a deleted or closed sequence, and drops what the page cache holds of it."""
+        """Forgets a deleted or closed sequence, and drops what the page cache holds of it. With the
+        last one goes the staging memory that nobody uses."""
         with self._lock:
             if self._scans.remove(group):
                 for unit in group.units:
                     self._demote(unit)
                 self._notify()
+            is_last = self._scans.is_empty
+        if is_last:
+            self._staging.trim()
 
     def move(self, unit: TrackedUnit, ground: Ground) -> None:
         """Bytes of ``unit`` that are still to come will lie on another ``ground``."""
@@ -153,15 +157,20 @@ class Orchestrator:
         self._before_read(group, None)
 
     def _before_read(self, group: UnitGroup, layer: int | None) -> None:
-        if self.routes.cache is None:
-            return
-        self.routes.collect()
+        has_two = self.routes.cache is not None
+        if has_two:
+            self.routes.collect()
         with self._lock:
             self._scans.wake(group)
             if not (group.enter_ahead() if layer is None else group.enter_layer(layer)):
                 return
             if self._scans.is_decision_due(group):
-                self.decide()
+                if has_two:
+                    self.decide()
+                else:
+                    # With one path there is nothing to decide, but a cache that grows leaves one
+                    # size of buffers after the other behind.
+                    self._staging.shed()
             self._scans.mark_scanned(group)
 
     def record_read(

@@ -38,6 +38,11 @@ class Scans:
         both = self._awake | self._asleep
         return tuple(both[number] for number in sorted(both))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no sequence at all."""
+        return not (self._awake or self._asleep)
+
     def units(self) -> Iterator[TrackedUnit]:
         """All units of sequences that are awake, in the order of a scan."""
         return (unit for number in sorted(self._awake) for unit in self._awake[number].units)

@@ -69,7 +69,7 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         resident_layers: Layers whose K/V may be in memory at once, including the one being
             computed and the one being read ahead. With more than two, the first
             ``resident_layers - 2`` stay in memory. Each layer's unfinished chunks, 16 KiB of K and
-            of V, stay there in any case.
+            of V (with granularity ``head`` of each head), stay there in any case.
         name: Makes the cache last: ``store.flush()`` or ``close()`` records it. Without a name the
             cache is gone with :meth:`close`, or with the last reference to it. One live cache of a
             name at a time.
@@ -79,7 +79,9 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
             name begins anew, and its first tokens replace what was stored.
         attention_mask: For ``input_ids`` that are padded on the left, as ``generate`` takes it.
         tag: Anything else that K and V depend on; another tag is another model.
-        granularity: ``layer`` or ``head``, for a new sequence.
+        granularity: ``layer`` or ``head``, for a new sequence. By default what the first forward
+            pass computes on decides: ``head`` for the CPU, ``layer`` for a GPU, and for models
+            whose heads' unfinished chunks would hold more than 32 MiB.
 
     Raises:
         ShapeMismatch: The model cannot be served (see :func:`layer_templates`), or not by a lasting
@@ -101,7 +103,7 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         tag: str | None = None,
-        granularity: Granularity = "layer",
+        granularity: Granularity | None = None,
     ) -> None:
         if resident_layers < 1:
             raise ValueError(f"resident_layers is 1 or more, not {resident_layers}")

@@ -107,6 +107,16 @@ class Earlier:
             first -= each.tokens
         return parts
 
+    def read_on(
+        self, sequence: Sequence, layer: int, first: int, device: torch.device | None
+    ) -> Pair:
+        """As :meth:`read`, and behind that the tokens of ``sequence``, in one."""
+        parts, before = self.read(layer, first, device), self.tokens
+        if not parts or sequence.tokens(layer):
+            rest = slice(max(0, first - before), None)
+            parts.append(sequence.read(layer, tokens=rest, device=device))
+        return _joined(parts)
+
     def let_go(self) -> None:
         """Its sequences are deleted."""
         for gone in self._finalizers.values():
@@ -114,18 +124,9 @@ class Earlier:
         self._finalizers.clear()
 
 
-def joined(parts: list[Pair]) -> Pair:
+def _joined(parts: list[Pair]) -> Pair:
     """``parts`` one after the other."""
     if len(parts) == 1:
         return parts[0]
     k, v = (torch.cat(half, dim=2) for half in zip(*parts, strict=True))
-    return k, v
-
-
-def behind(kept: Pair, new: Pair, past: int) -> Pair:
-    """The last ``past`` tokens of ``kept``, and ``new``."""
-    k, v = (
-        torch.cat([before[:, :, before.shape[2] - past :], after], dim=2)
-        for before, after in zip(kept, new, strict=True)
-    )
     return k, v

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spdk_kv.errors import CapacityError
-from spdk_kv.types import Granularity
+from spdk_kv.types import Granularity, KVShape
+from spdk_kv.units import format_nbytes
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,14 @@ class StreamOptions:
     ``windows``: for each layer, how many tokens its attention sees, the newest one included, or
     None for all. ``max_tokens``: the capacity, reserved at once; None lets it grow as tokens come.
     ``resident_layers``: layers whose K/V may be in memory at once.
-    ``name``: of a lasting sequence.
+    ``name``: of a lasting sequence. ``granularity``: of a new one; None is the fastest.
     """
 
     windows: tuple[int | None, ...]
     max_tokens: int | None
     resident_layers: int
     name: str | None
-    granularity: Granularity
+    granularity: Granularity | None
 
 
 @dataclass
@@ -43,4 +44,13 @@ def no_room(room: int, wanted: int) -> CapacityError:
     return CapacityError(
         f"the cache has room for {room} tokens per row, not for {wanted}: make it with "
         f"max_tokens={wanted} or more, or without"
+    )
+
+
+def too_large(error: CapacityError, shape: KVShape) -> CapacityError:
+    """``error``, for a sequence whose room is reserved at once, and what to do."""
+    return CapacityError(
+        f"{error}; {shape.max_tokens} tokens of {shape.layers} layers take "
+        f"{format_nbytes(shape.nbytes)}: pass a smaller max_tokens=, or none to have room made as "
+        "tokens come, or open the store with a larger capacity="
     )

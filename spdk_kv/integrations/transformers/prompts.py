@@ -72,7 +72,7 @@ class PromptCache:
         tag: str | None = None,
         max_tokens: int | None = None,
         resident_layers: int = 2,
-        granularity: Granularity = "layer",
+        granularity: Granularity | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(

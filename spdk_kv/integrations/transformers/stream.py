@@ -13,14 +13,20 @@ from dataclasses import replace
 import torch
 
 from spdk_kv.errors import CapacityError, ClosedError, KeyNotFound, ShapeMismatch, SpdkKvError
-from spdk_kv.integrations.transformers.earlier import Earlier, behind, joined
+from spdk_kv.integrations.transformers.earlier import Earlier
+from spdk_kv.integrations.transformers.granularity import fastest_granularity
+from spdk_kv.integrations.transformers.kept import Kept
 from spdk_kv.integrations.transformers.lifetime import delete_in_thread, outside_inference
-from spdk_kv.integrations.transformers.options import StreamCounters, StreamOptions, no_room
+from spdk_kv.integrations.transformers.options import (
+    StreamCounters,
+    StreamOptions,
+    no_room,
+    too_large,
+)
 from spdk_kv.integrations.transformers.shapes import changed, guessed, shape_of
 from spdk_kv.sequence import Sequence
 from spdk_kv.store import KVStore
 from spdk_kv.types import KVShape
-from spdk_kv.units import format_nbytes
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -42,11 +48,12 @@ class LayerStream:
         self._store = store
         # With the number of tokens up to which it reaches: what a pass that was interrupted left
         # behind is not taken for another's.
-        self._kept: dict[int, tuple[int, Pair]] = {}
+        self._kept: dict[int, tuple[int, tuple[Kept, Kept]]] = {}
         self._lent: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]]] = {}
         self._ahead: int | None = None
         self._device: torch.device | None = None  # None for host memory
         self._written: int | None = None
+        self._granularity = options.granularity
         # Of a sequence that is not this stream's, yet or any more, and is to be deleted.
         self._spare_name: str | None = None
         self._sequence: Sequence | None = None
@@ -87,7 +94,7 @@ class LayerStream:
         attention sees: the window (all tokens where there is none) before them, and them. Width and
         dtype may be others for K than for V, and for other layers.
 
-        They are on the device of ``k``, with the strides of token-major memory. Blocks on the
+        They are on the device of ``k``, with the strides of how they are kept. Blocks on the
         drive for what was not read ahead, and for the write of the layer before. Raises
         CapacityError and ShapeMismatch before anything is changed, and the store's errors.
         """
@@ -108,15 +115,20 @@ class LayerStream:
             sequence.settle(layer)
         self.counters.appended_nbytes += k.nbytes + v.nbytes
         first = self._first(layer, past)
-        kept_tokens, kept = self._kept.get(layer, (0, (k, v)))
-        if first == past:
-            keys, values = k, v
-        elif kept_tokens == past:
-            keys, values = behind(kept, (k, v), past - first)
+        kept_tokens, kept = self._kept.get(layer, (0, None))
+        if kept is not None and kept_tokens == past > first:
+            kept = kept[0].followed_by(k, past - first), kept[1].followed_by(v, past - first)
+            keys, values = kept[0].tensor, kept[1].tensor
         else:
-            keys, values = self._read(sequence, layer, first)
+            if first == past:
+                keys, values = k, v
+            else:
+                keys, values = self._read(sequence, layer, first)
+            if layer < self.kept_layers:
+                kept = Kept(keys.contiguous()), Kept(values.contiguous())
         if layer < self.kept_layers:
-            self._kept[layer] = past + count, (keys.contiguous(), values.contiguous())
+            assert kept is not None
+            self._kept[layer] = past + count, kept
         self._lent[layer] = (weakref.ref(keys), weakref.ref(values))
         self._read_ahead(sequence, layer, count if past else 1)
         now = self.resident_layers
@@ -131,7 +143,9 @@ class LayerStream:
             return None
         if self._ahead == layer:
             self._ahead = None  # this read takes it over
-        return self._read_parts(self._sequence, layer, self._first(layer, tokens))
+        return self._earlier.read_on(
+            self._sequence, layer, self._first(layer, tokens), self._device
+        )
 
     def _first(self, layer: int, tokens: int) -> int:
         """The first of ``tokens`` that the next one still sees."""
@@ -145,19 +159,10 @@ class LayerStream:
         else:
             self.counters.prefetch_misses += 1
         begin = time.perf_counter()
-        keys, values = self._read_parts(sequence, layer, first)
+        keys, values = self._earlier.read_on(sequence, layer, first, self._device)
         self.counters.read_wait_s += time.perf_counter() - begin
         self.counters.read_nbytes += keys.nbytes + values.nbytes
         return keys, values
-
-    def _read_parts(self, sequence: Sequence, layer: int, first: int) -> Pair:
-        """Tokens of ``layer`` from ``first`` on."""
-        before = self._earlier.tokens
-        parts = self._earlier.read(layer, first, self._device)
-        if not parts or sequence.tokens(layer):
-            rest = slice(max(0, first - before), None)
-            parts.append(sequence.read(layer, tokens=rest, device=self._device))
-        return joined(parts)
 
     def _read_ahead(self, sequence: Sequence, layer: int, spare: int) -> None:
         if self.options.resident_layers == 1 or self.kept_layers == self.layers:
@@ -200,8 +205,9 @@ class LayerStream:
         self._earlier.reorder(rows)
         self._sequence.reorder(rows)
         for layer, (tokens, (k, v)) in kept.items():
-            index = torch.tensor(rows, device=k.device)
-            kept[layer] = tokens, (k.index_select(0, index), v.index_select(0, index))
+            index = torch.tensor(rows, device=k.tensor.device)
+            keys, values = (each.tensor.index_select(0, index) for each in (k, v))
+            kept[layer] = tokens, (Kept(keys), Kept(values))
         self._kept = kept
 
     def select(self, rows: Rows[int]) -> None:
@@ -329,7 +335,9 @@ class LayerStream:
         if name is not None:
             with suppress(KeyNotFound):  # what was not taken up gives way
                 outside_inference(lambda: self._store.sequence(name)).delete()
-        sequence = self._open(KVShape.of_layers(layers, most, batch))
+        shape = KVShape.of_layers(layers, most, batch)
+        self._granularity = self.options.granularity or fastest_granularity(shape, k.device)
+        sequence = self._open(shape)
         self._take(sequence)
         return sequence
 
@@ -361,21 +369,16 @@ class LayerStream:
         if new or self.options.name is None:
             self._spare_name = name
         temporary = self.options.name is None
-        granularity = self.options.granularity
         try:
             return outside_inference(
                 lambda: self._store.sequence(
-                    name, shape, granularity=granularity, temporary=temporary
+                    name, shape, granularity=self._granularity, temporary=temporary
                 )
             )
         except CapacityError as error:
             if shape.max_tokens is None:
                 raise
-            raise CapacityError(
-                f"{error}; {shape.max_tokens} tokens of {shape.layers} layers take "
-                f"{format_nbytes(shape.nbytes)}: pass a smaller max_tokens=, or none to have room "
-                "made as tokens come, or open the store with a larger capacity="
-            ) from error
+            raise too_large(error, shape) from error
 
     def resume(self, name: str, tokens: int) -> int:
         """Takes up the lasting sequence ``name`` with its first ``tokens`` tokens, or as many as it
@@ -418,6 +421,7 @@ class LayerStream:
 
     def _own(self, sequence: Sequence) -> None:
         """A temporary sequence goes with this stream."""
+        self._granularity = sequence.granularity
         sequence.read_ahead = False  # this class decides which layers are in memory
         if sequence.temporary:
             self._finalizer = weakref.finalize(self, delete_in_thread, sequence)
