@@ -331,10 +331,8 @@ class ForkMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="spdk_kv-test-"))
-        self.store: KVStore = open_store(
-            self.folder, capacity="256 MiB", flush_interval_s=None, **self.options
-        )
+        self.store: KVStore
+        self.open()
         self.held: dict[str, Sequence] = {}
         self.model: dict[str, list[torch.Tensor]] = {}
         self.flushed: dict[str, list[torch.Tensor]] = {}
@@ -344,6 +342,12 @@ class ForkMachine(RuleBasedStateMachine):
     options: dict[str, Any]
     # 64 rows of 256 bytes to a chunk of 16 KiB.
     shape = KVShape(2, 2, 16, "float32", None, 2)
+
+    def open(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="spdk_kv-test-"))
+        self.store = open_store(
+            self.folder, capacity="256 MiB", flush_interval_s=None, **self.options
+        )
 
     @initialize()
     def begin(self) -> None:

@@ -143,9 +143,8 @@ class LayerStream:
             return None
         if self._ahead == layer:
             self._ahead = None  # this read takes it over
-        return self._earlier.read_on(
-            self._sequence, layer, self._first(layer, tokens), self._device
-        )
+        first = self._first(layer, tokens)
+        return self._earlier.read_on(self._sequence, layer, first, self._device)
 
     def _first(self, layer: int, tokens: int) -> int:
         """The first of ``tokens`` that the next one still sees."""
