@@ -64,6 +64,32 @@ def test_parent_and_child_go_on_apart(folder, granularity, max_tokens):
         check_books(store)
 
 
+def test_what_is_cut_back_into_shared_ground_is_recorded_elsewhere(folder):
+    with open_store(folder, capacity="64 MiB") as store:
+        sequence, reference = begun(store, "layer", [100])
+        store.flush()
+        forked, copy = fork_of(sequence, reference, 80, name="f")
+        reference.truncate(sequence, 30)
+        store.flush()  # nothing new was appended, but its place on the drive is the fork's
+    with reopen(folder) as store:
+        reference.check(store.sequence("s"))
+        copy.check(store.sequence("f"))
+        check_books(store)
+
+
+def test_the_same_number_of_other_tokens_is_another_fork(folder):
+    with open_store(folder, capacity="64 MiB") as store:
+        sequence, reference = begun(store, "layer", [80])
+        first, copy = fork_of(sequence, reference, 75)
+        reference.truncate(sequence, 40)
+        reference.append(sequence, 40)
+        second, other = fork_of(sequence, reference, 75)
+        reference.reorder(sequence, [1, 0])
+        third, turned = fork_of(sequence, reference, 75)
+        for forked, wanted in ((first, copy), (second, other), (third, turned)):
+            wanted.check(forked)
+
+
 def test_nothing_is_copied_but_what_fills_no_chunk(folder):
     with open_store(folder, capacity="64 MiB") as store:
         sequence, _ = begun(store, "layer", [500], max_tokens=None)
