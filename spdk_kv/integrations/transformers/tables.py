@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 
 from spdk_kv.errors import CorruptionError, KeyNotFound
 from spdk_kv.integrations.transformers.lifetime import outside_inference
@@ -11,6 +12,9 @@ from spdk_kv.integrations.transformers.note import Note, decode
 from spdk_kv.integrations.transformers.prefixes import Prefixes, StoredPrompt
 from spdk_kv.integrations.transformers.text import Ids, common_tokens
 from spdk_kv.store import KVStore
+
+# Of texts that are held while a table is filled, so that each is read once.
+_HELD_NBYTES = 64 << 20
 
 
 class Table:
@@ -30,10 +34,20 @@ class Table:
         """Takes in what is stored, the first time. Reads the notes of all sequences."""
         if self._loaded:
             return
+        held: dict[str, Note] = {}
+        nbytes = 0
+
+        def read(store: KVStore, name: str) -> Note | None:
+            return held.get(name) or self._recorded(store, name)
+
         for name in store.sequences():
             note = self._recorded(store, name)
-            if note is not None:
-                self.add(store, name, note)
+            if note is None:
+                continue
+            self._add(store, name, note, read)
+            if nbytes < _HELD_NBYTES:
+                held[name] = note
+                nbytes += note.ids.nbytes
         self._loaded = True
 
     def read(self, store: KVStore, name: str) -> Note | None:
@@ -75,11 +89,16 @@ class Table:
 
     def add(self, store: KVStore, name: str, note: Note) -> None:
         """Takes in ``name``, in place of what it was before."""
+        self._add(store, name, note, self.read)
+
+    def _add(
+        self, store: KVStore, name: str, note: Note, read: Callable[[KVStore, str], Note | None]
+    ) -> None:
         while True:
             self.remove(name)
             with self._lock:
                 version, nearest = self._prefixes.version, self._prefixes.candidate(note.ids)
-            other = None if nearest is None else self.read(store, nearest)
+            other = None if nearest is None else read(store, nearest)
             with self._lock:
                 if version != self._prefixes.version:
                     continue

@@ -22,6 +22,7 @@ from spdk_kv.sequence import Sequence
 from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
 from support.places import ROOT
+from support.rounds import rounds
 
 ROOM = {"max_tokens": 500}
 
@@ -370,6 +371,14 @@ def test_after_kill_9_what_was_flushed_is_there(tmp_path: Path, model: Any) -> N
         assert ask(prompts, model, joined(ids(60), ids(5, 5))) == 60
         # Perhaps flushed in the background, perhaps not.
         assert ask(prompts, model, joined(ids(60, 2), ids(5, 5))) in (0, 60)
+
+
+def test_kills_amid_saving_and_going_on_leave_the_right_tokens(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("killing.py")
+    command = [sys.executable, str(script), str(tmp_path), str(rounds(4, 200)), "1"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "durable" in ran.stdout
 
 
 def test_a_prompt_of_one_token_and_a_wrapped_model(store: KVStore, model: Any) -> None:
