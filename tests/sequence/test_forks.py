@@ -68,7 +68,7 @@ def test_what_is_cut_back_into_shared_ground_is_recorded_elsewhere(folder):
     with open_store(folder, capacity="64 MiB") as store:
         sequence, reference = begun(store, "layer", [100])
         store.flush()
-        forked, copy = fork_of(sequence, reference, 80, name="f")
+        _, copy = fork_of(sequence, reference, 80, name="f")
         reference.truncate(sequence, 30)
         store.flush()  # nothing new was appended, but its place on the drive is the fork's
     with reopen(folder) as store:
