@@ -291,10 +291,10 @@ def main() -> None:
             found = figures(case, runs[case.text])
             print(*map(_line, found), sep="\n", flush=True)
             all_figures += found
-    if words.json:
-        label = machine.label(words.dir)
-        kept = record.today("cached_decode", label, lines, method, all_figures, runs)
-        record.write(words.json, [kept])
+            if words.json:  # after each, so that one that is stopped has left what there is
+                label = machine.label(words.dir)
+                kept = record.today("cached_decode", label, lines, method, all_figures, runs)
+                record.write(words.json, [kept])
 
 
 def _line(one: Figure) -> str:
