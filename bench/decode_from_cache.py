@@ -30,7 +30,9 @@ from record import Figure, Target, figure
 MIB = 1 << 20
 OURS, THEIRS = "OffloadedKVCache", "DynamicCache"
 SPEED = Target("at least", 0.85)
-MEMORY = Target("at most", 64)
+MEMORY = Target("at most", 1)
+# Of our own, beside resident layers and staging.
+OWN_NBYTES = 64 * MIB
 # Of a prompt that are stored at once.
 SLICE_TOKENS = 1024
 
@@ -233,15 +235,18 @@ def figures(case: Case, found: dict[str, Any]) -> list[Figure]:
     speeds = [theirs["step_s"] / ours["step_s"] for ours, theirs in pairs]
     spent = [ours["cpu_s"] / theirs["cpu_s"] for ours, theirs in pairs]
     peak = max(ours["peak_nbytes"] for ours, _ in pairs)
-    beyond = (peak - found["staging_nbytes"] - found["resident_nbytes"]) / MIB
+    allowed = found["staging_nbytes"] + found["resident_nbytes"] + OWN_NBYTES
     return [
         figure(f"{case.text}: tokens/s", speeds, "of DynamicCache", SPEED),
         figure(f"{case.text}: CPU time", spent, "of DynamicCache"),
         figure(f"{case.text}: ms per token", [1e3 * ours["step_s"] for ours, _ in pairs], "ms"),
         figure(
-            f"{case.text}: peak memory beyond resident layers and staging", [beyond], "MiB", MEMORY
+            f"{case.text}: peak memory",
+            [peak / allowed],
+            "of resident layers, staging and 64 MiB",
+            MEMORY,
         ),
-        figure(f"{case.text}: peak memory", [peak / MIB], "MiB"),
+        figure(f"{case.text}: peak memory in MiB", [peak / MIB], "MiB"),
         figure(
             f"{case.text}: peak memory of DynamicCache",
             [max(theirs["peak_nbytes"] for _, theirs in pairs) / MIB],
@@ -286,10 +291,10 @@ def main() -> None:
             found = figures(case, runs[case.text])
             print(*map(_line, found), sep="\n", flush=True)
             all_figures += found
-    if words.json:
-        label = machine.label(words.dir)
-        kept = record.today("cached_decode", label, lines, method, all_figures, runs)
-        record.write(words.json, [kept])
+            if words.json:  # after each, so that one that is stopped has left what there is
+                label = machine.label(words.dir)
+                kept = record.today("cached_decode", label, lines, method, all_figures, runs)
+                record.write(words.json, [kept])
 
 
 def _line(one: Figure) -> str:

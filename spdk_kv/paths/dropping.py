@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from spdk_kv.engines import SharedPageCacheEngine
 from spdk_kv.paths.copy import Copy
@@ -29,15 +31,23 @@ class Dropper:
         """Drops on a thread: 64 MiB of pages take milliseconds, and a read is waiting. Called with
         the lock held."""
         if self._copy is not None:
-            self._thread.submit(self._copy.punch, self._copy.forget(unit))
+            self._later(self._copy.punch, self._copy.forget(unit))
         else:
-            self._thread.submit(self._drop, unit)
+            self._later(self._drop, unit)
 
     def leave_later(self, unit: TrackedUnit, extents: Extents) -> None:
         """Frees ``extents`` of the copy, which ``unit`` has none of its bytes in any more. Called
         with the lock held."""
         if self._copy is not None and unit.copyable:
-            self._thread.submit(self._copy.punch, self._copy.leave(extents, unit.fill))
+            self._later(self._copy.punch, self._copy.leave(extents, unit.fill))
+
+    def _later(self, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._thread.submit(work, *arguments)
+        except RuntimeError as refused:
+            # The interpreter is exiting, and a store that nobody closed is closed now. Pages may
+            # stay in the cache, and a copy ends with the process.
+            log.debug("%s: nothing is dropped any more: %s", self._cache.where, refused)
 
     def drop_now(self, unit: TrackedUnit) -> None:
         """Drops the pages even if the unit has been promoted again; blocks until they are gone.

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 
@@ -123,3 +125,27 @@ def test_an_error_keeps_no_later_step_from_being_done_and_is_raised_once():
     assert closing.is_over()
     closing.run()
     assert done == [0, 1, 2]
+
+
+def test_a_store_left_open_at_exit_is_closed_without_a_word(tmp_path):
+    """Also where the page cache holds layers of a sequence, which are to be dropped from it."""
+    code = """
+import sys
+import torch
+import spdk_kv
+
+path = spdk_kv.PageCacheOptions(memory="64 MiB")
+store = spdk_kv.open(sys.argv[1], capacity="16 MiB", page_cache=path)
+sequence = store.sequence("left", spdk_kv.KVShape(1, 2, 64, torch.float32), temporary=True)
+new = torch.ones(1, 2, 512, 64)
+for _ in range(3):
+    sequence.append(0, new, new)
+    sequence.settle(0)
+    sequence.read(0)
+assert store.stats()["residency"]["cached_units"] == 2
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"file://{tmp_path}/kv"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
