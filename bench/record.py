@@ -16,7 +16,17 @@ from typing import Any
 
 import machine
 
-QUESTIONS = ("fio", "small", "spdk_perf", "decode", "pipeline", "own_cost", "cached_decode")
+QUESTIONS = (
+    "fio",
+    "small",
+    "spdk_perf",
+    "decode",
+    "pipeline",
+    "own_cost",
+    "cached_decode",
+    "sequences",
+    "prompts",
+)
 SPDK_KV, DUAL_BLADE = "spdk_kv", "DUAL-BLADE"
 ASKERS = (SPDK_KV, DUAL_BLADE)
 SIDES = ("at least", "at most")

@@ -52,6 +52,16 @@ TITLES = {
         "cache, and what memory it takes. Models of Llama's shape with random weights; `1B` has "
         "layers as large as those of Llama 3.2 1B, `small` little but attention to compute.",
     ),
+    "sequences": (
+        "Forks, growth, stored sequences",
+        "What it costs to begin with another sequence's tokens, to read one that grew token by "
+        "token, and to have a thousand more that nobody uses.",
+    ),
+    "prompts": (
+        "Stored prompts",
+        "How soon the second question to a stored document of 4K tokens is answered, in a new "
+        "process, and what it takes to find the longest stored beginning of a text.",
+    ),
     "own_cost": (
         "Our own cost",
         "What a call costs without a drive (the engine `null`), and what 100,000 blobs cost.",
