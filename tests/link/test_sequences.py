@@ -199,7 +199,8 @@ def test_a_damaged_chunk_is_never_returned(folder, device):
     with linked_store(folder, device, policy="direct") as linked:
         sequence, reference = begun(linked, "layer", [600])
         linked.store.flush()
-        flip(linked.store.engine.where, sequence._layers[1].contents.offsets[1] + 20000)
+        ((offset, _),) = sequence._layers[1].contents.ranges(1, 20000, 20001)
+        flip(linked.store.engine.where, offset)
         reference.check_layer(sequence, 0, device=linked.device)
         for _ in range(2):
             with pytest.raises(CorruptionError, match="CRC32C"):
