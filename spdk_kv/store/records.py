@@ -10,6 +10,7 @@ from itertools import islice
 
 from spdk_kv.errors import ClosedError, KeyNotFound
 from spdk_kv.index import BlobRecord, SequenceRecord
+from spdk_kv.store.companions import companion_keys
 from spdk_kv.store.extents import BLOCK_NBYTES, ExtentTable
 from spdk_kv.store.residents import Residents
 from spdk_kv.store.sequence_uses import SequenceUses
@@ -224,6 +225,13 @@ class Records:
             self.uses.forget(name)
             return True
 
+    def drop_companions(self, name: str) -> None:
+        """Forgets the blobs that went with a sequence which is gone."""
+        with self.lock:
+            for key in companion_keys(name):
+                if key in self.blobs and not self._closed:
+                    self.drop(key)
+
     def touch_sequence(self, name: str) -> None:
         """A sequence is used."""
         with self.lock:
@@ -245,6 +253,7 @@ class Records:
                 del self.sequences[name]
                 self.uses.forget(name)
                 self.extents.retire(runs)
+                self.drop_companions(name)
                 self.counters["evictions"] += 1
             return nbytes
 

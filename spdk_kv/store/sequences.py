@@ -200,6 +200,7 @@ class OpenSequences:
             bound = self._bound.get(sequence.name)
             if isinstance(bound, _Bound) and bound.sequence() is sequence:
                 sequence.forget_record()
+                self._records.drop_companions(sequence.name)
                 del self._bound[sequence.name]
                 self._kept.pop(sequence.name, None)
 

@@ -19,6 +19,7 @@ from spdk_kv.errors import SpdkKvError
 from spdk_kv.link import Links
 from spdk_kv.placement import StagingPool
 from spdk_kv.store import background
+from spdk_kv.store.before_flush import BeforeFlush
 from spdk_kv.store.blobs import BlobReader, BlobWriter
 from spdk_kv.store.catalog import Catalog
 from spdk_kv.store.closing import Closing
@@ -83,6 +84,7 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
             self.links = Links(self.paths.routes.engines)
             self._sequences = OpenSequences(self._records, index)
             self.catalog.room.make_idle = self._sequences.make_idle
+            self.before_flush = BeforeFlush()
             self._background = background.Background()
             self.failed_flushes = 0
             self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
@@ -329,6 +331,7 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
         self.check_writable("flush")
         deadline = Deadline(timeout_s)
         left_out: LeftOut = []
+        self.before_flush.run(deadline)
         self._sequences.stage(left_out, deadline)
         self.catalog.commit(deadline.left_s())
         report(left_out, audience)
@@ -372,6 +375,8 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
             return
         if self._closing.is_over():
             return
+        if not (self._closed or self.read_only):
+            self.before_flush.run()
         self._stop.set()
         try:
             self._background.close()

@@ -1,0 +1,20 @@
+"""Blobs that go with a sequence: what else its owner keeps for its tokens.
+
+They are gone with it, deleted or evicted, and may be gone before, as any blob: whoever reads one
+checks that it fits the tokens. There are two, so that the one that the last record of the sequence
+goes with stays while a newer one is put.
+"""
+
+from __future__ import annotations
+
+SLOTS = 2
+
+
+def companion_key(name: str, slot: int) -> str:
+    """The key of the blob in ``slot`` of the sequence ``name``."""
+    return f"\0spdk_kv/with/{slot}/{name}"
+
+
+def companion_keys(name: str) -> list[str]:
+    """Those of all slots."""
+    return [companion_key(name, slot) for slot in range(SLOTS)]
