@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
@@ -22,11 +22,12 @@ from spdk_kv.integrations.transformers.identity import (
     identity_of,
     length_limit,
 )
+from spdk_kv.integrations.transformers.lasting import Found, LastingStates
 from spdk_kv.integrations.transformers.layers import offloaded, windows_of
 from spdk_kv.integrations.transformers.live import claim, let_go
 from spdk_kv.integrations.transformers.options import StreamOptions
 from spdk_kv.integrations.transformers.refusal import layer_templates
-from spdk_kv.integrations.transformers.states import LayerStates, check_lasting, type_of
+from spdk_kv.integrations.transformers.states import LayerStates, type_of
 from spdk_kv.integrations.transformers.stream import LayerStream
 from spdk_kv.integrations.transformers.tables import tell
 from spdk_kv.integrations.transformers.taking_up import RESERVED, ids_of, stored_note
@@ -59,7 +60,8 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
 
     A cache with a name lasts, with what it was computed from: configuration and weights of the
     model, and the token ids. A later one of that name goes on from the longest beginning that its
-    ``input_ids`` have in common with them.
+    ``input_ids`` have in common with them. States cannot go back: with layers that keep some it
+    goes on where ``input_ids`` begin with all tokens of the last time, and begins anew otherwise.
 
     Args:
         store: Where the tokens go.
@@ -84,8 +86,8 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
             whose heads' unfinished chunks would hold more than 32 MiB.
 
     Raises:
-        ShapeMismatch: The model cannot be served (see :func:`layer_templates`), or not by a lasting
-            cache, since it has states beside K/V; or a tensor has another shape than at first.
+        ShapeMismatch: The model cannot be served (see :func:`layer_templates`), or a tensor has
+            another shape than at first.
         StoreMismatch: What is stored as ``name`` is another model's; says in what.
         NameInUse: Another live cache of this process has the name.
         CapacityError: There are more than ``max_tokens`` tokens, or the store has no room.
@@ -115,8 +117,6 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
             raise ValueError(f"names that begin with {RESERVED!r} are those of a PromptCache")
         config = config_of(model)
         templates = layer_templates(config)
-        if name is not None:
-            check_lasting(templates, config)
         options = StreamOptions(
             windows=windows_of(templates),
             max_tokens=max_tokens,
@@ -130,6 +130,7 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         self._states = LayerStates(self.layers, self._model_type)
         self._store = store
         self._history: History | None = None
+        self._lasting: LastingStates | None = None
         self._unwatch: Callable[[], object] | None = None
         self._saved_tokens = 0
         self._model: weakref.ref[nn.Module] | None = None
@@ -146,10 +147,17 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
         identity = identity_of(model, self._stream.options.windows, tag)
         limit = length_limit(config_of(model))
         note = stored_note(self._store, name, identity, ids, limit)
+        found: Found | None = None
+        if self._states:
+            self._lasting = LastingStates(self._store, name, identity, self, model)
+            found = None if note is None else self._lasting.find(note.ids)
+            note = None if note is None or found is None else replace(note, ids=found.ids)
         if note is None:
             self.remember(model, History(identity))
             return
         self._saved_tokens = self._stream.resume(name, len(note.ids))
+        if found is not None:
+            self._states.attributes = found.layers
         history = History(identity, Text(note.ids), note.hits + 1)
         self.remember(model, history)
         tell(self._store, name, history.as_note())
@@ -363,8 +371,11 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
     # -- the end --------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Frees the memory, and deletes the tokens unless the cache has a name. May be called
-        twice. Another forward pass begins a new cache, unless it has a name: that is free then."""
+        """Frees the memory, and deletes the tokens unless the cache has a name: then the states of
+        layers that keep some are stored, which blocks on the drive. May be called twice. Another
+        forward pass begins a new cache, unless it has a name: that is free then."""
+        if self._lasting is not None:
+            self._lasting.end()
         self._states.spoil()
         self._stream.release()
         self._renew_layers()

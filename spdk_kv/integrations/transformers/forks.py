@@ -9,12 +9,9 @@ from torch import nn
 
 from spdk_kv.errors import ShapeMismatch
 from spdk_kv.integrations.transformers.history import History
-from spdk_kv.integrations.transformers.states import LayerStates
+from spdk_kv.integrations.transformers.states import OWN, LayerStates
 from spdk_kv.integrations.transformers.stream import LayerStream
 from spdk_kv.integrations.transformers.text import Text
-
-# What a layer of a cache has for itself, whatever another one holds.
-_OWN = {"_stream", "_number"}
 
 
 class Forkable(Protocol):
@@ -47,7 +44,7 @@ def fork_of(cache: Cache, tokens: int | None) -> Cache:
     own, own_states = twin.parts
     for mine, its in zip(cache.layers, twin.layers, strict=True):
         for name, value in vars(mine).items():
-            if name not in _OWN:
+            if name not in OWN:
                 setattr(its, name, deepcopy(value))
     own_states.crop(held - tokens)
     own.take_fork(stream, tokens)

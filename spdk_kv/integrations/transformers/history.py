@@ -31,6 +31,7 @@ class History:
         text: The tokens, as far as they are known.
         why_unknown: Why the text ends before the sequence does, if it does.
         epoch: Another number after every change of what was there, and not only more tokens.
+        passes: Another number after every beginning of a forward pass.
     """
 
     def __init__(self, identity: Identity, text: Text | None = None, hits: int = 0) -> None:
@@ -38,6 +39,9 @@ class History:
         self.text = text or Text.empty()
         self.why_unknown = ""
         self.epoch = 0
+        self.passes = 0
+        self._completed = True
+        self._failed = False
         self._packed = pack_identity(identity)
         self._hits = hits
         self._coming: Pass | None = None
@@ -48,7 +52,20 @@ class History:
 
     def announce(self, coming: Pass) -> None:
         """The tokens that are appended next are those of ``coming``."""
+        self.passes += 1
+        # What a failed pass has left half-way, no later one makes whole; only the next beginning.
+        self._failed = coming.past > 0 and (self._failed or not self._completed)
+        self._completed = False
         self._coming, self._entered = coming, None
+
+    def complete(self) -> None:
+        """The pass has come to its end, and raised nothing."""
+        self._completed = True
+
+    @property
+    def settled(self) -> bool:
+        """Whether no pass is under way, and none since the beginning of the text failed."""
+        return self._completed and not self._failed and self._coming is None
 
     def retract(self) -> None:
         """The pass is over: tokens that are appended now are not known."""

@@ -25,7 +25,7 @@ from spdk_kv.integrations.transformers.live import writer_of
 from spdk_kv.integrations.transformers.note import Note, decode
 from spdk_kv.integrations.transformers.prefixes import StoredPrompt
 from spdk_kv.integrations.transformers.refusal import layer_templates
-from spdk_kv.integrations.transformers.states import check_lasting
+from spdk_kv.integrations.transformers.states import check_stateless
 from spdk_kv.integrations.transformers.tables import Table, table_of
 from spdk_kv.integrations.transformers.taking_up import RESERVED, ids_of
 from spdk_kv.integrations.transformers.text import PADDING, Ids, Text, common_tokens
@@ -163,7 +163,7 @@ class PromptCache:
     def _identity(self) -> Identity:
         config = config_of(self._model)
         templates = layer_templates(config)
-        check_lasting(templates, config)
+        check_stateless(templates, config)
         identity = identity_of(self._model, windows_of(templates), self._tag)
         if identity.weights is None:
             raise StoreMismatch(

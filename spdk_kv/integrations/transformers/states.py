@@ -17,17 +17,21 @@ HALF_WAY = (
 )
 
 
+OWN = {"_stream", "_number"}
+"""What a layer of a cache has for itself, whatever another one holds."""
+
+
 def type_of(config: Any) -> str:
     """A model's name, for messages."""
     return str(getattr(config, "model_type", type(config).__name__))
 
 
-def check_lasting(templates: list[Any], config: Any) -> None:
-    """Raises ShapeMismatch where a cache that is stored would lack states."""
+def check_stateless(templates: list[Any], config: Any) -> None:
+    """Raises ShapeMismatch where the prompts of a PromptCache would lack states."""
     if LayerStates(templates, type_of(config)):
         raise ShapeMismatch(
-            f"{type_of(config)} has layers with states beside K/V, and what is stored has K/V "
-            "alone: make a cache without name="
+            f"{type_of(config)} has layers with states beside K/V, which cannot go back to where "
+            "two texts part: make an OffloadedKVCache with name= for each text"
         )
 
 
@@ -77,6 +81,25 @@ class LayerStates:
             self.end(layer, call)
         else:
             self.check_whole()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all states are at the same token."""
+        return not self._changing and self._last == self._final
+
+    @property
+    def attributes(self) -> list[dict[str, Any]]:
+        """For each layer with states, everything that it keeps of them."""
+        return [
+            {name: value for name, value in list(vars(state).items()) if name not in OWN}
+            for state in self._states
+        ]
+
+    @attributes.setter
+    def attributes(self, layers: list[dict[str, Any]]) -> None:
+        for state, values in zip(self._states, layers, strict=True):
+            for name, value in values.items():
+                setattr(state, name, value)
 
     def spoil(self) -> None:
         """Before what changes states: until its end, nothing else may."""

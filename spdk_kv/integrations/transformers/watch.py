@@ -69,6 +69,7 @@ class Watched(Protocol):
 
     def announce(self, coming: Pass) -> None: ...
     def retract(self) -> None: ...
+    def complete(self) -> None: ...
 
 
 class UnknownTokens(Exception):
@@ -108,16 +109,18 @@ def _no_hook() -> object:
 
 def watch(model: nn.Module, cache: Any, watched: Watched) -> Callable[[], object]:
     """From now on ``watched`` is told, before each forward pass of ``model`` that is given
-    ``cache``, what the pass adds to it, and afterwards that it is over.
+    ``cache``, what the pass adds to it, and afterwards that it is over, and whether it raised.
 
     Returns what ends this; it ends by itself when the cache is gone.
     """
     before = _Hook(cache, partial(_announce, watched))
     after = _Hook(cache, partial(_retract, watched))
+    done = _Hook(cache, partial(_complete, watched))
     root = root_of(model)
     handles = (
         root.register_forward_pre_hook(before, with_kwargs=True),
         root.register_forward_hook(after, with_kwargs=True, always_call=True),
+        root.register_forward_hook(done, with_kwargs=True),
     )
     ending = weakref.finalize(cache, _remove, handles)
     ending.atexit = False
@@ -142,6 +145,10 @@ def _announce(watched: Watched, cache: Any, model: nn.Module, args: Any, kwargs:
 
 def _retract(watched: Watched, *_: object) -> None:
     watched.retract()
+
+
+def _complete(watched: Watched, *_: object) -> None:
+    watched.complete()
 
 
 def _by_name(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from integrations.transformers.families.decode import tiny_model
 from integrations.transformers.models import assert_same, generate, prompt
-from spdk_kv.errors import CapacityError, ShapeMismatch, SpdkKvError
+from spdk_kv.errors import CapacityError, SpdkKvError
 from spdk_kv.integrations.transformers import CACHE_ARGUMENT, OffloadedKVCache
 from spdk_kv.store import KVStore
 
@@ -203,10 +203,3 @@ def test_look_at_a_state_between_two_passes_is_none(store: KVStore) -> None:
     assert kv.get_recurrent_state(2) is not None
     assert kv.has_previous_state()
     _next_logits(model, kv)
-
-
-@pytest.mark.parametrize("family", ["qwen3_next", "lfm2_moe", "falcon_h1", "qwen4_exp_text"])
-def test_lasting_cache_with_states_is_refused_when_it_is_made(store: KVStore, family: str) -> None:
-    with pytest.raises(ShapeMismatch, match="without name="):
-        OffloadedKVCache(store, model_of(family).config, name="chat")
-    assert store.sequences() == []

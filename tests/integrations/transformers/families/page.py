@@ -33,8 +33,8 @@ logits were all the same to the last bit. Make this page anew:
 ## Bit-equal
 
 K/V is on the drive. States of linear attention, Mamba and convolution, and indexes of sparse
-attention stay in memory, where `DynamicCache` has them; a cache with `name=` stores K/V alone, and
-refuses models with either. Of an encoder-decoder the decoder's self-attention is on the drive.
+attention stay in memory, where `DynamicCache` has them; a cache with `name=` stores them when it is
+closed, and at flushes. Of an encoder-decoder the decoder's self-attention is on the drive.
 
 | family | class | its layers keep |
 |---|---|---|
