@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from spdk_kv.deadline import Deadline
 from spdk_kv.errors import ClosedError, CorruptionError, KeyNotFound, SpdkKvError
 from spdk_kv.integrations.transformers import snapshot
 from spdk_kv.integrations.transformers.history import History
@@ -68,7 +69,9 @@ class LastingStates:
         self._devices: set[torch.device] = set()
         if isinstance(model, nn.Module):
             self._devices = {parameter.device for parameter in model.parameters()}
-        self._lock = threading.Lock()  # of the next two
+        # One snapshot at a time, or two of the same text would take both slots. Nobody else waits
+        # for it.
+        self._saving = threading.RLock()
         self._latest = ""
         self._slot = 0
         self._may_last = identity.weights is not None and not store.read_only
@@ -139,22 +142,25 @@ class LastingStates:
     def save(self, timeout_s: float | None = None) -> bool:
         """Puts the states as they are now. Returns whether they are stored; where they are not,
         those before are still. Blocks on the drive."""
+        deadline = Deadline(timeout_s)
         try:
-            taken = outside_inference(self._taken)
-            if taken is None:
-                return False
-            whose, whole = taken
-            if whole is None:
-                return True
-            with self._lock:
-                slot, self._slot = self._slot, (self._slot + 1) % SLOTS
-            self._store.put(companion_key(self._name, slot), whole, timeout_s=timeout_s)
-            self._latest = whose
+            with deadline.hold(self._saving, "a snapshot of the states"):
+                return self._save(deadline)
         except ClosedError:
             return False
         except (SpdkKvError, snapshot.NotStorable) as error:
             log.warning("the states of %r are not stored: %s", self._name, error)
             return False
+
+    def _save(self, deadline: Deadline) -> bool:
+        taken = outside_inference(self._taken)
+        if taken is None:
+            return False
+        whose, whole = taken
+        if whole is not None:
+            key = companion_key(self._name, self._slot)
+            self._store.put(key, whole, timeout_s=deadline.left_s())
+            self._latest, self._slot = whose, (self._slot + 1) % SLOTS
         return True
 
     def _taken(self) -> tuple[str, torch.Tensor | None] | None:
