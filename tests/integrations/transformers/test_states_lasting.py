@@ -177,6 +177,24 @@ def test_another_text_or_an_earlier_place_of_it_is_a_miss(where: str, family: st
         assert run(where, model, text, fresh(model, text)) == 0
 
 
+def test_states_of_a_text_that_was_replaced_are_a_miss(where: str) -> None:
+    model, text = model_of("lfm2_moe"), ids(40)
+    other = torch.cat([text[:, :36], ids(14, 9)], dim=1)
+    with opened(where) as store:
+        kv = named(store, model, text)
+        kv.activate_past_recording()
+        forward(model, kv, text)
+        store.flush()
+        assert len(states(store)) == 1
+        kv.crop(-4)
+        forward(model, kv, other[:, 36:40])
+        del kv  # the states stored are those of as many tokens, and others
+        gc.collect()
+        with named(store, model, other) as kv:
+            assert kv.saved_tokens == 0
+            same(tell(model, kv, other), fresh(model, other))
+
+
 def test_another_model_is_refused(where: str) -> None:
     model, other = model_of("qwen3_next"), model_of("qwen3_next", seed=1)
     chat = Chat(model)
