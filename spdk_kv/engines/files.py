@@ -90,9 +90,10 @@ class FileEngine(Engine):
 
     def _close_files(self) -> None:
         with self._lock:
+            # Within: an interrupt may come when the lock is given back, and nobody would close it.
             fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
     @property
     def capacity_nbytes(self) -> int | None:
