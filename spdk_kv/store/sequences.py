@@ -247,7 +247,8 @@ class OpenSequences:
             names = [name for name, each in self._kept.items() if not each.temporary]
         for name in names:
             # One at a time: what is recorded leaves memory at once, if nobody else holds it.
-            sequence = self._kept.get(name)
+            with self._lock:
+                sequence = self._kept.get(name)
             if sequence is None:
                 continue
             try:

@@ -239,24 +239,18 @@ class LayerStream:
     def _replace(self, old: Sequence, shape: KVShape, rows: list[int]) -> None:
         """The ``rows`` of a lasting sequence become one of ``shape``, of the same name. Where there
         is no room for both, it stays as it was."""
-        name, source = old.name, outside_inference(old.fork)
-        old.delete()
-        self._sequence = None
-        new: Sequence | None = None
+        name = old.name
+        copy = self._made(f"{name}/rows-{uuid.uuid4().hex}", shape, temporary=True)
         try:
-            new = self._open(shape)
-            self._take(new)
             for layer in range(self.layers):
-                k, v = source.read(layer)
-                new.append(layer, k[rows], v[rows])
-                new.settle(layer)
-        except CapacityError:
-            if new is not None:
-                new.delete()
-            self._take(outside_inference(lambda: source.fork(name)))
-            raise
+                k, v = old.read(layer)
+                copy.append(layer, k[rows], v[rows])
+                copy.settle(layer)
+            old.delete()
+            self._sequence = None
+            self._take(outside_inference(lambda: copy.fork(name)))
         finally:
-            source.delete()
+            copy.delete()
 
     def take_fork(self, other: LayerStream, tokens: int) -> None:
         """This stream, which has nothing yet, begins with the first ``tokens`` of ``other``. Copies
@@ -369,15 +363,15 @@ class LayerStream:
             self._spare_name = name
         temporary = self.options.name is None
         try:
-            return outside_inference(
-                lambda: self._store.sequence(
-                    name, shape, granularity=self._granularity, temporary=temporary
-                )
-            )
+            return self._made(name, shape, temporary)
         except CapacityError as error:
             if shape.max_tokens is None:
                 raise
             raise too_large(error, shape) from error
+
+    def _made(self, name: str, shape: KVShape, temporary: bool) -> Sequence:
+        kind, make = self._granularity, self._store.sequence
+        return outside_inference(lambda: make(name, shape, granularity=kind, temporary=temporary))
 
     def resume(self, name: str, tokens: int) -> int:
         """Takes up the lasting sequence ``name`` with its first ``tokens`` tokens, or as many as it

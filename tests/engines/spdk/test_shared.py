@@ -16,7 +16,7 @@ from integrations.transformers.test_cache import (  # noqa: F401
 )
 from integrations.transformers.test_tokens import (  # noqa: F401
     test_chunked_prefill,
-    test_heads_apart_on_the_drive,
+    test_either_order_on_the_drive,
     test_prompt_lookup_decoding,
     test_sliding_window_reads_only_the_window,
 )

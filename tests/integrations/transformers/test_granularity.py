@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from integrations.transformers.models import config_of, feed, random_kv
-from spdk_kv.integrations.transformers.cache import OffloadedKVCache
+from integrations.transformers.models import config_of, feed, model_of, prompt, random_kv
+from spdk_kv.integrations.transformers.cache import CACHE_ARGUMENT, OffloadedKVCache
 from spdk_kv.integrations.transformers.granularity import fastest_granularity
 from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
@@ -40,13 +40,18 @@ def test_what_is_asked_for_counts(store: KVStore, asked: Granularity | None) -> 
 
 
 def test_a_stored_cache_stays_as_it_was(tmp_path: Path) -> None:
-    where, config = f"file://{tmp_path}/kv", config_of("llama")
+    where, model = f"file://{tmp_path}/kv", model_of("llama")
+    text = prompt(1, 301)["input_ids"]
     with (
         open_store(where, capacity="64 MiB") as store,
-        OffloadedKVCache(store, config, name="chat", granularity="layer") as cache,
+        OffloadedKVCache(store, model, name="chat", granularity="layer") as cache,
+        torch.no_grad(),
     ):
-        feed([cache], 300)
-    with open_store(where) as store, OffloadedKVCache(store, config, name="chat") as cache:
+        model(text[:, :300], **{CACHE_ARGUMENT: cache})
+    with (
+        open_store(where) as store,
+        OffloadedKVCache(store, model, name="chat", input_ids=text) as cache,
+    ):
         assert cache.sequence is not None
         assert cache.sequence.granularity == "layer"
         k, _ = cache.update(*random_kv(1, 1), 0)
