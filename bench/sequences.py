@@ -92,8 +92,8 @@ def growth(store: spdk_kv.KVStore, rounds: int) -> list[Figure]:
     k = block(shape, 1)
     for layer in range(layers):
         for _ in range(tokens):
-            grown.append(layer, k, k)
-        whole.append(layer, k.expand(1, 8, tokens, 128), k.expand(1, 8, tokens, 128))
+            for sequence in (grown, whole):  # or the kernel would cache the one in larger parts
+                sequence.append(layer, k, k)
     for sequence in (grown, whole):
         sequence.read_ahead = False
         for layer in range(layers):
