@@ -82,9 +82,9 @@ def forks(store: spdk_kv.KVStore, rounds: int) -> list[Figure]:
     return found
 
 
-def growth(store: spdk_kv.KVStore, rounds: int) -> list[Figure]:
+def growth(store: spdk_kv.KVStore, rounds: int, path: str) -> list[Figure]:
     """Reads of what grew token by token, over those of one piece."""
-    layers, tokens = 4, 16384
+    layers, tokens = 2, 16384
     shape = spdk_kv.KVShape(layers, 8, 128, torch.bfloat16)
     fixed = spdk_kv.KVShape(layers, 8, 128, torch.bfloat16, tokens)
     grown = store.sequence("grown", shape, temporary=True)
@@ -117,7 +117,7 @@ def growth(store: spdk_kv.KVStore, rounds: int) -> list[Figure]:
     middle = sorted(ratios)[len(ratios) // 4 : -(len(ratios) // 4)]
     return [
         Figure(
-            f"reading a layer that grew by {pieces} pieces",
+            f"reading a layer of {pieces} pieces, {path}",
             statistics.median(ratios),
             "of one piece",
             min(middle),
@@ -165,11 +165,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix=".sequences-", dir=words.dir) as folder:
         for name, measure in (
             ("forks", lambda store: forks(store, words.rounds)),
-            ("growth", lambda store: growth(store, words.rounds)),
+            ("direct", lambda store: growth(store, words.rounds, "past the page cache")),
+            ("pagecache", lambda store: growth(store, words.rounds, "through the page cache")),
             ("stored", lambda store: stored(store, words.stored)),
         ):
             place = Path(folder) / name
-            with spdk_kv.open(place, capacity="4 GiB", flush_interval_s=None) as store:
+            policy = name if name in ("direct", "pagecache") else "adaptive"
+            with spdk_kv.open(
+                place,
+                capacity="4 GiB",
+                flush_interval_s=None,
+                page_cache=spdk_kv.PageCacheOptions(policy=policy),
+            ) as store:
                 found += measure(store)
     for one in found:
         spread = "" if one.low is None else f" ({one.low:.3g} to {one.high:.3g})"
