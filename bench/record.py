@@ -48,8 +48,11 @@ class Target:
         return value >= self.bound if self.side == "at least" else value <= self.bound
 
     def share(self, value: float) -> float:
-        """How far ``value`` is, as a factor: above 1 is better than what was asked."""
-        return value / self.bound if self.side == "at least" else self.bound / value
+        """How far ``value`` is, as a factor: above 1 is better than what was asked, at most 1,000
+        times where there is nothing of what was to be little."""
+        if self.side == "at least":
+            return value / self.bound
+        return self.bound / max(value, self.bound / 1000)
 
 
 @dataclass(frozen=True)

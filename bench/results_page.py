@@ -53,7 +53,7 @@ TITLES = {
         "layers as large as those of Llama 3.2 1B, `small` little but attention to compute.",
     ),
     "sequences": (
-        "Forks, growth, stored sequences",
+        "Forks and growth",
         "What it costs to begin with another sequence's tokens, to read one that grew token by "
         "token, and to have a thousand more that nobody uses.",
     ),
