@@ -16,11 +16,11 @@ BLOCK_NBYTES = 4096
 class ExtentTable:
     """An allocator whose extents come back only when nothing can read them any more.
 
-    Sequences may have an extent in common; it is counted. An extent that a record gives up is
-    *retired*: it is free again once the change is committed
-    (until then a crash would bring the old record back, which must still find its bytes) and no
-    read has it pinned. Where nothing is ever committed (``lasting`` is False) there is no old
-    record to come back. Not thread-safe: the store calls it under its lock.
+    An extent that a record gives up is *retired*: it is free again once the change is committed
+    (until then a crash would bring the old record back, which must still find its bytes), no other
+    sequence has it as well, and no read has it pinned. Where nothing is ever committed (``lasting``
+    is False) there is no old record to come back. Not thread-safe: the store calls it under its
+    lock.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TypeVar
@@ -14,20 +15,18 @@ from spdk_kv.store.catalog import Catalog
 T = TypeVar("T")
 
 
-class SpaceCalls:
+class SpaceCalls(ABC):
     """See :class:`KVStore`."""
 
     catalog: Catalog
     staging: StagingPool
     _stop: threading.Event
 
-    def flush(self, timeout_s: float | None = None) -> None:
-        """As :meth:`KVStore.flush`."""
-        raise NotImplementedError
+    @abstractmethod
+    def flush(self, timeout_s: float | None = None) -> None: ...
 
-    def run_in_background(self, work: Callable[[], T]) -> Future[T]:
-        """As :meth:`KVStore.run_in_background`."""
-        raise NotImplementedError
+    @abstractmethod
+    def run_in_background(self, work: Callable[[], T]) -> Future[T]: ...
 
     def trim(self, timeout_s: float | None = None) -> int:
         """Flushes, then gives all free space back, whatever ``EngineOptions.discard`` is: the end
