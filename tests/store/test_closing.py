@@ -91,9 +91,14 @@ def test_ctrl_c_while_close_waits_for_a_callback(tmp_path, interruptible):
         options = {"create": True, "index_dir": tmp_path / "index"}
         store = open_store(f"block://{node}", **options)
         begun, over = threading.Event(), threading.Event()
-        future = store.put_async("a", noise(1000))
-        future.add_done_callback(lambda _: (begun.set(), over.wait(60)))
-        begun.wait(60)
+
+        def wait_there(_: object) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                begun.set()
+                over.wait(60)
+
+        while not begun.wait(0.05):  # on this thread where the put was done before it was asked for
+            store.put_async("a", noise(1000)).add_done_callback(wait_there)
 
         def interrupt() -> None:
             wait_until(lambda: store._closed and store.engine._closed)
