@@ -12,7 +12,8 @@ from spdk_kv.errors import ShapeMismatch
 if TYPE_CHECKING:
     import torch
 
-Granularity = Literal["layer", "head"]
+Granularity = Literal["layer", "head", "token"]
+"""What lies contiguously: a layer's K and its V, those of one KV head, or K and V of each token."""
 
 PLAIN_DTYPES: Mapping[str, int] = {
     "bool": 1,

@@ -411,6 +411,14 @@ cdef class Transfer:
         cdef Piece *p = &self._pieces[piece]
         return (<unsigned char *>&self._t.crcs[p.first_chunk])[:4 * <Py_ssize_t>p.chunks]
 
+    def all_chunk_crcs(self):
+        """As :meth:`chunk_crcs`, of all pieces, one after the other."""
+        cdef Piece *last
+        if not self._count:
+            return b""
+        last = &self._pieces[self._count - 1]
+        return (<unsigned char *>self._t.crcs)[:4 * (<Py_ssize_t>last.first_chunk + last.chunks)]
+
     def __dealloc__(self):
         cdef Transfer_ *t = self._t
         cdef Queue_ *q

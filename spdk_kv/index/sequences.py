@@ -7,10 +7,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from spdk_kv.errors import SpdkKvError
-from spdk_kv.types import KVShape, LayerShape
+from spdk_kv.types import Granularity, KVShape, LayerShape
 
 
 class PieceRecord(NamedTuple):
@@ -27,7 +27,7 @@ class PieceRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SequenceRecord:
-    """A sequence: shape, ``"layer"`` or ``"head"``, bytes per checksummed chunk, its pieces, the
+    """A sequence: shape, granularity, bytes per checksummed chunk, its pieces, the
     tokens of each layer, for each extent one little-endian uint32 CRC32C per chunk, the row map and
     the note (opaque bytes here), and whether it is kept from eviction.
 
@@ -36,7 +36,7 @@ class SequenceRecord:
     """
 
     shape: KVShape
-    granularity: str
+    granularity: Granularity
     chunk_nbytes: int
     pieces: tuple[PieceRecord, ...]
     tokens: tuple[int, ...]
@@ -56,7 +56,8 @@ class SequenceRecord:
         return replace(self, tokens=(), checksums=(), row_map=b"", note=b"")
 
 
-GRANULARITIES = ("layer", "head")
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+"""Format 1 has their positions."""
 _GRANULARITY = {name: name for name in GRANULARITIES}
 
 # A body begins with this, the length of a JSON header, and the header; then, each as little-endian
@@ -218,7 +219,7 @@ def _parse_format_1(body: bytes) -> SequenceRecord:
 
 def _check(record: SequenceRecord) -> None:
     if record.granularity not in GRANULARITIES:
-        raise ValueError(f"granularity is 'layer' or 'head', not {record.granularity!r}")
+        raise ValueError(f"there is no granularity {record.granularity!r}")
     if record.chunk_nbytes < 1:
         raise ValueError("chunk_nbytes is positive")
     if len(record.tokens) != record.shape.layers or min(record.tokens) < 0:

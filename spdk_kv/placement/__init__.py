@@ -10,7 +10,12 @@ from __future__ import annotations
 
 from spdk_kv.placement.allocator import Allocator, damaged_extents
 from spdk_kv.placement.count import COUNT_NBYTES, COUNT_OFFSET, pack_count, parse_count
-from spdk_kv.placement.layout import CHUNK_NBYTES, LayerLayout, SequenceLayout
+from spdk_kv.placement.layout import (
+    CHUNK_NBYTES,
+    LayerLayout,
+    SequenceLayout,
+    with_small_chunks,
+)
 from spdk_kv.placement.lock import CommandsLock, StoreLock, owner_of
 from spdk_kv.placement.pieces import Ground, Piece, Stretch, grounds, locate
 from spdk_kv.placement.ranges import Ranges
@@ -52,4 +57,5 @@ __all__ = [
     "pack",
     "pack_count",
     "parse_count",
+    "with_small_chunks",
 ]

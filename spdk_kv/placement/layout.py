@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from spdk_kv.errors import ShapeMismatch
 from spdk_kv.types import Granularity, KVShape, LayerShape
@@ -15,6 +15,10 @@ CHUNK_NBYTES = 16 << 10
 """Bytes that share one checksum, and the least that a verified read moves. Part of the on-disk
 format: a sequence's record keeps the size that it was made with."""
 
+# A block of most drives.
+_LEAST_CHUNK_NBYTES = 4096
+# As many as are read together at least where single tokens are chosen (arXiv 2511.11907).
+_FEW_TOKENS = 4
 # Where the values of a joint row begin, and a whole row: any element may begin there.
 _JOINT_ALIGNMENT = 16
 
@@ -25,18 +29,21 @@ class LayerLayout:
 
     Its K is one unit, its V another. A unit is one extent (``layer``) or one per KV head
     (``head``). Where K and V are unlike, both are one unit of one extent (``joint``), so that all
-    extents of a layer grow alike. An extent holds the tokens in order, each with these elements:
+    extents of a layer grow alike. With ``token`` both are one unit as well, of one extent per batch
+    row: K and V of a few tokens of one row are one read. An extent holds the tokens in order, each
+    with these elements:
 
     - ``layer``: ``[batch, kv_heads, head_dim]``;
     - ``head``: ``[batch, head_dim]``;
-    - ``joint``: ``[batch, keys and values]``, each ``[kv_heads, head_dim]``.
+    - ``joint``: ``[batch, keys and values]``, each ``[kv_heads, head_dim]``;
+    - ``token``: ``[keys and values]``, likewise.
 
     An append is contiguous that way, and a layer is one sequential read.
     """
 
     shape: LayerShape
     batch: int
-    order: Literal["layer", "head", "joint"]
+    order: Literal["layer", "head", "joint", "token"]
     chunk_nbytes: int
 
     @cached_property
@@ -44,6 +51,8 @@ class LayerLayout:
         """How many extents each of its units has."""
         if self.order == "joint":
             return (1,)
+        if self.order == "token":
+            return (self.batch,)
         return (self.shape.kv_heads,) * 2 if self.order == "head" else (1, 1)
 
     @cached_property
@@ -53,15 +62,15 @@ class LayerLayout:
 
     @cached_property
     def values_at(self) -> int:
-        """Where in one batch row of a joint token the values begin."""
+        """Where in one batch row of a token that has K and V together the values begin."""
         return align_up(self.shape.key_nbytes, _JOINT_ALIGNMENT)
 
     @cached_property
     def row_nbytes(self) -> int:
         """Bytes of one token in one extent."""
-        if self.order == "joint":
+        if self.order in ("joint", "token"):
             own = align_up(self.values_at + self.shape.value_nbytes, _JOINT_ALIGNMENT)
-            return self.batch * own
+            return self.batch * own // self.extents
         return self.batch * self.shape.key_nbytes // self.unit_extents[0]
 
     @property
@@ -101,11 +110,14 @@ class SequenceLayout:
     chunk_nbytes: int = CHUNK_NBYTES
 
     def __post_init__(self) -> None:
-        if self.granularity not in ("layer", "head"):
-            raise ShapeMismatch(f"granularity is 'layer' or 'head', not {self.granularity!r}")
-        if self.chunk_nbytes < 4096 or self.chunk_nbytes & (self.chunk_nbytes - 1):
+        if self.granularity not in get_args(Granularity):
             raise ShapeMismatch(
-                f"chunk_nbytes is a power of two from 4096 on, not {self.chunk_nbytes}"
+                f"granularity is 'layer', 'head' or 'token', not {self.granularity!r}"
+            )
+        least = _LEAST_CHUNK_NBYTES
+        if self.chunk_nbytes < least or self.chunk_nbytes & (self.chunk_nbytes - 1):
+            raise ShapeMismatch(
+                f"chunk_nbytes is a power of two from {least} on, not {self.chunk_nbytes}"
             )
 
     @cached_property
@@ -115,7 +127,8 @@ class SequenceLayout:
         for number in range(self.shape.layers if self.shape.per_layer else 1):
             shape = self.shape.layer(number)
             if shape not in made:
-                order = self.granularity if shape.is_even else "joint"
+                together = self.granularity == "token" or shape.is_even
+                order = self.granularity if together else "joint"
                 made[shape] = LayerLayout(shape, self.shape.batch, order, self.chunk_nbytes)
         if not self.shape.per_layer:
             return tuple(made.values()) * self.shape.layers
@@ -140,3 +153,13 @@ class SequenceLayout:
             for layer, count in zip(self.layers, each, strict=True)
             for _ in range(layer.extents)
         ]
+
+
+def with_small_chunks(layout: SequenceLayout) -> SequenceLayout:
+    """``layout`` with chunks for reads of four tokens: the largest that divide four of every
+    layer."""
+    chunk = layout.chunk_nbytes
+    fours = [_FEW_TOKENS * layer.row_nbytes for layer in layout.layers]
+    while chunk > _LEAST_CHUNK_NBYTES and any(nbytes % chunk for nbytes in fours):
+        chunk //= 2
+    return replace(layout, chunk_nbytes=chunk)

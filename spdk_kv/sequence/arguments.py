@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -69,3 +69,18 @@ def batch_order(batch: int, rows: Iterable[int]) -> np.ndarray[tuple[int], np.dt
     if index.shape != (batch,) or index.min() < 0 or index.max() >= batch:
         raise ShapeMismatch(f"reorder takes {batch} rows from 0 to {batch - 1}, not {index}")
     return index
+
+
+def group_list(groups: Any, group_tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """``groups`` as ``[n, 2]``: row of the batch and number of each. Raises ShapeMismatch where
+    they are anything else, or their size is not positive."""
+    if operator.index(group_tokens) < 1:
+        raise ShapeMismatch(f"a group has at least one token, not {group_tokens}")
+    found = np.asarray(groups)
+    if found.size == 0:
+        return np.empty((0, 2), np.int64)
+    if found.ndim != 2 or found.shape[1] != 2 or found.dtype.kind not in "iu":
+        raise ShapeMismatch(
+            f"groups are whole numbers [n, 2], not {found.dtype} {list(found.shape)}"
+        )
+    return found.astype(np.int64)

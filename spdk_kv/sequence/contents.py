@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from spdk_kv._native.memory import Lease
 from spdk_kv._native.transfer import Transfer
@@ -83,6 +85,8 @@ class Contents:
         self.units = units
         self.failure: Exception | None = None
         """Why the layer cannot be used any more: a write failed, or the sequence was deleted."""
+        self.shrinks = 0
+        """How often it had less from one moment to the next."""
         # The checksums of each extent's chunks, as far as their writes are settled.
         self._crcs = [bytearray() for _ in range(layout.extents)]
         self._paths = paths
@@ -108,6 +112,11 @@ class Contents:
         return self.state.stored_nbytes
 
     @property
+    def end_nbytes(self) -> int:
+        """Bytes of every extent that its tokens take."""
+        return self.state.tokens * self.layout.row_nbytes
+
+    @property
     def tail_nbytes(self) -> int:
         """Bytes of every extent that are in the tail."""
         return self.tail_nbytes_of(self.state)
@@ -125,6 +134,7 @@ class Contents:
 
     def shrink(self, state: State) -> None:
         """``state`` is the layer's from here on, with less in it than before."""
+        self.shrinks += 1
         # First, so that nothing serves bytes of which others may take the place.
         self._resize(state.stored_nbytes)
         self.state = state
@@ -138,6 +148,26 @@ class Contents:
     def ranges(self, number: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         """(offset, nbytes) on the drive of bytes ``[start, end)`` of extent ``number``."""
         return locate(self.ground, number, start, end)
+
+    def pieces(
+        self,
+        numbers: np.ndarray[Any, Any],
+        starts: np.ndarray[Any, Any],
+        ends: np.ndarray[Any, Any],
+        addresses: np.ndarray[Any, Any],
+    ) -> list[np.ndarray[Any, np.dtype[np.uint64]]]:
+        """Offsets on the drive, addresses and sizes of what bytes ``[starts[i], ends[i])`` of
+        extents ``numbers[i]``, from ``addresses[i]`` on, are in; in their order."""
+        found = []
+        for stretch in self.ground:
+            first, last = np.maximum(starts, stretch.start), np.minimum(ends, stretch.end)
+            some = np.flatnonzero(first < last)
+            first, last = first[some], last[some]
+            offsets = np.asarray(stretch.offsets)[numbers[some]] + first - stretch.start
+            found.append((some, offsets, addresses[some] + first - starts[some], last - first))
+        which, *parts = (np.concatenate(each) for each in zip(*found, strict=True))
+        order = np.argsort(which, kind="stable")
+        return [part[order].astype(np.uint64) for part in parts]
 
     def has_room(self, end: int) -> bool:
         """Whether every extent may be written from the end of what is stored to byte ``end``."""
@@ -174,6 +204,25 @@ class Contents:
     def crcs(self, number: int, start: int, end: int) -> bytes:
         """The checksums of bytes ``[start, end)`` of extent ``number``, whole chunks."""
         return bytes(self._crcs[number][self._place_of_crc(start) : self._place_of_crc(end)])
+
+    def crcs_of(
+        self,
+        numbers: np.ndarray[Any, Any],
+        starts: np.ndarray[Any, Any],
+        ends: np.ndarray[Any, Any],
+    ) -> bytes:
+        """The checksums of bytes ``[starts[i], ends[i])`` of extents ``numbers[i]``, whole chunks,
+        one after the other."""
+        chunk = self.layout.chunk_nbytes
+        counts = (ends - starts) // chunk
+        firsts = np.repeat(starts // chunk - np.cumsum(counts) + counts, counts)
+        at, extents = firsts + np.arange(len(firsts)), np.repeat(numbers, counts)
+        found = np.empty(len(at), "<u4")
+        for number in np.unique(numbers):
+            mine = extents == number
+            # Of a copy: a bytearray that numpy looks at could not grow.
+            found[mine] = np.frombuffer(bytes(self._crcs[number]), "<u4")[at[mine]]
+        return found.tobytes()
 
     def _place_of_crc(self, at: int) -> int:
         return at // self.layout.chunk_nbytes * CRC_NBYTES

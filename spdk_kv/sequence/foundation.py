@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequential
+from contextlib import contextmanager
 from functools import cached_property
 
 from spdk_kv.deadline import NEVER, Deadline
-from spdk_kv.errors import ClosedError, ShapeMismatch
+from spdk_kv.errors import ClosedError, ShapeMismatch, SpdkKvError, is_unreadable
 from spdk_kv.index import SequenceRecord
 from spdk_kv.placement import SequenceLayout
 from spdk_kv.sequence.ahead import ReadAhead
@@ -113,6 +114,15 @@ class Foundation:
     def is_news(self, failure: Exception, audience: str) -> bool:
         """For :meth:`KVStore.flush`: see :meth:`Recorder.is_news`."""
         return self._recorder.is_news(failure, audience)
+
+    @contextmanager
+    def _counting_corruption(self) -> Iterator[None]:
+        try:
+            yield
+        except SpdkKvError as failure:
+            if is_unreadable(failure):
+                self._host.catalog.count_corruption()
+            raise
 
     def _mark_dirty(self) -> None:
         self._recorder.mark_dirty()

@@ -51,9 +51,10 @@ class Layer:
         self.lock = threading.RLock()
         self.name = contents.name
         self.contents = contents
-        self._paths = paths
-        self._verify = verify
-        self.order = RowOrder(contents.layout.batch)
+        self.paths = paths
+        self.verify = verify
+        layout = contents.layout
+        self.order = RowOrder(layout.batch, apart=layout.order == "token")
         self._tail = Tail(contents, paths.routes.writer, staging)
         self.writer = Writer(contents, self._tail, paths, staging)
         self.reader = Reader(
@@ -95,7 +96,7 @@ class Layer:
             contents.tail_nbytes + count * contents.layout.row_nbytes
             >= contents.layout.chunk_nbytes
         ):
-            self._paths.backlog.add(self)
+            self.paths.backlog.add(self)
         step = count if gpu is not None else self.writer.slice_tokens
         self.order.append(self.tokens, count)
         state = contents.state
@@ -164,7 +165,7 @@ class Layer:
 
     def restore(self, tokens: int, checksums: Sequence[bytes], row_map: bytes) -> None:
         """Takes up the recorded state; waits for the drive, to bring the tail back into memory."""
-        self._tail.load(self.contents.restore(tokens, checksums), self._verify)
+        self._tail.load(self.contents.restore(tokens, checksums), self.verify)
         self.order.restore(self.tokens, row_map)
 
     def begin_snapshot(

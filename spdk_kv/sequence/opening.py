@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spdk_kv.errors import CorruptionError, ShapeMismatch, SpdkKvError, is_unreadable
 from spdk_kv.index import SequenceRecord
-from spdk_kv.placement import CHUNK_NBYTES, Piece, SequenceLayout
+from spdk_kv.placement import CHUNK_NBYTES, Piece, SequenceLayout, with_small_chunks
 from spdk_kv.sequence.growth import Growth, restored
 from spdk_kv.sequence.host import Host
 from spdk_kv.sequence.sequence import Sequence
@@ -20,6 +20,8 @@ def create_sequence(
     while host.paths.routes.direct.segment_nbytes % chunk:
         chunk //= 2
     layout = SequenceLayout(shape, granularity, chunk)
+    if granularity == "token":
+        layout = with_small_chunks(layout)
     growth = Growth(host.catalog, layout)
     if shape.max_tokens is not None:
         growth.reserve(shape.max_tokens)
@@ -40,8 +42,7 @@ def restore_sequence(host: Host, name: str, record: SequenceRecord) -> Sequence:
     Raises ShapeMismatch where the store's segments do not fit it, and CorruptionError where its
     last chunk is damaged, in which case the sequence is dropped.
     """
-    granularity: Granularity = "head" if record.granularity == "head" else "layer"
-    layout = SequenceLayout(record.shape, granularity, record.chunk_nbytes)
+    layout = SequenceLayout(record.shape, record.granularity, record.chunk_nbytes)
     segment_nbytes = host.paths.routes.direct.segment_nbytes
     if segment_nbytes % layout.chunk_nbytes:
         raise ShapeMismatch(

@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 
 
 class RowOrder:
-    """For each token, which stored row of the batch is row b now; its own until that changes."""
+    """For each token, which stored row of the batch is row b now; its own until that changes.
 
-    def __init__(self, batch: int) -> None:
+    ``apart``: whether each row of the batch has an extent of its own.
+    """
+
+    def __init__(self, batch: int, apart: bool = False) -> None:
         self._batch = batch
+        self._apart = apart
         self.changes = 0
         """How often :meth:`change` was called."""
         # rows[t, b]: the stored row, for at least the tokens that there are; None while each is its
@@ -52,10 +56,25 @@ class RowOrder:
 
         rows = self._rows[first:last]
         tokens, batch = rows.shape
-        index = np.arange(tokens)[:, None] * batch + rows
-        flat = stored.reshape(stored.shape[0], tokens * batch, -1 if tokens else 1)
+        if self._apart:
+            index = (rows * tokens + np.arange(tokens)[:, None]).T
+            flat = stored.reshape(1, batch * tokens, -1 if tokens else 1)
+        else:
+            index = np.arange(tokens)[:, None] * batch + rows
+            flat = stored.reshape(stored.shape[0], tokens * batch, -1 if tokens else 1)
         picked = torch.index_select(flat, 1, buffer.local(torch.from_numpy(index.reshape(-1))))
         return picked.reshape(stored.shape)
+
+    def stored_rows(
+        self, groups: np.ndarray[Any, Any], group_tokens: int
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Of each of ``groups`` (row of the batch, number), the stored row: of all its tokens,
+        ``[n, 1]``, or where rows have changed places of each of them, ``[n, group_tokens]``."""
+        if self._rows is None:
+            return groups[:, :1]
+        tokens = groups[:, 1:] * group_tokens + np.arange(group_tokens)
+        rows: np.ndarray[Any, np.dtype[np.int64]] = self._rows[tokens, groups[:, :1]].astype("i8")
+        return rows
 
     def as_bytes(self, tokens: int) -> bytes:
         """The map of the first ``tokens``, as little-endian int32 ``[tokens, batch]``; empty if

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -79,8 +79,7 @@ class Reader:
         self._extend_to(reading, self._layout.token_range(0, last)[1], priority)
 
     def _extend_to(self, reading: Reading, end: int, priority: int = 0) -> None:
-        stored = self._contents.stored_nbytes
-        end = min(self._pending[0].start if self._pending else stored, stored, end)
+        end = min(self.on_drive_nbytes, end)
         if end <= reading.requested:
             return
         for unit, extents in by_path(self._contents.units, reading.extents):
@@ -90,6 +89,25 @@ class Reader:
             else:
                 self._paths.routes.route(unit, reading.requested, end, request)
         reading.requested = end
+
+    @property
+    def on_drive_nbytes(self) -> int:
+        """Bytes of every extent that the drive has; the rest is in memory."""
+        stored = self._contents.stored_nbytes
+        return min(self._pending[0].start, stored) if self._pending else stored
+
+    def in_memory(self, extents: range, start: int, end: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """What is in memory of bytes ``[start, end)`` of ``extents``: where a part of it begins,
+        and that, ``[extents, bytes]``."""
+        stored = self._contents.stored_nbytes
+        for write in self._pending:
+            at, until = max(write.start, start), min(write.end, end, stored)
+            if at < until:
+                # Sooner than from the drive, which has yet to write it.
+                yield at, write.part(extents, at, until)
+        if end > stored:
+            at = max(stored, start)
+            yield at, self._tail.part(extents, at, end)
 
     def has_room(self, reading: Reading, last: int) -> bool:
         """Whether the buffer has room up to token ``last``."""
@@ -103,17 +121,11 @@ class Reader:
         buffer, extents, start = reading.buffer, reading.extents, reading.start
         if last == reading.first:
             return buffer.local(tensor_from(None, "uint8", (len(extents), 0)))
-        row, stored = self._layout.row_nbytes, self._contents.stored_nbytes
+        row = self._layout.row_nbytes
         begin, end = reading.first * row, last * row
         rows = buffer.as_bytes(len(extents), reading.per_extent)
-        for write in self._pending:
-            at, until = max(write.start, start), min(write.end, end, stored)
-            if at < until:
-                # Sooner than from the drive, which has yet to write it.
-                rows[:, at - start : until - start] = buffer.local(write.part(extents, at, until))
-        if end > stored:
-            at = max(stored, start)
-            rows[:, at - start : end - start] = buffer.local(self._tail.part(extents, at, end))
+        for at, part in self.in_memory(extents, start, end):
+            rows[:, at - start : at - start + part.shape[1]] = buffer.local(part)
         return self._order.apply(rows[:, begin - start : end - start], reading.first, last, buffer)
 
     def read_chunk(self, start: int, deadline: Deadline) -> torch.Tensor:
@@ -122,16 +134,29 @@ class Reader:
 
     def begin_chunk(self, start: int, deadline: Deadline) -> Callable[[], torch.Tensor]:
         """Starts what :meth:`read_chunk` does; the call that is returned does the rest."""
-        chunk, every = self._layout.chunk_nbytes, self._contents.extents
-        buffer = ReadBuffer(self._staging, len(every) * chunk, None)
-        reading = self._reading(buffer, every, 0, start, chunk)
-        self._extend_to(reading, start + chunk)
+        every = self._contents.extents
+        return self._begin_range(every, start, start + self._layout.chunk_nbytes, deadline)
+
+    def read_range(self, number: int, start: int, end: int, deadline: Deadline) -> torch.Tensor:
+        """Bytes ``[start, end)`` of extent ``number``, whole chunks that the drive has. Waits."""
+        return self._begin_range(range(number, number + 1), start, end, deadline)()[0]
+
+    def _begin_range(
+        self, extents: range, start: int, end: int, deadline: Deadline
+    ) -> Callable[[], torch.Tensor]:
+        buffer = self.buffer(len(extents) * (end - start))
+        reading = self._reading(buffer, extents, 0, start, end - start)
+        self._extend_to(reading, end)
 
         def finish() -> torch.Tensor:
             reading.complete(deadline)
-            return buffer.as_bytes(len(every), chunk)
+            return buffer.as_bytes(len(extents), end - start)
 
         return finish
+
+    def buffer(self, nbytes: int) -> ReadBuffer:
+        """Staging memory to read into."""
+        return ReadBuffer(self._staging, nbytes, None)
 
     # -- reading ahead --------------------------------------------------------------------------
 

@@ -53,17 +53,22 @@ def _halves(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V as views of ``rows``, in dtypes of the size of theirs."""
     tokens, shape = rows.shape[1] // layout.row_nbytes, layout.shape
-    if layout.order == "joint":
-        own = rows.view(tokens, layout.batch, layout.row_nbytes // layout.batch)
+    heads = shape.kv_heads
+    if layout.order in ("joint", "token"):
+        if layout.order == "joint":
+            own = rows.view(tokens, layout.batch, -1).transpose(0, 1)
+        else:
+            own = rows.view(layout.batch, tokens, -1)
         keys = own[..., : shape.key_nbytes].view(key_dtype)
-        values = own[..., layout.values_at : layout.values_at + shape.value_nbytes]
+        values = own[..., layout.values_at : layout.values_at + shape.value_nbytes].view(
+            value_dtype
+        )
         return (
-            keys.view(*own.shape[:2], shape.kv_heads, -1).permute(1, 2, 0, 3),
-            values.view(value_dtype).view(*own.shape[:2], shape.kv_heads, -1).permute(1, 2, 0, 3),
+            keys.view(*own.shape[:2], heads, shape.head_dim).transpose(1, 2),
+            values.view(*own.shape[:2], heads, shape.value_dim or 0).transpose(1, 2),
         )
     both = rows.view(key_dtype).view(layout.extents, tokens, *layout.row_shape)
     if layout.order == "head":
-        heads = shape.kv_heads
         return both[:heads].permute(2, 0, 1, 3), both[heads:].permute(2, 0, 1, 3)
     return both[0].permute(1, 2, 0, 3), both[1].permute(1, 2, 0, 3)
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from spdk_kv._native.transfer import Transfer
 from spdk_kv.deadline import Deadline
-from spdk_kv.errors import CapacityError, ShapeMismatch, SpdkKvError, is_unreadable
+from spdk_kv.errors import CapacityError, ShapeMismatch
 from spdk_kv.sequence.arguments import batch_order, check_tokens, head_list, token_range
 from spdk_kv.sequence.forks import share
-from spdk_kv.sequence.foundation import Foundation
+from spdk_kv.sequence.group_calls import GroupCalls
 from spdk_kv.sequence.growth import Growth
 from spdk_kv.sequence.layer import Layer
 from spdk_kv.sequence.twins import Twins
@@ -28,7 +27,7 @@ T = TypeVar("T")
 _MOST_NOTE_NBYTES = 256 << 20
 
 
-class Sequence(Foundation, Twins):
+class Sequence(GroupCalls, Twins):
     """The KV cache of one request or batch; :meth:`KVStore.sequence` makes one.
 
     Layers are independent of each other: they may hold different numbers of tokens, and threads
@@ -46,7 +45,7 @@ class Sequence(Foundation, Twins):
 
     @property
     def granularity(self) -> Granularity:
-        """``layer`` or ``head``: what one extent holds."""
+        """``layer``, ``head`` or ``token``: what lies contiguously."""
         return self._layout.granularity
 
     @property
@@ -295,15 +294,6 @@ class Sequence(Foundation, Twins):
         deadline = Deadline(timeout_s)
         numbers = [self._usable_number(layer) for layer in layers]
         self._ahead.ask(numbers, first_token, spare_tokens, deadline)
-
-    @contextmanager
-    def _counting_corruption(self) -> Iterator[None]:
-        try:
-            yield
-        except SpdkKvError as failure:
-            if is_unreadable(failure):
-                self._host.catalog.count_corruption()
-            raise
 
     # -- changing -------------------------------------------------------------------------------
 

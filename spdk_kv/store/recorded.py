@@ -20,7 +20,6 @@ from spdk_kv.placement import (
 )
 from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.store.records import shown
-from spdk_kv.types import Granularity
 from spdk_kv.units import align_up, format_nbytes
 
 log = logging.getLogger(__name__)
@@ -78,8 +77,7 @@ class Recorded:
 
 def extents_of(sequence: SequenceRecord) -> list[tuple[int, int]]:
     """(offset, nbytes) of what was allocated for a recorded sequence."""
-    granularity: Granularity = "head" if sequence.granularity == "head" else "layer"
-    layout = SequenceLayout(sequence.shape, granularity, sequence.chunk_nbytes)
+    layout = SequenceLayout(sequence.shape, sequence.granularity, sequence.chunk_nbytes)
     try:
         return [place for each in sequence.pieces for place in Piece(*each).allocated(layout)]
     except (ValueError, ShapeMismatch) as error:

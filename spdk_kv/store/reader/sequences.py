@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from spdk_kv.errors import (
@@ -15,7 +16,7 @@ from spdk_kv.errors import (
     is_unreadable,
 )
 from spdk_kv.index import SequenceRecord
-from spdk_kv.sequence import Host, Sequence, restore_sequence
+from spdk_kv.sequence import GroupReading, Host, Sequence, restore_sequence
 from spdk_kv.store.reader.records import ReadRecords
 from spdk_kv.types import Granularity, KVShape
 
@@ -140,10 +141,23 @@ class SequenceReader(Sequence):
         """As :meth:`Sequence.read`. KeyNotFound where the writer has changed since what was to be
         read; CorruptionError where it has not, and the bytes are wrong all the same."""
         state = self._now()
-        try:
+        with self._refusing_changed(state):
             return state.restored.read(
                 layer, tokens=tokens, heads=heads, device=device, timeout_s=timeout_s
             )
+
+    def start_groups(
+        self, layer: int, groups: Any, group_tokens: int, *, timeout_s: float | None = None
+    ) -> GroupReading:
+        """As :meth:`Sequence.start_groups`; finishing it fails as :meth:`read` does."""
+        state = self._now()
+        reading = state.restored.start_groups(layer, groups, group_tokens, timeout_s=timeout_s)
+        return reading.guarded(lambda: self._refusing_changed(state))
+
+    @contextmanager
+    def _refusing_changed(self, state: _State) -> Iterator[None]:
+        try:
+            yield
         except SpdkKvError as failure:
             if is_unreadable(failure):
                 self._sequences.refuse_if_changed(self.name, state.record, failure)
