@@ -13,7 +13,7 @@ import numpy as np
 from spdk_kv._native.transfer import Transfer
 from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import Engine
-from spdk_kv.errors import DeviceError, DeviceTimeout, ShapeMismatch
+from spdk_kv.errors import CorruptionError, DeviceError, DeviceTimeout, ShapeMismatch
 from spdk_kv.paths import TrackedUnit
 from spdk_kv.sequence.buffer import ReadBuffer
 from spdk_kv.sequence.layer import Layer
@@ -187,7 +187,7 @@ class GroupReading:
                 part.engine.wait(transfer, deadline)
             except DeviceTimeout:
                 raise
-            except DeviceError:
+            except (DeviceError, CorruptionError):
                 return False
             cached = unit if part.engine is not paths.routes.direct else None
             if cached is not None and cached.copy_epoch != part.copy_epoch:

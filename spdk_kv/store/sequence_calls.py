@@ -37,8 +37,9 @@ class SequenceCalls(ABC):
             name: Any text. The same object comes back for the same name, as long as somebody holds
                 it; with the last reference a sequence whose tokens are recorded leaves memory.
             shape: Needed to create; where the sequence exists, it must match.
-            granularity: What lies contiguously, ``"layer"`` (the default) or ``"head"``; where the
-                sequence exists, it must match.
+            granularity: What lies contiguously: ``"layer"`` (the default) a layer's K, and its V;
+                ``"head"`` those of one KV head; ``"token"`` K and V of each token of a row of the
+                batch, for :meth:`Sequence.read_groups`. Where the sequence exists, it must match.
             temporary: The sequence goes away when the store is closed, and flushes pass it by.
 
         Returns:

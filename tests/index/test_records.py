@@ -76,7 +76,7 @@ def sequence_records(draw: Any) -> SequenceRecord:
 
     return SequenceRecord(
         shape=shape,
-        granularity=draw(st.sampled_from(["layer", "head"])),
+        granularity=draw(st.sampled_from(["layer", "head", "token"])),
         chunk_nbytes=draw(dimensions),
         pieces=tuple(piece() for _ in range(draw(st.integers(0, 3)))),
         tokens=tuple(draw(st.lists(offsets, min_size=shape.layers, max_size=shape.layers))),
@@ -193,7 +193,7 @@ def test_a_blob_out_of_range_is_refused(record: BlobRecord) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"granularity": "token"},
+        {"granularity": "page"},
         {"chunk_nbytes": 0},
         {"tokens": (1,)},
         {"tokens": (1, -1)},

@@ -20,7 +20,7 @@ from spdk_kv.types import torch_dtypes
 from store.helpers import assert_same, flip, folder_fixture
 
 folder = folder_fixture
-GRANULARITIES = ("layer", "head")
+GRANULARITIES = ("layer", "head", "token")
 # Tokens of one 16 KiB chunk and around it, one by one and many at once.
 STEPS = [1, 1, 30, 67, 1, 210, 1, 136, 3]
 WAYS = {

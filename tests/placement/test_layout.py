@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from spdk_kv.errors import ShapeMismatch
-from spdk_kv.placement import SequenceLayout
+from spdk_kv.placement import SequenceLayout, with_small_chunks
 from spdk_kv.types import KVShape, LayerShape
 
 SHAPE = KVShape(layers=3, kv_heads=4, head_dim=8, dtype="float16", max_tokens=100, batch=2)
@@ -78,4 +78,24 @@ def test_a_chunk_is_a_power_of_two_from_a_page_on(chunk_nbytes: int) -> None:
     with pytest.raises(ShapeMismatch, match="power of two"):
         replace(layout, chunk_nbytes=chunk_nbytes)
     with pytest.raises(ShapeMismatch, match="granularity"):
-        replace(layout, granularity="token")
+        replace(layout, granularity="page")
+
+
+def test_k_and_v_of_a_token_lie_together_and_each_batch_row_apart() -> None:
+    latents = LayerShape(1, 512, "bfloat16", value_dim=65)
+    even = LayerShape(4, 8, "float16")
+    layout = SequenceLayout(KVShape.of_layers([latents, even], batch=3), "token", 4096)
+    first, second = layout.layers
+    assert (first.order, first.unit_extents, first.extents) == ("token", (3,), 3)
+    assert first.row_nbytes == 1168, "130 bytes of values, up to a multiple of 16"
+    assert (second.order, second.values_at, second.row_nbytes) == ("token", 64, 128)
+    assert (second.token_nbytes, layout.extents) == (3 * 128, 6)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "dtype", "chunk"),
+    [(8, 128, "bfloat16", 16384), (3, 64, "float32", 4096), (2, 128, "bfloat16", 4096)],
+)
+def test_small_chunks_divide_four_tokens_where_they_can(heads, dim, dtype, chunk) -> None:
+    layout = with_small_chunks(SequenceLayout(KVShape(2, heads, dim, dtype), "token", 16384))
+    assert layout.chunk_nbytes == chunk

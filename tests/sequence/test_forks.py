@@ -36,7 +36,7 @@ def fork_of(sequence: Sequence, reference: Reference, tokens: int, **options: An
 
 
 @pytest.mark.parametrize("max_tokens", [None, 900])
-@pytest.mark.parametrize("granularity", ["layer", "head"])
+@pytest.mark.parametrize("granularity", ["layer", "head", "token"])
 def test_parent_and_child_go_on_apart(folder, granularity, max_tokens):
     with open_store(folder, capacity="64 MiB") as store:
         sequence, reference = begun(store, granularity, [150, 37, 1], max_tokens=max_tokens)
@@ -294,7 +294,7 @@ def unlike() -> KVShape:
     return KVShape.of_layers(layers, None, 2)
 
 
-@pytest.mark.parametrize("granularity", ["layer", "head"])
+@pytest.mark.parametrize("granularity", ["layer", "head", "token"])
 def test_layers_and_halves_that_are_unlike(folder, granularity):
     shape = unlike()
 

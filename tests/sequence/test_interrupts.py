@@ -101,7 +101,7 @@ class Twice:
         goal.check(self.sequence)
 
 
-@pytest.fixture(params=["layer", "head"])
+@pytest.fixture(params=["layer", "head", "token"])
 def twice(request, folder) -> Iterator[Twice]:
     found = Twice(folder, request.param)
     yield found

@@ -17,7 +17,7 @@ from support.rounds import rounds
 from support.waiting import wait_until
 
 folder = folder_fixture
-GRANULARITIES = ("layer", "head")
+GRANULARITIES = ("layer", "head", "token")
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

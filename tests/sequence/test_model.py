@@ -118,7 +118,7 @@ class SequenceMachine(RuleBasedStateMachine):
             ]
 
 
-@pytest.mark.parametrize("granularity", ["layer", "head"])
+@pytest.mark.parametrize("granularity", ["layer", "head", "token"])
 @pytest.mark.parametrize("engine", ["uring", "threads", "pagecache"])
 def test_a_sequence_is_always_what_was_appended(engine: str, granularity: str) -> None:
     if engine == "uring":

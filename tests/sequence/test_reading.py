@@ -315,7 +315,7 @@ def test_an_existing_sequence_is_the_same_object_and_must_match(ram):
     with pytest.raises(KeyNotFound):
         ram.sequence("other")
     with pytest.raises(ShapeMismatch, match="granularity"):
-        ram.sequence("other", shape_of(), granularity="token")
+        ram.sequence("other", shape_of(), granularity="page")
     assert ram.sequences() == ["s"]
 
 

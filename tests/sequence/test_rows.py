@@ -23,7 +23,7 @@ class RowsMachine(RuleBasedStateMachine):
 
     @initialize(
         engine=st.sampled_from(["uring", "threads", "pagecache"]),
-        granularity=st.sampled_from(["layer", "head"]),
+        granularity=st.sampled_from(["layer", "head", "token"]),
     )
     def begin(self, engine, granularity):
         self.folder = tempfile.mkdtemp(prefix="spdk_kv-test-")

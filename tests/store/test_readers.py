@@ -313,10 +313,11 @@ def test_a_damaged_sequence_is_damage(reader, writer, folder):
 
 
 def test_a_sequence_reader_has_every_call_of_a_sequence():
-    """One that is added to Sequence would find none of its parts here."""
+    """One that is added to Sequence would find none of its parts here, unless it is made of others
+    of them."""
     for kind in (spdk_kv.Sequence, *spdk_kv.Sequence.__mro__[1:-2]):
         for name in vars(kind):
-            if not name.startswith("_") and name != "read_async":
+            if not name.startswith("_") and name not in ("read_async", "read_groups"):
                 assert name in vars(SequenceReader), name
 
 
