@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spdk_kv.sparse.kernels import softmax_max, top_groups
+from spdk_kv._native.score import softmax_max, top_groups
 from spdk_kv.sparse.keys import Keys, keys_from_state, make_keys
 from spdk_kv.sparse.keys.base import Floats, State
 from spdk_kv.sparse.settings import Settings

@@ -1,210 +1,204 @@
-"""Which groups are selected, and how a selection is judged."""
+"""Log-probabilities, the best groups and gathering, against numpy, by every implementation."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from spdk_kv.sparse import Selector, Settings, presets
+from spdk_kv._native import score as native
+from support.rounds import examples
+from support.scoring import NAMES
 
-WIDTH = 32
-G = 4
-
-
-def selector(k: torch.Tensor, **changes: Any) -> Selector:
-    named = {"keys": "exact", "tokens": 16, "group_tokens": G, "sinks": 4, "recent": 0, **changes}
-    made = Selector(Settings(**named))
-    made.append(k, first=None)
-    return made
+F32 = np.float32
+INF = F32(np.inf)
+NAN = F32(np.nan)
+steady = settings(max_examples=examples(60))
 
 
-def quiet(tokens: int, *, batch: int = 1, kv_heads: int = 2, size: float = 0.1) -> torch.Tensor:
-    made = torch.Generator().manual_seed(1)
-    return size * torch.randn(batch, kv_heads, tokens, WIDTH, generator=made)
+def softmax_max(scores, group, name=None):
+    out = np.full(-(-scores.shape[1] // group), 7, F32)
+    native.softmax_max(scores, group, out, name)
+    return out
 
 
-def query(batch: int = 1, heads: int = 4) -> torch.Tensor:
-    made = torch.Generator().manual_seed(2)
-    return torch.nn.functional.normalize(torch.randn(batch, heads, WIDTH, generator=made), dim=-1)
+def top_groups(scores, count, name=None):
+    out = np.full(min(count, len(scores)), -1, np.int64)
+    native.top_groups(scores, count, out, name)
+    return out
 
 
-def plant(
-    k: torch.Tensor, q: torch.Tensor, head: int, token: int, *, row: int = 0, size: float = 60
-) -> None:
-    """Makes ``head`` attend to ``token``."""
-    k[row, head * k.shape[1] // q.shape[1], token] = size * q[row, head]
+# -- log-probabilities ----------------------------------------------------------------------------
 
 
-def test_a_token_that_one_head_needs_is_found_where_the_mean_loses_it() -> None:
-    q = query()
-    k = quiet(200)
-    plant(k, q, head=3, token=150, size=30)
-    # All other heads agree on what they like a little, and their scores add up.
-    for token in range(40, 80):
-        k[0, :, token] = 20 * (q[0, :3].sum(0) - q[0, 3])
-    wanted = 150 // G
-    assert wanted in selector(k, sinks=0).select(q, whole_groups=50)[0]
-    assert wanted not in selector(k, sinks=0, aggregation="mean").select(q, whole_groups=50)[0]
+def softmax_max_by_numpy(scores, group):
+    wide = np.where(np.isnan(scores), -np.inf, scores).astype(float)
+    n = wide.shape[1]
+    out = np.full(-(-n // group), -np.inf)
+    for row in wide:
+        most = row.max(initial=-np.inf)
+        if most == np.inf:
+            logs = np.where(row == np.inf, 0, -np.inf)
+        elif most == -np.inf:
+            continue
+        else:
+            logs = row - most - np.log(np.exp(row - most).sum())
+        padded = np.full(len(out) * group, -np.inf)
+        padded[:n] = logs
+        out = np.maximum(out, padded.reshape(-1, group).max(axis=1))
+    with np.errstate(over="ignore"):
+        return out.astype(F32)
 
 
-@pytest.mark.parametrize("keys", ["exact", "codes"])
-def test_finds_what_every_head_needs(keys: str) -> None:
-    q, k = query(), quiet(200)
-    places = [30, 77, 123, 190]
-    for head, token in enumerate(places):
-        plant(k, q, head, token)
-    found = selector(k, keys=keys, tokens=20).select(q, whole_groups=50)
-    assert found.dtype == np.int64
-    assert found[0].tolist() == [0, *(token // G for token in places)]
+def check_softmax_max(scores, group):
+    expected = softmax_max_by_numpy(scores, group)
+    first = softmax_max(scores, group, NAMES[0])
+    np.testing.assert_allclose(first, expected, rtol=1e-6, atol=2e-5)
+    for name in NAMES[1:]:
+        assert softmax_max(scores, group, name).tobytes() == first.tobytes()
 
 
-def test_the_mean_takes_the_best_token_of_a_group() -> None:
-    q, k = query(), torch.zeros(1, 2, 80, WIDTH)
-    k[0, :, 41] = q[0].sum(0)
-    k[0, :, 63] = 0.5 * q[0].sum(0)
-    found = selector(k, aggregation="mean", sinks=0, tokens=8).select(q, whole_groups=20)
-    assert found[0].tolist() == [10, 15]
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 12, 16, 24, 64, 1000])
+def test_log_probabilities_are_those_of_numpy(group):
+    rng = np.random.default_rng(group)
+    for n in (0, 1, 3, 31, 32, 33, 700, 2051):
+        for heads, spread in ((0, 1), (1, 0), (3, 1), (2, 8), (2, 300)):
+            scores = (rng.standard_normal((heads, n)) * spread).astype(F32)
+            check_softmax_max(scores, group)
 
 
-def test_sinks_are_always_there() -> None:
-    q, k = query(), quiet(200)
-    for head in range(4):
-        plant(k, q, head, 100 + 8 * head)
-    found = selector(k, sinks=5, tokens=24).select(q, whole_groups=50)
-    assert found[0].tolist() == [0, 1, 25, 27, 29, 31]
-    everything = selector(k, sinks=16).select(q, whole_groups=50)
-    assert everything[0].tolist() == [0, 1, 2, 3]
+@pytest.mark.parametrize("group", [1, 3, 4, 16])
+def test_scores_that_are_not_finite(group):
+    rng = np.random.default_rng(group)
+    scores = rng.standard_normal((5, 203)).astype(F32)
+    scores[0, ::7] = NAN
+    scores[1, [3, 202]] = INF
+    scores[1, 10] = NAN
+    scores[2] = -INF
+    scores[3] = NAN
+    scores[4, ::5] = -INF
+    for rows in ([0], [1], [2], [3], [4], [2, 3], [0, 4], [0, 1, 2, 3, 4]):
+        check_softmax_max(scores[rows], group)
+    assert (softmax_max(scores[[2, 3]], group) == -INF).all()
+    assert softmax_max(scores[[1]], group)[-1] == 0
 
 
-def test_fewer_groups_than_are_wanted_are_all_taken() -> None:
-    q, k = query(2), quiet(15, batch=2)
-    assert selector(k).select(q, whole_groups=3).tolist() == [[0, 1, 2]] * 2
-    assert selector(k).select(q, whole_groups=0).shape == (2, 0)
+def test_the_greatest_and_the_least_floats():
+    greatest = np.finfo(F32).max
+    scores = np.array([[greatest, -greatest, 0, 1e-45, -INF]], F32)
+    check_softmax_max(scores, 1)
 
 
-def test_a_prompt_that_is_shorter_than_a_group() -> None:
-    held = selector(quiet(3))
-    assert held.select(query(), whole_groups=held.settings.whole_groups(3)).shape == (1, 0)
-    assert held.coverage(query(), np.empty((1, 0), np.int64), whole_groups=0).tolist() == [1.0]
+def test_long_rows_keep_their_precision():
+    scores = np.zeros((1, 300_000), F32)
+    np.testing.assert_allclose(softmax_max(scores, 4), -np.log(300_000), rtol=1e-6)
 
 
-def test_groups_that_are_not_known_yet_are_refused() -> None:
-    with pytest.raises(ValueError, match="only 15 tokens are known"):
-        selector(quiet(15)).select(query(), whole_groups=4)
+special = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 3e38, -3e38, np.inf, -np.inf, np.nan])
+floats = st.one_of(special, st.floats(-30, 30, width=32))
 
 
-def test_rows_choose_for_themselves() -> None:
-    q, k = query(2), quiet(200, batch=2)
-    plant(k, q, 0, 60, row=0)
-    plant(k, q, 0, 140, row=1)
-    found = selector(k, tokens=8).select(q, whole_groups=50)
-    assert found.tolist() == [[0, 15], [0, 35]]
+@steady
+@given(st.lists(floats, max_size=80), st.integers(1, 9), st.sampled_from([1, 2, 4, 8]))
+def test_any_row_has_the_log_probabilities_of_numpy(values, heads, group):
+    row = np.array(values, F32)
+    scores = np.stack([np.roll(row, number) for number in range(heads)])
+    check_softmax_max(scores, group)
 
 
-def test_padding_is_chosen_only_where_there_is_nothing_else() -> None:
-    q, k = query(2), quiet(80, batch=2)
-    k[:, :, :40] = 1000 * q[0].sum(0)
-    held = selector(k, tokens=16, sinks=4)
-    found = held.select(q, first=[0, 42], whole_groups=20)
-    assert found[0].tolist() == [0, 1, 2, 3]
-    # Group 10 has the first real tokens of row 1, which are its sinks.
-    assert {10, 11} <= set(found[1].tolist())
-    assert (found[1] >= 10).all()
-    few = held.select(q, first=[0, 76], whole_groups=20)
-    assert few[1].tolist() == [0, 1, 2, 19]
-    none = held.select(q, first=[80, 90], whole_groups=20)
-    assert none.tolist() == [[0, 1, 2, 3]] * 2
+# -- the best groups ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", presets())
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_selection_is_whole_whatever_the_numbers_are(preset: str, bad: float) -> None:
-    keys = {"kvswap": "lowrank", "lowrank": "lowrank", "exact": "exact"}.get(preset, "codes")
-    aggregation = "mean" if preset == "kvswap" else "softmax_max"
-    k, q = quiet(200), query()
-    k[0, 0, 50:60] = bad
-    held = selector(k, keys=keys, aggregation=aggregation, tokens=80)
-    for queries in (q, q * bad, torch.full_like(q, bad)):
-        found = held.select(queries, first=[101], whole_groups=50)
-        assert found.shape == (1, 20)
-        assert (np.diff(found) > 0).all()
-        # There are 25 groups with real tokens, and none of padding is taken before them.
-        assert found.min() >= 25
-        assert found.max() < 50
-        covered = held.coverage(queries, found, first=[101], whole_groups=50)
-        assert 0 <= covered[0] <= 1
+def top_groups_by_numpy(scores, count):
+    """A stable sort keeps lower numbers first among equals."""
+    ordered = np.lexsort((-np.where(np.isnan(scores), 0, scores), np.isnan(scores)))
+    return np.sort(ordered[:count])
 
 
-def test_groups_that_cannot_be_scored_come_after_those_that_can() -> None:
-    q, k = query(), quiet(80)
-    k[0, :, 8:48] = float("nan")
-    found = selector(k, tokens=40, sinks=0).select(q, whole_groups=20)
-    assert found[0].tolist() == [0, 1, *range(12, 20)]
+def check_top_groups(scores, count):
+    for name in NAMES:
+        assert (top_groups(scores, count, name) == top_groups_by_numpy(scores, count)).all()
 
 
-def test_tokens_that_are_too_new_to_be_chosen_count_in_the_softmax() -> None:
-    q, k = query(heads=2), torch.zeros(1, 2, 88, WIDTH)
-    # Head 0 looks at the newest tokens, and what it likes among the others matters little to it.
-    for token, size in ((81, 400.0), (20, 40.0)):
-        k[0, 0, token] = size * q[0, 0]
-    k[0, 1, 60] = 20 * q[0, 1]
-    found = selector(k, tokens=4, sinks=0).select(q, whole_groups=20)
-    assert found[0].tolist() == [15]
+@pytest.mark.parametrize("n", [0, 1, 8, 33, 5000])
+def test_the_best_are_those_of_a_sort(n):
+    rng = np.random.default_rng(n)
+    rows = [
+        rng.standard_normal(n),
+        rng.integers(-2, 3, n),
+        np.zeros(n),
+        np.arange(n),
+        -np.arange(n),
+        np.where(rng.random(n) < 0.3, np.nan, rng.integers(-1, 2, n)),
+        rng.choice([0.0, -0.0, 1e-45, -1e-45, np.inf, -np.inf, np.nan, 3e38], n),
+        np.full(n, np.nan),
+        rng.standard_normal(n) * 1e-42,
+    ]
+    for row in rows:
+        for count in (0, 1, 2, n // 3, n - 1, n, n + 5):
+            if count >= 0:
+                check_top_groups(row.astype(F32), count)
 
 
-def test_the_scale_of_the_layer_is_the_one_of_the_softmax() -> None:
-    q, k = query(heads=2), torch.zeros(1, 2, 80, WIDTH)
-    # Head 0 has one token that stands out, head 1 two that stand out more.
-    k[0, 0, 20] = 30 * q[0, 0]
-    k[0, 1, 60] = k[0, 1, 70] = 36 * q[0, 1]
-    sharp = Selector(Settings(keys="exact", tokens=4, sinks=0), scale=1.0)
-    flat = Selector(Settings(keys="exact", tokens=4, sinks=0), scale=0.05)
-    for each in (sharp, flat, sharp.copy()):
-        each.append(k) if not each.tokens else None
-    assert sharp.select(q, whole_groups=20)[0].tolist() == [5]
-    assert flat.select(q, whole_groups=20)[0].tolist() == [15]
-    assert sharp.copy().select(q, whole_groups=20)[0].tolist() == [5]
+@steady
+@given(st.lists(st.one_of(special, st.floats(width=32)), max_size=60), st.integers(0, 70))
+def test_the_best_of_any_row_are_those_of_a_sort(values, count):
+    check_top_groups(np.array(values, F32), count)
 
 
-def test_coverage_is_that_of_the_head_that_loses_most() -> None:
-    q, k = query(), quiet(200, size=0.01)
-    for head, token in enumerate([30, 77, 123, 190]):
-        plant(k, q, head, token)
-    held = selector(k, tokens=20)
-    good = held.select(q, whole_groups=50)
-    assert held.coverage(q, good, whole_groups=50).tolist() == [1.0]
-    one_is_missing = good.copy()
-    one_is_missing[0, 4] = 48
-    covered, wanted = held.rescore(q, one_is_missing, whole_groups=50)
-    assert covered[0] < 0.1
-    assert (wanted == good).all()
+# -- gathering ------------------------------------------------------------------------------------
 
 
-def test_what_is_in_memory_anyway_is_covered() -> None:
-    q, k = query(heads=2), quiet(88, size=0.01)
-    for head in range(2):
-        plant(k, q, head, 85)
-    held = selector(k)
-    assert held.coverage(q, np.array([[7, 8, 9, 10]]), whole_groups=20)[0] > 0.9
-    assert held.coverage(q, np.array([[7, 8, 9, 10]]), whole_groups=22)[0] < 0.2
+def test_pieces_are_gathered():
+    source = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
+    offsets = np.array([0, 990, 5, 5, 17], np.int64)
+    target = np.zeros(50, np.uint8)
+    native.gather(source, offsets, 10, target)
+    assert (target == np.concatenate([source[o : o + 10] for o in offsets])).all()
+    native.gather(source, offsets[:0], 10, target[:0])
+    native.gather(source, np.array([1000], np.int64), 0, target[:0])
+    data = bytearray(6)
+    native.gather(b"0123456789", np.array([7, 2], np.int64), 3, data)
+    assert data == b"789234"
 
 
-def test_state_copy_truncation_and_reordering_reach_the_keys() -> None:
-    q, k = query(2), quiet(200, batch=2)
-    plant(k, q, 0, 60, row=0)
-    plant(k, q, 0, 140, row=1)
-    held = selector(k, keys="codes", tokens=8)
-    assert held.nbytes == held.keys.nbytes > 0
-    again = Selector.from_state(held.settings, held.state(), scale=1.0)
-    assert again.tokens == 200
-    assert again.scale == 1.0
-    assert again.select(q, whole_groups=50).tolist() == [[0, 15], [0, 35]]
-    again.reorder([1, 0])
-    assert again.select(q[[1, 0]], whole_groups=50).tolist() == [[0, 35], [0, 15]]
-    short = held.copy(100)
-    held.truncate(120)
-    assert (held.tokens, short.tokens) == (120, 100)
-    assert short.select(q, whole_groups=25)[0].tolist() == [0, 15]
+@pytest.mark.parametrize("offset", [-1, 91, 100, 2**62, -(2**63)])
+def test_pieces_that_lie_outside_are_refused_before_any_is_copied(offset):
+    target = np.full(30, 7, np.uint8)
+    offsets = np.array([0, 5, offset], np.int64)
+    with pytest.raises(ValueError, match="not within"):
+        native.gather(np.zeros(100, np.uint8), offsets, 10, target)
+    assert (target == 7).all()
+
+
+@pytest.mark.parametrize(("nbytes", "size"), [(10, 19), (10, 21), (-1, 0), (2**62, 0), (-10, -0)])
+def test_a_target_of_another_size_is_refused(nbytes, size):
+    with pytest.raises(ValueError, match=r"target has|not within"):
+        native.gather(
+            np.zeros(100, np.uint8), np.zeros(2, np.int64), nbytes, np.zeros(size, np.uint8)
+        )
+
+
+def test_pieces_greater_than_the_source_are_refused():
+    with pytest.raises(ValueError, match="not within"):
+        native.gather(bytes(10), np.zeros(1, np.int64), 11, bytearray(11))
+
+
+def test_counts_that_make_no_sense_are_refused():
+    scores, out = np.zeros((2, 9), F32), np.full(3, 7, F32)
+    for group in (0, -1, 2, 5):
+        with pytest.raises(ValueError, match="group"):
+            native.softmax_max(scores, group, out)
+    native.softmax_max(scores, 2**62, out[:1])
+    numbers = np.full(3, 7, np.int64)
+    for count in (-1, 2, 4):
+        with pytest.raises(ValueError, match=r"wanted|numbers"):
+            native.top_groups(scores[0], count, numbers)
+    assert (numbers == 7).all()
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(LookupError, match="abacus"):
+        native.top_groups(np.zeros(1, F32), 1, np.zeros(1, np.int64), "abacus")
+    assert native.implementation() == NAMES[0]

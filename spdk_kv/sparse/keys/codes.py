@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spdk_kv.sparse.kernels import encode, score
+from spdk_kv._native.score import encode, score
 from spdk_kv.sparse.keys.base import (
     Floats,
     State,
