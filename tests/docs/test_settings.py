@@ -13,6 +13,7 @@ import pytest
 import spdk_kv
 from docs.pages import page
 from spdk_kv.integrations.transformers import OffloadedKVCache, PromptCache
+from spdk_kv.sparse import Settings
 from spdk_kv.store import KVStore
 
 _ROW = re.compile(r"^\| ((?:`\w+`(?:, )?)+) \|[^|]*\| *(?:`([^`]*)`)?[^|]*\|", re.MULTILINE)
@@ -53,6 +54,7 @@ def settings_of(what: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         (spdk_kv.KVShape, "KVStore.sequence and KVShape"),
         (OffloadedKVCache, "OffloadedKVCache"),
         (PromptCache, "PromptCache"),
+        (Settings, "sparse.Settings"),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
@@ -73,5 +75,6 @@ def test_the_page_names_no_setting_that_is_gone() -> None:
         (spdk_kv.PageCacheOptions, "PageCacheOptions"),
         (OffloadedKVCache, "OffloadedKVCache"),
         (PromptCache, "PromptCache"),
+        (Settings, "sparse.Settings"),
     ):
         assert set(shown(section)) <= {name for name, _ in settings_of(what)}
