@@ -11,6 +11,7 @@ import pytest
 from spdk_kv._native.transfer import READ
 from spdk_kv.engines import Engine, QueueOptions, open_engine, parse_location
 from spdk_kv.testing import address_of, memory, write
+from support.waiting import PATIENCE_S
 
 MIB = 1 << 20
 SMALL_NBYTES = 16 << 10
@@ -69,12 +70,12 @@ def test_nobody_submits_for_others(ring):
     start = threading.Barrier(6)
 
     def work(number: int) -> None:
-        start.wait(30)
+        start.wait(PATIENCE_S)
         for round_ in range(60):
             small = (number + round_) % 3 != 0
             transfer = reading(ring, SMALL_NBYTES if small else 8 * MIB)
             before = submitted_here()
-            ring.run(transfer, timeout_s=60)
+            ring.run(transfer, timeout_s=PATIENCE_S)
             if (found := submitted_here() - before) not in (0, SMALL_NBYTES * small):
                 wrong.append(f"{found} bytes while reading {transfer.nbytes}")
 
@@ -82,14 +83,14 @@ def test_nobody_submits_for_others(ring):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(PATIENCE_S)
     assert not wrong
 
 
 def test_a_transfer_that_waits_for_nobody_is_not_its_caller_s(ring):
     before = submitted_here()
     future = ring.start(reading(ring, SMALL_NBYTES), lambda t: t.status)
-    assert future.result(30) == 0
+    assert future.result(PATIENCE_S) == 0
     transfer = reading(ring, SMALL_NBYTES)
     transfer.submit()
     ring.wait(transfer)
