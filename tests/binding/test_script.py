@@ -14,6 +14,7 @@ import pytest
 from binding.machine import BDF, GROUP, SERIAL, Machine
 from spdk_kv.devices.inspection.reasons import Code
 from support.places import ROOT
+from support.waiting import PATIENCE_S
 
 SCRIPT = ROOT / "scripts/setup_vfio.py"
 # The system's Python, with nothing installed.
@@ -44,7 +45,7 @@ def machine(tmp_path: Path) -> Machine:
 def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [PYTHON, "-I", SCRIPT, "--root", root, *arguments],
-        capture_output=True, text=True, check=False, timeout=60,
+        capture_output=True, text=True, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
 
 
@@ -73,7 +74,11 @@ def test_script_needs_nothing_installed() -> None:
         "print(sorted(rooms - {'binding', 'devices', 'units', 'errors'}))"
     )
     done = subprocess.run(
-        [PYTHON, "-I", "-S", "-c", program], capture_output=True, text=True, check=True, timeout=60
+        [PYTHON, "-I", "-S", "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE_S,
     )
     assert done.stdout == "[]\n[]\n"
 
@@ -88,7 +93,7 @@ def test_script_leaves_no_bytecode_in_the_checkout(tmp_path: Path) -> None:
     copy = shutil.copy(SCRIPT, tmp_path / "scripts")
     done = subprocess.run(
         [PYTHON, copy, "--root", tmp_path, "status"],
-        capture_output=True, text=True, check=False, timeout=60,
+        capture_output=True, text=True, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "no NVMe drive on PCI\n")
     assert not list(tmp_path.rglob("__pycache__"))

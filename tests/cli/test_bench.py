@@ -22,7 +22,7 @@ from spdk_kv.errors import DeviceError, EngineUnavailable
 from spdk_kv.measure.io import OPS, Workload, fill, filled_memory, measure
 from support.subprocesses import interruptible_fixture
 from support.terminal import run_on_terminal
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 interruptible = interruptible_fixture
 KIB = 1 << 10
@@ -262,7 +262,7 @@ def test_interrupt_ends_cleanly_and_leaves_no_file(tmp_path: Path, op: str) -> N
     wait_until_measuring(process.pid, tmp_path)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    output, complaint = process.communicate(timeout=60)
+    output, complaint = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, output, complaint.strip()) == (130, "", "interrupted")
     assert time.monotonic() - began < 30  # half of what it would run
     assert list(tmp_path.iterdir()) == []

@@ -20,6 +20,7 @@ from spdk_kv.cli import main
 from spdk_kv.cli.bench import decode as bench_decode
 from spdk_kv.measure.decode.load import Load
 from support.subprocesses import interruptible_fixture
+from support.waiting import PATIENCE_S
 
 interruptible = interruptible_fixture
 MIB = 1 << 20
@@ -67,7 +68,7 @@ def test_ctrl_c_leaves_no_folder_and_no_process(tmp_path: Path) -> None:
             time.sleep(0.01)
         # As a terminal does: to all processes of the group, the measured one too.
         os.killpg(process.pid, signal.SIGINT)
-        _, complaints = process.communicate(timeout=60)
+        _, complaints = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode not in (0, -signal.SIGKILL), complaints

@@ -23,6 +23,7 @@ from spdk_kv.store import open as open_store
 from spdk_kv.types import KVShape
 from support.subprocesses import interruptible_fixture
 from support.terminal import read_terminal
+from support.waiting import PATIENCE_S
 
 interruptible = interruptible_fixture
 COMMAND = [sys.executable, "-m", "spdk_kv", "demo"]
@@ -120,7 +121,7 @@ def test_interrupt_ends_cleanly(environment: dict[str, str]) -> None:
     assert left_over(environment) != []
     process.send_signal(signal.SIGINT)
     shown += read_terminal(primary, lambda shown: b"interrupted" in shown)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=PATIENCE_S) == 130
     assert b"in memory" in shown  # the bar: standard error was a terminal
     assert b"Traceback" not in shown
     assert left_over(environment) == []

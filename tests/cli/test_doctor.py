@@ -24,6 +24,7 @@ from spdk_kv.devices.nvme import Namespace, NvmeDrive
 from spdk_kv.memory.available import CgroupLimit, MemorySnapshot
 from support.subprocesses import interruptible_fixture
 from support.terminal import run_on_terminal
+from support.waiting import PATIENCE_S
 
 interruptible = interruptible_fixture
 MIB = 1 << 20
@@ -166,7 +167,7 @@ def test_interrupt_is_one_line_and_status_130(endings: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=60)
+    _, complaint = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, complaint.strip()) == (130, "interrupted")
 
 
@@ -180,7 +181,7 @@ def test_reader_that_goes_away_makes_no_noise(endings: str) -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=PATIENCE_S) == 1
 
 
 def test_progress_bar_is_for_terminals_only(endings: str) -> None:

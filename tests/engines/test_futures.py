@@ -14,6 +14,7 @@ import pytest
 import spdk_kv
 from spdk_kv._native.transfer import READ
 from spdk_kv.engines import Engine, open_engine, parse_location
+from support.waiting import PATIENCE_S
 
 # Begins work that ends once the event is set.
 Begin = Callable[[threading.Event], "Future[Any]"]
@@ -25,11 +26,14 @@ def begun(request, caplog) -> Iterator[tuple[Begin, Callable[[], None]]]:
     caplog.set_level(logging.CRITICAL, "spdk_kv")
     if request.param == "engine":
         engine = open_engine(parse_location("null://"))
-        yield lambda end: engine.start(reading(engine), lambda _: end.wait(30)), engine.close
+        yield (
+            lambda end: engine.start(reading(engine), lambda _: end.wait(PATIENCE_S)),
+            engine.close,
+        )
         engine.close()
         return
     with spdk_kv.open("ram://", capacity="8 MiB") as store:
-        yield lambda end: store.run_in_background(lambda: end.wait(30)), store.close
+        yield lambda end: store.run_in_background(lambda: end.wait(PATIENCE_S)), store.close
 
 
 def reading(engine: Engine) -> Any:
@@ -78,20 +82,20 @@ def test_a_callback_may_raise_anything(begun, kind):
     for _ in range(6):  # more than a store has threads
         gate = Gate(fail)
         with_callback(begin, gate)
-        assert gate.over.wait(30)
-        assert begin(ended()).result(30)
+        assert gate.over.wait(PATIENCE_S)
+        assert begin(ended()).result(PATIENCE_S)
     close()
 
 
 def test_a_callback_may_wait_for_another_future(begun):
     begin, close = begun
     gates = [
-        Gate(lambda: begin(ended()).result(30)),
+        Gate(lambda: begin(ended()).result(PATIENCE_S)),
         Gate(lambda: len(wait([begin(ended())], 30).done)),
     ]
     for gate in gates:
         with_callback(begin, gate)
-        assert gate.over.wait(60)
+        assert gate.over.wait(PATIENCE_S)
     assert [gate.found for gate in gates] == [[True], [1]]
     close()
 
@@ -100,7 +104,7 @@ def test_a_callback_may_close_what_it_came_from(begun):
     begin, close = begun
     gate = Gate(close)
     with_callback(begin, gate)
-    assert gate.over.wait(60)
+    assert gate.over.wait(PATIENCE_S)
     with pytest.raises(spdk_kv.ClosedError):
         begin(ended())
 
@@ -119,7 +123,7 @@ def test_closing_waits_for_callbacks(begun):
 def test_what_exits_in_a_callback_is_logged(caplog):
     with spdk_kv.open("ram://", capacity="8 MiB") as store:
         end = threading.Event()
-        future = store.run_in_background(lambda: end.wait(30))
+        future = store.run_in_background(lambda: end.wait(PATIENCE_S))
         future.add_done_callback(lambda _: sys.exit(3))
         end.set()
     assert "exception calling callback" in caplog.text

@@ -22,7 +22,7 @@ from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.errors import ClosedError, DeviceError
 from spdk_kv.testing import SMALL, Medium, address_of, memory
 from support.media import EVERY, KEEPING, medium
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 BLOCK = 4096
 SEGMENT = SMALL.segment_nbytes
@@ -105,7 +105,7 @@ def test_a_depth_beyond_the_engine_s_own_room_still_works(keeping):
             transfer = engine.transfer(op, checksum=True)
             for at in range(0, len(data), BLOCK):
                 transfer.add(at, address_of(side) + at, BLOCK)
-            engine.run(transfer, timeout_s=60)
+            engine.run(transfer, timeout_s=PATIENCE_S)
             side[:] = data if op == READ else 0
         assert np.array_equal(side, data)
 
@@ -204,7 +204,7 @@ def test_eight_threads_share_a_queue(keeping):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_S)
     assert not failures
     assert engine.stats()["transfers"] == 8 * rounds * 2
     assert engine.queue.active == 0
@@ -213,15 +213,18 @@ def test_eight_threads_share_a_queue(keeping):
 def test_futures_carry_results_and_exceptions(any_engine):
     engine = any_engine.engine
     futures = [engine.start(reading(engine), lambda t: t.status) for _ in range(200)]
-    assert [future.result(30) for future in futures] == [0] * 200
+    assert [future.result(PATIENCE_S) for future in futures] == [0] * 200
 
     def fail(_):
         raise KeyError("mine")
 
     failing = engine.start(reading(engine), fail)
     with pytest.raises(KeyError, match="mine"):
-        failing.result(30)
-    assert engine.start(reading(engine), lambda t: t.done, priority=PREFETCH).result(30) is True
+        failing.result(PATIENCE_S)
+    assert (
+        engine.start(reading(engine), lambda t: t.done, priority=PREFETCH).result(PATIENCE_S)
+        is True
+    )
 
 
 def test_what_expires_and_then_ends_is_reaped_once(any_engine):
@@ -276,7 +279,7 @@ def test_what_a_transfer_keeps_goes_when_it_is_over(any_engine):
         if how == "run":
             engine.run(transfer)
         elif how == "start":
-            engine.start(transfer, lambda _: None).result(30)
+            engine.start(transfer, lambda _: None).result(PATIENCE_S)
             del transfer  # the reaper must not be the one that still holds it
         else:
             transfer.submit()
@@ -318,7 +321,7 @@ def test_memory_dropped_in_flight_is_not_reused_before_its_time(keeping):
 def test_a_closed_engine_says_so(any_engine):
     engine = any_engine.engine
     built = reading(engine)
-    engine.start(reading(engine), lambda _: None).result(30)
+    engine.start(reading(engine), lambda _: None).result(PATIENCE_S)
     engine.close()
     engine.close()
     for use in (
@@ -358,7 +361,7 @@ def test_closing_waits_for_what_is_in_flight_and_refuses_the_rest(kind, tmp_path
             engine.close()
             assert future.result(0) == 0
             for thread in threads:
-                thread.join(30)
+                thread.join(PATIENCE_S)
             assert outcomes == ["closed"] * 3
         (tmp_path / "medium.img").unlink(missing_ok=True)
 

@@ -30,6 +30,7 @@ from spdk_kv.index import (
     snapshot,
 )
 from spdk_kv.types import KVShape
+from support.waiting import PATIENCE_S
 
 SHAPE = KVShape(2, 1, 64, "float32", 100, 1)
 
@@ -459,7 +460,7 @@ def test_a_fork_waits_for_a_call_of_sqlite(monkeypatch: pytest.MonkeyPatch) -> N
 
     caller = threading.Thread(target=call)
     caller.start()
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE_S)
     assert free_in_a_child(lock)
     caller.join()
     assert lock.acquire(blocking=False)

@@ -15,6 +15,7 @@ from link.helpers import DEVICES, EMULATED, Linked, linked_store
 from spdk_kv.errors import CorruptionError, DeviceError, DeviceTimeout, KeyNotFound, ShapeMismatch
 from spdk_kv.types import torch_dtypes
 from store.helpers import assert_same, extent_of, flip, folder_fixture, noise, tensor_of
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 
@@ -100,14 +101,14 @@ def test_many_at_once_and_mixtures(linked):
 
 def test_futures(linked):
     data = noise(1 << 20)
-    linked.store.put_async("a", data.to(linked.device)).result(30)
-    found = linked.store.get_async("a", device=linked.device).result(30)
+    linked.store.put_async("a", data.to(linked.device)).result(PATIENCE_S)
+    found = linked.store.get_async("a", device=linked.device).result(PATIENCE_S)
     assert_same(found, data)
     pending = [linked.store.get_async("a", device=linked.device) for _ in range(8)]
     del found
     gc.collect()
     for one in pending:
-        assert_same(one.result(30), data)
+        assert_same(one.result(PATIENCE_S), data)
 
 
 def test_a_damaged_blob_is_never_returned(linked):
@@ -135,13 +136,13 @@ def test_a_copy_that_fails_is_an_error_and_loses_nothing(emulated, at_once):
         store.get("a", device="cpu")
     link.fail(2, at_once=at_once)
     with pytest.raises(DeviceError, match="to the GPU"):
-        store.get_async("a", device="cpu").result(30)
+        store.get_async("a", device="cpu").result(PATIENCE_S)
     link.fail(2, at_once=at_once)
     with pytest.raises(DeviceError, match="from the GPU"):
         store.put("a", noise(1 << 20, 1))
     link.fail(2, at_once=at_once)
     with pytest.raises(DeviceError, match="from the GPU"):
-        store.put_async("b", noise(1 << 20, 1)).result(30)
+        store.put_async("b", noise(1 << 20, 1)).result(PATIENCE_S)
     assert store.keys() == ["a"]
     assert_same(store.get("a", device="cpu"), data)
 
@@ -164,5 +165,5 @@ def test_after_a_deadline_memory_stays_out_of_use_until_the_link_lets_go(emulate
         resumed = threading.Timer(0.1, link.resume)
         resumed.start()
     assert store.keys() == ["a"]
-    assert_same(store.get("a", device="cpu", timeout_s=30), data)
+    assert_same(store.get("a", device="cpu", timeout_s=PATIENCE_S), data)
     resumed.join()

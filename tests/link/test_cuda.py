@@ -24,6 +24,7 @@ from spdk_kv.link.cuda import measured
 from spdk_kv.testing import address_of
 from support.media import KEEPING, medium
 from support.subprocesses import run_script
+from support.waiting import PATIENCE_S
 
 LAUNCH_FAILED, OUT_OF_MEMORY = 719, 2
 KINDS = ["ram", "uring-file", "threads-file", "pagecache-file"]
@@ -129,11 +130,11 @@ def test_both_ways_exact_bytes_and_sums(engine, link, driver) -> None:
     for delay in (0, 30):
         driver.so.standin_delay(delay)
         put = over(engine, link, WRITE, 4096, data, checksum=True)
-        engine.run(put, timeout_s=60)
+        engine.run(put, timeout_s=PATIENCE_S)
         assert put.crc() == crc32c(data)
         into = np.full(len(data) + 2, 0xEE, np.uint8)
         got = over(engine, link, READ, 4096 + 5, into[1 : len(data) - 6], checksum=True)
-        engine.run(got, timeout_s=60)
+        engine.run(got, timeout_s=PATIENCE_S)
         assert np.array_equal(into[1 : len(data) - 6], data[5:-2])
         assert into[0] == 0xEE
         assert set(into[len(data) - 6 :].tolist()) == {0xEE}
@@ -157,7 +158,7 @@ def test_the_thread_is_left_as_it_was(engine, link, driver) -> None:
 
     thread = threading.Thread(target=another)
     thread.start()
-    thread.join(60)
+    thread.join(PATIENCE_S)
     assert seen == [(2, 0)]
 
 
@@ -167,7 +168,7 @@ def test_a_write_waits_for_the_kernels_that_make_its_bytes(engine, link, driver)
     driver.so.standin_delay(20_000)
     driver.so.standin_fill(stream, address_of(source), 0x5A, MIB)
     put = over(engine, link, WRITE, 0, source, stream=stream)
-    engine.run(put, timeout_s=60)
+    engine.run(put, timeout_s=PATIENCE_S)
     driver.so.standin_delay(0)
     into = np.zeros(MIB, np.uint8)
     engine.run(over(engine, None, READ, 0, into))
@@ -181,7 +182,7 @@ def test_a_read_waits_for_kernels_that_still_use_its_memory(engine, link, driver
     engine.run(over(engine, None, WRITE, 0, data))
     driver.so.standin_delay(20_000)
     driver.so.standin_fill(stream, address_of(into), 0x5A, MIB)
-    engine.run(over(engine, link, READ, 0, into, stream=stream), timeout_s=60)
+    engine.run(over(engine, link, READ, 0, into, stream=stream), timeout_s=PATIENCE_S)
     assert np.array_equal(into, data)
     driver.so.cuStreamDestroy_v2(stream)
 
@@ -194,7 +195,7 @@ def test_a_read_is_handed_over_before_its_copies_end(engine, link, driver) -> No
     into, used = np.zeros_like(data), np.zeros_like(data)
     driver.so.standin_hold(1)
     read = over(engine, link, READ, 0, into, checksum=True, stream=stream, hand_over=True)
-    engine.run(read, timeout_s=60)
+    engine.run(read, timeout_s=PATIENCE_S)
     assert read.status == 0
     assert not read.done
     assert read.crc() == crc32c(data)
@@ -205,7 +206,7 @@ def test_a_read_is_handed_over_before_its_copies_end(engine, link, driver) -> No
     driver.so.standin_hold(0)
     driver.synchronize(stream)
     assert np.array_equal(used, data), "the stream did not wait for the copies"
-    until = time.monotonic() + 20
+    until = time.monotonic() + PATIENCE_S
     while not read.done and time.monotonic() < until:
         time.sleep(0.001)
     assert read.done
@@ -220,14 +221,14 @@ def test_after_a_hand_over_no_deadline_counts_and_memory_is_kept(engine, link, d
     driver.so.standin_hold(1)
     read = over(engine, link, READ, 0, into, stream=stream, hand_over=True)
     future = engine.start(read, lambda transfer: transfer.wait(), timeout_s=2)
-    assert future.result(30) == 0
+    assert future.result(PATIENCE_S) == 0
     time.sleep(2.2)
     assert read.status == 0
     assert not read.done
     del read
     driver.so.standin_hold(0)
     driver.synchronize(stream)
-    engine.run(over(engine, link, READ, 0, np.zeros_like(data)), timeout_s=30)
+    engine.run(over(engine, link, READ, 0, np.zeros_like(data)), timeout_s=PATIENCE_S)
     assert np.array_equal(into, data)
     driver.so.cuStreamDestroy_v2(stream)
 
@@ -240,7 +241,7 @@ def test_many_reads_are_handed_over_with_few_slots(engine, link, driver) -> None
     for turn in range(5):
         into, used = np.zeros_like(data), np.zeros_like(data)
         read = over(engine, link, READ, 0, into, checksum=True, stream=stream, hand_over=True)
-        engine.run(read, timeout_s=60)
+        engine.run(read, timeout_s=PATIENCE_S)
         driver.so.standin_use(stream, address_of(used), address_of(into), len(data))
         driver.synchronize(stream)
         assert np.array_equal(used, data), turn
@@ -275,9 +276,9 @@ def test_a_context_that_died_fails_transfers_and_ends_them(engine, link, driver,
         _outlives_everything.append(memory)
         fault(LAUNCH_FAILED)
         with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED"):
-            engine.run(over(engine, link, op, 0, memory), timeout_s=30)
+            engine.run(over(engine, link, op, 0, memory), timeout_s=PATIENCE_S)
         fault(0)
-    engine.run(over(engine, link, op, 0, np.zeros(MIB, np.uint8)), timeout_s=30)
+    engine.run(over(engine, link, op, 0, np.zeros(MIB, np.uint8)), timeout_s=PATIENCE_S)
 
 
 def test_a_stream_that_cannot_be_marked_is_an_error_before_anything_moves(
@@ -310,7 +311,7 @@ def test_a_copy_that_hangs_meets_its_deadline(engine, link, driver) -> None:
         engine.run(read, timeout_s=0.2)
     assert not read.done
     driver.so.standin_hold(0)
-    engine.run(over(engine, link, READ, 0, np.zeros(MIB, np.uint8)), timeout_s=30)
+    engine.run(over(engine, link, READ, 0, np.zeros(MIB, np.uint8)), timeout_s=PATIENCE_S)
     assert read.done
 
 
@@ -334,9 +335,9 @@ def test_many_threads_on_two_engines(tmp_path, link, driver) -> None:
                 engine = (one, two)[number % 2].engine
                 data, into = noise(MIB, number), np.zeros(MIB, np.uint8)
                 for _ in range(10):
-                    engine.run(over(engine, link, WRITE, number * MIB, data), timeout_s=60)
+                    engine.run(over(engine, link, WRITE, number * MIB, data), timeout_s=PATIENCE_S)
                     into[:] = 0
-                    engine.run(over(engine, link, READ, number * MIB, into), timeout_s=60)
+                    engine.run(over(engine, link, READ, number * MIB, into), timeout_s=PATIENCE_S)
                     outcomes.append(np.array_equal(into, data))
             except Exception as failure:
                 outcomes.append(failure)
@@ -345,7 +346,7 @@ def test_many_threads_on_two_engines(tmp_path, link, driver) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(100)
+            thread.join(PATIENCE_S)
         for found in (one, two):
             found.engine.close()
     assert outcomes == [True] * 60

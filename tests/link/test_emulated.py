@@ -20,6 +20,7 @@ from spdk_kv.errors import DeviceError
 from spdk_kv.testing import Medium, address_of
 from support.media import EVERY, KEEPING, medium
 from support.rounds import examples
+from support.waiting import PATIENCE_S
 
 
 @pytest.fixture(params=[k for k in KEEPING if not k.endswith("partition")])
@@ -55,7 +56,7 @@ def test_reads_bring_exactly_their_bytes(
     transfer = over(
         engine, link, READ, offset, view, checksum=checksum, segment_nbytes=segment, window=window
     )
-    engine.run(transfer, timeout_s=30)
+    engine.run(transfer, timeout_s=PATIENCE_S)
     wanted = data[offset : offset + nbytes]
     assert np.array_equal(view, wanted)
     assert set(around[:shift]) | set(around[shift + nbytes :]) <= {0xEE}
@@ -72,7 +73,7 @@ def test_writes_put_exactly_their_bytes_and_zeros_to_the_end_of_the_block(
     keeping.poke(0, b"\xee" * (4 * MIB))
     data = noise(nbytes + 1, nbytes)[1:]
     transfer = over(engine, link, WRITE, BLOCK, data, checksum=True, segment_nbytes=segment)
-    engine.run(transfer, timeout_s=30)
+    engine.run(transfer, timeout_s=PATIENCE_S)
     engine.flush()
     end = -(-nbytes // engine.block_nbytes) * engine.block_nbytes
     seen = keeping.peek(0, 4 * MIB)
@@ -100,15 +101,24 @@ def test_sums_by_chunk_are_those_of_the_bytes(keeping, op) -> None:
 
 def test_a_demand_read_passes_a_prefetch_that_waits_for_slots(tmp_path) -> None:
     with medium("ram", tmp_path) as found:
-        engine, link = found.engine, EmulatedLink(20e6)
-        prefetch = over(engine, link, READ, 0, np.zeros(8 * MIB, np.uint8))
-        prefetch.submit(priority=PREFETCH)
-        engine.run(over(engine, link, READ, 0, np.zeros(BLOCK, np.uint8)), timeout_s=30)
-        assert not prefetch.done
-        # And one that needs no slot does not wait for one.
-        engine.run(without_a_slot(engine), timeout_s=30)
-        assert not prefetch.done
-        assert prefetch.wait() == 0
+        engine, link = found.engine, EmulatedLink(FAST)
+        link.pause()
+        ended: list[str] = []
+        futures = [
+            engine.start(
+                over(engine, link, READ, 0, np.zeros(nbytes, np.uint8)),
+                lambda transfer, name=name: ended.append(f"{name}: {transfer.status}"),
+                priority=priority,
+            )
+            for name, nbytes, priority in (("prefetch", 8 * MIB, PREFETCH), ("demand", BLOCK, 0))
+        ]
+        # One that needs no slot does not wait for one.
+        engine.run(without_a_slot(engine), timeout_s=PATIENCE_S)
+        assert ended == []
+        link.resume()
+        for future in futures:
+            future.result(PATIENCE_S)
+        assert ended == ["demand: 0", "prefetch: 0"]
 
 
 def test_a_window_bounds_what_is_outstanding(keeping) -> None:
@@ -130,10 +140,10 @@ def test_many_threads_both_ways_at_once(keeping) -> None:
             into = np.zeros(MIB, np.uint8)
             for turn in range(15):
                 put = over(engine, link, WRITE, at, data, checksum=True)
-                engine.run(put, timeout_s=60)
+                engine.run(put, timeout_s=PATIENCE_S)
                 into[:] = 0
                 got = over(engine, link if turn % 3 else None, READ, at, into, checksum=True)
-                engine.run(got, timeout_s=60)
+                engine.run(got, timeout_s=PATIENCE_S)
                 outcomes.append(np.array_equal(into, data) and got.crc() == put.crc())
         except Exception as failure:
             outcomes.append(failure)
@@ -142,7 +152,7 @@ def test_many_threads_both_ways_at_once(keeping) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(100)
+        thread.join(PATIENCE_S)
     assert outcomes == [True] * 90
     stats = engine.stats()
     assert stats["to_device_nbytes"] == 60 * MIB
@@ -174,7 +184,7 @@ def test_every_engine_serves_a_link_and_futures_come(kind, tmp_path) -> None:
             engine.start(over(engine, link, op, 0, view, checksum=True), lambda t: t.status)
             for view, op in zip(views, [READ, WRITE] * 3, strict=True)
         ]
-        assert [future.result(60) for future in futures] == [0] * 6
+        assert [future.result(PATIENCE_S) for future in futures] == [0] * 6
         assert engine.stats()["copies"] > 0
 
 

@@ -94,7 +94,7 @@ def test_closing_while_a_copy_hangs_lets_everybody_go() -> None:
             engine.close(timeout_s=0.3)
         except DeviceTimeout as failure:
             print(failure)
-        thread.join(10)
+        thread.join(100)
         print(outcomes)
     """)
     assert printed.splitlines() == ["ram:// still holds memory 0.3 s after close", "['timeout']"]

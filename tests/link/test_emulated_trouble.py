@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import time
 import weakref
 from collections.abc import Iterator
 
@@ -20,6 +19,7 @@ from spdk_kv.errors import DeviceError, DeviceTimeout
 from spdk_kv.testing import SMALL, Medium
 from support import blockdev
 from support.media import KEEPING, medium
+from support.waiting import PATIENCE_S, wait_until
 
 
 @pytest.fixture(params=[k for k in KEEPING if not k.endswith("partition")])
@@ -62,30 +62,29 @@ def test_a_deadline_passes_while_a_copy_hangs_and_memory_stays_out_of_use(keepin
     transfer = over(engine, link, op, 0, view)
     transfer.keep(kept)
     link.pause()
-    began = time.monotonic()
     with pytest.raises(DeviceTimeout, match="deadline"):
         engine.run(transfer, timeout_s=0.2)
-    assert time.monotonic() - began < 10
     assert transfer.in_flight
     assert not transfer.done
     del transfer, lease, view, kept
     gc.collect()
     # What needs no slot goes on; what needs one waits for its own deadline.
-    engine.run(without_a_slot(engine), timeout_s=30)
+    engine.run(without_a_slot(engine), timeout_s=PATIENCE_S)
     with pytest.raises(DeviceTimeout):
         engine.run(over(engine, link, READ, 0, np.zeros(MIB, np.uint8)), timeout_s=0.1)
     assert pool.leased_nbytes == held
     assert alive() is not None
     link.resume()
-    until = time.monotonic() + 20
-    while alive() is not None and time.monotonic() < until:
+
+    def is_gone() -> bool:
         engine.run(without_a_slot(engine))
-        time.sleep(0.005)
-    assert alive() is None
+        return alive() is None
+
+    wait_until(is_gone)
     assert pool.leased_nbytes == 0
     view = np.zeros(3 * MIB, np.uint8)
-    engine.run(over(engine, link, READ, 0, view), timeout_s=30)
-    engine.run(over(engine, link, WRITE, 0, view), timeout_s=30)
+    engine.run(over(engine, link, READ, 0, view), timeout_s=PATIENCE_S)
+    engine.run(over(engine, link, WRITE, 0, view), timeout_s=PATIENCE_S)
 
 
 def test_after_a_deadline_what_lands_is_not_copied(tmp_path) -> None:
@@ -100,7 +99,7 @@ def test_after_a_deadline_what_lands_is_not_copied(tmp_path) -> None:
             engine.run(over(engine, link, WRITE, 0, source), timeout_s=0.2)
         device.thaw()
         view = np.zeros(MIB, np.uint8)
-        engine.run(over(engine, link, READ, 0, view), timeout_s=30)
+        engine.run(over(engine, link, READ, 0, view), timeout_s=PATIENCE_S)
         assert set(view.tolist()) <= {0x61, 0x62}
         engine.close()
 
@@ -110,9 +109,7 @@ def test_a_cancelled_read_copies_no_more_and_ends(keeping) -> None:
     link.pause()
     transfer = over(engine, link, READ, 0, np.zeros(4 * MIB, np.uint8))
     transfer.submit()
-    until = time.monotonic() + 20
-    while not link.stats()["copies"] and time.monotonic() < until:
-        time.sleep(0.001)
+    wait_until(lambda: link.stats()["copies"])
     transfer.cancel()
     link.resume()
     assert transfer.wait() == errno.ECANCELED
@@ -138,7 +135,7 @@ def test_who_queues_up_behind_a_cancelled_last_one_has_its_turn(keeping) -> None
     assert turns[1].wait() == errno.ECANCELED
     turns[2].submit()
     link.resume()
-    assert [transfer.wait(20) for transfer in (first, turns[0], turns[2])] == [0, 0, 0]
+    assert [transfer.wait(PATIENCE_S) for transfer in (first, turns[0], turns[2])] == [0, 0, 0]
     assert np.array_equal(found[:SEGMENT], data[:SEGMENT])
     assert not found[SEGMENT : 2 * SEGMENT].any()
     assert np.array_equal(found[2 * SEGMENT :], data[2 * SEGMENT :])

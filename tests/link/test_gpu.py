@@ -15,6 +15,7 @@ from spdk_kv.link.cuda import link_for, stream_of
 from spdk_kv.link.pipeline import Pipeline
 from spdk_kv.testing import SMALL, address_of
 from support.media import EVERY, KEEPING, medium
+from support.waiting import PATIENCE_S
 
 MIB = 1 << 20
 LINK, WHY_NOT = link_for("cuda") if torch.cuda.is_available() else (None, "torch finds no GPU")
@@ -57,7 +58,7 @@ def test_reads_bring_exactly_their_bytes(engine, nbytes, hand_over) -> None:
     around = torch.full((nbytes + 512,), 0xEE, dtype=torch.uint8, device="cuda")
     into = around[256 : 256 + nbytes]
     transfer = over(engine, READ, 5, into, checksum=True, hand_over=hand_over)
-    engine.run(transfer, timeout_s=60)
+    engine.run(transfer, timeout_s=PATIENCE_S)
     assert torch.equal(into.cpu(), data[5 : 5 + nbytes])
     assert bool((around[:256] == 0xEE).all())
     assert bool((around[256 + nbytes :] == 0xEE).all())
@@ -68,9 +69,9 @@ def test_reads_bring_exactly_their_bytes(engine, nbytes, hand_over) -> None:
 def test_writes_put_exactly_their_bytes(engine, nbytes) -> None:
     data = noise(nbytes, nbytes)
     transfer = over(engine, WRITE, 4096, data.cuda(), checksum=True)
-    engine.run(transfer, timeout_s=60)
+    engine.run(transfer, timeout_s=PATIENCE_S)
     into = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
-    engine.run(over(engine, READ, 4096, into), timeout_s=60)
+    engine.run(over(engine, READ, 4096, into), timeout_s=PATIENCE_S)
     assert torch.equal(into.cpu(), data)
     assert transfer.crc() == crc32c(data.numpy())
 
@@ -86,13 +87,13 @@ def test_in_order_with_the_current_stream(engine) -> None:
             torch.cuda._sleep(2_000_000)
             into.fill_(turn)  # may still run when the bytes land
             read = over(engine, READ, 0, into, hand_over=True)
-            engine.run(read, timeout_s=60)
+            engine.run(read, timeout_s=PATIENCE_S)
             copy = into.clone()
             torch.cuda._sleep(2_000_000)
             source = copy ^ turn  # may still be computed when the write is submitted
-            engine.run(over(engine, WRITE, 4 * MIB, source), timeout_s=60)
+            engine.run(over(engine, WRITE, 4 * MIB, source), timeout_s=PATIENCE_S)
             back = torch.zeros_like(into)
-            engine.run(over(engine, READ, 4 * MIB, back, hand_over=True), timeout_s=60)
+            engine.run(over(engine, READ, 4 * MIB, back, hand_over=True), timeout_s=PATIENCE_S)
             assert torch.equal(back.cpu(), data ^ turn), turn
 
 
@@ -102,7 +103,7 @@ def test_memory_that_torch_reuses_is_never_written_late(engine) -> None:
     for _ in range(50):
         into = torch.zeros(MIB, dtype=torch.uint8, device="cuda")
         read = over(engine, READ, 0, into, hand_over=True)
-        engine.run(read, timeout_s=60)
+        engine.run(read, timeout_s=PATIENCE_S)
         del into, read
         other = torch.full((MIB,), 0x22, dtype=torch.uint8, device="cuda")
         assert bool((other == 0x22).all())
@@ -118,10 +119,10 @@ def test_many_threads(engine) -> None:
                 data = noise(MIB, number)
                 source = data.cuda()
                 for turn in range(10):
-                    engine.run(over(engine, WRITE, number * MIB, source), timeout_s=60)
+                    engine.run(over(engine, WRITE, number * MIB, source), timeout_s=PATIENCE_S)
                     into = torch.zeros(MIB, dtype=torch.uint8, device="cuda")
                     read = over(engine, READ, number * MIB, into, hand_over=bool(turn % 2))
-                    engine.run(read, timeout_s=60)
+                    engine.run(read, timeout_s=PATIENCE_S)
                     outcomes.append(torch.equal(into.cpu(), data))
         except Exception as failure:
             outcomes.append(failure)
@@ -130,7 +131,7 @@ def test_many_threads(engine) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(100)
+        thread.join(PATIENCE_S)
     assert outcomes == [True] * 60
 
 
@@ -144,7 +145,7 @@ def test_every_engine_and_the_adaptive_pipeline(kind, tmp_path) -> None:
             transfer = pipeline.transfer(READ, into.nbytes, stream=stream_of("cuda"))
             transfer.keep(into)
             transfer.add(0, into.data_ptr(), into.nbytes)
-            found.engine.run(transfer, timeout_s=60)
+            found.engine.run(transfer, timeout_s=PATIENCE_S)
         assert pipeline.stats()["link"] == "cuda"
         assert pipeline.stats()["link_gib_s"] > 0
 
@@ -177,7 +178,7 @@ def test_captured_graphs_are_not_disturbed(tmp_path) -> None:
                 assert bool((y == 1).all())
         finally:
             stop.set()
-            thread.join(60)
+            thread.join(PATIENCE_S)
         assert set(outcomes) == {0}
 
 

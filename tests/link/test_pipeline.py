@@ -21,6 +21,7 @@ from spdk_kv.link.planner import Cut, Limits, Planner, first_cut
 from spdk_kv.testing import address_of
 from spdk_kv.units import GIB, KIB, MIB
 from support.media import medium
+from support.waiting import PATIENCE_S
 
 LIMITS = Limits(max_segment_nbytes=MIB, multiple_nbytes=4 * KIB, slots=32)
 TENSOR = 64 * MIB
@@ -190,7 +191,7 @@ def test_a_pipeline_moves_exact_bytes_while_it_learns(kind, tmp_path) -> None:
                 transfer = pipeline.transfer(op, len(side), chunk_nbytes=64 * KIB, checksum=True)
                 transfer.keep(side)
                 transfer.add(0, address_of(side), len(side))
-                engine.run(transfer, timeout_s=60)
+                engine.run(transfer, timeout_s=PATIENCE_S)
                 assert np.array_equal(side, data)
                 chosen = pipeline.stats()["write" if op == WRITE else "read"]
                 tried.add((op, chosen["segment_nbytes"]))

@@ -18,6 +18,7 @@ from sequence.helpers import Reference, shape_of
 from spdk_kv.errors import CorruptionError, DeviceError
 from spdk_kv.types import torch_dtypes
 from store.helpers import assert_same, flip, folder_fixture
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 GRANULARITIES = ("layer", "head", "token")
@@ -189,8 +190,8 @@ def test_sequences_survive_and_restore(folder, device):
 def test_futures(ram):
     sequence, reference = begun(ram, "layer", [300])
     k, v = (tensor.to(ram.device) for tensor in reference.tokens(100))
-    sequence.append_async(0, k, v).result(30)
-    found = sequence.read_async(0, device=ram.device).result(30)
+    sequence.append_async(0, k, v).result(PATIENCE_S)
+    found = sequence.read_async(0, device=ram.device).result(PATIENCE_S)
     assert_same(found[0][:, :, 300:], k)
     assert_same(found[1][:, :, 300:], v)
 
@@ -290,7 +291,7 @@ def test_what_was_read_ahead_is_dropped_in_flight(folder):
             memory = buffer._memory.tensor.untyped_storage()
             reference_to_memory = memory._weak_ref()
             del buffer, memory
-            until = time.monotonic() + 60
+            until = time.monotonic() + PATIENCE_S
             while linked.link.stats()["copies"] == copies and time.monotonic() < until:
                 time.sleep(0.001)
             reference.truncate(sequence, 500)
@@ -304,7 +305,7 @@ def test_what_was_read_ahead_is_dropped_in_flight(folder):
             resumed.start()
         reference.check(sequence, device=linked.device)
         resumed.join()
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE_S
         while not _expired(reference_to_memory) and time.monotonic() < until:
             linked.store.engine.queue.collect()
             time.sleep(0.005)
@@ -338,7 +339,7 @@ def test_what_nobody_wants_any_more_is_not_read(folder, how):
                     sequence._layers[0].reader.take_prefetched(0)
         finally:
             linked.link.resume()
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE_S
         while linked.store.engine.queue.active and time.monotonic() < until:
             time.sleep(0.001)
         assert not linked.store.engine.queue.active

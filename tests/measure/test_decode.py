@@ -25,6 +25,7 @@ from spdk_kv.measure.decode.case import (
 from spdk_kv.measure.decode.load import Bytes, Load, Noise
 from spdk_kv.measure.decode.replay import Replay, SimulatedGpu, StorePath
 from spdk_kv.memory.available import read_memory
+from support.waiting import PATIENCE_S
 
 group = group_fixture
 MIB = 1 << 20
@@ -226,7 +227,7 @@ def test_memory_that_does_not_fit_is_told(group: MemoryGroup, tmp_path: Path) ->
 @pytest.mark.machine
 def test_x_follows_a_limit_that_changes_in_mid_run(group: MemoryGroup, tmp_path: Path) -> None:
     # What this machine's other programs do to its memory would keep X from rising.
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE_S
     while (read_memory().pressure or 0) > 5 and time.monotonic() < until:
         time.sleep(1)
     case = Case(

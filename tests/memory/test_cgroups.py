@@ -16,6 +16,7 @@ import pytest
 from spdk_kv.devices.mounts import read_mounts
 from spdk_kv.memory.available import MemoryReader
 from spdk_kv.units import MIB
+from support.waiting import PATIENCE_S
 
 # What the kernel reclaims, and when, depends on what else runs.
 pytestmark = pytest.mark.machine
@@ -105,7 +106,7 @@ def child(cgroup: Path) -> Iterator[Child]:
     finally:
         assert running.process.stdin is not None
         running.process.stdin.close()
-        running.process.wait(20)
+        running.process.wait(PATIENCE_S)
         assert running.process.stdout is not None
         running.process.stdout.close()
 

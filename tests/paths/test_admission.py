@@ -12,6 +12,7 @@ from sequence.helpers import shape_of
 from spdk_kv import Sequence
 from spdk_kv.store import KVStore
 from store.helpers import open_store
+from support.waiting import PATIENCE_S
 
 LAYERS = 4
 SHAPE = shape_of(layers=LAYERS, batch=1, max_tokens=300)
@@ -88,11 +89,11 @@ def test_a_layer_in_use_keeps_what_was_read_ahead_and_gives_it_up_later(store, n
     def use() -> None:
         with idle._layers[0].lock:
             holds.set()
-            done.wait(30)
+            done.wait(PATIENCE_S)
 
     user = threading.Thread(target=use)
     user.start()
-    assert holds.wait(30)
+    assert holds.wait(PATIENCE_S)
     busy.prefetch([0, 1])
     assert (ahead(idle), ahead(busy)) == ([0], [0])
     done.set()

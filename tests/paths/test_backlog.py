@@ -14,7 +14,7 @@ from spdk_kv.errors import DeviceError, DeviceTimeout
 from spdk_kv.paths.backlog import Backlog
 from spdk_kv.store import KVStore
 from store.helpers import folder_fixture, open_store
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 folder = folder_fixture
 
@@ -122,7 +122,7 @@ def test_an_append_waits_for_the_oldest_writes_of_any_sequence(linked):
         second.append(0, k, v, timeout_s=0.05)
     assert second.tokens() == 0
     linked.link.resume()
-    second.append(0, k, v, timeout_s=30)
+    second.append(0, k, v, timeout_s=PATIENCE_S)
     assert second.tokens() == 7
     assert not first._layers[0].is_writing
     reference.check(first)

@@ -45,6 +45,7 @@ from spdk_kv.paths.order import ScanOrder
 from spdk_kv.units import KIB
 from store.helpers import folder_fixture
 from support.rounds import examples
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 engines = pytest.mark.parametrize("engine", DIRECT_ENGINES)
@@ -133,7 +134,7 @@ def test_threads_that_append_and_read_while_units_move(folder: Path, engine: str
     with open_dual(folder, engine=engine) as store:
         sequence = store.sequence("s", shape)
 
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE_S
 
         def moves() -> int:
             counters = store.stats()["residency"]
@@ -436,7 +437,7 @@ def test_prefetched_memory_is_given_back_with_the_sequence(folder: Path) -> None
         sequence.delete()
         assert store.paths.ahead.held_nbytes == 0
         del sequence
-        until = time.monotonic() + 30
+        until = time.monotonic() + PATIENCE_S
         while store.staging.stats()["leased_nbytes"]:  # the device may still write into it
             assert time.monotonic() < until
             store.stats()

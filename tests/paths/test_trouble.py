@@ -36,6 +36,7 @@ from spdk_kv.store import KVStore
 from store.helpers import flip, folder_fixture
 from support import blockdev
 from support.subprocesses import run_script
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 engines = pytest.mark.parametrize("engine", DIRECT_ENGINES)
@@ -221,7 +222,7 @@ class Uses:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join(60)
+            thread.join(PATIENCE_S)
             assert not thread.is_alive()
 
     def _until_error(self, work: Callable[[], None]) -> None:

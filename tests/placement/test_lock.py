@@ -49,7 +49,7 @@ child = os.fork()
 if child == 0:
     taker = threading.Thread(target=lock.acquire, daemon=True)
     taker.start()
-    taker.join(20)
+    taker.join(120)
     os._exit(taker.is_alive())
 print(os.waitpid(child, 0)[1], flush=True)
 """

@@ -19,6 +19,7 @@ from spdk_kv.placement import StagingPool, staging
 from spdk_kv.testing import address_of, read, write
 from support.media import medium
 from support.rounds import examples
+from support.waiting import PATIENCE_S
 
 PAGE = 4096
 MIB = 1 << 20
@@ -270,7 +271,7 @@ def test_threads_and_collections_in_the_middle_of_it():
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE_S)
     finally:
         gc.set_threshold(*before)
     gc.collect()
@@ -338,7 +339,7 @@ def test_regions_of_many_threads_keep_their_own_entries(uring):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_S)
     assert not failures
     assert uring._backend.registered == 1
 

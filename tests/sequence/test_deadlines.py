@@ -14,7 +14,7 @@ from spdk_kv import Sequence
 from spdk_kv.errors import DeviceTimeout
 from spdk_kv.sequence import writer
 from store.helpers import folder_fixture, open_store, reopen
-from support.waiting import in_use, wait_until
+from support.waiting import PATIENCE_S, in_use, wait_until
 
 folder = folder_fixture
 SHAPE = shape_of()
@@ -31,11 +31,11 @@ def calls(sequence: Sequence, **options: Any) -> dict[str, Callable[[], object]]
     k, v = Reference(SHAPE, seed=99).tokens(3)
     return {
         "append": lambda: sequence.append(0, k, v, **options),
-        "append_async": lambda: sequence.append_async(0, k, v, **options).result(30),
+        "append_async": lambda: sequence.append_async(0, k, v, **options).result(PATIENCE_S),
         "settle": lambda: sequence.settle(0, **options),
         "read": lambda: sequence.read(0, **options),
         "read some heads": lambda: sequence.read(0, heads=[1], **options),
-        "read_async": lambda: sequence.read_async(0, **options).result(30),
+        "read_async": lambda: sequence.read_async(0, **options).result(PATIENCE_S),
         "prefetch": lambda: sequence.prefetch([0], **options),
         "truncate": lambda: sequence.truncate(0, layer=0, **options),
         "reorder": lambda: sequence.reorder([1, 0], layer=0, **options),
@@ -57,7 +57,7 @@ def test_a_layer_that_another_thread_uses_is_waited_for_no_longer():
         k, v = reference.layers[0]
         reference.layers[0] = k.flip(0), v.flip(0)
         reference.check(sequence)
-        store.flush(timeout_s=30)
+        store.flush(timeout_s=PATIENCE_S)
 
 
 def test_what_a_whole_sequence_waits_for_is_waited_for_no_longer():
@@ -100,10 +100,10 @@ def _waited_for_no_longer(linked: Linked) -> tuple[Sequence, Reference]:
     assert [sequence.tokens(layer) for layer in range(2)] == [310, 310]
     linked.link.resume()
     for layer in range(2):
-        sequence.settle(layer, timeout_s=30)
+        sequence.settle(layer, timeout_s=PATIENCE_S)
     reference.check(sequence)
     reference.append(sequence, 20)
-    store.flush(timeout_s=30)
+    store.flush(timeout_s=PATIENCE_S)
     return sequence, reference
 
 

@@ -23,6 +23,7 @@ from spdk_kv.sequence.views import read_all, read_heads
 from spdk_kv.store import KVStore
 from spdk_kv.types import torch_dtypes
 from store.helpers import FILE_ENGINES, bytes_of, check_books, folder_fixture, open_store
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 GRANULARITIES = ("layer", "head")
@@ -203,12 +204,12 @@ def test_tensors_that_were_read_do_not_change(ram):
 def test_futures(store):
     sequence, reference = begun(store, "layer", [70])
     k, v = reference.tokens(1)
-    assert sequence.append_async(0, k, v).result(60) is None
-    k_read, v_read = sequence.read_async(0, tokens=slice(70, 71), heads=[1]).result(60)
+    assert sequence.append_async(0, k, v).result(PATIENCE_S) is None
+    k_read, v_read = sequence.read_async(0, tokens=slice(70, 71), heads=[1]).result(PATIENCE_S)
     assert torch.equal(k_read.float().nan_to_num(), k[:, [1]].float().nan_to_num())
     assert v_read.shape == (2, 1, 1, 20)
     with pytest.raises(ShapeMismatch):
-        sequence.append_async(0, k, k[:, :, :0]).result(60)
+        sequence.append_async(0, k, k[:, :, :0]).result(PATIENCE_S)
 
 
 # -- refusals -------------------------------------------------------------------------------------
@@ -400,7 +401,7 @@ def test_deleting_while_others_read_gives_tokens_or_a_typed_error(folder):
                 for i in range(4):
                     store.put(f"{turn} {i}", torch.full((900_000,), i, dtype=torch.uint8))
                 for reader in readers:
-                    reader.result(30)
+                    reader.result(PATIENCE_S)
             for key in store.keys(""):
                 store.delete(key)
 

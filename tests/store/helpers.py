@@ -25,6 +25,7 @@ from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.store import KVStore
 from spdk_kv.testing import read, write
 from support.options import grouped
+from support.waiting import PATIENCE_S, PROCESS_PATIENCE_S
 
 FILE_ENGINES = ("uring", "threads", "pagecache")
 DATA_START = 1 << 20
@@ -152,7 +153,7 @@ def sha256(path: Path | str) -> str:
 def check_books(store: KVStore) -> None:
     """The allocator's books are right, and hold exactly what the records name."""
     catalog = store.catalog
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     store.flush()
     # Writes that were cut short:
     while not catalog.quarantine.is_empty and time.monotonic() < deadline:
@@ -175,7 +176,9 @@ def check_books(store: KVStore) -> None:
 def python(code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs ``code`` in a new interpreter; its ``sys.argv[1:]`` are ``arguments``."""
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=PROCESS_PATIENCE_S, **options
+    )
 
 
 def kill_loop(folder: Path, kills: int, what: str, seed: int) -> dict[str, int]:

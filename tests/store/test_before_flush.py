@@ -11,6 +11,7 @@ import torch
 from spdk_kv.errors import DeviceTimeout
 from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
+from support.waiting import PATIENCE_S
 
 
 class Putter:
@@ -53,7 +54,7 @@ def test_a_call_that_fails_is_logged_and_keeps_nothing_back(
         failing, putter = Putter(store), Putter(store)
         store.before_flush.add(failing.fail)
         store.before_flush.add(putter.put)
-        store.flush(timeout_s=60)
+        store.flush(timeout_s=PATIENCE_S)
         assert (failing.calls, putter.calls) == (1, 1)
         assert not store.dirty
     assert "before a flush" in caplog.text

@@ -29,6 +29,7 @@ from store.helpers import (
     tensor_of,
 )
 from support.rounds import examples
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 
@@ -225,23 +226,23 @@ def test_a_key_may_be_asked_for_twice_at_once(store):
 def test_nothing_at_all_is_fine(store):
     store.put_many({})
     assert store.get_many([]) == []
-    assert store.put_many_async({}).result(60) is None
-    assert store.get_many_async([]).result(60) == []
+    assert store.put_many_async({}).result(PATIENCE_S) is None
+    assert store.get_many_async([]).result(PATIENCE_S) == []
 
 
 def test_futures_carry_results_and_errors(store):
     tensors = many()
-    assert store.put_many_async(tensors).result(60) is None
-    assert store.put_async("one", noise(5000, 5)).result(60) is None
-    assert_same(store.get_async("one").result(60), noise(5000, 5))
+    assert store.put_many_async(tensors).result(PATIENCE_S) is None
+    assert store.put_async("one", noise(5000, 5)).result(PATIENCE_S) is None
+    assert_same(store.get_async("one").result(PATIENCE_S), noise(5000, 5))
     for tensor, expected in zip(
-        store.get_many_async(tensors).result(60), tensors.values(), strict=True
+        store.get_many_async(tensors).result(PATIENCE_S), tensors.values(), strict=True
     ):
         assert_same(tensor, expected)
     out = torch.empty(5000, dtype=torch.uint8)
-    assert store.get_async("one", out=out).result(60) is out
+    assert store.get_async("one", out=out).result(PATIENCE_S) is out
     assert_same(out, noise(5000, 5))
-    assert store.flush_async().result(60) is None
+    assert store.flush_async().result(PATIENCE_S) is None
     with pytest.raises(KeyNotFound):
         store.get_async("missing")
     with pytest.raises(ShapeMismatch):
@@ -273,8 +274,8 @@ def test_a_future_s_callback_may_use_the_store(store):
     future = store.get_async("a")
     future.add_done_callback(lambda _: futures.put(store.get_async("a")))
     future.add_done_callback(lambda _: found.put(store.get("a")))
-    future.result(60)
-    assert_same(futures.get(timeout=60).result(60), found.get(timeout=60))
+    future.result(PATIENCE_S)
+    assert_same(futures.get(timeout=PATIENCE_S).result(PATIENCE_S), found.get(timeout=PATIENCE_S))
 
 
 # -- a property, over the engines -----------------------------------------------------------------

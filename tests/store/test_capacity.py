@@ -27,6 +27,7 @@ from store.helpers import (
     version_of,
 )
 from support import blockdev
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 
@@ -114,22 +115,22 @@ def test_room_that_a_commit_under_way_will_free_is_waited_for(folder, eviction):
 
         def held(rows):
             under_way.set()
-            assert may_end.wait(60)
+            assert may_end.wait(PATIENCE_S)
             write(rows)
 
         index.write = held
         with ThreadPoolExecutor(2) as threads:
             try:
                 committed = threads.submit(store.flush)
-                assert under_way.wait(60)
+                assert under_way.wait(PATIENCE_S)
                 late = threads.submit(put, store, "new", nbytes=3 * MIB)
                 deadline = time.monotonic() + 0.3
                 while time.monotonic() < deadline and not late.done():
                     time.sleep(0.01)
             finally:
                 may_end.set()
-            committed.result(60)
-            late.result(60)
+            committed.result(PATIENCE_S)
+            late.result(PATIENCE_S)
         assert store.keys() == ["stays", "new"]
         assert store.stats()["evictions"] == 0
         check_books(store)

@@ -29,7 +29,7 @@ from support import blockdev
 from support.interrupts import interrupted_everywhere
 from support.rounds import rounds
 from support.subprocesses import interruptible_fixture
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 folder = folder_fixture
 interruptible = interruptible_fixture
@@ -95,7 +95,7 @@ def test_ctrl_c_while_close_waits_for_a_callback(tmp_path, interruptible):
         def wait_there(_: object) -> None:
             if threading.current_thread() is not threading.main_thread():
                 begun.set()
-                over.wait(60)
+                over.wait(PATIENCE_S)
 
         while not begun.wait(0.05):  # on this thread where the put was done before it was asked for
             store.put_async("a", noise(1000)).add_done_callback(wait_there)

@@ -31,7 +31,7 @@ from store.helpers import (
     version_of,
 )
 from support.rounds import rounds
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 folder = folder_fixture
 MIB = 1 << 20
@@ -216,7 +216,7 @@ class Held:
         def held(compactor, group, staging):
             whole = copy(compactor, group, staging)
             self.copied.set()
-            assert self._going.wait(60)
+            assert self._going.wait(PATIENCE_S)
             return whole
 
         monkeypatch.setattr(compacting.Compactor, "_copy", held)
@@ -229,7 +229,7 @@ def test_what_is_replaced_or_deleted_meanwhile_wins(folder, monkeypatch):
     with with_holes(folder) as store, ThreadPoolExecutor(1) as threads:
         held = Held(monkeypatch)
         compacting_ = threads.submit(store.compact)
-        assert held.copied.wait(60)
+        assert held.copied.wait(PATIENCE_S)
         moving = {key: extent_of(store, key)[0] for key in LEFT}
         put(store, "14", version=2)
         store.delete("12")
@@ -238,7 +238,7 @@ def test_what_is_replaced_or_deleted_meanwhile_wins(folder, monkeypatch):
         store.delete("8")
         put(store, "8", version=2)
         held.go_on()
-        compacting_.result(60)
+        compacting_.result(PATIENCE_S)
         check(store, "0", "2", "4", "6")
         check(store, "14", "8", version=2)
         check(store, "10", version=3)
@@ -272,14 +272,14 @@ def test_a_put_that_needs_the_room_gets_it_without_eviction(folder, monkeypatch)
         store.flush()
         held = Held(monkeypatch)
         compacting_ = threads.submit(store.compact)
-        assert held.copied.wait(60)  # the one free MiB is reserved
+        assert held.copied.wait(PATIENCE_S)  # the one free MiB is reserved
         with pytest.raises(DeviceTimeout):
             store.put("i", payload("i", 1, MIB), timeout_s=0.02)
         putting = threads.submit(put, store, "i")
         wait_until(lambda: store.catalog.reserved.is_wanted)
         held.go_on()
-        putting.result(60)
-        compacting_.result(60)
+        putting.result(PATIENCE_S)
+        compacting_.result(PATIENCE_S)
         assert store.stats()["evictions"] == 0
         check(store, *"abdefghi")
         check_books(store)
@@ -290,11 +290,11 @@ def test_close_and_deadlines_end_it_between_two_steps(folder, monkeypatch):
     held = Held(monkeypatch)
     with pytest.raises(DeviceTimeout, match="compaction"):
         store.compact(timeout_s=0.2)
-    assert held.copied.wait(60)
+    assert held.copied.wait(PATIENCE_S)
     closing = threading.Thread(target=store.close)
     closing.start()
     held.go_on()
-    closing.join(60)
+    closing.join(PATIENCE_S)
     assert not closing.is_alive()
     with pytest.raises(ClosedError):
         store.compact()
@@ -360,7 +360,7 @@ def test_bytes_stay_right_while_blobs_move(folder, engine):
                     done.result(600)
             finally:
                 over.set()
-            assert compactions.result(60) > 1
+            assert compactions.result(PATIENCE_S) > 1
         check_books(store)
 
 

@@ -27,6 +27,7 @@ from store.helpers import (
 )
 from support import blockdev
 from support.places import TESTS
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 HERE = str(TESTS)
@@ -52,7 +53,7 @@ class Shelf:
                 store.delete(self.key)
             elif version % 7 == 0:
                 put = payload(self.key, version, rng.randrange(16, 60_000))
-                store.put_async(self.key, put).result(30)
+                store.put_async(self.key, put).result(PATIENCE_S)
             else:
                 store.put(self.key, payload(self.key, version, rng.randrange(16, 60_000)))
             self.done = version
@@ -173,9 +174,9 @@ def test_closing_amid_use_ends_every_call_with_success_or_closed_error(folder, e
         put,
         get,
         append,
-        lambda count: store.put_async("async", noise(5000)).result(30),
-        lambda count: store.get_many_async(["async"]).result(30),
-        lambda count: store.flush_async().result(30),
+        lambda count: store.put_async("async", noise(5000)).result(PATIENCE_S),
+        lambda count: store.get_many_async(["async"]).result(PATIENCE_S),
+        lambda count: store.flush_async().result(PATIENCE_S),
     ]
     with ThreadPoolExecutor(6) as threads:
         running = [threads.submit(run, call) for call in calls]
@@ -186,9 +187,9 @@ def test_closing_amid_use_ends_every_call_with_success_or_closed_error(folder, e
         for closer in closers:
             closer.start()
         for closer in closers:
-            closer.join(30)
+            closer.join(PATIENCE_S)
         for call in running:
-            call.result(30)
+            call.result(PATIENCE_S)
     with reopen(folder) as store:
         # Whatever was put before the close began is there, in that version or a later one.
         for key, version in before.items():
@@ -340,7 +341,7 @@ def test_multiprocessing_with_fork(folder):
         answers = context.SimpleQueue()
         child = context.Process(target=_use_in_child, args=(store, answers))
         child.start()
-        child.join(30)
+        child.join(PATIENCE_S)
         assert answers.get() == "closed"
         assert version_of("k", store.get("k")) == 1
 
@@ -374,15 +375,15 @@ def test_a_put_that_times_out_keeps_its_extent_until_the_device_lets_go(tmp_path
         assert "new" not in store
         (held,) = set(used) - before  # where the device may still write
         with pytest.raises(DeviceTimeout):
-            store.put_async("new", tensor, timeout_s=0.3).result(20)
+            store.put_async("new", tensor, timeout_s=0.3).result(PATIENCE_S)
         with pytest.raises(CapacityError):
             store.put("third", payload("third", 1, 3 << 20), timeout_s=0.3)
         assert held in used
         device.thaw()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
-                store.put("third", payload("third", 1, 3 << 20), timeout_s=60)
+                store.put("third", payload("third", 1, 3 << 20), timeout_s=PATIENCE_S)
                 break
             except CapacityError:
                 assert time.monotonic() < deadline

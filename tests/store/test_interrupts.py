@@ -26,6 +26,7 @@ from store.helpers import (
 from support.interrupts import Interrupt, interrupted_everywhere
 from support.places import TESTS
 from support.rounds import rounds
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 HERE = str(TESTS)
@@ -113,7 +114,7 @@ def test_ctrl_c_anywhere_in_a_get(folder, long_lived):
     def get(at: int) -> None:
         store.get_many(["a", "b", "a"])
         store.get("a", out=outs[0])
-        store.get_async("b", out=outs[1]).result(10)
+        store.get_async("b", out=outs[1]).result(PATIENCE_S)
 
     def check(at: int) -> None:
         still_true(store, at)
@@ -133,7 +134,7 @@ def test_ctrl_c_just_after_the_start_of_a_future(folder, long_lived):
     reader = BlobReader(store, ("a",), None, None, True)
     future = reader.start(None, lambda found: found[0])
     reader._failed(KeyboardInterrupt())
-    assert version_of("a", future.result(10)) == 0
+    assert version_of("a", future.result(PATIENCE_S)) == 0
     store.flush()
     assert store.catalog.records.extents.is_pinned(held.offset)
     store.catalog.records.unpin([held])
@@ -141,7 +142,7 @@ def test_ctrl_c_just_after_the_start_of_a_future(folder, long_lived):
         writer = BlobWriter(store, {"a": payload("a", 1, 60_000)})
         future = writer.start()
         writer._give_up()
-        future.result(10)
+        future.result(PATIENCE_S)
         store.put("b", payload("b", 1, 60_000))
         still_true(store, 1)
     check_books(store)
@@ -153,14 +154,14 @@ def test_a_put_that_was_given_up_is_not_visible_when_it_ends(long_lived, monkeyp
     finish = writer._finish
 
     def held(transfer) -> None:
-        assert goes_on.wait(60)
+        assert goes_on.wait(PATIENCE_S)
         finish(transfer)
 
     monkeypatch.setattr(writer, "_finish", held)
     future = writer.start()
     writer._give_up()
     goes_on.set()
-    future.result(60)
+    future.result(PATIENCE_S)
     assert "a" not in store
     check_books(store)
 
@@ -251,7 +252,7 @@ def use():
     elif rng.random() < 0.1:
         store.flush()
     elif rng.random() < 0.1:
-        store.put_async(key, payload(key, begun.setdefault(key, 0), 100_000)).result(30)
+        store.put_async(key, payload(key, begun.setdefault(key, 0), 100_000)).result(100)
     else:
         try:
             assert version_of(key, store.get(key)) <= begun.get(key, 0)

@@ -23,6 +23,7 @@ from store.helpers import (
     version_of,
 )
 from support.rounds import examples
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 
@@ -169,5 +170,5 @@ def test_another_user_can_read_none_of_it(folder):
         for mode in (0o700, 0o755):
             (folder / "kv").chmod(mode)
             command = [sys.executable, "-I", "-S", "-c", _OTHER, *names, str(folder)]
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
             assert ran.stdout.strip() == "1", ran.stderr  # the folder above, to see that it can

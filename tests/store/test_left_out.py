@@ -17,6 +17,7 @@ from spdk_kv.errors import DeviceError
 from spdk_kv.store import KVStore, background
 from spdk_kv.store.sequences import report
 from store.helpers import check_books, folder_fixture, open_store, payload, reopen
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 # One layer's write of this many tokens has whole chunks; of FEW, it stays in memory until a flush.
@@ -59,7 +60,7 @@ def test_one_lost_sequence_is_named_once_and_everything_else_is_safe(folder):
         assert caught.value.op == "write"
     for _ in range(3):
         store.flush()
-        store.flush_async().result(60)
+        store.flush_async().result(PATIENCE_S)
         for call in (lambda: lost.read(0), lambda: lost.settle(0)):  # who owns it still hears of it
             with pytest.raises(DeviceError):
                 call()

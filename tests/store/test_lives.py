@@ -20,7 +20,7 @@ from spdk_kv.store import KVStore
 from store.helpers import check_books, folder_fixture, open_store, payload, reopen, version_of
 from support.interrupts import interrupted_everywhere
 from support.rounds import rounds
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 folder = folder_fixture
 
@@ -34,7 +34,7 @@ def being_deleted(sequence: spdk_kv.Sequence) -> Iterator[None]:
             wait_until(lambda: sequence.deleted and "s" not in sequence._host.sequences())
             assert not deleting.done()
             yield
-        deleting.result(60)
+        deleting.result(PATIENCE_S)
 
 
 # -- one after another ----------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_deleting_twice_at_once_frees_once(folder):
             old._layers[1].lock.release()
             try:
                 for other in others:
-                    other.result(60)
+                    other.result(PATIENCE_S)
             finally:
                 old._layers[1].lock.acquire()
         old.delete()
@@ -159,7 +159,7 @@ def test_making_one_keeps_nobody_waiting_but_who_asks_for_it(folder):
             assert store.stats()["sequences"] == 1
             store.flush()
             assert not any(made.done() for made in making)
-        assert len({made.result(60) for made in making}) == 1
+        assert len({made.result(PATIENCE_S) for made in making}) == 1
         assert store.sequences() == ["new", "s"]
         check_books(store)
 
@@ -288,7 +288,7 @@ def test_threads_that_create_restore_delete_flush_evict_and_close(folder, engine
             if epoch % 2:
                 wait_until(lambda running=running: any(run.done() for run in running))
                 store.close()
-            assert all(run.result(120) for run in running)
+            assert all(run.result(PATIENCE_S) for run in running)
         if not epoch % 2:
             check_books(store)
         store.close()

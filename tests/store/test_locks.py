@@ -11,7 +11,7 @@ from sequence.helpers import begun
 from spdk_kv.errors import DeviceError, DeviceTimeout
 from store.helpers import folder_fixture, open_store, payload
 from support.guard import Guard
-from support.waiting import in_use
+from support.waiting import PATIENCE_S, in_use
 
 folder = folder_fixture
 
@@ -76,7 +76,7 @@ def test_what_the_drive_may_touch_is_noted_with_the_lock_held(folder):
         quarantine.settle()
         assert over == ["let go"]
         assert quarantine.is_empty
-        store.put_async("a", payload("a", 1)).result(60)
+        store.put_async("a", payload("a", 1)).result(PATIENCE_S)
         assert waiting.missed == writing.missed == []
 
 
@@ -98,4 +98,4 @@ def test_the_data_file_grows_for_one_at_a_time(folder):
         growth = "the growth of the data file"
         with in_use(store.catalog.room._growth_lock), pytest.raises(DeviceTimeout, match=growth):
             store.put("b", payload("b", 1, 1 << 20), timeout_s=0.02)
-        store.put("b", payload("b", 2, 1 << 20), timeout_s=30)
+        store.put("b", payload("b", 2, 1 << 20), timeout_s=PATIENCE_S)

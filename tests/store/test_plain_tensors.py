@@ -13,6 +13,7 @@ import torch
 import spdk_kv
 from spdk_kv import KVShape, ShapeMismatch
 from spdk_kv.store import KVStore
+from support.waiting import PATIENCE_S
 
 Make = Callable[[], Any]
 
@@ -111,7 +112,7 @@ def test_a_sequence_refuses_them_too_and_is_unchanged(store: KVStore, name: str,
     with pytest.raises(ShapeMismatch, match=rf"^{side} .*{why}"):
         sequence.append(0, *pair)
     with pytest.raises(ShapeMismatch, match=rf"^{side} .*{why}"):
-        sequence.append_async(0, *pair).result(60)
+        sequence.append_async(0, *pair).result(PATIENCE_S)
     assert sequence.tokens(0) == 3
     assert torch.equal(sequence.read(0)[0], good)
 

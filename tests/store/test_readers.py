@@ -42,6 +42,7 @@ from store.helpers import (
     version_of,
 )
 from support.options import grouped
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 SHAPE = spdk_kv.KVShape(3, 2, 40, torch.float16, 400, batch=2)
@@ -137,9 +138,11 @@ def test_every_way_to_get(reader, writer):
     out = torch.empty_like(tensor)
     assert reader.get("a", out=out) is out
     assert_same(out, tensor)
-    assert_same(reader.get("a", as_numpy=True, timeout_s=60), tensor.numpy())
-    assert_same(reader.get_async("b").result(60), tensor.to(torch.bfloat16))
-    assert_same(reader.get_many_async(["b", "a"], timeout_s=60).result(60)[1], tensor)
+    assert_same(reader.get("a", as_numpy=True, timeout_s=PATIENCE_S), tensor.numpy())
+    assert_same(reader.get_async("b").result(PATIENCE_S), tensor.to(torch.bfloat16))
+    assert_same(
+        reader.get_many_async(["b", "a"], timeout_s=PATIENCE_S).result(PATIENCE_S)[1], tensor
+    )
     with pytest.raises(ShapeMismatch):
         reader.get("a", out=torch.empty(3))
     with pytest.raises(ShapeMismatch):
@@ -163,7 +166,9 @@ def test_what_was_used_anew_is_read_again_and_never_others_bytes(reader, writer)
         offset = extent_of(writer, "a")[0]
         if version > 1 and offset in places:
             assert version_of("b", reader.get("b", as_numpy=True)) == version
-            assert version_of("a", reader.get_async("a", as_numpy=True).result(60)) == version
+            assert (
+                version_of("a", reader.get_async("a", as_numpy=True).result(PATIENCE_S)) == version
+            )
             places = {extent_of(writer, key)[0] for key in "ab"}
     assert reader.stats()["corruptions"] == 0
     reader.refresh()
@@ -203,7 +208,7 @@ def test_damage_is_damage_and_nothing_is_forgotten(reader, writer, folder):
         with pytest.raises(CorruptionError, match=r"'a'.*a reader forgets nothing"):
             reader.get("a")
         with pytest.raises(CorruptionError, match=r"'a'.*a reader forgets nothing"):
-            reader.get_async("a").result(60)
+            reader.get_async("a").result(PATIENCE_S)
     with pytest.raises(CorruptionError):
         reader.get_many(["b", "a"])
     assert version_of("b", reader.get("b")) == 1
@@ -236,7 +241,7 @@ def test_a_sequence_is_read_and_stays_as_it_is_until_a_refresh(reader, writer):
     assert [found.tokens(layer) for layer in range(3)] == [100] * 3
     assert found.nbytes == written.nbytes
     assert same_tokens(found, 100)
-    k, _ = found.read_async(1, tokens=slice(10, 20)).result(60)
+    k, _ = found.read_async(1, tokens=slice(10, 20)).result(PATIENCE_S)
     assert torch.equal(k, tokens(100, 1)[0][:, :, 10:20])
     assert torch.equal(found.read(2, heads=[1])[1], tokens(100, 2)[1][:, 1:])
     found.prefetch([0, 1])

@@ -24,6 +24,7 @@ from store.reading_beside import KEYS, NAMES, SHAPE
 from store.test_readers import open_reader
 from support import blockdev
 from support.rounds import LONG
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 ROUNDS = 6000 if LONG else 600
@@ -50,7 +51,7 @@ def read_blobs(reader: KVStore, rng: random.Random, seen: dict[str, int]) -> Non
     keys = rng.sample(KEYS, rng.choice((1, 1, 3)))
     try:
         if rng.random() < 0.3:
-            found = reader.get_many_async(keys, as_numpy=True).result(100)
+            found = reader.get_many_async(keys, as_numpy=True).result(PATIENCE_S)
         else:
             found = reader.get_many(keys, as_numpy=True)
     except KeyNotFound:
@@ -160,7 +161,7 @@ print(len(seen))
             for each in threads:
                 each.join()
         for other in others:
-            said, _ = other.communicate(timeout=110)
+            said, _ = other.communicate(timeout=PATIENCE_S)
             assert other.returncode == 0
             assert int(said) > 3
         assert writer.poll() is None

@@ -10,6 +10,7 @@ from store.helpers import folder_fixture, open_store, payload, version_of
 from store.test_readers import SHAPE, open_reader, prompt, same_tokens
 from support.interrupts import interrupted_everywhere
 from support.rounds import rounds
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 STEP = rounds(7, long=1)
@@ -35,7 +36,7 @@ def test_a_reader_that_is_interrupted_goes_on(folder, writer, call):
             if call == "get":
                 reader.get(f"new {at}")
             elif call == "get_async":
-                reader.get_async(f"new {at}").result(60)
+                reader.get_async(f"new {at}").result(PATIENCE_S)
             elif call == "contains":
                 assert f"new {at}" in reader
             else:

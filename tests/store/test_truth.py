@@ -44,6 +44,7 @@ from store.helpers import (
 )
 from support.places import TESTS
 from support.rounds import rounds
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 
@@ -74,7 +75,7 @@ def test_a_flipped_bit_is_found_counted_and_forgotten(folder, how):
             {
                 "get": lambda: store.get("b"),
                 "get_many": lambda: store.get_many("abc"),
-                "get_async": lambda: store.get_async("b").result(10),
+                "get_async": lambda: store.get_async("b").result(PATIENCE_S),
                 "out": lambda: store.get("b", out=torch.empty(70_000, dtype=torch.uint8)),
                 "numpy": lambda: store.get("b", as_numpy=True),
                 "mmap": lambda: store.get("b"),
@@ -331,7 +332,7 @@ def test_a_second_process_is_refused_by_pid_and_the_first_is_unharmed(folder):
     with open_store(folder) as store:
         store.put("a", payload("a", 1))
         command = [sys.executable, "-c", _RIVAL, str(folder), str(TESTS)]
-        rival = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        rival = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
         assert rival.stdout.strip() == str(os.getpid()), rival.stderr
         with pytest.raises(StoreLocked, match=f"process {os.getpid()}") as locked:
             open_store(folder)
@@ -370,7 +371,7 @@ with store.catalog.committer.lock:  # what was taken up is committed
     pass
 os.kill(os.getpid(), 9)
 """
-    ran = subprocess.run([sys.executable, "-c", script], timeout=60)
+    ran = subprocess.run([sys.executable, "-c", script], timeout=PATIENCE_S)
     assert ran.returncode == -signal.SIGKILL
     with reopen(folder) as store:
         assert version_of("a", store.get("a")) == 1

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from support.waiting import PATIENCE_S
+
 _FIFREEZE = 0xC0045877
 _FITHAW = 0xC0045878
 # A test that hangs on a frozen filesystem could not even be killed.
-_LONGEST_FREEZE_S = 25.0
+_LONGEST_FREEZE_S = PATIENCE_S
 
 
 def _need_root(what: str) -> None:
@@ -31,7 +33,9 @@ def _need_root(what: str) -> None:
 def _tool(*command: str) -> str:
     """Runs a system tool and returns what it printed; skips where it is missing or refuses."""
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        ran = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=PATIENCE_S
+        )
     except FileNotFoundError:
         pytest.skip(f"{command[0]} is not installed")
     except subprocess.CalledProcessError as refused:
@@ -47,7 +51,7 @@ def loop_device(image: Path, *options: str) -> Iterator[str]:
     try:
         yield node
     finally:
-        subprocess.run(["losetup", "--detach", node], check=False, timeout=60)
+        subprocess.run(["losetup", "--detach", node], check=False, timeout=PATIENCE_S)
 
 
 @contextlib.contextmanager
@@ -89,8 +93,10 @@ def ext4(folder: Path, nbytes: int) -> Iterator[Path]:
 
 def _unmount(at: Path) -> None:
     # Of a process that ended, the kernel closes a ring's files a little later.
-    until = time.monotonic() + 60
-    while subprocess.run(["umount", str(at)], timeout=60, stderr=subprocess.DEVNULL).returncode:
+    until = time.monotonic() + PATIENCE_S
+    while subprocess.run(
+        ["umount", str(at)], timeout=PATIENCE_S, stderr=subprocess.DEVNULL
+    ).returncode:
         assert time.monotonic() < until, f"something still uses {at}"
         time.sleep(0.02)
 
@@ -104,30 +110,31 @@ def ramfs(folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True, timeout=60)
+        subprocess.run(["umount", str(folder)], check=True, timeout=PATIENCE_S)
 
 
 class HungDevice:
     """A block device whose writes hang until :meth:`thaw`: a loop device over a file on a
-    filesystem that :meth:`freeze` has frozen. Reads go on."""
+    filesystem that :meth:`freeze` has frozen. Reads go on. ``is_frozen``: whether they hang, which
+    they do for two minutes at most."""
 
     def __init__(self, node: str, backing: Path) -> None:
         self.node = node
         self.backing = backing
         self._fd = os.open(backing.parent, os.O_RDONLY)
-        self._frozen = False
+        self.is_frozen = False
         self._watchdog: threading.Timer | None = None
 
     def freeze(self) -> None:
         fcntl.ioctl(self._fd, _FIFREEZE, 0)
-        self._frozen = True
+        self.is_frozen = True
         self._watchdog = threading.Timer(_LONGEST_FREEZE_S, self.thaw)
         self._watchdog.daemon = True
         self._watchdog.start()
 
     def thaw(self) -> None:
-        if self._frozen:
-            self._frozen = False
+        if self.is_frozen:
+            self.is_frozen = False
             fcntl.ioctl(self._fd, _FITHAW, 0)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from support.places import TESTS
+from support.waiting import PROCESS_PATIENCE_S
 
 # Not the checkout: where spdk_kv is installed, the package there is without what was compiled.
 _PREAMBLE = f"import sys; sys.path[:0] = [{str(TESTS)!r}]\n"
@@ -30,7 +31,7 @@ def interruptible_fixture() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def run_script(script: str, *, preamble: str = "", timeout_s: float = 180) -> str:
+def run_script(script: str, *, preamble: str = "", timeout_s: float = PROCESS_PATIENCE_S) -> str:
     """What ``script`` printed. Fails when it ends with a status, prints to stderr, or hangs."""
     source = _PREAMBLE + preamble + textwrap.dedent(script)
     command = [sys.executable, "-X", "faulthandler", "-c", source]

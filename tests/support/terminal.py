@@ -9,8 +9,12 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
+from support.waiting import PATIENCE_S, PROCESS_PATIENCE_S
 
-def read_terminal(primary: int, until: Callable[[bytes], bool], timeout_s: float = 180) -> bytes:
+
+def read_terminal(
+    primary: int, until: Callable[[bytes], bool], timeout_s: float = PROCESS_PATIENCE_S
+) -> bytes:
     """What is shown on ``primary``, up to when it satisfies ``until`` or its last writer goes."""
     shown, deadline = b"", time.monotonic() + timeout_s
     while not until(shown):
@@ -41,6 +45,6 @@ def run_on_terminal(command: Sequence[str], width: int = 80) -> str:
     finally:
         os.close(primary)
         if process.poll() is None:
-            process.wait(timeout=60)
+            process.wait(timeout=PATIENCE_S)
     assert process.returncode == 0, shown
     return shown.decode().replace("\r\n", "\n")

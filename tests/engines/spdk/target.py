@@ -20,7 +20,7 @@ import pytest
 from engines.spdk.drives import NQN, SETTINGS, drives, rpc
 from spdk_kv.engines.spdk import environment
 from spdk_kv.errors import DeviceGone, EngineUnavailable
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 SERIAL = "SPDKKV01"
 # Of linux/mman.h.
@@ -157,7 +157,7 @@ class Target:
         self.process = self._start()
 
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
                 self.rpc("spdk_get_version")

@@ -18,6 +18,7 @@ from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.engines.spdk.engine import SpdkEngine
 from spdk_kv.errors import ClosedError, DeviceGone, EngineUnavailable
 from spdk_kv.testing import SMALL, EngineContract, Medium, address_of, memory, read, write
+from support.waiting import PATIENCE_S
 
 MIB = 1 << 20
 TRANSPORTS = ("vfiouser", "tcp")
@@ -164,7 +165,7 @@ def test_another_program_reads_the_same_bytes(target, tmp_path):
     words = ["spdk_dd", "--ib", "Nvme0n4", "--of", str(out), "--bs", "1048576", "--count", "8"]
     words += ["--no-huge", "-s", "512", "--no-pci", "-c", str(settings), "-m", "0x1"]
     words += ["--disable-cpumask-locks", "-r", str(tmp_path / "dd.sock")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr[-2000:]
     assert out.read_bytes() == data
 
@@ -210,7 +211,7 @@ def test_transfers_are_dealt_out_to_several_queue_pairs(target, transport):
         transfer.add(number * len(side), address_of(side), len(side))
         futures.append(engine.start(transfer, lambda done: done.status))
         sides.append(side)
-    assert [future.result(30) for future in futures] == [0] * 64
+    assert [future.result(PATIENCE_S) for future in futures] == [0] * 64
     engine.flush()
     assert read(engine, 0, len(data)) == data
     assert [lane.stats()["transfers"] > 1 for lane in engine._lanes] == [True, True]

@@ -16,7 +16,7 @@ from spdk_kv.engines import QueueOptions, open_engine, parse_location
 from spdk_kv.engines.spdk.engine import SpdkEngine
 from spdk_kv.errors import ClosedError, DeviceError, DeviceGone, DeviceTimeout, SpdkKvError
 from spdk_kv.testing import SMALL, address_of, memory, read, write
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 MIB = 1 << 20
 TRANSPORTS = ("vfiouser", "tcp")
@@ -169,7 +169,7 @@ def test_a_reset_reaches_all_namespaces_of_the_controller(target):
     finally:
         stop.set()
         for worker in workers:
-            worker.join(60)
+            worker.join(PATIENCE_S)
     assert not failures
     assert len(read(idle, 0, 4096)) == 4096
     for engine in (*engines, idle):
@@ -196,7 +196,7 @@ def test_an_engine_is_closed_under_resets(target):
                 engine.transfer(READ)
     finally:
         stop.set()
-        resetting.join(60)
+        resetting.join(PATIENCE_S)
     assert not resetting.is_alive()
     keeper.close()
 

@@ -59,7 +59,7 @@ from spdk_kv.cli import main
 from spdk_kv.errors import DeviceGone
 from store.helpers import check_books, folder_fixture
 from support.places import TESTS
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 folder = folder_fixture
 target = target_fixture
@@ -140,7 +140,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     command = [sys.executable, "-c", _CHILD + script, place.uri]
     command += [str(place.copies), str(place.index)]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not killed.stderr
     assert {path.name for path in place.copies.iterdir()} == {"index"}

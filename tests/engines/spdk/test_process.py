@@ -15,7 +15,7 @@ import pytest
 from engines.spdk.target import Target, hugepages, target_fixture
 from support.places import TESTS
 from support.subprocesses import run_script
-from support.waiting import wait_until
+from support.waiting import PATIENCE_S, wait_until
 
 MIB = 1 << 20
 target = target_fixture
@@ -87,7 +87,7 @@ def faulting(tmp_path: Path, uri: str, before: str) -> subprocess.CompletedProce
     head += f"path, uri = {str(tmp_path / 'mapped')!r}, {uri!r}\n"
     code = f"{head}{_PREAMBLE}\n{before}\nengine = opened(uri)\n{_TRUNCATED}\nview[0]\n"
     words = [sys.executable, "-c", code]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60)
+    return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_a_foreign_sigbus_still_kills(tmp_path, uri):

@@ -25,6 +25,7 @@ from spdk_kv.errors import DeviceGone, KeyNotFound, StoreLocked, StoreMismatch
 from spdk_kv.testing import read, write
 from store.helpers import assert_same, check_books, open_store, payload, tensor_of, version_of
 from support.places import TESTS
+from support.waiting import PATIENCE_S
 
 MIB = 1 << 20
 TRANSPORTS = ("vfiouser", "tcp")
@@ -66,7 +67,7 @@ class Place:
 
     def child(self, script: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", _CHILD + script, self.uri, str(self.folder)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def run(*words: object) -> Result:

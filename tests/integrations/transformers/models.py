@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from spdk_kv.integrations.transformers.cache import CACHE_ARGUMENT, OffloadedKVCache
 from spdk_kv.store import KVStore
+from support.waiting import PATIENCE_S
 
 VOCABULARY = 96
 WINDOW = 40
@@ -146,7 +147,7 @@ def feed(caches: list[Any], tokens: int, batch: int = 1, layers: int = 4) -> Non
 def leased_nbytes(store: KVStore, at_most: int = 0) -> int:
     """What the staging pool has out, once the drive is done with what was dropped in flight: the
     engine notices that on its next call."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         store.paths.stats()
         leased = store.staging.stats()["leased_nbytes"]

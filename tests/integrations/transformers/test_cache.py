@@ -25,6 +25,7 @@ from spdk_kv.errors import SpdkKvError
 from spdk_kv.integrations.transformers import OffloadedKVCache
 from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
+from support.waiting import PATIENCE_S
 
 # -- the same answers as DynamicCache, whatever is done to it ------------------------------------
 
@@ -191,7 +192,7 @@ def test_close_and_the_last_reference_delete_a_temporary_cache(store: KVStore) -
             cache.close()
         else:
             del cache
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while store.sequences() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert store.sequences() == []

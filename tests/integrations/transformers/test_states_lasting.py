@@ -23,6 +23,7 @@ from spdk_kv.integrations.transformers import lasting as lasting_module
 from spdk_kv.store import SLOTS, KVStore, companion_key
 from spdk_kv.store import open as open_store
 from support.places import TESTS
+from support.waiting import PATIENCE_S
 
 # Convolution alone, recurrence, several states per layer, both kinds and K/V in one layer.
 FAMILIES = ["lfm2_moe", "qwen3_next", "granitemoehybrid", "falcon_h1"]
@@ -422,7 +423,7 @@ def test_killed_process_leaves_what_was_flushed(
 ) -> None:
     fields = {"family": family, "where": where, "flushed": flushed, "amid": amid}
     script = KILLED.format(**fields, tests=str(TESTS))
-    killed = subprocess.run([sys.executable, "-c", script], check=False, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", script], check=False, timeout=PATIENCE_S)
     assert killed.returncode == -signal.SIGKILL
     model = model_of(family)
     chat = Chat(model)

@@ -18,6 +18,7 @@ from spdk_kv.errors import EngineUnavailable
 from spdk_kv.store import KVStore
 from spdk_kv.store import paths as store_paths
 from support import blockdev
+from support.waiting import PATIENCE_S
 
 DRIVE_NBYTES = 64 * MIB
 
@@ -87,7 +88,7 @@ def waited(store: KVStore, until: Callable[[], bool] | None = None) -> None:
     """Waits until nothing is being copied, and nothing of what was forgotten is left."""
     copy = store.paths.routes.copy
     assert copy is not None
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE_S
     while copy._held_nbytes or copy._holes or (until is not None and not until()):
         assert time.monotonic() < end
         time.sleep(0.001)

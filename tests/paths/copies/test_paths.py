@@ -47,6 +47,7 @@ from spdk_kv.units import KIB
 from store.helpers import folder_fixture
 from support import blockdev
 from support.interrupts import interrupted_everywhere
+from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 place = place_fixture
@@ -305,7 +306,7 @@ def test_a_store_that_is_closed_is_no_trouble_of_its_copies(
         assert "going on without" not in caplog.text
         punching = threading.Thread(target=copy.punch, args=(hole,), daemon=True)
         punching.start()
-        punching.join(30)
+        punching.join(PATIENCE_S)
         assert not punching.is_alive()
         hole.fill = None
         copy.punch(hole)
