@@ -37,3 +37,48 @@ def save_model(folder: Path, *, template: str | None = TEMPLATE, **changes: Any)
     model = MistralForCausalLM(MistralConfig(**options | changes))
     model.save_pretrained(folder)
     return folder
+
+
+def write_gguf(path: Path) -> Path:
+    """A GGUF file of a tiny Llama whose tokens are bytes; returns its path."""
+    import numpy as np
+    from gguf import GGUFWriter
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    width, inner, kv_heads, layers = 64, 96, 2, 2
+    tokens = [*bytes_to_unicode().values(), "th", "<end>"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["t h"])
+    writer.add_token_types([1] * (len(tokens) - 1) + [3])
+    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_bos_token_id(len(tokens) - 1)
+    kv = kv_heads * width // 4
+    shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}
+    for layer in range(layers):
+        shapes |= {
+            f"blk.{layer}.{name}": shape
+            for name, shape in {
+                "attn_norm": (width,), "ffn_norm": (width,), "attn_q": (width, width),
+                "attn_k": (kv, width), "attn_v": (kv, width), "attn_output": (width, width),
+                "ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner),
+            }.items()
+        }  # fmt: skip
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.standard_normal(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
