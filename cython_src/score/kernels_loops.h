@@ -88,40 +88,30 @@ SKV_TARGET static void encode(const float *keys, const float *mean, const float 
     }
 }
 
-/* -inf for NaN as well */
-SKV_TARGET static inline float known(float x) { return x > -INFINITY ? x : -INFINITY; }
-
+/* b where a is NaN */
 SKV_TARGET static inline float greater(float a, float b) { return a > b ? a : b; }
 
-SKV_TARGET static float max_of(const float *x, size_t n)
-{
-    float lanes[LANES];
-    for (size_t t = 0; t < LANES; t++)
-        lanes[t] = -INFINITY;
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (size_t t = 0; t < LANES; t++)
-            lanes[t] = greater(x[i + t], lanes[t]);
-    for (; i < n; i++)
-        lanes[0] = greater(x[i], lanes[0]);
-    for (size_t t = 1; t < LANES; t++)
-        lanes[0] = greater(lanes[t], lanes[0]);
-    return lanes[0];
-}
+#define LOG2_E 0x1.715476p0f
+/* The minimax polynomial of 2^f for |f| <= 1/2; its relative error is 2.6e-6. */
+#define EXP2_0 0x1.ffffe8p-1f
+#define EXP2_1 0x1.62e0dcp-1f
+#define EXP2_2 0x1.ec06dap-3f
+#define EXP2_3 0x1.ca1444p-5f
+#define EXP2_4 0x1.3997dap-7f
+/* Adding it rounds to an integer, which the low bits then hold. */
+#define EXP2_MAGIC 0x1.8p23f
+/* Smaller exponents count as this one: the result stays a normal number. */
+#define EXP2_LEAST -125.0f
 
-/* 2^x for x <= 0, below 2^-125 as that. The polynomial is the minimax one of 2^f for |f| <= 1/2 and
- * has a relative error of 2.6e-6. */
+/* 2^x for x <= 0, and 2^-125 for NaN */
 SKV_TARGET static inline float exp2_of(float x)
 {
-    const float magic = 0x1.8p23f; /* adding it rounds to an integer, which the low bits then hold */
-    float clamped = x > -125 ? x : -125;
-    float rounded = clamped + magic;
-    float f = clamped - (rounded - magic);
-    float p = 0x1.3997dap-7f;
-    p = p * f + 0x1.ca1444p-5f;
-    p = p * f + 0x1.ec06dap-3f;
-    p = p * f + 0x1.62e0dcp-1f;
-    p = p * f + 0x1.ffffe8p-1f;
+    float clamped = x > EXP2_LEAST ? x : EXP2_LEAST;
+    float rounded = clamped + EXP2_MAGIC;
+    float f = clamped - (rounded - EXP2_MAGIC);
+    /* Two halves, since what limits it is how long one operation waits for the other. */
+    float low = f * EXP2_1 + EXP2_0, high = f * EXP2_3 + EXP2_2 + f * f * EXP2_4;
+    float p = low + f * f * high;
     uint32_t bits, exponent;
     memcpy(&bits, &p, sizeof(bits));
     memcpy(&exponent, &rounded, sizeof(exponent));
@@ -134,22 +124,28 @@ SKV_TARGET static inline float exp2_of(float x)
  * term's own error. */
 #define TERMS 512u
 
+SKV_TARGET static inline double join(const float *lanes)
+{
+    double sum = 0;
+    for (size_t t = 0; t < LANES; t++)
+        sum += lanes[t];
+    return sum;
+}
+
 SKV_TARGET static double exp_sum(const float *x, size_t n, float max)
 {
-    const float log2_e = 0x1.715476p0f;
     double sum = 0;
     for (size_t first = 0; first < n; first += TERMS) {
         size_t count = n - first < TERMS ? n - first : TERMS, i = 0;
         float terms[TERMS], lanes[LANES] = {0};
         for (size_t j = 0; j < count; j++)
-            terms[j] = exp2_of((x[first + j] - max) * log2_e);
+            terms[j] = exp2_of((x[first + j] - max) * LOG2_E);
         for (; i + LANES <= count; i += LANES)
             for (size_t t = 0; t < LANES; t++)
                 lanes[t] += terms[i + t];
         for (; i < count; i++)
             lanes[0] += terms[i];
-        for (size_t t = 0; t < LANES; t++)
-            sum += lanes[t];
+        sum += join(lanes);
     }
     return sum;
 }
@@ -158,10 +154,11 @@ SKV_TARGET static void raise_to(const float *x, size_t n, float max, float log_s
                                 float *out)
 {
     for (size_t i = 0; i < n; i++)
-        out[i] = greater(x[i] - max - log_sum, out[i]);
+        out[i] = greater(x[i] - max - log_sum + 0.0f, out[i]); /* never -0 */
 }
 
-SKV_TARGET static void order(const float *x, size_t n, int32_t *keys, int32_t *min, int32_t *max)
+SKV_TARGET static void order(const float *restrict x, size_t n, int32_t *restrict keys, int32_t *min,
+                             int32_t *max)
 {
     int32_t least = INT32_MAX, most = INT32_MIN;
     for (size_t i = 0; i < n; i++) {
@@ -169,11 +166,12 @@ SKV_TARGET static void order(const float *x, size_t n, int32_t *keys, int32_t *m
         int32_t bits;
         memcpy(&bits, &value, sizeof(bits));
         /* Negative floats are ordered backwards as integers. */
-        int32_t key = bits ^ ((bits >> 31) & INT32_MAX);
-        key = value == value ? key : INT32_MIN;
-        least = key < least ? key : least;
-        most = key > most ? key : most;
-        keys[i] = key;
+        bits ^= (bits >> 31) & INT32_MAX;
+        keys[i] = value == value ? bits : INT32_MIN;
+    }
+    for (size_t i = 0; i < n; i++) {
+        least = keys[i] < least ? keys[i] : least;
+        most = keys[i] > most ? keys[i] : most;
     }
     *min = least;
     *max = most;

@@ -22,13 +22,15 @@ static void dots(const int8_t *queries, const float *factors, const int32_t *sum
 
 static float group_max(const float *x, size_t n, size_t group, float *out)
 {
-    for (size_t first = 0, i = 0; first < n; first += group, i++) {
+    float all = -INFINITY;
+    for (size_t first = 0; first < n; first += group) {
         float most = -INFINITY;
         for (size_t t = first; t < n && t < first + group; t++)
             most = greater(x[t], most);
-        out[i] = most;
+        all = greater(most, all);
+        *out++ = most;
     }
-    return max_of(out, (n + group - 1) / group);
+    return all;
 }
 
 const struct skv_kernels skv_kernels_portable = {

@@ -140,30 +140,39 @@ class Reading:
     def _receive(self, part: Part, deadline: Deadline) -> None:
         paths, unit = self._paths, part.unit
         through_cache = part.engine is not paths.routes.direct
-        failure: SpdkKvError | None = None
+        failure = self._failure_of(part, deadline)
+        try:
+            if through_cache and unit is not None and unit.copy_epoch != part.copy_epoch:
+                # The copy was forgotten meanwhile: what was found there may be another unit's now.
+                if failure is not None and self._may_still_land(part):
+                    raise failure
+                part = self._begin(paths.routes.direct, None, part.extents, part.start, part.end)
+                self._complete(part, deadline)
+                if paths.routes.copy is not None:
+                    paths.routes.copy.sweep(unit)
+                through_cache, unit = False, None
+            elif failure is not None:
+                if not self._take_over(part, failure, deadline):
+                    raise failure
+            elif unit is not None and not through_cache:
+                delivered = partial(self._bytes_of, part)
+                paths.fill_copy(unit, part.start, delivered, self._chunk_nbytes)
+        finally:
+            failure = None  # its frames have this one, and so the buffer
+        transfer = part.transfer
+        cached = unit if through_cache else None
+        paths.record_read(cached, transfer.nbytes, transfer.cold_nbytes, part.warm_epoch)
+
+    def _failure_of(self, part: Part, deadline: Deadline) -> SpdkKvError | None:
+        """What a part failed by, once it is over; None where all is well."""
         try:
             self._complete(part, deadline)
         except DeviceTimeout:
             raise  # the drive may still write into the buffer
         except (DeviceError, CorruptionError) as failed:
-            failure = failed
-        if through_cache and unit is not None and unit.copy_epoch != part.copy_epoch:
-            # The copy was forgotten meanwhile: what was found there may be another unit's by now.
-            if failure is not None and self._may_still_land(part):
-                raise failure
-            part = self._begin(paths.routes.direct, None, part.extents, part.start, part.end)
-            self._complete(part, deadline)
-            if paths.routes.copy is not None:
-                paths.routes.copy.sweep(unit)
-            through_cache, unit = False, None
-        elif failure is not None:
-            self._take_over(part, failure, deadline)
-        elif unit is not None and not through_cache:
-            delivered = partial(self._bytes_of, part)
-            paths.fill_copy(unit, part.start, delivered, self._chunk_nbytes)
-        transfer = part.transfer
-        cached = unit if through_cache else None
-        paths.record_read(cached, transfer.nbytes, transfer.cold_nbytes, part.warm_epoch)
+            # Without its frames, which would keep the buffer until the garbage collector comes.
+            return failed.with_traceback(None)
+        return None
 
     def _may_still_land(self, part: Part) -> bool:
         """Whether a part that failed may still write over what is read in its place. Into host
@@ -191,23 +200,22 @@ class Reading:
                     f"extent {number} are not those that were appended (CRC32C differs)"
                 )
 
-    def _take_over(self, part: Part, failure: SpdkKvError, deadline: Deadline) -> None:
-        """Reads by the other path; raises ``failure`` where that cannot either."""
+    def _take_over(self, part: Part, failure: SpdkKvError, deadline: Deadline) -> bool:
+        """Reads what failed by the other path; returns whether that delivered it."""
         paths = self._paths
         engine = paths.routes.fallback(part.engine, part.unit, part.end)
         # Without checksums nobody could say whether the other path's bytes are the right ones.
-        if engine is None or not self._verify:
-            raise failure
-        if self._may_still_land(part):
-            raise failure
+        if engine is None or not self._verify or self._may_still_land(part):
+            return False
         try:
             other = self._begin(engine, None, part.extents, part.start, part.end)
             self._complete(other, deadline)
         except SpdkKvError:
-            raise failure from None
+            return False
         log.warning("%s; the engine %s delivered it", failure, engine.name)
         lost = part.unit if engine is paths.routes.direct else None
         paths.record_takeover(lost, part.transfer.nbytes, failure)
+        return True
 
 
 def by_path(units: Sequence[TrackedUnit], extents: range) -> list[tuple[TrackedUnit | None, range]]:

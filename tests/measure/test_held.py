@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,20 @@ def test_the_most_that_was_held_is_taken_once(group: Group) -> None:
     finally:
         held.close()
     assert not held._thread.is_alive()
+
+
+def test_nothing_that_was_held_before_is_noted_after_it_was_taken(group: Group) -> None:
+    looks: list[bool] = []
+
+    class Watched(Group):
+        def use(self) -> Any:
+            looks.append(held._lock.locked())
+            return super().use()
+
+    held = HeldMemory(Watched(group.path), interval_s=1e6)
+    held.take()
+    held.close()
+    assert looks == [True]
 
 
 def test_page_cache_that_comes_between_two_files_is_not_other_memory(group: Group) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -184,6 +185,23 @@ def test_damage_on_both_paths_is_an_error_on_each(drive: Drive) -> None:
                 drive.sequence.read(layer)
     assert drive.store.stats()["corruptions"] > 0
     assert drive.took_over_nbytes() == 0
+
+
+def test_a_read_that_failed_holds_its_memory_no_longer(drive: Drive) -> None:
+    drive.damage()
+    before, raised = drive.store.staging.stats()["leased_nbytes"], 0
+    gc.collect()
+    gc.disable()  # nothing is left to the collector, which may come late
+    try:
+        for layer in range(4):
+            try:
+                drive.sequence.read(layer)
+            except CorruptionError:
+                raised += 1
+        assert raised == 4
+        assert drive.store.staging.stats()["leased_nbytes"] == before
+    finally:
+        gc.enable()
 
 
 def test_without_checksums_nothing_is_taken_over(folder: Path) -> None:

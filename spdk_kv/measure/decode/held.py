@@ -43,9 +43,8 @@ class HeldMemory:
             self._look()
 
     def _look(self) -> None:
-        held = self._group.use().other_nbytes
-        with self._lock:
-            self._most_nbytes = max(self._most_nbytes, held)
+        with self._lock:  # or what was held before a take() would be noted behind it
+            self._most_nbytes = max(self._most_nbytes, self._group.use().other_nbytes)
 
 
 class Budget:

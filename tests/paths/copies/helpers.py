@@ -121,6 +121,14 @@ def copy_path(store: KVStore) -> str:
     return f"/proc/self/fd/{store.paths.routes.cache.fd}"
 
 
+def damage(store: KVStore, nbytes: int = 64) -> None:
+    """Changes bytes of every unit in the copy."""
+    assert store.paths.routes.cache is not None
+    for unit in units(store):
+        for offset, _ in unit.extents:
+            os.pwrite(store.paths.routes.cache.fd, b"\xa5" * nbytes, offset + 4096)
+
+
 def deleted(store: KVStore, sequence: Any) -> None:
     """Deletes it, and waits until its extents can have another owner."""
     sequence.delete()

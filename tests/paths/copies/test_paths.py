@@ -16,6 +16,7 @@ from paths.copies.helpers import (
     CopyPlace,
     copied,
     copy_path,
+    damage,
     deleted,
     fully,
     on_disk_nbytes,
@@ -42,7 +43,6 @@ from paths.helpers import (
 from sequence.helpers import Reference
 from spdk_kv.errors import ClosedError, DeviceError, DeviceTimeout
 from spdk_kv.paths.units import Fill
-from spdk_kv.store import KVStore
 from spdk_kv.units import KIB
 from store.helpers import folder_fixture
 from support import blockdev
@@ -51,14 +51,6 @@ from support.waiting import PATIENCE_S
 
 folder = folder_fixture
 place = place_fixture
-
-
-def damage(store: KVStore, nbytes: int = 64) -> None:
-    """Changes bytes of every unit in the copy."""
-    assert store.paths.routes.cache is not None
-    for unit in units(store):
-        for offset, _ in unit.extents:
-            os.pwrite(store.paths.routes.cache.fd, b"\xa5" * nbytes, offset + 4096)
 
 
 # -- what is copied -------------------------------------------------------------------------------

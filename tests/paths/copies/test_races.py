@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from link.helpers import link_up
 from paths.copies.helpers import (
     CopyPlace,
     copied,
+    damage,
     deleted,
     fully,
     on_disk_nbytes,
@@ -189,6 +191,22 @@ def test_what_was_read_of_a_hole_is_not_used(store: KVStore, ahead: bool) -> Non
     store.paths.decide()  # by which they are to be expected
     scans(sequence, reference)
     nothing_was_wrong(store)
+
+
+def test_a_read_that_the_other_path_took_over_holds_its_memory_no_longer(store: KVStore) -> None:
+    sequence, reference = filled(store)
+    sequence.read_ahead = False
+    fully(store, sequence, reference)
+    before = store.staging.stats()["leased_nbytes"]
+    damage(store)
+    gc.collect()
+    gc.disable()  # nothing is left to the collector, which may come late
+    try:
+        reference.check_layer(sequence, 0)
+        assert store.stats()["residency"]["taken_over_nbytes"] == 2 * UNIT_NBYTES
+        assert store.staging.stats()["leased_nbytes"] == before
+    finally:
+        gc.enable()
 
 
 class HandedOver:

@@ -1,0 +1,221 @@
+"""bench/kvswap: what its masked model computes, its tasks, and its arithmetic."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spdk_kv.sparse import Settings
+from support.places import ROOT
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+FOLDER = ROOT / "bench" / "kvswap"
+
+
+@pytest.fixture(scope="module")
+def parts() -> Iterator[dict[str, ModuleType]]:
+    """The scripts of the folder, imported as they import each other."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield {
+            name: __import__(name) for name in ("tasks", "masked", "quality", "report", "variants")
+        }
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
+                del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def asked(llama: Any) -> SimpleNamespace:
+    """A text, questions and answers of random tokens, and the plain model's logits."""
+    made = torch.Generator().manual_seed(1)
+    text, prompts, answers = (
+        torch.randint(0, 300, shape, generator=made) for shape in ((600,), (3, 7), (3, 6))
+    )
+    rows = torch.cat([text.expand(3, -1), prompts, answers], dim=1)
+    with torch.inference_mode():
+        logits = llama(rows, use_cache=False).logits[:, -6:-1]
+    return SimpleNamespace(text=text, prompts=prompts, answers=answers, logits=logits)
+
+
+@pytest.fixture(scope="module")
+def asking(
+    parts: dict[str, ModuleType],
+    llama: Any,
+    asked: SimpleNamespace,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
+    masked = parts["masked"].MaskedModel(llama)
+    kv = parts["quality"].text_kv(masked, asked.text, tmp_path_factory.mktemp("kv"))
+    right = asked.logits.argmax(-1)[:, [1, 4], None]
+    questions = parts["tasks"].Questions(asked.prompts, asked.answers, (2, 5), right)
+    return parts["quality"].Asking(masked, kv, questions)
+
+
+def test_attending_to_everything_is_the_plain_model(asking: Any, asked: SimpleNamespace) -> None:
+    asking._model.back(asking._kept)
+    found = asking._model.dense(asked.answers)
+    assert torch.allclose(found, asked.logits, atol=1e-4)
+    assert asking.dense.accuracy == 1.0
+    assert asking.dense.answers == 3
+    assert asking.dense.tokens == 6
+
+
+@pytest.mark.parametrize("selector", ["codes", "kvswap", "previous"])
+def test_a_selection_of_everything_is_the_plain_model(asking: Any, selector: str) -> None:
+    from spdk_kv.sparse import preset
+
+    found = asking.run(preset(selector, tokens=640))
+    assert found.score.accuracy == 1.0
+    assert found.score.mean_kl == pytest.approx(0, abs=1e-5)
+    assert found.reads[2.0].missed <= 3 * 3 * 2  # of two groups that became whole in an answer
+
+
+def test_a_part_costs_something_and_the_next_run_begins_anew(asking: Any) -> None:
+    small, other = Settings(tokens=16), Settings(tokens=16, keys="exact")
+    first = asking.run(small)
+    assert first.score.mean_kl > 1e-6
+    assert first.token_nbytes == 2 * (16 / 4 + 4)
+    asking.run(other)
+    assert vars(asking.run(small).score) == vars(first.score)
+    assert asking.run(Settings(tokens=640)).score.mean_kl == pytest.approx(0, abs=1e-5)
+
+
+def test_a_text_is_computed_once(
+    parts: dict[str, ModuleType], asking: Any, asked: SimpleNamespace, tmp_path: Path
+) -> None:
+    text_kv = parts["quality"].text_kv
+    first = text_kv(asking._model, asked.text, tmp_path)
+    again = text_kv(None, asked.text, tmp_path)
+    assert all(
+        torch.equal(*pair)
+        for one in zip(first, again, strict=True)
+        for pair in zip(*one, strict=True)
+    )
+
+
+def test_reads_are_those_of_the_pool(parts: dict[str, ModuleType]) -> None:
+    quality, masked = parts["quality"], parts["masked"]
+    steps = [[0, 1], [0, 2], [0, 1], [0, 3]]
+    trace = masked.Trace([[np.array([step])] for step in steps])
+    settings = Settings(tokens=8)
+    once, twice = (quality.reads(trace, settings, pool) for pool in (1.0, 2.0))
+    assert (once.wanted, once.missed, once.row_steps) == (6, 3, 3)
+    assert (twice.wanted, twice.missed) == (6, 2)
+    assert twice.nbytes_per_token(1000) == pytest.approx(2000 / 3)
+
+
+class Words:
+    """A tokenizer: words with the space before them, single digits, and everything else."""
+
+    chat_template = None
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        pieces = re.findall(r" ?[A-Za-z]+|[0-9]|\s|[^\sA-Za-z0-9]", text)
+        return SimpleNamespace(
+            input_ids=[self._known.setdefault(p, len(self._known)) for p in pieces]
+        )
+
+    def text(self, ids: list[int]) -> str:
+        words = list(self._known)
+        return "".join(words[number] for number in ids)
+
+
+@pytest.mark.parametrize("task", ["digits", "four codes", "box"])
+def test_the_text_has_what_is_asked(parts: dict[str, ModuleType], task: str) -> None:
+    words = Words()
+    text = parts["tasks"].Text(words, seed=3, tokens=2500)
+    assert 2400 <= len(text.ids) <= 2520
+    whole = words.text(text.ids.tolist())
+    assert all(sentence in whole for sentence in text.facts.sentences)
+    found = text.questions(task, 6)
+    assert len(found.prompts) == len(found.answers) == len(found.right) == 6
+    for row, right in zip(found.answers.tolist(), found.right.tolist(), strict=True):
+        assert all(row[at] in place for at, place in zip(found.scored, right, strict=True))
+    if task == "box":
+        said = re.findall(r"The (\w+) box has( \w+)", words.text(found.answers[0].tolist()))
+        assert len(said) == 4
+        assert all(f"The {box} box has{thing}." in whole for box, thing in said)
+        assert [sum(one >= 0 for one in place) for place in found.right[0].tolist()] == [4, 3, 2, 1]
+    else:
+        said = re.findall(r"The secret code of \w+ is \d{4}", words.text(found.answers[0].tolist()))
+        assert len(said) == (1 if task == "digits" else 4)
+        assert all(one in whole for one in said)
+
+
+def test_a_text_is_the_same_for_the_same_seed(parts: dict[str, ModuleType]) -> None:
+    words = Words()
+    one, same, other = (parts["tasks"].Text(words, seed=seed, tokens=1500) for seed in (1, 1, 2))
+    assert one.ids.tolist() == same.ids.tolist() != other.ids.tolist()
+    assert (
+        one.questions("digits", 4).prompts.tolist() == same.questions("digits", 4).prompts.tolist()
+    )
+
+
+def test_questions_that_there_are_too_few_of(parts: dict[str, ModuleType]) -> None:
+    facts = parts["tasks"].make_facts(random.Random(0))
+    assert len(facts.codes) == 60
+    assert len({thing for held in facts.boxes.values() for thing in held}) == 32
+    with pytest.raises(ValueError, match="digits has no 100 questions"):
+        parts["tasks"].Text(Words(), seed=0, tokens=1500).questions("digits", 100)
+
+
+def test_rows_take_the_worst_of_the_tasks_that_the_model_can_do(
+    parts: dict[str, ModuleType],
+) -> None:
+    quality, report = parts["quality"], parts["report"]
+    totals = quality.Totals()
+    for task, right in (("easy", 100), ("fair", 90), ("hard", 50)):
+        totals.add_dense(task, quality.Score(25, 100, right))
+    settings = Settings(tokens=128)
+    for task, right, kl in (("easy", 97, 1.0), ("fair", 88, 3.0), ("hard", 0, 99.0)):
+        reads = {pool: quality.Reads(100, int(40 / pool), 10) for pool in quality.POOLS}
+        outcome = quality.Outcome(quality.Score(25, 100, right, 0, kl), reads, 60.0)
+        totals.add("codes", 0.075, task, settings, outcome)
+    (row,) = report.rows(totals, 100)
+    assert row["part"] == "quality"
+    assert (row["selector"], row["share"], row["tokens"]) == ("codes", 0.075, 128)
+    assert row["worst_loss_points"] == pytest.approx(3)
+    assert row["worst_task"] == "easy"
+    assert row["kl"] == pytest.approx(0.02)
+    assert row["metadata_nbytes"] == 60
+    assert row["read_nbytes_per_token"] == pytest.approx(2 * 4 * 100)
+    assert row["miss_rate_of_pools"] == {"1": 0.4, "2": 0.2, "4": 0.1}
+    page = report.page(totals, [row], "a method", ["CPU: one"])
+    assert "Not counted, for the model itself is below 90 %: hard." in page
+    assert "| codes | 7.50% | 97.0% | 88.0% | 0.0% | 3.0 | 0.020 | 60 B |" in page
+
+
+def test_every_variant_has_settings(parts: dict[str, ModuleType]) -> None:
+    for name in parts["variants"].VARIANTS:
+        settings = parts["variants"].settings_of(name, 262)
+        assert 248 <= settings.tokens <= 262
+        assert settings.pool in parts["quality"].POOLS
