@@ -156,7 +156,11 @@ class Asking:
         return [place - 1 for place in self._questions.scored]
 
     def _score(self, logits: torch.Tensor) -> Score:
-        found = torch.log_softmax(logits[:, self._at].float(), dim=-1)
+        return self.score(torch.log_softmax(logits[:, self._at].float(), dim=-1))
+
+    def score(self, found: torch.Tensor) -> Score:
+        """What log-probabilities of the tokens that count, ``[rows, scored, vocabulary]``, are
+        worth."""
         right = found.argmax(-1) == self._right
         kl = (self._dense.exp() * (self._dense - found)).sum()
         return Score(
