@@ -17,9 +17,9 @@ from spdk_kv.sparse.tuning import (
     Machine,
     ReadTimes,
     best,
+    best_of_shares,
     choose,
     cost,
-    frontier,
     miss_rate,
     whole_cost,
 )
@@ -144,11 +144,11 @@ def test_memory_for_no_group_at_all_is_an_error_that_says_how_much_it_takes() ->
 
 
 def test_the_frontier_has_the_best_of_each_share_and_says_where_none_fits() -> None:
-    found = frontier(SHARES, 1 << 40, FAST, DECODING)
+    found = best_of_shares(SHARES, 1 << 40, FAST, DECODING)
     assert [share for share, _ in found] == list(SHARES)
     rates = [row[1].tokens_per_s for _, row in found if row is not None]
     assert rates == sorted(rates, reverse=True)
-    tight = frontier(SHARES, 32 * (32768 * 272 + 4096 * 500), FAST, DECODING)
+    tight = best_of_shares(SHARES, 32 * (32768 * 272 + 4096 * 500), FAST, DECODING)
     fits = [row is not None for _, row in tight]
     assert fits == sorted(fits, reverse=True)
     assert fits[0]

@@ -16,7 +16,7 @@ POOLS = (1.0, 1.5, 2.0, 3.0, 4.0)
 _LEAST_GROUP = 4
 _RECENT = 16
 # What is this close to the fastest is as fast: reads vary more than that from run to run.
-_AS_FAST = 1.03
+AS_FAST = 1.03
 # Reads that take at most this much of the time that hides them stay hidden where the drive is busy
 # with others, or the time of computing was overestimated.
 _SPARE = 0.5
@@ -80,7 +80,7 @@ def best(goal: Goal, machine: Machine, decoding: Decoding) -> Priced | None:
     ]
     if not fitting:
         return None
-    limit_s = min(found.step_s for _, found in fitting) * _AS_FAST
+    limit_s = min(found.step_s for _, found in fitting) * AS_FAST
     fast = [each for each in fitting if each[1].step_s <= limit_s]
 
     def rank(each: Priced) -> tuple[int, bool, int]:
@@ -91,7 +91,7 @@ def best(goal: Goal, machine: Machine, decoding: Decoding) -> Priced | None:
     return min(fast, key=rank)
 
 
-def frontier(
+def best_of_shares(
     shares: Sequence[float], memory_nbytes: int, machine: Machine, decoding: Decoding
 ) -> list[tuple[float, Priced | None]]:
     """The best way to read each of ``shares``."""
