@@ -24,8 +24,13 @@ COMMANDS = {
         "spdk_kv.cli.doctor.command:doctor",
         "Show what this machine offers and how to fix what is missing.",
     ),
+    "fit": ("spdk_kv.cli.fit:fit", "Fit low-rank adapters to a model's keys."),
     "stat": ("spdk_kv.cli.stat.command:stat", "Show what a store holds."),
     "trim": ("spdk_kv.cli.trim:trim", "Give a store's free space back."),
+    "tune": (
+        "spdk_kv.cli.tune.command:tune",
+        "Choose settings for reading a part of the KV cache.",
+    ),
 }
 
 

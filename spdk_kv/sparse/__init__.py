@@ -7,6 +7,7 @@ query that was predicted (predictor.py); its `Pool` (pool.py) knows which groups
 
 from __future__ import annotations
 
+from spdk_kv.sparse.adapters import load_adapters
 from spdk_kv.sparse.keys import Codes, Exact, Keys, LowRank, make_keys
 from spdk_kv.sparse.pool import Pool
 from spdk_kv.sparse.predictor import norm_of, predict
@@ -21,6 +22,7 @@ __all__ = [
     "Pool",
     "Selector",
     "Settings",
+    "load_adapters",
     "make_keys",
     "norm_of",
     "predict",

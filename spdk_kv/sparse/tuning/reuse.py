@@ -1,0 +1,18 @@
+"""How much of a step's selection is still in memory, as measured on a real model.
+
+SmolLM2-135M, 2-bit codes, groups of 4, two contexts of 3.5K tokens: the larger of the miss rates
+for 128 and for 256 tokens, so that a choice by them errs on the slow side.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+MISS_RATES = {1.0: 0.41, 2.0: 0.26, 4.0: 0.14}
+"""Groups to be read per group selected, by size of the pool in multiples of the selection."""
+
+
+def miss_rate(pool: float) -> float:
+    """Interpolated over the logarithm of the pool; beyond 4 times nothing was measured, and the
+    rate stays what it is there."""
+    return float(np.interp(np.log(pool), np.log(list(MISS_RATES)), list(MISS_RATES.values())))
