@@ -156,7 +156,7 @@ source_hash() {
     ) | hash_of
 }
 
-# Whether .venv holds this checkout with the extras $1 ('' or 'test'; 'test' covers '').
+# Whether .venv holds this checkout with the extra $1; 'test' covers all others.
 is_installed() {
     local tools source extras
     venv_works && read_stamp || return 1
@@ -201,7 +201,7 @@ raise SystemExit(find("torch") is None)'; then
         # A torch that is there was chosen by somebody, and stays.
         options+=(-c "$root/scripts/constraints.txt")
     fi
-    say "installing spdk_kv${wanted:+ with what its tests need} (the first time takes some minutes)"
+    say "installing spdk_kv${wanted:+[$wanted]} (the first time takes some minutes)"
     # With build isolation: pip fetches Cython and, where the system has none, CMake and Ninja for
     # the build alone, so that running spdk_kv needs none of them.
     "$venv/bin/python" -m pip install "${options[@]}" -e "$root${wanted:+[$wanted]}" </dev/null ||

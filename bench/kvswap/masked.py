@@ -8,7 +8,8 @@ the `Selector` of each layer chose by the predicted query, to the newest tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -84,6 +85,7 @@ class MaskedModel:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._own = model.config._attn_implementation
         AttentionInterface.register(NAME, self._attention)
         model.set_attn_implementation(NAME)
         self.layers = model.model.layers
@@ -97,6 +99,16 @@ class MaskedModel:
         self._trace = Trace()
         for number, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(self._entering, number), with_kwargs=True)
+
+    @contextmanager
+    def as_it_is(self) -> Iterator[Any]:
+        """The model with the attention that it had before, as long as the block lasts."""
+        self._selectors = None
+        self.model.set_attn_implementation(self._own)
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(NAME)
 
     @property
     def group_token_nbytes(self) -> int:

@@ -134,6 +134,7 @@ class Asking:
         self._kept = model.kept()
         logits = model.dense(questions.answers)
         self._dense = torch.log_softmax(logits[:, self._at].float(), dim=-1)
+        self._right = questions.answers[:, 1:][:, self._at]
         self.dense = self._score(logits)
         self._selectors: dict[tuple[str, int | None], list[Selector]] = {}
 
@@ -155,8 +156,12 @@ class Asking:
         return [place - 1 for place in self._questions.scored]
 
     def _score(self, logits: torch.Tensor) -> Score:
-        found = torch.log_softmax(logits[:, self._at].float(), dim=-1)
-        right = (found.argmax(-1, keepdim=True) == self._questions.right).any(-1)
+        return self.score(torch.log_softmax(logits[:, self._at].float(), dim=-1))
+
+    def score(self, found: torch.Tensor) -> Score:
+        """What log-probabilities of the tokens that count, ``[rows, scored, vocabulary]``, are
+        worth."""
+        right = found.argmax(-1) == self._right
         kl = (self._dense.exp() * (self._dense - found)).sum()
         return Score(
             len(right), right.numel(), int(right.sum()), int(right.all(1).sum()), float(kl)

@@ -95,5 +95,53 @@ def page(
     return "\n".join(lines)
 
 
+def stored_page(found: Sequence[dict[str, Any]]) -> str:
+    """The same questions by both ways, as Markdown."""
+    head = ["task", "selector", "answers", "in memory", "through the store", "KL", "KL", "MiB read"]
+    lines = ["# The same through the read path", "", _line(head), _line(["---"] * len(head))]
+    for row in found:
+        lines.append(
+            _line(
+                [
+                    row["task"],
+                    f"{row['selector']} at {row['share']:.1%}",
+                    str(row["answers"]),
+                    f"{row['accuracy_in_memory']:.1%}",
+                    f"{row['accuracy']:.1%}",
+                    f"{row['kl_in_memory']:.4f}",
+                    f"{row['kl']:.4f}",
+                    f"{row['read_nbytes_per_token'] / (1 << 20):.2f}",
+                ]
+            )
+        )
+    lines += ["", "MiB read: per token of an answer, in float32, the filling of the pool included."]
+    return "\n".join([*lines, ""])
+
+
+def speed_page(found: Sequence[dict[str, Any]], method: str, machine: Sequence[str]) -> str:
+    """Tokens per second, as Markdown."""
+    head = ["way", "drive", "compute", "batch", "tokens/s", "lowest", "highest", "MiB read", "MiB"]
+    lines = ["# Reading a part: speed", "", *machine, "", method, ""]
+    lines += [_line(head), _line(["---"] * len(head))]
+    for row in sorted(found, key=lambda one: (one["batch"], one["compute"], one["drive"])):
+        lines.append(
+            _line(
+                [
+                    row["variant"],
+                    row["drive"],
+                    row["compute"],
+                    str(row["batch"]),
+                    f"{row['tokens_per_s']:.2f}",
+                    f"{row['lowest_tokens_per_s']:.2f}",
+                    f"{row['highest_tokens_per_s']:.2f}",
+                    f"{row['read_nbytes_per_token'] / (1 << 20):.2f}",
+                    f"{row['memory_nbytes'] / (1 << 20):.0f}",
+                ]
+            )
+        )
+    lines += ["", "MiB read: per token, from the drive. MiB: of host memory for K, V and codes."]
+    return "\n".join([*lines, ""])
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"

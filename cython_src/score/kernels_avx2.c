@@ -14,6 +14,9 @@
 /* Tiles that are transposed before any is used: the latency of one would show. */
 #define TILES 4u
 #define TOKENS (TILES * TILE)
+#define LINE_NBYTES 64u
+/* So far ahead codes are prefetched: a page, since processors do not look past one by themselves. */
+#define AHEAD_NBYTES 4096u
 
 /* Words first to first + 3 of eight tokens that lie `stride` bytes apart: out[2 * i] has word
  * first + i of all of them, in order. */
@@ -38,6 +41,8 @@ ALWAYS_INLINE void load_words(const uint8_t *codes, size_t stride, size_t first,
 ALWAYS_INLINE void transpose(const uint8_t *codes, size_t dim, __m256i *out)
 {
     const size_t nbytes = dim / 4, words = dim / WORD;
+    for (size_t i = 0; i < TOKENS * nbytes; i += LINE_NBYTES)
+        _mm_prefetch((const char *)((uintptr_t)codes + AHEAD_NBYTES + i), _MM_HINT_T0);
     for (size_t tile = 0; tile < TILES; tile++, codes += TILE * nbytes, out += 2 * words)
         for (size_t word = 0; word < words; word += 4) {
             /* The last words are loaded with some before them, so that nothing behind is touched. */

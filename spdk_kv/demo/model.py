@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ _SEED = 0
 _LAYERS = 8
 # Wide enough that the text does not end in a loop of one byte, as it does at transformers' 0.02.
 _INITIALIZER_RANGE = 0.08
+_GGUF = b"GGUF"  # what such a file begins with
 
 
 class Tokenizer(Protocol):
@@ -83,22 +85,42 @@ def random_model(most_tokens: int, layers: int = _LAYERS) -> DemoModel:
     return DemoModel(model, ByteTokenizer(), "a small Llama with random weights", False)
 
 
-def load_model(folder: Path) -> DemoModel:
-    """The model and tokenizer in ``folder``, on the CPU. Raises CommandFailed."""
+def load_model(path: Path) -> DemoModel:
+    """The model and tokenizer in the folder or GGUF file ``path``, on the CPU. Blocks.
+
+    A GGUF file takes much longer than a folder, and its weights take the memory of whole ones.
+
+    Raises:
+        CommandFailed: There is none, transformers cannot load it, or `gguf` is not installed.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not (folder / "config.json").is_file():
-        raise CommandFailed(f"{folder} has no config.json: it is not a transformers model's folder")
+    folder, where = path, {}
+    if path.is_file():
+        _require_gguf(path)
+        folder, where = path.parent, {"gguf_file": path.name}
+    elif not (path / "config.json").is_file():
+        raise CommandFailed(f"{path} has no config.json: it is not a transformers model's folder")
+    options: dict[str, Any] = {"local_files_only": True, **where}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
     # transformers has no common error for a missing file, broken JSON and an unknown model.
     except Exception as error:
         raise CommandFailed(
-            f"{folder} does not hold a model and tokenizer that transformers can load: "
+            f"{path} does not hold a model and tokenizer that transformers can load: "
             f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
-    return DemoModel(model.eval(), tokenizer, folder.resolve().name, True)
+    label = path.stem if where else path.resolve().name
+    return DemoModel(model.eval(), tokenizer, label, True)
+
+
+def _require_gguf(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_GGUF)) != _GGUF:
+            raise CommandFailed(f"{path} is neither a GGUF file nor a transformers model's folder")
+    if find_spec("gguf") is None:
+        raise CommandFailed("a GGUF file needs the package gguf: pip install 'spdk_kv[demo]'")
 
 
 def read_text(path: Path | None) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from spdk_kv.demo.lines import readable, wrapped
 from spdk_kv.terminal import console
 from spdk_kv.units import GIB, format_nbytes
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from spdk_kv.demo.model import DemoModel
     from spdk_kv.types import KVShape
 
-_WIDTH = 79
 _TEXT_CHARACTERS = 60
 
 
@@ -125,7 +124,7 @@ def print_report(report: Report) -> None:
     line(_row("peak of the whole process", *peaks))
     line()
     line(
-        _wrapped(
+        wrapped(
             f"  {format_nbytes(report.written_nbytes)} of K/V were written to the drive, and "
             f"{format_nbytes(report.read_nbytes)} were read back at {report.read_gib_s:.2f} GiB/s, "
             f"{format_nbytes(report.cached_read_nbytes)} of it through the page cache. For every "
@@ -135,14 +134,14 @@ def print_report(report: Report) -> None:
     )
     if offloaded.tokens_per_s > memory.tokens_per_s:
         line(
-            _wrapped(
+            wrapped(
                 "  In memory it was slower because transformers copies the whole cache to append a "
                 "token."
             )
         )
     line()
     for label, run in (("in memory", memory), ("on the drive", offloaded)):
-        line(f"  {label:<13} {_readable(report.chosen.tokenizer.decode(run.tokens))}", "cyan")
+        line(f"  {label:<13} {_shortened(report.chosen.tokenizer.decode(run.tokens))}", "cyan")
     line()
     if report.tokens_equal:
         line(f"  All {len(offloaded.tokens)} tokens are equal.", "bold green")
@@ -150,9 +149,10 @@ def print_report(report: Report) -> None:
         line(f"  The tokens differ after the first {report.equal_tokens}.", "bold red")
     if not report.chosen.trained:
         line(
-            _wrapped(
-                "  The text is gibberish because the weights are random; `--model DIR` runs a real "
-                "model."
+            wrapped(
+                "  The text is gibberish because the weights are random. `python -m "
+                "spdk_kv.demo.fetch` brings a small model that speaks, `--model PATH` runs "
+                "another."
             ),
             "dim",
         )
@@ -162,16 +162,6 @@ def _row(label: str, memory: str, offloaded: str) -> str:
     return f"  {label:<26} {memory:<16} {offloaded}".rstrip()
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(
-        text, width=_WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
-    )
-
-
-def _readable(text: str) -> str:
-    """``text`` on one line, without characters that would move a terminal's cursor."""
-    shown = "".join(
-        character if character.isprintable() and character != "\ufffd" else "\N{MIDDLE DOT}"
-        for character in " ".join(text.split())
-    )
+def _shortened(text: str) -> str:
+    shown = readable(text)
     return shown if len(shown) <= _TEXT_CHARACTERS else f"{shown[: _TEXT_CHARACTERS - 1]}…"

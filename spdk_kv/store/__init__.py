@@ -7,7 +7,7 @@ and closes.
 
 from __future__ import annotations
 
-from spdk_kv.store.companions import SLOTS, companion_key
+from spdk_kv.store.companions import SELECTION, SLOTS, companion_key
 from spdk_kv.store.opening import open
 from spdk_kv.store.options import EngineOptions, PageCacheOptions
 from spdk_kv.store.parts import index_folder
@@ -16,6 +16,7 @@ from spdk_kv.store.superblocks import read_superblock
 from spdk_kv.store.why import read_why
 
 __all__ = [
+    "SELECTION",
     "SLOTS",
     "EngineOptions",
     "KVStore",

@@ -256,15 +256,13 @@ def test_a_terminal_gets_a_bar_and_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("op", ["read", "write"])
 def test_interrupt_ends_cleanly_and_leaves_no_file(tmp_path: Path, op: str) -> None:
     process = subprocess.Popen(
-        run_words(tmp_path, "--seconds", "60", "--op", op),
+        run_words(tmp_path, "--seconds", "600", "--op", op),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_until_measuring(process.pid, tmp_path)
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
     output, complaint = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, output, complaint.strip()) == (130, "", "interrupted")
-    assert time.monotonic() - began < 30  # half of what it would run
     assert list(tmp_path.iterdir()) == []
 
 

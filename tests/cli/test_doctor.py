@@ -58,7 +58,7 @@ def fail(): raise KeyNotFound("no blob called 'x'")
 @click.command()
 def wait():
     print("ready", flush=True)
-    time.sleep(30)
+    time.sleep(600)
 
 @click.command()
 def flood():

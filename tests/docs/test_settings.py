@@ -12,7 +12,7 @@ import pytest
 
 import spdk_kv
 from docs.pages import page
-from spdk_kv.integrations.transformers import OffloadedKVCache, PromptCache
+from spdk_kv.integrations.transformers import OffloadedKVCache, PromptCache, SparseKVCache
 from spdk_kv.sparse import Settings
 from spdk_kv.store import KVStore
 
@@ -53,6 +53,7 @@ def settings_of(what: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         (KVStore.sequence, "KVStore.sequence and KVShape"),
         (spdk_kv.KVShape, "KVStore.sequence and KVShape"),
         (OffloadedKVCache, "OffloadedKVCache"),
+        (SparseKVCache, "SparseKVCache"),
         (PromptCache, "PromptCache"),
         (Settings, "sparse.Settings"),
     ],
@@ -74,6 +75,7 @@ def test_the_page_names_no_setting_that_is_gone() -> None:
         (spdk_kv.EngineOptions, "EngineOptions"),
         (spdk_kv.PageCacheOptions, "PageCacheOptions"),
         (OffloadedKVCache, "OffloadedKVCache"),
+        (SparseKVCache, "SparseKVCache"),
         (PromptCache, "PromptCache"),
         (Settings, "sparse.Settings"),
     ):

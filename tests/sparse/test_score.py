@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 
 import numpy as np
@@ -236,6 +238,24 @@ def test_codes_and_scales_may_be_the_beginning_of_longer_arrays():
     queries = keys_of(rng, 3, 64)
     out = score(queries, signs, codes[:30], scales[:30])
     assert (out == score(queries, signs, *together)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dim", [12, 64, 80, 96, 144])
+def test_nothing_behind_the_codes_is_touched(name, dim):
+    """The next page cannot be read: one byte too many, and the process ends."""
+    page, n = mmap.PAGESIZE, 64
+    area = mmap.mmap(-1, 4 * page)
+    at = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    libc = ctypes.CDLL(None)
+    assert libc.mprotect(ctypes.c_void_p(at + 3 * page), page, 0) == 0
+    try:
+        nbytes = n * dim // 4
+        codes = np.frombuffer(area, np.uint8, nbytes, 3 * page - nbytes).reshape(n, dim // 4)
+        out = score(np.ones((3, dim), F32), np.ones(dim, F32), codes, np.ones(n, F32), name)
+        assert np.isfinite(out).all()
+    finally:
+        libc.mprotect(ctypes.c_void_p(at + 3 * page), page, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 # -- arguments ------------------------------------------------------------------------------------

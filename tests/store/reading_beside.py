@@ -4,13 +4,15 @@
 
 Payloads say whose they are and of which version (helpers.payload), tokens are made of their number
 and the sequence's version. It says "begins" once there is something to be read, and ends after
-ROUNDS rounds.
+ROUNDS rounds, but not before its standard input does.
 """
 
 from __future__ import annotations
 
 import random
+import select
 import sys
+from itertools import count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -70,7 +72,9 @@ def main() -> None:
     rng = random.Random(seed)
     change = change_blobs if what == "blobs" else change_sequences
     store = open_store(folder, capacity="4 MiB", engine=engine)
-    for version in range(1, rounds + 1):
+    for version in count(1):
+        if version > rounds and select.select([sys.stdin], [], [], 0)[0]:
+            break
         change(store, rng, version)
         # Not each round: what is not flushed goes into space that a reader may be reading.
         if rng.random() < 0.7:

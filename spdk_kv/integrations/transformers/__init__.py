@@ -13,11 +13,13 @@ from spdk_kv.integrations.transformers.cache import CACHE_ARGUMENT, OffloadedKVC
 from spdk_kv.integrations.transformers.encoder_decoder import OffloadedEncoderDecoderCache
 from spdk_kv.integrations.transformers.prefixes import StoredPrompt
 from spdk_kv.integrations.transformers.prompts import PromptCache
+from spdk_kv.integrations.transformers.sparse import SparseKVCache
 
 __all__ = [
     "CACHE_ARGUMENT",
     "OffloadedEncoderDecoderCache",
     "OffloadedKVCache",
     "PromptCache",
+    "SparseKVCache",
     "StoredPrompt",
 ]

@@ -125,7 +125,7 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
             granularity=granularity,
         )
         self._config = config
-        self._stream = LayerStream(store, options)
+        self._stream = self._stream_of(store, options)
         super().__init__(layers=offloaded(templates, self._stream))
         self._states = LayerStates(self.layers, self._model_type)
         self._store = store
@@ -142,6 +142,9 @@ class OffloadedKVCache(Cache):  # type: ignore[misc]
     @property
     def _model_type(self) -> str:
         return type_of(self._config)
+
+    def _stream_of(self, store: KVStore, options: StreamOptions) -> LayerStream:
+        return LayerStream(store, options)
 
     def _take_up(self, name: str, model: Any, ids: Ids | None, tag: str | None) -> None:
         identity = identity_of(model, self._stream.options.windows, tag)

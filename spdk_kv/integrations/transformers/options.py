@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spdk_kv.errors import CapacityError
+from spdk_kv.errors import CapacityError, SpdkKvError
 from spdk_kv.types import Granularity, KVShape
 from spdk_kv.units import format_nbytes
 
@@ -53,4 +53,14 @@ def too_large(error: CapacityError, shape: KVShape) -> CapacityError:
         f"{error}; {shape.max_tokens} tokens of {shape.layers} layers take "
         f"{format_nbytes(shape.nbytes)}: pass a smaller max_tokens=, or none to have room made as "
         "tokens come, or open the store with a larger capacity="
+    )
+
+
+def half_way(layer: int, past: int, before: int, has: int) -> SpdkKvError:
+    """The error for a layer that gets tokens after ``past``, where ``before``, which the pass went
+    through before it, ``has`` others."""
+    return SpdkKvError(
+        f"layer {layer} follows {past} tokens, but layer {before} has {has}: an earlier forward "
+        "pass ended half-way; crop(0) takes its tokens back, reset() forgets all"
+        + ("; cross-attention takes an OffloadedEncoderDecoderCache" if layer == 0 else "")
     )

@@ -20,6 +20,7 @@ from spdk_kv.integrations.transformers.lifetime import delete_in_thread, outside
 from spdk_kv.integrations.transformers.options import (
     StreamCounters,
     StreamOptions,
+    half_way,
     no_room,
     too_large,
 )
@@ -114,7 +115,17 @@ class LayerStream:
         if self.options.resident_layers == 1:
             sequence.settle(layer)
         self.counters.appended_nbytes += k.nbytes + v.nbytes
-        first = self._first(layer, past)
+        keys, values = self._attended(sequence, layer, past, k, v)
+        self._read_ahead(sequence, layer, count if past else 1)
+        now = self.resident_layers
+        self.counters.resident_layers_peak = max(self.counters.resident_layers_peak, now)
+        return keys, values
+
+    def _attended(
+        self, sequence: Sequence, layer: int, past: int, k: torch.Tensor, v: torch.Tensor
+    ) -> Pair:
+        """What the tokens ``k``, ``v`` see, which were appended after ``past``."""
+        count, first = k.shape[2], self._first(layer, past)
         kept_tokens, kept = self._kept.get(layer, (0, None))
         if kept is not None and kept_tokens == past > first:
             kept = kept[0].followed_by(k, past - first), kept[1].followed_by(v, past - first)
@@ -130,9 +141,6 @@ class LayerStream:
             assert kept is not None
             self._kept[layer] = past + count, kept
         self._lent[layer] = (weakref.ref(keys), weakref.ref(values))
-        self._read_ahead(sequence, layer, count if past else 1)
-        now = self.resident_layers
-        self.counters.resident_layers_peak = max(self.counters.resident_layers_peak, now)
         return keys, values
 
     def held(self, layer: int) -> Pair | None:
@@ -431,12 +439,7 @@ class LayerStream:
             raise no_room(room, past + count)
         before, wanted = (layer - 1, past + count) if layer else (self.layers - 1, past)
         if self.layers > 1 and self.tokens(before) != wanted:
-            raise SpdkKvError(
-                f"layer {layer} follows {past} tokens, but layer {before} has "
-                f"{self.tokens(before)}: an earlier forward pass ended half-way; crop(0) takes "
-                "its tokens back, reset() forgets all"
-                + ("; cross-attention takes an OffloadedEncoderDecoderCache" if layer == 0 else "")
-            )
+            raise half_way(layer, past, before, self.tokens(before))
         if torch.is_grad_enabled() and k.requires_grad:
             raise SpdkKvError(
                 "K/V that went to the drive has no gradients: run the model under torch.no_grad() "

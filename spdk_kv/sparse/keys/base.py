@@ -31,6 +31,11 @@ class Keys(Protocol):
         ...
 
     @property
+    def kv_heads(self) -> int:
+        """KV heads of a key; 0 before the first append."""
+        ...
+
+    @property
     def token_nbytes(self) -> float:
         """Bytes that a token of one batch row takes; 0 before the first append."""
         ...

@@ -48,6 +48,10 @@ class Codes:
         return self._means.nbytes + self._codes.nbytes + self._scales.nbytes
 
     @property
+    def kv_heads(self) -> int:
+        return 0 if self._shape is None else self._shape[1]
+
+    @property
     def token_nbytes(self) -> float:
         if self._codes is None or self._scales is None:
             return 0.0

@@ -27,6 +27,10 @@ class Exact:
         return 0 if self._keys is None else self._keys.nbytes
 
     @property
+    def kv_heads(self) -> int:
+        return 0 if self._shape is None else self._shape[1]
+
+    @property
     def token_nbytes(self) -> float:
         return 0.0 if self._keys is None else self._keys.token_nbytes
 

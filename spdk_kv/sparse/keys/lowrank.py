@@ -62,6 +62,10 @@ class LowRank:
         return self._adapter.nbytes + self._low.nbytes
 
     @property
+    def kv_heads(self) -> int:
+        return 0 if self._shape is None else self._shape[1]
+
+    @property
     def token_nbytes(self) -> float:
         return 0.0 if self._low is None else self._low.token_nbytes
 
@@ -88,7 +92,9 @@ class LowRank:
         queries = as_floats(q).reshape(len(q), kv_heads, -1, head_dim)
         with np.errstate(invalid="ignore", over="ignore"):
             turned = (queries @ self._adapter).reshape(len(q), q.shape[1], -1)
-            found: Floats = turned @ self._low.held.astype(np.float32).swapaxes(-1, -2)
+            # By torch, whose conversion is many times as fast as numpy's.
+            low = torch.from_numpy(self._low.held).float().numpy()
+            found: Floats = turned @ low.swapaxes(-1, -2)
         return found
 
     def truncate(self, tokens: int) -> None:
