@@ -125,6 +125,15 @@ def test_what_computing_hides_costs_no_memory() -> None:
     assert chosen(FAST).settings.pool == 4.0
 
 
+def test_reads_that_are_hidden_with_nothing_to_spare_are_made_fewer() -> None:
+    one = cost(chosen(replace(FAST, compute_s=60.0)).settings, FAST, DECODING)
+    # Just hidden with the smallest pool; with twice as much time every pool is hidden well.
+    just = chosen(replace(FAST, compute_s=1.1 * one.read_s))
+    assert just.settings.pool > 1.0
+    assert just.cost.read_s <= 0.75 * one.read_s
+    assert chosen(replace(FAST, compute_s=2.1 * one.read_s)).settings.pool == 1.0
+
+
 def test_little_memory_makes_the_pool_small_and_then_the_share() -> None:
     ample = chosen(FAST)
     short = chosen(FAST, Goal(0.075, round(0.8 * ample.cost.memory_nbytes)))

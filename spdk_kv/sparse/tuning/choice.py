@@ -141,7 +141,8 @@ def _of_pool(
         return f"{said}, the largest that was measured: {missing}; {takes}."
     larger = settings_for(share, settings.group_tokens, largest, decoding.tokens)
     other = cost(larger, machine, decoding)
-    if other.memory_nbytes > goal.memory_nbytes:
+    faster = other.tokens_per_s > AS_FAST * price.tokens_per_s
+    if faster and other.memory_nbytes > goal.memory_nbytes:
         return (
             f"{said}: {missing}; {takes}. {largest:g} times would give {other.tokens_per_s:.3g} "
             f"tokens/s, but take {format_nbytes(other.memory_nbytes)}."
