@@ -17,15 +17,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
-ADJECTIVES = (
-    *("amber", "bitter", "calm", "daring", "eager", "frosty", "gentle", "hollow", "icy"),
-    *("jolly", "keen", "lucky", "mellow", "noble", "odd", "proud", "quiet", "rapid", "shy"),
-    *("tidy", "urgent", "vivid", "warm", "young", "zesty", "brave", "clever", "dusty", "early"),
-    *("fancy", "grand", "happy", "idle", "jagged", "kind", "lonely", "misty", "narrow", "old"),
-    *("pale", "rough", "silent", "tame", "ugly", "vast", "wild", "basic", "cheap", "dark"),
-    *("easy", "fresh", "great", "heavy", "inner", "light", "modern", "nice", "open", "plain"),
-    *("rare",),
-)
 NOUNS = (
     *("falcon", "tiger", "river", "castle", "garden", "piano", "wagon", "mirror", "ladder"),
     *("candle", "bridge", "forest", "harbor", "island", "jungle", "kettle", "lantern", "meadow"),
@@ -35,7 +26,6 @@ NOUNS = (
     *("queen", "rocket", "spider", "turtle", "violin", "walnut", "beaver", "carpet", "donkey"),
     *("eagle", "fossil", "goblet", "helmet", "jewel", "knight"),
 )
-CODES = 60
 _OPENING, _QUOTED = 8, 24  # tokens
 
 
@@ -71,20 +61,21 @@ class Questions:
 
 
 class Text:
-    """A text of about ``tokens`` tokens, with codes among documentation.
+    """A text of about ``tokens`` tokens, with orders among documentation. Their digits follow right
+    on a word: that is what a model of this size can look up.
 
     Attributes:
         ids: int64 [tokens].
-        codes: what has a code, and which.
+        codes: the orders in it: the word that each begins with, and its digits.
     """
 
     def __init__(self, tokenizer: Any, *, seed: int, tokens: int) -> None:
         self._tokenizer = tokenizer
         self._seed = seed
         chance = random.Random(f"text {seed}")
-        self.codes = _codes(chance)
+        self.codes = {noun: str(chance.randrange(1000, 10000)) for noun in NOUNS}
         self._before, self._after = _around(tokenizer)
-        facts = [f"The secret code of the {name} is {code}." for name, code in self.codes.items()]
+        facts = [f"Order {name}{code} was sent." for name, code in self.codes.items()]
         prose = _among_documentation(tokenizer, facts, chance, tokens)
         self.ids = torch.tensor(_ids(tokenizer, self._before + prose))
 
@@ -109,12 +100,12 @@ class Text:
     def one_code(self, chance: random.Random) -> Asked:
         """Four digits at one place of the text."""
         name = chance.choice(sorted(self.codes))
-        return Asked(self._prompt(f"What is the secret code of the {name}?"), self._said(name))
+        return Asked(self._prompt(f"Which digits has order {name}?"), self._said(name))
 
     def four_codes(self, chance: random.Random) -> Asked:
         """Digits at four places, in one answer."""
         names = chance.sample(sorted(self.codes), 4)
-        question = f"What are the secret codes of the {', the '.join(names)}?"
+        question = f"Which digits have the orders {', '.join(names)}?"
         full_stop = Piece(self._of(". "))
         answer = [piece for name in names for piece in (*self._said(name), full_stop)]
         return Asked(self._prompt(question), tuple(answer))
@@ -132,7 +123,7 @@ class Text:
 
     def _said(self, name: str) -> tuple[Piece, ...]:
         code = Piece(self._of(self.codes[name]), counts=True)
-        return Piece(self._of(f"The secret code of the {name} is ")), code
+        return Piece(self._of(f"Order {name}")), code
 
     def _prompt(self, question: str) -> tuple[int, ...]:
         return self._of(f"\n\n{question}{self._after}")
@@ -159,14 +150,6 @@ def _batch(asked: list[Asked]) -> Questions:
         torch.tensor([[i for piece in one.answer for i in piece.ids] for one in asked]),
         tuple(scored),
     )
-
-
-def _codes(chance: random.Random) -> dict[str, str]:
-    nouns = chance.sample(NOUNS, CODES)
-    return {
-        f"{adjective} {noun}": str(chance.randrange(1000, 10000))
-        for adjective, noun in zip(ADJECTIVES, nouns, strict=True)
-    }
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
