@@ -1,26 +1,32 @@
+from typing import Any, TypeAlias
+
+import numpy.typing as npt
 from typing_extensions import Buffer
+
+# numpy says that arrays are buffers from Python 3.12 on.
+_Array: TypeAlias = Buffer | npt.NDArray[Any]
 
 def implementation() -> str: ...
 def encode(
-    keys: Buffer,
-    mean: Buffer,
-    signs: Buffer,
-    codes: Buffer,
-    scales: Buffer,
+    keys: _Array,
+    mean: _Array,
+    signs: _Array,
+    codes: _Array,
+    scales: _Array,
     implementation: str | None = None,
 ) -> None: ...
 def score(
-    queries: Buffer,
-    signs: Buffer,
-    codes: Buffer,
-    scales: Buffer,
-    out: Buffer,
+    queries: _Array,
+    signs: _Array,
+    codes: _Array,
+    scales: _Array,
+    out: _Array,
     implementation: str | None = None,
 ) -> None: ...
 def softmax_max(
-    scores: Buffer, group: int, out: Buffer, implementation: str | None = None
+    scores: _Array, group: int, out: _Array, implementation: str | None = None
 ) -> None: ...
 def top_groups(
-    scores: Buffer, count: int, out: Buffer, implementation: str | None = None
+    scores: _Array, count: int, out: _Array, implementation: str | None = None
 ) -> None: ...
-def gather(source: Buffer, offsets: Buffer, nbytes: int, target: Buffer) -> None: ...
+def gather(source: _Array, offsets: _Array, nbytes: int, target: _Array) -> None: ...

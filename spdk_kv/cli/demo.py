@@ -98,9 +98,10 @@ def demo(
     """Let a model decode with its KV cache on the drive.
 
     A trained model answers a question to a document of some 3,000 tokens with its KV cache in
-    memory, and read from the drive for every token. `python -m spdk_kv.demo.fetch` fetches a
-    small one, SmolLM2. Without one, or with --text or --prompt-tokens, a text is continued instead,
-    by a model with random weights unless --model names another.
+    memory, with all of it read from the drive for every token, and with a part of it read. `python
+    -m spdk_kv.demo.fetch` fetches a small one, SmolLM2. Without one, or with --text or
+    --prompt-tokens, a text is continued instead, by a model with random weights unless --model
+    names another.
 
     The exit status is 1 if the tokens differ. Nothing is left behind; a store at --location is
     kept, without the demo's data.
@@ -153,14 +154,13 @@ def _ask(chosen: DemoModel, place: _Place, new_tokens: int) -> Answers:
     room = 3 * kv_nbytes(chosen, count + new_tokens)
     # Past the page cache, which has room for all of this: what is asked is what a drive can do.
     with _store(place, room, "direct") as store:
-        prompt_s, answers = ask(store, chosen.model, prompt, new_tokens, WAYS)
+        asked = ask(store, chosen.model, prompt, new_tokens, WAYS)
         return Answers(
             chosen=chosen,
             parameters=sum(weight.numel() for weight in chosen.model.parameters()),
             question=question,
             prompt_tokens=count,
-            prompt_s=prompt_s,
-            answers=answers,
+            asked=asked,
             engine=store.engine.name,
             location=store.location,
             temporary=place.location is None,

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from spdk_kv.cli.models import gguf_option, load_model, model_option
+from spdk_kv.cli.outputs import OUTPUT, in_a_folder
 from spdk_kv.terminal import CommandFailed, json_option, print_json, progress
 from spdk_kv.units import format_nbytes
 
@@ -30,7 +31,8 @@ _LEAST_TOKENS = 16
 @click.option(
     "-o",
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OUTPUT,
+    callback=in_a_folder,
     required=True,
     help="File to write, in the safetensors format.",
 )

@@ -115,7 +115,7 @@ class Selector:
         begins = _begins(first, len(q))
         if self.settings.aggregation == "mean" and q.shape[1] > self.keys.kv_heads:
             # Products are linear: the mean query of a KV head has the mean of its queries' scores.
-            q = q.unflatten(1, (self.keys.kv_heads, -1)).mean(2)
+            q = q.reshape(len(q), self.keys.kv_heads, -1, q.shape[2]).mean(2)
         rows = zip(self._logits(q, begins), begins, strict=True)
         return np.stack([self._choose(logits, begin, whole_groups) for logits, begin in rows])
 

@@ -80,5 +80,5 @@ def test_says_what_it_cannot_do(folder: Path, text: Path, tmp_path: Path) -> Non
     binary = fit(folder, "--text", str(empty), "-o", str(output))
     assert (binary.exit_code, "not UTF-8 text (byte 2)" in binary.output) == (2, True)
     nowhere = fit(folder, "--text", str(text), "-o", str(tmp_path / "no" / "a"))
-    assert (nowhere.exit_code, "cannot write" in nowhere.output) == (1, True)
+    assert (nowhere.exit_code, "cannot write" in nowhere.output) == (2, True)
     assert not output.exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from spdk_kv.cli import main
 from spdk_kv.cli.tune.plot import text_plot
 from spdk_kv.sparse import Settings
 from spdk_kv.store import open as open_store
+from support.terminal import run_on_terminal
 from support.tiny_models import save_tiny_llama
 
 QUICK = ["--seconds", "0.01", "--size", "4MiB", "--tokens", "1024"]
@@ -80,6 +83,15 @@ def test_prints_the_settings_where_no_file_is_named(folder: Path) -> None:
     Settings.from_json(result.stdout[result.stdout.index("\n{") :])
 
 
+def test_a_terminal_gets_tables_that_fit(folder: Path) -> None:
+    command = [sys.executable, "-m", "spdk_kv", "tune", "--model", str(folder)]
+    shown = run_on_terminal([*command, "--location", "ram://", *QUICK, "--memory", "1MiB"])
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    tables = plain[plain.index("Reads of groups") : plain.index("Chosen:")]
+    assert "bound by" in tables
+    assert max(map(len, tables.splitlines())) <= 80
+
+
 def test_a_store_in_the_folder_is_left_alone(folder: Path, tmp_path: Path) -> None:
     with open_store(tmp_path, capacity="16 MiB") as store:
         before = sorted(tmp_path.iterdir())
@@ -100,15 +112,12 @@ def test_what_makes_no_sense_is_refused(folder: Path, tmp_path: Path) -> None:
         (["ftp://x"], "--location"),
         (["ram://", "--tokens", "4096"], "takes at most 2048"),
         (["ram://", "--memory", "much"], "--memory"),
-    ]:
-        result = tune(folder, *words)
-        assert (result.exit_code, said in result.output) == (2, True), result.output
-    for words, said in [
-        ([f"file://{tmp_path}/none"], "none"),
         (["ram://", "-o", str(tmp_path / "none" / "x")], "cannot write"),
     ]:
         result = tune(folder, *words)
-        assert (result.exit_code, said in result.output) == (1, True), result.output
+        assert (result.exit_code, said in result.output) == (2, True), result.output
+    missing = tune(folder, f"file://{tmp_path}/none")
+    assert (missing.exit_code, "none" in missing.output) == (1, True), missing.output
 
 
 def test_a_picture_is_drawn_where_matplotlib_is_installed(folder: Path, tmp_path: Path) -> None:
@@ -121,7 +130,7 @@ def test_a_picture_is_drawn_where_matplotlib_is_installed(folder: Path, tmp_path
 def test_a_picture_without_matplotlib_is_an_error_that_says_what_is_missing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = tune(folder, "ram://", "--plot", str(tmp_path / "tune.png"))
     assert result.exit_code == 1
     assert "pip install 'spdk_kv[bench]'" in result.output

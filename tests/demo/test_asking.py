@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from spdk_kv.demo.asking.question import shipped_question
 from spdk_kv.demo.asking.ways import WAYS, Way
 from spdk_kv.demo.model import load_model
 from spdk_kv.demo.places import PRETRAINED, is_fetched, pretrained_folder
+from spdk_kv.errors import ShapeMismatch
+from spdk_kv.store import KVStore
 from spdk_kv.store import open as open_store
 
 LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 16
@@ -54,7 +56,7 @@ def test_answers_from_memory_and_drive_are_equal(folder: Path, cache: Path) -> N
     assert found["model"] == "tiny"
     assert found["tokens_equal"] is True
     assert found["expected"] in shipped_question().document
-    memory, drive = found["answers"]
+    memory, drive, part = found["answers"]
     assert (memory["way"], drive["way"]) == ("in memory", "from the drive")
     assert memory["text"] == drive["text"] != ""
     assert memory["right"] is drive["right"] is False  # the weights are random
@@ -66,6 +68,9 @@ def test_answers_from_memory_and_drive_are_equal(folder: Path, cache: Path) -> N
     assert drive["resident_kv_nbytes"] == whole // 2  # two layers of four
     # All of it, but for chunks that are not full yet.
     assert 0.8 * whole < drive["read_nbytes_per_token"] < 1.3 * whole
+    assert (part["way"], part["new_tokens"], found["left_out"]) == ("a part of it", NEW, [])
+    assert 0 < part["read_nbytes_per_token"] < 0.5 * drive["read_nbytes_per_token"]
+    assert 0 < part["resident_kv_nbytes"] < whole
     assert list(cache.iterdir()) == []
 
 
@@ -77,8 +82,7 @@ def test_lines_fit_and_say_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert all(len(line) < 80 for line in lines if location not in line)
     assert shipped_question().text in " ".join(result.stdout.split())
-    assert "The tokens of all 2 answers are equal." in result.stdout
-    assert "Wrong: in memory, from the drive." in result.stdout
+    assert "Wrong: in memory, from the drive, a part of it." in result.stdout
     with open_store(location, create=False) as store:
         assert store.sequences() == []
         assert store.stats()["used_nbytes"] == 0
@@ -110,17 +114,31 @@ def test_other_tokens_of_an_exact_way_end_with_status_1(
         lambda cache: 0,
         exact,
     )
-    monkeypatch.setattr("spdk_kv.demo.WAYS", (*WAYS, way))
+    monkeypatch.setattr("spdk_kv.demo.WAYS", (*WAYS[:2], way))
     result = demo("--model", folder, "--new-tokens", NEW)
     assert result.exit_code == status, result.output
     assert "Not the tokens that came in memory: forgetful." in result.stdout
+
+
+def test_a_way_that_refuses_the_model_is_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(store: KVStore, model: Any) -> AbstractContextManager[Any]:
+        raise ShapeMismatch("no layer of this model has keys")
+
+    ways = (*WAYS[:2], Way("choosy", refuse, lambda cache: 0, exact=False))
+    monkeypatch.setattr("spdk_kv.demo.WAYS", ways)
+    result = demo("--model", folder, "--new-tokens", NEW)
+    assert result.exit_code == 0, result.output
+    assert "The tokens of all 2 answers are equal." in result.stdout
+    assert "Not served: choosy: no layer of this model has keys" in result.stdout
 
 
 def test_sliding_windows_have_each_way_compute_the_prompt(tmp_path: Path) -> None:
     found = fields("--model", save_model(tmp_path / "sliding", sliding_window=1000))
     assert found["prompt_s"] is None
     assert found["tokens_equal"] is True
-    memory, drive = found["answers"]
+    memory, drive = found["answers"][:2]
     assert memory["resident_kv_nbytes"] <= 1000 * TOKEN_NBYTES
     assert drive["read_nbytes_per_token"] > 0
 
@@ -169,4 +187,4 @@ def test_the_fetched_model_answers_rightly() -> None:
         pytest.skip("the model is not there: python -m spdk_kv.demo.fetch brings it")
     found = json.loads(demo("--model", FETCHED, "--json").stdout)
     assert found["tokens_equal"] is True
-    assert [answer["right"] for answer in found["answers"]] == [True, True]
+    assert [answer["right"] for answer in found["answers"]] == [True, True, True]

@@ -17,9 +17,9 @@ from spdk_kv.sparse.tuning import (
     Machine,
     ReadTimes,
     best,
+    best_of_shares,
     choose,
     cost,
-    frontier,
     miss_rate,
     whole_cost,
 )
@@ -125,6 +125,15 @@ def test_what_computing_hides_costs_no_memory() -> None:
     assert chosen(FAST).settings.pool == 4.0
 
 
+def test_reads_that_are_hidden_with_nothing_to_spare_are_made_fewer() -> None:
+    one = cost(chosen(replace(FAST, compute_s=60.0)).settings, FAST, DECODING)
+    # Just hidden with the smallest pool; with twice as much time every pool is hidden well.
+    just = chosen(replace(FAST, compute_s=1.1 * one.read_s))
+    assert just.settings.pool > 1.0
+    assert just.cost.read_s <= 0.75 * one.read_s
+    assert chosen(replace(FAST, compute_s=2.1 * one.read_s)).settings.pool == 1.0
+
+
 def test_little_memory_makes_the_pool_small_and_then_the_share() -> None:
     ample = chosen(FAST)
     short = chosen(FAST, Goal(0.075, round(0.8 * ample.cost.memory_nbytes)))
@@ -144,11 +153,11 @@ def test_memory_for_no_group_at_all_is_an_error_that_says_how_much_it_takes() ->
 
 
 def test_the_frontier_has_the_best_of_each_share_and_says_where_none_fits() -> None:
-    found = frontier(SHARES, 1 << 40, FAST, DECODING)
+    found = best_of_shares(SHARES, 1 << 40, FAST, DECODING)
     assert [share for share, _ in found] == list(SHARES)
     rates = [row[1].tokens_per_s for _, row in found if row is not None]
     assert rates == sorted(rates, reverse=True)
-    tight = frontier(SHARES, 32 * (32768 * 272 + 4096 * 500), FAST, DECODING)
+    tight = best_of_shares(SHARES, 32 * (32768 * 272 + 4096 * 500), FAST, DECODING)
     fits = [row is not None for _, row in tight]
     assert fits == sorted(fits, reverse=True)
     assert fits[0]

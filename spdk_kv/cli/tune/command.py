@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from spdk_kv.cli.models import gguf_option, load_config, model_option
+from spdk_kv.cli.outputs import OUTPUT, in_a_folder
 from spdk_kv.cli.tune.places import measured_store
-from spdk_kv.cli.tune.plot import picture
+from spdk_kv.cli.tune.plot import picture, require_matplotlib
 from spdk_kv.cli.tune.report import Report, print_report
 from spdk_kv.memory import available_for_page_cache, read_memory
 from spdk_kv.terminal import CommandFailed, console, json_option, print_json
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 # Beyond that a context is rather chosen than met.
 _MOST_TOKENS = 32768
 _LEAST_TOKENS = 256
-_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def _nbytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -88,8 +88,19 @@ def _nbytes(context: click.Context, parameter: click.Parameter, value: str | Non
     show_default=True,
     help="How long to measure.",
 )
-@click.option("-o", "--output", type=_FILE, help="File to write the settings to, as JSON.")
-@click.option("--plot", type=_FILE, help="Picture to draw with matplotlib, such as tune.png.")
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT,
+    callback=in_a_folder,
+    help="File to write the settings to, as JSON.",
+)
+@click.option(
+    "--plot",
+    type=OUTPUT,
+    callback=in_a_folder,
+    help="Picture to draw with matplotlib, such as tune.png.",
+)
 @json_option
 def tune(
     folder: Path,
@@ -118,11 +129,13 @@ def tune(
 
     \b
     Example:
-      spdk-kv tune --model ~/models/llama --location file:///mnt/nvme \\
+      spdk-kv tune --model ~/models/llama --location file:///mnt/kv \\
           --memory 2GiB -o llama.json
     """
-    from spdk_kv.sparse.tuning import SHARES, Goal, choose, frontier, whole_cost
+    from spdk_kv.sparse.tuning import SHARES, Goal, best_of_shares, choose, whole_cost
 
+    if plot is not None:
+        require_matplotlib()
     subject, name = _subject(folder, gguf, tokens, batch, compute_ms, seconds)
     limit = _available() if memory is None else memory
     measured, place, engine = _measured(location, size, subject)
@@ -135,7 +148,7 @@ def tune(
         engine=engine,
         memory_nbytes=limit,
         measured=measured,
-        rows=frontier(sorted({*SHARES, share}), limit, machine, decoding),
+        rows=best_of_shares(sorted({*SHARES, share}), limit, machine, decoding),
         whole=whole_cost(machine, decoding),
         choice=choice,
     )

@@ -25,6 +25,17 @@ def _bar(length: float) -> str:
     return "█" * whole + _EIGHTHS[part].strip()
 
 
+def require_matplotlib() -> None:
+    """Raises CommandFailed where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError as missing:
+        raise CommandFailed(
+            "a picture needs matplotlib: pip install 'spdk_kv[bench]', or leave --plot out"
+        ) from missing
+    matplotlib.use("agg")
+
+
 def picture(
     path: Path, points: Sequence[tuple[float, float]], chosen: tuple[float, float], title: str
 ) -> None:
@@ -32,13 +43,7 @@ def picture(
 
     Raises CommandFailed where matplotlib is not installed, or the file cannot be written so.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as missing:
-        raise CommandFailed(
-            "a picture needs matplotlib: pip install 'spdk_kv[bench]', or leave --plot out"
-        ) from missing
-    mpl.use("agg")
+    require_matplotlib()
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")

@@ -184,9 +184,10 @@ def _show(title: str, rows: list[list[str]]) -> None:
 
 
 def _table(title: str, rows: list[list[str]]) -> Table:
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     for name in rows[0]:
         table.add_column(name, justify="right")
     for row in rows[1:]:

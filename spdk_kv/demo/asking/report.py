@@ -12,7 +12,7 @@ from spdk_kv.units import format_nbytes
 
 if TYPE_CHECKING:
     from spdk_kv.demo.asking.question import Question
-    from spdk_kv.demo.asking.run import Answer
+    from spdk_kv.demo.asking.run import Answer, Asked
     from spdk_kv.demo.model import DemoModel
 
 
@@ -23,19 +23,21 @@ class Answers:
     Attributes:
         parameters: of the model.
         prompt_tokens: tokens of document and question.
-        prompt_s: seconds that computing them took, once for all; None if each way did.
-        answers: in the order of the ways. Those of exact ways have to be equal to the first.
+        asked: what came of it. The answers of exact ways have to be equal to the first.
     """
 
     chosen: DemoModel
     parameters: int
     question: Question
     prompt_tokens: int
-    prompt_s: float | None
-    answers: Sequence[Answer]
+    asked: Asked
     engine: str
     location: str
     temporary: bool
+
+    @property
+    def answers(self) -> Sequence[Answer]:
+        return self.asked.answers
 
     @property
     def tokens_equal(self) -> bool:
@@ -61,9 +63,10 @@ class Answers:
             "expected": self.question.expected,
             "tokens_equal": self.tokens_equal,
             "prompt_tokens": self.prompt_tokens,
-            "prompt_s": self.prompt_s,
+            "prompt_s": self.asked.prompt_s,
             "engine": self.engine,
             "location": self.location,
+            "left_out": self.asked.left_out,
             "answers": [self._fields(answer) for answer in self.answers],
         }
 
@@ -126,15 +129,18 @@ def _per_token(answer: Answer) -> str:
 
 
 def _print_notes(found: Answers, line: Callable[..., None]) -> None:
-    if found.prompt_s is None:
+    prompt_s = found.asked.prompt_s
+    if prompt_s is None:
         line("  Each computed the prompt itself.")
     else:
         line(
             wrapped(
-                f"  The prompt was computed once, in {found.prompt_s:.1f} s, and each was given a "
+                f"  The prompt was computed once, in {prompt_s:.1f} s, and each was given a "
                 "copy of its K/V."
             )
         )
+    for reason in found.asked.left_out:
+        line(wrapped(f"  Not served: {readable(reason)}"))
     first, *others = (answer.generation.tokens_per_s for answer in found.answers)
     if any(speed > first for speed in others):
         line(

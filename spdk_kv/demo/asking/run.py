@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spdk_kv.demo.asking.ways import Way
 from spdk_kv.demo.generation import Generation, generate
+from spdk_kv.errors import ShapeMismatch
 from spdk_kv.terminal import progress
 
 if TYPE_CHECKING:
@@ -42,9 +43,23 @@ class Answer:
         return self.read_nbytes / len(self.generation.tokens)
 
 
+class Asked(NamedTuple):
+    """What came of asking.
+
+    Attributes:
+        prompt_s: Seconds that computing the prompt once took; None if each way did.
+        answers: In the order of the ways.
+        left_out: Ways that do not serve the model, each with the reason.
+    """
+
+    prompt_s: float | None
+    answers: list[Answer]
+    left_out: list[str]
+
+
 def ask(
     store: KVStore, model: Any, prompt: torch.Tensor, new_tokens: int, ways: Sequence[Way]
-) -> tuple[float | None, list[Answer]]:
+) -> Asked:
     """Answers ``prompt`` in each of ``ways``. Blocks.
 
     All tokens of the prompt but the last are computed once, onto the drive, and each way is given
@@ -56,22 +71,38 @@ def ask(
         prompt: Token ids, ``[1, tokens]``.
         new_tokens: The most tokens of an answer.
 
-    Returns:
-        Seconds that computing the prompt once took (None if each way did), and the answers.
+    Raises:
+        ShapeMismatch: An exact way cannot serve the model.
     """
     from transformers import DynamicCache
 
     from spdk_kv.integrations.transformers import OffloadedKVCache
 
+    serving, left_out = _serving(store, model, ways)
     # The first pass also sets up torch's threads and kernels.
     short = prompt[:, :_WARM_UP_TOKENS]
     generate(model, short, 2, DynamicCache(config=model.config), _nothing)
     if not _keeps_all(model):
-        return None, [_answer(store, model, prompt, new_tokens, way, None) for way in ways]
+        answers = [_answer(store, model, prompt, new_tokens, way, None) for way in serving]
+        return Asked(None, answers, left_out)
     with OffloadedKVCache(store, model) as computed:
         prompt_s = _compute(model, prompt[:, :-1], computed)
-        answers = [_answer(store, model, prompt, new_tokens, way, computed) for way in ways]
-    return prompt_s, answers
+        answers = [_answer(store, model, prompt, new_tokens, way, computed) for way in serving]
+    return Asked(prompt_s, answers, left_out)
+
+
+def _serving(store: KVStore, model: Any, ways: Sequence[Way]) -> tuple[list[Way], list[str]]:
+    """The ways that serve the model, and what the others say."""
+    serving, left_out = [], []
+    for way in ways:
+        try:
+            with way.open(store, model):
+                serving.append(way)
+        except ShapeMismatch as refused:
+            if way.exact:
+                raise
+            left_out.append(f"{way.name}: {refused}")
+    return serving, left_out
 
 
 def _keeps_all(model: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from spdk_kv.sparse.tuning.choice import Choice, choose
 from spdk_kv.sparse.tuning.costs import Cost, Decoding, Machine, ReadTimes, cost, whole_cost
-from spdk_kv.sparse.tuning.frontier import SHARES, Goal, best, frontier
+from spdk_kv.sparse.tuning.frontier import SHARES, Goal, best, best_of_shares
 from spdk_kv.sparse.tuning.reuse import MISS_RATES, miss_rate
 
 __all__ = [
@@ -22,9 +22,9 @@ __all__ = [
     "Machine",
     "ReadTimes",
     "best",
+    "best_of_shares",
     "choose",
     "cost",
-    "frontier",
     "miss_rate",
     "whole_cost",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from spdk_kv.errors import CapacityError
 from spdk_kv.sparse.settings import Settings
 from spdk_kv.sparse.tuning.costs import Cost, Decoding, Machine, cost, holds_everything, whole_cost
-from spdk_kv.sparse.tuning.frontier import Goal, best, priced, settings_for
+from spdk_kv.sparse.tuning.frontier import AS_FAST, Goal, best, priced, settings_for
 from spdk_kv.sparse.tuning.reuse import MISS_RATES, miss_rate
 from spdk_kv.units import format_nbytes
 
@@ -110,13 +110,16 @@ def _of_groups(
             best_yet = rates.get(each.group_tokens, 0.0)
             rates[each.group_tokens] = max(best_yet, found.tokens_per_s)
     others = [f"of {size} {rate:.3g}" for size, rate in sorted(rates.items()) if size != chosen]
+    more = "larger ones bring more tokens that nobody asked for"
     kib = f"{chosen * decoding.token_nbytes / 1024:,.0f} KiB"
     said = f"Groups of {chosen} tokens ({kib}) give {price.tokens_per_s:.3g} tokens/s"
     if not others:
         return f"{said}; of no other size do they fit into memory."
+    if max(rates.values()) <= AS_FAST * min(rates.values()):
+        return f"{said}, and so do all other sizes, about; {more}."
     return (
         f"{said}, those {', '.join(others)}: of what is about as fast the smallest are taken, "
-        "since larger ones bring more tokens that nobody asked for."
+        f"since {more}."
     )
 
 
@@ -138,7 +141,8 @@ def _of_pool(
         return f"{said}, the largest that was measured: {missing}; {takes}."
     larger = settings_for(share, settings.group_tokens, largest, decoding.tokens)
     other = cost(larger, machine, decoding)
-    if other.memory_nbytes > goal.memory_nbytes:
+    faster = other.tokens_per_s > AS_FAST * price.tokens_per_s
+    if faster and other.memory_nbytes > goal.memory_nbytes:
         return (
             f"{said}: {missing}; {takes}. {largest:g} times would give {other.tokens_per_s:.3g} "
             f"tokens/s, but take {format_nbytes(other.memory_nbytes)}."
@@ -148,10 +152,16 @@ def _of_pool(
 
 def _of_bound(price: Cost, machine: Machine, decoding: Decoding) -> str:
     whole = whole_cost(machine, decoding)
+    reading, computing, scoring = (
+        f"{1e3 * each:.3g} ms" for each in (price.read_s, price.compute_s, price.score_s)
+    )
     said = {
-        "reading": "Reading takes longest, so a faster drive would help",
-        "computing": "Computing takes longest and hides the reads: a faster drive would not help",
-        "scoring": "Scoring takes longest: a shorter context or a faster processor would help",
+        "reading": f"Reading takes longest ({reading} per step, computing {computing}, scoring "
+        f"{scoring}), so a faster drive would help",
+        "computing": f"Computing takes longest ({computing} per step, scoring {scoring}) and hides "
+        f"the reads ({reading}), so a faster drive would not help",
+        "scoring": f"Scoring takes longest ({scoring} per step, computing {computing}, reading "
+        f"{reading}), so a shorter context or a faster processor would help",
     }[price.bound]
     return f"{said}. Reading all tokens would give {whole.tokens_per_s:.3g} tokens/s here."
 

@@ -16,7 +16,7 @@ POOLS = (1.0, 1.5, 2.0, 3.0, 4.0)
 _LEAST_GROUP = 4
 _RECENT = 16
 # What is this close to the fastest is as fast: reads vary more than that from run to run.
-_AS_FAST = 1.03
+AS_FAST = 1.03
 # Reads that take at most this much of the time that hides them stay hidden where the drive is busy
 # with others, or the time of computing was overestimated.
 _SPARE = 0.5
@@ -71,8 +71,8 @@ def priced(
 
 def best(goal: Goal, machine: Machine, decoding: Decoding) -> Priced | None:
     """The fastest one that fits into memory. Of those that are about as fast the one with the
-    smallest groups, since these are proven best; of these one whose reads have time to spare, and
-    then the one with the least memory. None where none fits."""
+    smallest groups, since these are proven best; of these the one that reads the shortest, or the
+    one with the least memory of those whose reads have time to spare. None where none fits."""
     fitting = [
         each
         for each in priced(goal.share, machine, decoding)
@@ -80,18 +80,18 @@ def best(goal: Goal, machine: Machine, decoding: Decoding) -> Priced | None:
     ]
     if not fitting:
         return None
-    limit_s = min(found.step_s for _, found in fitting) * _AS_FAST
+    limit_s = min(found.step_s for _, found in fitting) * AS_FAST
     fast = [each for each in fitting if each[1].step_s <= limit_s]
 
-    def rank(each: Priced) -> tuple[int, bool, int]:
+    def rank(each: Priced) -> tuple[int, float, int]:
         settings, found = each
-        late = found.read_s > _SPARE * found.compute_s
-        return settings.group_tokens, late, found.memory_nbytes
+        read_s = max(found.read_s, _SPARE * found.compute_s)
+        return settings.group_tokens, read_s, found.memory_nbytes
 
     return min(fast, key=rank)
 
 
-def frontier(
+def best_of_shares(
     shares: Sequence[float], memory_nbytes: int, machine: Machine, decoding: Decoding
 ) -> list[tuple[float, Priced | None]]:
     """The best way to read each of ``shares``."""

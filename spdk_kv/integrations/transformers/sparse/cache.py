@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from spdk_kv.integrations.transformers.sparse.trial import structure_of
 from spdk_kv.integrations.transformers.states import type_of
 from spdk_kv.integrations.transformers.stream import LayerStream
 from spdk_kv.integrations.transformers.text import Ids
-from spdk_kv.sparse import Settings, preset
+from spdk_kv.sparse import Settings, load_adapters, preset
 from spdk_kv.store import KVStore
 from spdk_kv.units import parse_nbytes
 
@@ -56,8 +57,9 @@ class SparseKVCache(OffloadedKVCache):
         selector: Name of the settings to take, one of :func:`~spdk_kv.sparse.presets`: ``codes``
             by default; ``kvswap`` is KVSwap as released.
         settings: All of them, in place of ``selector``.
-        adapters: For ``lowrank`` keys, by number of the layer: float32 ``[kv_heads * head_dim,
-            rank]``. Without them a projection is fitted to the prompt's own keys.
+        adapters: For ``lowrank`` keys: the file that ``spdk-kv fit`` wrote; or by number of the
+            layer float32 ``[kv_heads * head_dim, rank]``. Without them a projection is fitted to
+            the prompt's own keys.
         memory: What resident groups, newest tokens and codes may take of host memory, in bytes or
             as ``"2 GiB"``; by default what the machine has left.
         options: Those of :class:`OffloadedKVCache` but ``granularity``. Layers that
@@ -80,7 +82,7 @@ class SparseKVCache(OffloadedKVCache):
         tokens: int | None = None,
         selector: str | None = None,
         settings: Settings | None = None,
-        adapters: Mapping[int, Any] | None = None,
+        adapters: Mapping[int, Any] | str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
         **options: Any,
     ) -> None:
@@ -89,6 +91,8 @@ class SparseKVCache(OffloadedKVCache):
         if options.pop("granularity", None) not in (None, "token"):
             raise ValueError("a SparseKVCache lies by tokens: leave granularity= out")
         self.settings = _settings(settings, selector, tokens)
+        if isinstance(adapters, str | os.PathLike):
+            adapters = load_adapters(adapters)
         self._adapters = dict(adapters or {})
         self._memory_nbytes = None if memory is None else parse_nbytes(memory)
         self._kept_alive = model

@@ -12,7 +12,7 @@ import torch
 
 from spdk_kv.sequence import GroupReading, Sequence
 from spdk_kv.sparse import Pool, Settings
-from spdk_kv.types import LayerShape, torch_dtypes
+from spdk_kv.types import LayerShape, movable, torch_dtypes
 
 Numbers = npt.NDArray[np.int64]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -103,12 +103,14 @@ class Resident:
         self._unsure = False
         self._reserve(int(slots.max(initial=-1)) + 1)
         assert self._slots is not None
-        places = torch.from_numpy((slots + self._room * np.arange(self.rows)[:, None]).reshape(-1))
+        places = (slots + self._room * np.arange(self.rows)[:, None]).reshape(-1)
         k, v = (self._picked(each, places) for each in self._slots)
         return k, v
 
-    def _picked(self, slots: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        picked = slots.index_select(0, places)
+    # By numpy, both ways: torch's own threads take longer to come together than such a copy takes.
+
+    def _picked(self, slots: torch.Tensor, places: Numbers) -> torch.Tensor:
+        picked = torch.from_numpy(movable(slots).numpy().take(places, 0)).view(slots.dtype)
         groups, size, *rest = picked.shape
         return picked.view(self.rows, groups // self.rows * size, *rest).transpose(1, 2)
 
@@ -143,9 +145,9 @@ class Resident:
     def _put(self, places: Numbers, k: torch.Tensor, v: torch.Tensor) -> None:
         self._reserve(int(places[:, 1].max()) + 1)
         assert self._slots is not None
-        index = torch.from_numpy(places[:, 0] * self._room + places[:, 1])
+        index = places[:, 0] * self._room + places[:, 1]
         for slots, read in zip(self._slots, (k, v), strict=True):
-            slots.index_copy_(0, index, read)
+            movable(slots).numpy()[index] = movable(read).numpy()
 
     def _reserve(self, room: int) -> None:
         """Makes room for so many slots per row, and some more: short texts never take them all."""

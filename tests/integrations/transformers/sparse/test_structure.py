@@ -35,7 +35,7 @@ def test_query_of_the_true_input_is_the_models_own(
         return attend
 
     def entering(steps: Steps, place: int, hidden: torch.Tensor) -> None:
-        if hidden.shape[1] == 1 and place in steps._structure.queries:
+        if steps._active and hidden.shape[1] == 1 and place in steps._structure.queries:
             asked.append(steps._query(place, normed(steps._structure.decoders[place], hidden)))
         enter(steps, place, hidden)
 
