@@ -26,7 +26,8 @@ NOUNS = (
     *("queen", "rocket", "spider", "turtle", "violin", "walnut", "beaver", "carpet", "donkey"),
     *("eagle", "fossil", "goblet", "helmet", "jewel", "knight"),
 )
-_OPENING, _QUOTED = 8, 24  # tokens
+_EXAMPLES = 2
+_OPENING, _QUOTED = 20, 24  # tokens
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Text:
         chance = random.Random(f"text {seed}")
         self.codes = {noun: str(chance.randrange(1000, 10000)) for noun in NOUNS}
         self._before, self._after = _around(tokenizer)
-        facts = [f"Order {name}{code} was sent." for name, code in self.codes.items()]
+        facts = [self._order(word) for word in self.codes]
         prose = _among_documentation(tokenizer, facts, chance, tokens)
         self.ids = torch.tensor(_ids(tokenizer, self._before + prose))
 
@@ -97,18 +98,13 @@ class Text:
                 return _batch(alike)
         raise ValueError(f"{task} has no {rows} questions of one length")
 
-    def one_code(self, chance: random.Random) -> Asked:
+    def one_order(self, chance: random.Random) -> Asked:
         """Four digits at one place of the text."""
-        name = chance.choice(sorted(self.codes))
-        return Asked(self._prompt(f"Which digits has order {name}?"), self._said(name))
+        return self._orders(chance, 1)
 
-    def four_codes(self, chance: random.Random) -> Asked:
+    def four_orders(self, chance: random.Random) -> Asked:
         """Digits at four places, in one answer."""
-        names = chance.sample(sorted(self.codes), 4)
-        question = f"Which digits have the orders {', '.join(names)}?"
-        full_stop = Piece(self._of(". "))
-        answer = [piece for name in names for piece in (*self._said(name), full_stop)]
-        return Asked(self._prompt(question), tuple(answer))
+        return self._orders(chance, 4)
 
     def quote(self, chance: random.Random) -> Asked:
         """Some tokens of the text as they stand there, each at a place of its own."""
@@ -121,20 +117,31 @@ class Text:
         prompt = (*asked[0], *opening, *asked[1])
         return Asked(prompt, (Piece(opening), Piece(quoted, counts=True)))
 
-    def _said(self, name: str) -> tuple[Piece, ...]:
-        code = Piece(self._of(self.codes[name]), counts=True)
-        return Piece(self._of(f"Order {name}")), code
+    def _orders(self, chance: random.Random, count: int) -> Asked:
+        """The prompt has the beginning of the answer, two other orders: without an example a small
+        model words it as it likes, and is then wrong whatever it found."""
+        words = chance.sample(sorted(self.codes), _EXAMPLES + count)
+        examples = " ".join(self._order(word) for word in words[:_EXAMPLES])
+        asked = "\n\nWrite the order numbers as they are in the text."
+        pieces: list[Piece] = []
+        for word in words[_EXAMPLES:]:
+            pieces += [
+                Piece(self._of(f" Order {word}")),
+                Piece(self._of(self.codes[word]), counts=True),
+                Piece(self._of(" was sent.")),
+            ]
+        return Asked(self._of(f"{asked}{self._after}{examples}"), tuple(pieces))
 
-    def _prompt(self, question: str) -> tuple[int, ...]:
-        return self._of(f"\n\n{question}{self._after}")
+    def _order(self, word: str) -> str:
+        return f"Order {word}{self.codes[word]} was sent."
 
     def _of(self, text: str) -> tuple[int, ...]:
         return tuple(_ids(self._tokenizer, text))
 
 
 TASKS: dict[str, Callable[[Text, random.Random], Asked]] = {
-    "digits": Text.one_code,
-    "four codes": Text.four_codes,
+    "digits": Text.one_order,
+    "four orders": Text.four_orders,
     "quote": Text.quote,
 }
 
