@@ -35,6 +35,7 @@ from paths.copies.test_paths import (  # noqa: F401
     test_copies_that_have_to_wait_are_made_later,
     test_damaged_copies_are_found_and_the_drive_delivers,
     test_extents_of_a_deleted_sequence_are_copied_for_their_next_owner,
+    test_groups_are_right_on_whichever_path_they_come,
     test_heads_are_read_from_what_was_copied,
     test_layers_read_ahead_are_right_though_they_leave_the_path_meanwhile,
     test_the_order_of_rows_is_kept,

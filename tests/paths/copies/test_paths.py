@@ -41,6 +41,7 @@ from paths.helpers import (
     units,
 )
 from sequence.helpers import Reference
+from sequence.test_groups import check_groups, some_groups
 from spdk_kv.errors import ClosedError, DeviceError, DeviceTimeout
 from spdk_kv.paths.units import Fill
 from spdk_kv.units import KIB
@@ -77,6 +78,21 @@ def test_what_is_read_of_the_page_cache_path_is_copied_and_then_read_there(
         assert told["direct_read_nbytes"] - before["direct_read_nbytes"] == 8 * UNIT_NBYTES
         assert told["copied_nbytes"] == told["written_nbytes"] == 4 * UNIT_NBYTES
         assert told["missed_nbytes"] == told["taken_over_nbytes"] == 0
+
+
+def test_groups_are_right_on_whichever_path_they_come(place: CopyPlace) -> None:
+    with place.open() as store:
+        sequence, reference = filled(store, granularity="token")
+        seen: set[str] = set()
+        for available in (PLENTY, 3 * UNIT_NBYTES, 0, PLENTY):
+            set_available(store, available)
+            for seed in range(3):
+                scans(sequence, reference)
+                for layer in range(reference.shape.layers):
+                    groups = some_groups(sequence, 4, 40, seed)
+                    check_groups(sequence, reference, layer, groups, 4)
+            seen |= set(paths(store))
+    assert seen == {"C", "D"}
 
 
 @pytest.mark.machine
