@@ -27,7 +27,7 @@ NOUNS = (
     *("eagle", "fossil", "goblet", "helmet", "jewel", "knight"),
 )
 _EXAMPLES = 2
-_OPENING, _QUOTED = 20, 24  # tokens
+_ASKED, _OPENING, _QUOTED = 10, 20, 24  # tokens
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,18 @@ class Text:
         return self._orders(chance, 4)
 
     def quote(self, chance: random.Random) -> Asked:
-        """Some tokens of the text as they stand there, each at a place of its own."""
+        """Some tokens of the text as they stand there, each at a place of its own.
+
+        The question has less of what comes before them than the answer has: where both end alike,
+        a model goes on with the question.
+        """
         begin = chance.randrange(len(self.ids) // 20, len(self.ids) - _OPENING - _QUOTED)
         opening, quoted = (
             tuple(self.ids[begin + at : begin + at + size].tolist())
             for at, size in ((0, _OPENING), (_OPENING, _QUOTED))
         )
         asked = self._of('\n\nQuote the text that goes on after "'), self._of(f'".{self._after}')
-        prompt = (*asked[0], *opening, *asked[1])
+        prompt = (*asked[0], *opening[:_ASKED], *asked[1])
         return Asked(prompt, (Piece(opening), Piece(quoted, counts=True)))
 
     def _orders(self, chance: random.Random, count: int) -> Asked:
