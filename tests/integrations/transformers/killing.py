@@ -34,16 +34,22 @@ CHAT = prompt(1, 120, 7)["input_ids"]
 
 
 class Shared:
-    """What outlives a killed child: children that are ready, prompts begun, prompts durable."""
+    """What outlives a killed child: children that are ready, prompts begun, which are durable."""
 
     def __init__(self) -> None:
         self.words = np.frombuffer(mmap.mmap(-1, 4096), np.int64)
+        self.marks = np.frombuffer(mmap.mmap(-1, 1 << 20), np.uint8)
 
     def __getattr__(self, name: str) -> int:
-        return int(self.words[("ready", "begun", "durable").index(name)])
+        return int(self.words[("ready", "begun").index(name)])
 
     def set(self, name: str, value: int) -> None:
-        self.words[("ready", "begun", "durable").index(name)] = value
+        self.words[("ready", "begun").index(name)] = value
+
+    @property
+    def durable(self) -> list[int]:
+        """Not all that were begun: the one that a kill came amid never will be."""
+        return [int(number) for number in np.flatnonzero(self.marks)]
 
 
 def text_of(number: int) -> torch.Tensor:
@@ -59,12 +65,12 @@ def answer(model: Any, cache: Any, text: torch.Tensor) -> list[list[int]]:
 
 
 def check(store: KVStore, prompts: PromptCache, model: Any, shared: Shared) -> None:
-    durable = random.sample(range(shared.durable), min(LOOKED_AT, shared.durable))
-    begun = [shared.begun - 1] if shared.begun else []
-    for number in (*durable, *begun):
+    durable = random.sample(shared.durable, min(LOOKED_AT, len(shared.durable)))
+    begun = {shared.begun - 1} if shared.begun else set()
+    for number in (*durable, *begun.difference(durable)):
         text = torch.cat([text_of(number), prompt(1, 3, 99)["input_ids"]], 1)
         with prompts.open(text) as cache:
-            assert number in begun or cache.saved_tokens >= text.shape[1] - 3, number
+            assert number not in durable or cache.saved_tokens >= text.shape[1] - 3, number
             found = answer(model, cache, text)
         assert found == answer(model, DynamicCache(config=model.config), text), number
     for stored in prompts.list():
@@ -89,6 +95,7 @@ def child(folder: str, seed: int, shared: Shared) -> None:
     prompts = PromptCache(store, model)
     check(store, prompts, model, shared)
     shared.set("ready", shared.ready + 1)
+    saved: list[int] = []
     while True:
         number = shared.begun
         shared.set("begun", number + 1)
@@ -97,9 +104,11 @@ def child(folder: str, seed: int, shared: Shared) -> None:
             model(text[:, cache.saved_tokens :], **{CACHE_ARGUMENT: cache})
             if cache.get_seq_length() == text.shape[1]:
                 prompts.save(cache)
+                saved.append(number)
         if random.random() < 0.5:
             store.flush()
-            shared.set("durable", number + 1)
+            shared.marks[saved] = 1
+            saved.clear()
         go_on(store, model)
 
 
@@ -125,7 +134,7 @@ def main(folder: str, cycles: int, seed: int) -> None:
         time.sleep(rng.uniform(0, 1.0))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    print(f"{cycles} kills, {shared.begun} prompts begun, {shared.durable} durable")
+    print(f"{cycles} kills, {shared.begun} prompts begun, {len(shared.durable)} durable")
 
 
 if __name__ == "__main__":
