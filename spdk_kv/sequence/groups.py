@@ -191,6 +191,8 @@ class GroupReading:
                 return False
             cached = unit if part.engine is not paths.routes.direct else None
             if cached is not None and cached.copy_epoch != part.copy_epoch:
+                if paths.routes.copy is not None:
+                    paths.routes.copy.sweep(cached)
                 return False  # what was found there may be another unit's by now
             if self._layer.verify and transfer.all_chunk_crcs() != part.crcs:
                 return False
