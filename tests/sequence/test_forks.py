@@ -521,4 +521,3 @@ def test_kills_amid_forks_growth_and_deletions(folder):
     kills = rounds(30, 200)
     counts = kill_loop(folder, kills, "forks", 5)
     assert counts["killed"] == kills
-    assert counts["checked"] > kills // 12

@@ -218,7 +218,6 @@ def test_kills_amid_appends_truncations_and_flushes(folder):
     kills = rounds(30, 200)
     counts = kill_loop(folder, kills, "sequences", 3)
     assert counts["killed"] == kills
-    assert counts["checked"] > kills // 12
 
 
 @pytest.mark.parametrize("tokens", [60, 130, 300])

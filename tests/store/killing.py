@@ -31,6 +31,7 @@ from spdk_kv.errors import CapacityError, ClosedError, KeyNotFound
 from spdk_kv.placement import lock
 from spdk_kv.store import trimming
 from store.helpers import FILE_ENGINES, open_store, payload, version_of
+from support.waiting import PATIENCE_S
 
 KEYS = [f"key {i}" for i in range(8)]
 SHAPE = spdk_kv.KVShape(2, 2, 40, torch.float16, 400, batch=3)
@@ -186,13 +187,36 @@ def change_sequence(sequence: spdk_kv.Sequence, shared: Shared, rng: random.Rand
 # -- processes ------------------------------------------------------------------------------------
 
 
-STAGES = OPENED, CHECKED, CHANGED = range(3)
+STAGES = OPENED, CHECKED, CHANGED, MOVED = range(4)
 
 
 def reached(shared: Shared, stage: int) -> int:
-    """How often children got as far as ``stage``, the last one in puts and tokens."""
+    """How often children got as far as ``stage``, from CHANGED on in puts and tokens, and moves."""
     counts = shared.counts
-    return int(counts[2] + counts[4] if stage == CHANGED else counts[stage])
+    return int((counts[0], counts[1], counts[2] + counts[4], counts[5])[stage])
+
+
+def plan(cycles: int, what: str, rng: random.Random) -> list[int | None]:
+    """Which stage each child reaches before it is killed; None: whichever it comes to.
+
+    The first one changes something, and of the others there are as many of each sort.
+    """
+    stages = [*(STAGES if what == "space" else STAGES[:MOVED]), None]
+    others = [stages[number % len(stages)] for number in range(cycles - 1)]
+    rng.shuffle(others)
+    return [CHANGED, *others]
+
+
+def wait_for(stage: int, shared: Shared, before: int, pid: int) -> bool:
+    """Whether the child came to ``stage``; or it has ended, which its status tells."""
+    deadline = time.monotonic() + PATIENCE_S
+    while reached(shared, stage) == before:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def child(folder: Path, shared: Shared, seed: int, what: str, engine: str, last: bool) -> None:
@@ -258,10 +282,10 @@ def main() -> int:
     # What was killed may hold the store until its last command ends, however busy the disk.
     lock._COMMANDS_TIMEOUT_S = 60
     shared, rng, killed = Shared(), random.Random(seed), 0
-    for cycle in range(cycles + 1):
+    for cycle, stage in enumerate([*plan(cycles, what, rng), None]):
         last = cycle == cycles
         engine = FILE_ENGINES[cycle % len(FILE_ENGINES)]
-        before = [reached(shared, stage) for stage in STAGES]
+        before = 0 if stage is None else reached(shared, stage)
         pid = os.fork()
         if not pid:
             status = 1
@@ -275,17 +299,12 @@ def main() -> int:
                 sys.stderr.flush()
                 os._exit(status)
         if not last:
-            # Some amid puts, however slow the machine, the first one always; some while the store
-            # is looked through, opened, or made.
-            if cycle == 0 or rng.random() < 0.75:
-                stage = CHANGED if cycle == 0 else rng.choice(STAGES)
-                deadline = time.monotonic() + 60
-                while reached(shared, stage) == before[stage] and time.monotonic() < deadline:
-                    time.sleep(0.001)
-                    if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                        break
+            came = stage is None or wait_for(stage, shared, before, pid)
             time.sleep(rng.random() * 0.06)
             os.kill(pid, signal.SIGKILL)
+            if not came:
+                print(f"cycle {cycle} with {engine} never came to stage {stage}", file=sys.stderr)
+                return 1
         _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status) and not last and not shared.counts[7]:
             killed += 1

@@ -371,6 +371,3 @@ def test_kills_amid_trimming_and_compaction_lose_nothing(folder):
     kills = rounds(30, 200)
     counts = kill_loop(folder, kills, "space", 5)
     assert counts["killed"] == kills
-    assert counts["checked"] > kills // 10
-    assert counts["puts"] > kills // 2
-    assert counts["moves"] > kills // 10

@@ -223,7 +223,6 @@ def test_kills_amid_evictions_and_compactions(folder):
     kills = rounds(30, 200)
     counts = kill_loop(folder, kills, "evicted", 7)
     assert counts["killed"] == kills
-    assert counts["checked"] > kills // 12
 
 
 class _Sink:
