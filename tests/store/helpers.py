@@ -182,7 +182,7 @@ def python(code: str, *arguments: str, **options: Any) -> subprocess.CompletedPr
 
 
 def kill_loop(folder: Path, kills: int, what: str, seed: int) -> dict[str, int]:
-    """Runs killing.py on ``folder``, which sees to it that kills come at every stage; its counts."""
+    """Runs killing.py on ``folder``: kills at every stage. What it counted."""
     script = Path(__file__).with_name("killing.py")
     command = [sys.executable, str(script), str(folder), str(kills), str(seed), what]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
