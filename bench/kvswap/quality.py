@@ -84,10 +84,26 @@ class Selected:
 
 @dataclass
 class Totals:
-    """Everything that was measured: per task without a selector, and per selector and share."""
+    """Everything that was measured: per task without a selector, and per selector and share.
 
+    ``token_nbytes``: bytes of K and V of a token of one layer on the drive.
+    """
+
+    token_nbytes: int = 0
     dense: dict[str, Score] = field(default_factory=dict)
     selected: dict[tuple[str, float], Selected] = field(default_factory=dict)
+
+    def merge(self, other: Totals) -> None:
+        """Adds what was measured of other texts."""
+        self.token_nbytes = other.token_nbytes
+        for task, score in other.dense.items():
+            self.add_dense(task, score)
+        for key, theirs in other.selected.items():
+            one = self.selected.setdefault(key, Selected(theirs.settings, theirs.token_nbytes))
+            for task, score in theirs.scores.items():
+                one.scores.setdefault(task, Score()).add(score)
+            for pool, found in theirs.reads.items():
+                one.reads.setdefault(pool, Reads()).add(found)
 
     def add_dense(self, task: str, score: Score) -> None:
         self.dense.setdefault(task, Score()).add(score)

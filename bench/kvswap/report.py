@@ -15,12 +15,8 @@ def counted(totals: Totals) -> list[str]:
     return [task for task, score in totals.dense.items() if score.accuracy >= LEAST_DENSE]
 
 
-def rows(totals: Totals, group_token_nbytes: int) -> list[dict[str, Any]]:
-    """One row per selector and share.
-
-    Args:
-        group_token_nbytes: of K and V of a token of one layer on the drive.
-    """
+def rows(totals: Totals) -> list[dict[str, Any]]:
+    """One row per selector and share."""
     found = []
     for (variant, share), one in totals.selected.items():
         tasks = counted(totals)
@@ -31,7 +27,7 @@ def rows(totals: Totals, group_token_nbytes: int) -> list[dict[str, Any]]:
         weight = sum(one.scores[task].tokens for task in tasks)
         kl = sum(one.scores[task].kl for task in tasks) / weight if weight else None
         read = {
-            f"{pool:g}": reads.nbytes_per_token(one.settings.group_tokens * group_token_nbytes)
+            f"{pool:g}": reads.nbytes_per_token(one.settings.group_tokens * totals.token_nbytes)
             for pool, reads in one.reads.items()
         }
         found.append(

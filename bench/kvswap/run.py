@@ -25,12 +25,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ import torch  # noqa: E402
 from masked import MaskedModel  # noqa: E402
 from quality import Asking, Outcome, Totals, text_kv  # noqa: E402
 from tasks import TASKS, Text  # noqa: E402
-from variants import VARIANTS, settings_of  # noqa: E402
+from variants import SHARE, VARIANTS, planned, settings_of  # noqa: E402
 
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
@@ -62,28 +65,39 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return tokenizer, model.eval()
 
 
-def measure(arguments: argparse.Namespace, tokenizer: Any, model: MaskedModel) -> Totals:
-    """Runs what ``arguments`` name. What was found so far is said after each text."""
+def measure(arguments: argparse.Namespace) -> Totals:
+    """What ``arguments`` name. Texts are shared out among processes, as many as were asked for."""
     totals = Totals()
-    for seed in range(arguments.texts):
-        text = Text(tokenizer, seed=seed, tokens=arguments.tokens)
-        begin = time.perf_counter()
-        kv = text_kv(model, text.ids, arguments.work)
-        _say(f"text {seed}: {len(text.ids)} tokens, K and V in {time.perf_counter() - begin:.0f} s")
-        for task in arguments.tasks:
-            asking = Asking(model, kv, text.questions(task, arguments.rows))
-            totals.add_dense(task, asking.dense)
-            _say(f"{task}: dense {asking.dense.accuracy:.1%}")
-            for variant in arguments.selectors:
-                for share in arguments.shares:
-                    settings = settings_of(variant, round(share * len(text.ids)))
-                    begin = time.perf_counter()
-                    outcome: Outcome = asking.run(settings)
-                    totals.add(variant, share, task, settings, outcome)
-                    _say(
-                        f"{task}, {variant} at {share:.2%}: {outcome.score.accuracy:.1%}, KL "
-                        f"{outcome.score.mean_kl:.3f} ({time.perf_counter() - begin:.0f} s)"
-                    )
+    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as workers:
+        texts = range(1, arguments.texts + 1)
+        for found in workers.map(partial(measure_text, arguments), texts):
+            totals.merge(found)
+    return totals
+
+
+def measure_text(arguments: argparse.Namespace, seed: int) -> Totals:
+    """`measure` of one text, in this process."""
+    torch.set_num_threads(arguments.threads)
+    tokenizer, own = load(arguments)
+    model = MaskedModel(own)
+    totals = Totals(model.group_token_nbytes)
+    text = Text(tokenizer, seed=seed, tokens=arguments.tokens)
+    begin = time.perf_counter()
+    kv = text_kv(model, text.ids, arguments.work)
+    _say(f"text {seed}: {len(text.ids)} tokens, K and V in {time.perf_counter() - begin:.0f} s")
+    for task in arguments.tasks:
+        asking = Asking(model, kv, text.questions(task, arguments.rows))
+        totals.add_dense(task, asking.dense)
+        _say(f"text {seed}, {task}: dense {asking.dense.accuracy:.1%}")
+        for variant, share in planned(arguments.selectors, arguments.shares):
+            settings = settings_of(variant, round(share * len(text.ids)))
+            begin = time.perf_counter()
+            outcome: Outcome = asking.run(settings)
+            totals.add(variant, share, task, settings, outcome)
+            _say(
+                f"text {seed}, {task}, {variant} at {share:.2%}: {outcome.score.accuracy:.1%}, KL "
+                f"{outcome.score.mean_kl:.3f} ({time.perf_counter() - begin:.0f} s)"
+            )
     return totals
 
 
@@ -91,14 +105,14 @@ def measure_stored(
     arguments: argparse.Namespace, tokenizer: Any, model: MaskedModel, folder: Path
 ) -> list[dict[str, Any]]:
     """The first text's questions, few rows of each task, by both ways."""
-    text = Text(tokenizer, seed=0, tokens=arguments.tokens)
+    text = Text(tokenizer, seed=1, tokens=arguments.tokens)
     kv = text_kv(model, text.ids, arguments.work)
     rows = []
     for task in arguments.tasks:
         questions = text.questions(task, arguments.stored_rows)
         asking = Asking(model, kv, questions)
         for variant in ("codes", "kvswap"):
-            settings = settings_of(variant, round(0.075 * len(text.ids)))
+            settings = settings_of(variant, round(SHARE * len(text.ids)))
             masked = asking.run(settings).score
             found = stored.through_store(model, kv, questions, settings, folder)
             score = asking.score(found.log_probabilities)
@@ -106,7 +120,7 @@ def measure_stored(
                 {
                     "part": "stored",
                     "selector": variant,
-                    "share": 0.075,
+                    "share": SHARE,
                     "task": task,
                     "answers": score.answers,
                     "accuracy": score.accuracy,
@@ -152,14 +166,15 @@ def main() -> None:
     parser.add_argument("--drive-size", type=int, default=13 << 30, help="of a simulated one")
     parser.add_argument("--quick", action="store_true", help="a look at everything")
     parser.add_argument("--texts", type=int, help="default 4; quick 1")
-    parser.add_argument("--tokens", type=int, default=3500, help="of each text")
+    parser.add_argument("--tokens", type=int, default=3000, help="of each text; 3000 at most")
     parser.add_argument("--rows", type=int, help="questions per text and task; default 32; quick 8")
     parser.add_argument("--stored-rows", type=int, default=8, help="of those through the store")
     parser.add_argument("--shares", type=float, nargs="+", help="of the tokens that are read")
-    parser.add_argument("--selectors", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--selectors", nargs="+", choices=VARIANTS)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="of the speed")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="that share the texts")
+    parser.add_argument("--threads", type=int, default=1, help="of each of them")
     parser.add_argument("--work", type=Path, help="folder for K and V of the texts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the tables there")
@@ -168,18 +183,16 @@ def main() -> None:
         parser.error("quality and stored take a --model")
     arguments.texts = arguments.texts or (1 if arguments.quick else 4)
     arguments.rows = arguments.rows or (8 if arguments.quick else 32)
-    arguments.shares = arguments.shares or ([0.075] if arguments.quick else [0.0375, 0.075, 0.15])
+    if arguments.quick:
+        arguments.shares = arguments.shares or [SHARE]
     torch.set_num_threads(arguments.threads)
     rows, pages = [], []
     with tempfile.TemporaryDirectory() as scratch, drive(arguments) as folder:
         arguments.work = arguments.work or Path(scratch)
         lines = machine.describe(folder)
-        if "quality" in arguments.parts or "stored" in arguments.parts:
-            tokenizer, model = load(arguments)
-            masked = MaskedModel(model)
         if "quality" in arguments.parts:
-            totals = measure(arguments, tokenizer, masked)
-            found = report.rows(totals, masked.group_token_nbytes)
+            totals = measure(arguments)
+            found = report.rows(totals)
             method = (
                 f"{arguments.texts} texts of {arguments.tokens} tokens, {arguments.rows} questions "
                 f"per text and task; {Path(arguments.gguf or arguments.model).name}"
@@ -187,7 +200,8 @@ def main() -> None:
             pages.append(report.page(totals, found, method, lines))
             rows += found
         if "stored" in arguments.parts:
-            found = measure_stored(arguments, tokenizer, masked, folder)
+            tokenizer, model = load(arguments)
+            found = measure_stored(arguments, tokenizer, MaskedModel(model), folder)
             pages.append(report.stored_page(found))
             rows += found
         if "speed" in arguments.parts:

@@ -1,7 +1,7 @@
 """Questions about a text of some thousand tokens whose answers are known: what is lost by reading
 only a part of the text shows in them, and hardly anywhere else.
 
-The text is documentation (this repository's own) with facts strewn among it. All questions of a
+The text is the handbook that the demo asks about, with facts strewn among it. All questions of a
 task have the same number of tokens, and so have their answers: they run as the rows of one batch.
 """
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from spdk_kv.demo import asking
 
 NOUNS = (
     *("falcon", "tiger", "river", "castle", "garden", "piano", "wagon", "mirror", "ladder"),
@@ -26,8 +27,9 @@ NOUNS = (
     *("queen", "rocket", "spider", "turtle", "violin", "walnut", "beaver", "carpet", "donkey"),
     *("eagle", "fossil", "goblet", "helmet", "jewel", "knight"),
 )
+HANDBOOK = Path(asking.__file__).with_name("document.txt")
 _EXAMPLES = 2
-_ASKED, _OPENING, _QUOTED = 10, 20, 24  # tokens
+_ASKED, _OPENING, _QUOTED = 8, 16, 12  # tokens
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Questions:
 
 
 class Text:
-    """A text of about ``tokens`` tokens, with orders among documentation. Their digits follow right
-    on a word: that is what a model of this size can look up.
+    """A text of about ``tokens`` tokens, a handbook with orders in it. Their digits follow right on
+    a word: that is what a model of this size can look up.
 
     Attributes:
         ids: int64 [tokens].
@@ -77,8 +79,16 @@ class Text:
         self.codes = {noun: str(chance.randrange(1000, 10000)) for noun in NOUNS}
         self._before, self._after = _around(tokenizer)
         facts = [self._order(word) for word in self.codes]
-        prose = _among_documentation(tokenizer, facts, chance, tokens)
+        prose = _among_prose(tokenizer, facts, chance, tokens)
         self.ids = torch.tensor(_ids(tokenizer, self._before + prose))
+        end = _ids(tokenizer, ".")[0]
+        ends = [at for at, token in enumerate(self.ids.tolist()) if token == end]
+        length = _OPENING + _QUOTED
+        self._within = [
+            begin
+            for last, following in pairwise(ends)
+            for begin in range(last + 1, following - length + 1)
+        ]
 
     def questions(self, task: str, rows: int) -> Questions:
         """``rows`` questions of ``task``, all of one length and none like another.
@@ -107,12 +117,13 @@ class Text:
         return self._orders(chance, 4)
 
     def quote(self, chance: random.Random) -> Asked:
-        """Some tokens of the text as they stand there, each at a place of its own.
+        """Some tokens of one sentence as they stand there, each at a place of its own. (What comes
+        after a sentence, even a model that sees the whole text often gets wrong.)
 
         The question has less of what comes before them than the answer has: where both end alike,
         a model goes on with the question.
         """
-        begin = chance.randrange(len(self.ids) // 20, len(self.ids) - _OPENING - _QUOTED)
+        begin = chance.choice(self._within)
         opening, quoted = (
             tuple(self.ids[begin + at : begin + at + size].tolist())
             for at, size in ((0, _OPENING), (_OPENING, _QUOTED))
@@ -179,17 +190,10 @@ def _around(tokenizer: Any) -> tuple[str, str]:
     return before, after
 
 
-def _among_documentation(
-    tokenizer: Any, facts: list[str], chance: random.Random, tokens: int
-) -> str:
-    """``facts`` in an order of chance, evenly among sentences of documentation."""
-    prose = [
-        " ".join(paragraph.split())
-        for page in sorted((ROOT / "docs").rglob("*.md"))
-        for paragraph in page.read_text(encoding="utf-8").split("\n\n")
-        if paragraph[:1].isalpha()
-    ]
-    sentences = [f"{one.strip(' .')}." for text in prose for one in text.split(". ")]
+def _among_prose(tokenizer: Any, facts: list[str], chance: random.Random, tokens: int) -> str:
+    """``facts`` in an order of chance, evenly among sentences of the handbook."""
+    prose = [" ".join(each.split()) for each in HANDBOOK.read_text("utf-8").split("\n\n")]
+    sentences = [f"{one.rstrip('.')}." for text in prose for one in text.split(". ")]
     sentences = [one for one in sentences if len(one) > 30]
     begin = chance.randrange(len(sentences))
     sentences = sentences[begin:] + sentences[:begin]

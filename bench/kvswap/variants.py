@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from spdk_kv.sparse import Settings, preset
@@ -22,6 +23,29 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kvswap": ("kvswap", {}),
     "kvswap, next_norm": ("kvswap", {"predictor": "next_norm"}),
 }
+
+
+# At which shares of the tokens. The others differ in one thing from "codes" or "kvswap": SHARE says
+# what that does. KVSwap's loss comes down to that of "codes" at far larger shares, if at all.
+SHARE = 0.075
+_SHARES = (0.0375, SHARE, 0.15)
+_SHARES_OF = {
+    "codes": _SHARES,
+    "lowrank": _SHARES,
+    "exact": _SHARES,
+    "kvswap": (*_SHARES, 0.3, 0.5),
+}
+
+
+def planned(
+    selectors: Sequence[str] | None, shares: Sequence[float] | None
+) -> list[tuple[str, float]]:
+    """Which variants are run at which shares; None: those that the full experiment has."""
+    return [
+        (variant, share)
+        for variant in selectors or VARIANTS
+        for share in shares or _SHARES_OF.get(variant, (SHARE,))
+    ]
 
 
 def settings_of(variant: str, tokens: int) -> Settings:
