@@ -12,11 +12,14 @@ from spdk_kv._native.score import softmax_max, top_groups
 from spdk_kv.sparse.keys import Keys, keys_from_state, make_keys
 from spdk_kv.sparse.keys.base import Floats, State
 from spdk_kv.sparse.settings import Settings
+from spdk_kv.sparse.threads import in_parts
 
 Groups = npt.NDArray[np.int64]
 
 # A real group that cannot be scored is still chosen before padding, which has -inf.
 _LOWEST = np.finfo(np.float32).min
+# Multiply-adds of a score that take as long as its part in the softmax.
+_SOFTMAX_COST = 30
 
 
 class Selector:
@@ -212,9 +215,16 @@ def _worth(logits: Floats, size: int, aggregation: str) -> Floats:
     tokens = logits.shape[1]
     groups = -(-tokens // size)
     if aggregation == "softmax_max":
-        out = np.empty(groups, np.float32)
-        softmax_max(logits, size, out)
-        return out
+        # The greatest of all heads is the greatest of what some of them have each.
+        parts = np.array_split(logits, min(len(logits), torch.get_num_threads()))
+        out = np.empty((len(parts), groups), np.float32)
+        in_parts(
+            lambda part: softmax_max(parts[part], size, out[part]),
+            len(parts),
+            logits.size * _SOFTMAX_COST,
+        )
+        greatest: Floats = out.max(axis=0)
+        return greatest
     padded = np.full(groups * size, -np.inf, np.float32)
     with np.errstate(invalid="ignore"):
         mean = logits.mean(axis=0)

@@ -21,6 +21,7 @@ from spdk_kv.sparse.keys.base import (
     taken,
 )
 from spdk_kv.sparse.keys.growing import Growing
+from spdk_kv.sparse.threads import in_parts
 
 
 class Codes:
@@ -96,16 +97,19 @@ class Codes:
         signs = _signs(queries.shape[2])
         out = np.empty((batch, queries.shape[1], tokens), np.float32)
         of_each = queries.shape[1] // kv_heads
-        for row in range(batch):
-            for head in range(kv_heads):
-                mine = slice(head * of_each, (head + 1) * of_each)
-                score(
-                    queries[row, mine],
-                    signs,
-                    codes[row, head],
-                    scales[row, head, :, 0],
-                    out[row, mine],
-                )
+
+        def score_head(number: int) -> None:
+            row, head = divmod(number, kv_heads)
+            mine = slice(head * of_each, (head + 1) * of_each)
+            score(
+                queries[row, mine],
+                signs,
+                codes[row, head],
+                scales[row, head, :, 0],
+                out[row, mine],
+            )
+
+        in_parts(score_head, batch * kv_heads, queries.size * tokens)
         return out
 
     def truncate(self, tokens: int) -> None:
