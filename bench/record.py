@@ -26,6 +26,7 @@ QUESTIONS = (
     "cached_decode",
     "sequences",
     "prompts",
+    "reading_a_part",
 )
 SPDK_KV, DUAL_BLADE = "spdk_kv", "DUAL-BLADE"
 ASKERS = (SPDK_KV, DUAL_BLADE)

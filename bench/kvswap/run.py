@@ -1,7 +1,7 @@
 """What reading a part of K and V costs in answers, and gains in speed.
 
     python bench/kvswap/run.py --model FOLDER [--gguf FILE] [--dir DIR] [--parts PART...] [--quick]
-                               [--json FILE] [--report FILE]
+                               [--json FILE] [--report FILE] [--record FILE]
 
 quality: questions about texts of some thousand tokens (tasks.py), first with everything attended
 to, then with each selector at several shares of the tokens, all in memory. The answers are forced
@@ -44,6 +44,7 @@ import report  # noqa: E402
 import speed  # noqa: E402
 import stored  # noqa: E402
 import torch  # noqa: E402
+from figures import figures  # noqa: E402
 from masked import MaskedModel  # noqa: E402
 from quality import Asking, Outcome, Totals, text_kv  # noqa: E402
 from tasks import TASKS, Text  # noqa: E402
@@ -51,6 +52,7 @@ from variants import SHARE, VARIANTS, planned, settings_of  # noqa: E402
 
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
+import record  # noqa: E402
 
 PARTS = ("quality", "stored", "speed")
 
@@ -139,7 +141,9 @@ def measure_stored(
 
 def plan_of(arguments: argparse.Namespace) -> speed.Plan:
     """What of the speed is measured."""
-    plan = speed.Plan(batches=arguments.batches)
+    plan = speed.Plan(
+        batches=arguments.batches, drives=arguments.drives, kvswap_tokens=arguments.kvswap_tokens
+    )
     if arguments.quick:
         small = replace(plan.shape, layers=4)
         plan = replace(plan, shape=small, tokens=8192, batches=(1,), rounds=2, compute_ms=10.0)
@@ -173,11 +177,16 @@ def main() -> None:
     parser.add_argument("--selectors", nargs="+", choices=VARIANTS)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="of the speed")
+    parser.add_argument("--drives", nargs="+", choices=speed.DRIVES, default=list(speed.DRIVES))
+    parser.add_argument(
+        "--kvswap-tokens", type=int, nargs="+", default=[400], help="selections of kvswap there"
+    )
     parser.add_argument("--processes", type=int, default=1, help="that share the texts")
     parser.add_argument("--threads", type=int, default=1, help="of each of them")
     parser.add_argument("--work", type=Path, help="folder for K and V of the texts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the tables there")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write what has a target there")
     arguments = parser.parse_args()
     if arguments.model is None and {"quality", "stored"} & set(arguments.parts):
         parser.error("quality and stored take a --model")
@@ -186,7 +195,7 @@ def main() -> None:
     if arguments.quick:
         arguments.shares = arguments.shares or [SHARE]
     torch.set_num_threads(arguments.threads)
-    rows, pages = [], []
+    rows, pages, methods = [], [], []
     with tempfile.TemporaryDirectory() as scratch, drive(arguments) as folder:
         arguments.work = arguments.work or Path(scratch)
         lines = machine.describe(folder)
@@ -195,8 +204,9 @@ def main() -> None:
             found = report.rows(totals)
             method = (
                 f"{arguments.texts} texts of {arguments.tokens} tokens, {arguments.rows} questions "
-                f"per text and task; {Path(arguments.gguf or arguments.model).name}"
+                f"per text and task; {Path(arguments.gguf or arguments.model).name}."
             )
+            methods.append(method)
             pages.append(report.page(totals, found, method, lines))
             rows += found
         if "stored" in arguments.parts:
@@ -207,8 +217,22 @@ def main() -> None:
         if "speed" in arguments.parts:
             plan = plan_of(arguments)
             found = speed.measured(plan, folder, _say)
+            methods.append(plan.method)
             pages.append(report.speed_page(found, plan.method, lines))
             rows += found
+        if arguments.record:
+            record.write(
+                arguments.record,
+                [
+                    record.today(
+                        "reading_a_part",
+                        machine.label(folder),
+                        lines,
+                        " ".join(methods),
+                        figures(rows),
+                    )
+                ],
+            )
     page = "\n".join(pages)
     print(page)
     if arguments.json:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Tokens of all rows together that are computed at once while the prompt is read: the activations of
 # a long prompt would take more memory than its K/V.
-_FORWARD_TOKENS = 256
+_FORWARD_TOKENS = 64
 _WARM_UP_TOKENS = 200
 # The KV cache is this many times the limit, so it cannot all be kept in memory. With this many
 # layers, the three that are in memory at once (one in use, one being read, one just used) leave
