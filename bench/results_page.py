@@ -62,6 +62,11 @@ TITLES = {
         "How soon the second question to a stored document of 4K tokens is answered, in a new "
         "process, and what it takes to find the longest stored beginning of a text.",
     ),
+    "reading_a_part": (
+        "Reading a part",
+        "What is lost in answers by reading the tokens that a selector chooses, and how fast a "
+        "decode step of an 8B model's shape is at 32K tokens. Answers by SmolLM2-135M.",
+    ),
     "own_cost": (
         "Our own cost",
         "What a call costs without a drive (the engine `null`), and what 100,000 blobs cost.",

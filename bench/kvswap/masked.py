@@ -51,16 +51,17 @@ class LayerKV:
     def gather(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [batch, kv_heads, n, head_dim] of ``tokens`` [batch, n]."""
         assert self.rows is not None
-        batch, own = self.rows[0].shape[:2]
+        own = self.rows[0].shape[1]
         text = self.text[0].shape[0]
-        base = torch.arange(batch)[:, None] * own
-        of_text, of_row = tokens.clamp(max=text - 1), (tokens - text).clamp(min=0) + base
-        in_text = (tokens < text)[..., None, None]
-        k, v = (
-            torch.where(in_text, both[0][of_text], both[1].flatten(0, 1)[of_row]).transpose(1, 2)
-            for both in zip(self.text, self.rows, strict=True)
-        )
-        return k, v
+        of_text = tokens.clamp(max=text - 1)
+        later = torch.nonzero(tokens >= text, as_tuple=True)
+        of_rows = later[0] * own + tokens[later] - text
+        found = []
+        for whole, rows in zip(self.text, self.rows, strict=True):
+            one = whole[of_text]
+            one[later] = rows.flatten(0, 1)[of_rows]
+            found.append(one.transpose(1, 2))
+        return found[0], found[1]
 
 
 def attend(

@@ -1,12 +1,23 @@
-"""Rows and tables of what was found."""
+"""The report of a run: Markdown, rows as JSON, a record, and plots where matplotlib is installed.
+
+Everything is made of the rows. A folder that has rows already keeps those of the parts that were
+not run again.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import plots
+from figures import figures
 from quality import POOLS, Totals
 
+import record
+
+Row = dict[str, Any]
 LEAST_DENSE = 0.9
 
 
@@ -15,7 +26,7 @@ def counted(totals: Totals) -> list[str]:
     return [task for task, score in totals.dense.items() if score.accuracy >= LEAST_DENSE]
 
 
-def rows(totals: Totals) -> list[dict[str, Any]]:
+def rows(totals: Totals) -> list[Row]:
     """One row per selector and share."""
     found = []
     for (variant, share), one in totals.selected.items():
@@ -37,6 +48,7 @@ def rows(totals: Totals) -> list[dict[str, Any]]:
                 "share": share,
                 "tokens": one.settings.tokens,
                 "group_tokens": one.settings.group_tokens,
+                "recent": one.settings.recent,
                 "worst_loss_points": max((lost[task] for task in tasks), default=None),
                 "worst_task": max(tasks, key=lambda task: lost[task], default=None),
                 "kl": kl,
@@ -55,16 +67,60 @@ def rows(totals: Totals) -> list[dict[str, Any]]:
     return found
 
 
-def page(
-    totals: Totals, found: Sequence[dict[str, Any]], method: str, machine: Sequence[str]
-) -> str:
-    """The report as Markdown."""
-    tasks = list(totals.dense)
-    lines = ["# Reading a part: answers and bytes", "", *machine, "", method, ""]
-    lines += [_line(["", *tasks]), _line(["---"] * (len(tasks) + 1))]
-    dense = [f"{score.accuracy:.1%} of {score.tokens}" for score in totals.dense.values()]
-    lines += [_line(["dense", *dense]), ""]
-    left_out = [task for task in tasks if task not in counted(totals)]
+def about(part: str, method: str, machine: Sequence[str]) -> Row:
+    """The row that says how the rows of ``part`` were made, and on which machine."""
+    return {"part": "about", "of": part, "method": method, "machine": list(machine)}
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """``new``, after those of ``old`` that are of parts which ``new`` has not."""
+    parts = {_part(row) for row in new}
+    return [*(row for row in old if _part(row) not in parts), *new]
+
+
+def write(found: Sequence[Row], out: Path, drive: str) -> None:
+    """Writes README.md, rows.json, record.json and plots into ``out``, where older rows of other
+    parts are taken over."""
+    out.mkdir(parents=True, exist_ok=True)
+    at = out / "rows.json"
+    everything = merged(json.loads(at.read_text("utf-8")) if at.exists() else [], found)
+    at.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    pictures = plots.draw(everything, out)
+    (out / "README.md").write_text(markdown(everything, pictures), encoding="utf-8")
+    told = [row for row in everything if row["part"] == "about"]
+    if asked := figures(everything):
+        method = " ".join(row["method"] for row in told)
+        made = record.today("reading_a_part", drive, told[-1]["machine"], method, asked)
+        record.write(out / "record.json", [made])
+
+
+def markdown(found: Sequence[Row], pictures: Sequence[str] = ()) -> str:
+    """All of the report."""
+    lines = ["# Reading a part of K and V", ""]
+    for name in pictures:
+        lines += [f"![{name.removesuffix('.png')}]({name})", ""]
+    pages = {"quality": _quality, "stored": _stored, "speed": _speed}
+    for part, page in pages.items():
+        mine = [row for row in found if row["part"] == part]
+        if not mine:
+            continue
+        lines += [f"## {part.capitalize()}", ""]
+        for told in found:
+            if told["part"] == "about" and told["of"] == part:
+                lines += [told["method"], "", *(f"- {line}" for line in told["machine"]), ""]
+        lines += [*page(mine), ""]
+    return "\n".join(lines)
+
+
+def _quality(found: Sequence[Row]) -> list[str]:
+    """Accuracies, their losses and what was read."""
+    dense: dict[str, float] = found[0]["dense_accuracy"]
+    answers: dict[str, int] = found[0]["answers"]
+    tasks = list(dense)
+    lines = [_line(["", *tasks]), _line(["---"] * (len(tasks) + 1))]
+    lines += [_line(["dense", *(f"{dense[task]:.1%}" for task in tasks)])]
+    lines += [_line(["answers", *(str(answers.get(task, "")) for task in tasks)]), ""]
+    left_out = [task for task in tasks if dense[task] < LEAST_DENSE]
     if left_out:
         lines += [f"Not counted, for the model itself is below 90 %: {', '.join(left_out)}.", ""]
     head = ["selector", "share", *tasks, "worst loss", "KL", "metadata", "KiB read"]
@@ -80,21 +136,21 @@ def page(
         cells += [f"{row['metadata_nbytes']:g} B", f"{row['read_nbytes_per_token'] / 1024:.0f}"]
         cells += [f"{row['miss_rate_of_pools'][f'{pool:g}']:.0%}" for pool in POOLS]
         lines.append(_line(cells))
-    lines += [
+    return [
+        *lines,
         "",
-        "Worst loss: points of accuracy under dense, of the task where it is most. KL: of the "
-        "distribution of the next token, to the dense one. Metadata: bytes in memory per token and "
-        "layer. KiB read: per token of an answer, all layers, K and V in bfloat16, with the pool "
-        "that the selector has by default.",
-        "",
+        "Share: of the tokens, selected at each step; the newest tokens are in memory and attended "
+        "to as well (`recent`, in rows.json). Worst loss: points of accuracy under dense, of the "
+        "task where it is most. KL: of the distribution of the next token, to the dense one. "
+        "Metadata: bytes in memory per token and layer. KiB read: per token of an answer, all "
+        "layers, K and V in bfloat16, with the pool that the selector has by default.",
     ]
-    return "\n".join(lines)
 
 
-def stored_page(found: Sequence[dict[str, Any]]) -> str:
-    """The same questions by both ways, as Markdown."""
+def _stored(found: Sequence[Row]) -> list[str]:
+    """The same questions by both ways."""
     head = ["task", "selector", "answers", "in memory", "through the store", "KL", "KL", "MiB read"]
-    lines = ["# The same through the read path", "", _line(head), _line(["---"] * len(head))]
+    lines = [_line(head), _line(["---"] * len(head))]
     for row in found:
         lines.append(
             _line(
@@ -110,15 +166,17 @@ def stored_page(found: Sequence[dict[str, Any]]) -> str:
                 ]
             )
         )
-    lines += ["", "MiB read: per token of an answer, in float32, the filling of the pool included."]
-    return "\n".join([*lines, ""])
+    return [
+        *lines,
+        "",
+        "MiB read: per token of an answer, in float32, the filling of the pool included.",
+    ]
 
 
-def speed_page(found: Sequence[dict[str, Any]], method: str, machine: Sequence[str]) -> str:
-    """Tokens per second, as Markdown."""
+def _speed(found: Sequence[Row]) -> list[str]:
+    """Tokens per second."""
     head = ["way", "drive", "compute", "batch", "tokens/s", "lowest", "highest", "MiB read", "MiB"]
-    lines = ["# Reading a part: speed", "", *machine, "", method, ""]
-    lines += [_line(head), _line(["---"] * len(head))]
+    lines = [_line(head), _line(["---"] * len(head))]
     for row in sorted(found, key=lambda one: (one["batch"], one["compute"], one["drive"])):
         lines.append(
             _line(
@@ -135,9 +193,17 @@ def speed_page(found: Sequence[dict[str, Any]], method: str, machine: Sequence[s
                 ]
             )
         )
-    lines += ["", "MiB read: per token, from the drive. MiB: of host memory for K, V and codes."]
-    return "\n".join([*lines, ""])
+    return [
+        *lines,
+        "",
+        "MiB read: per token, from the drive. MiB: of host memory for K, V and codes.",
+    ]
 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _part(row: Row) -> str:
+    part: str = row["of"] if row["part"] == "about" else row["part"]
+    return part

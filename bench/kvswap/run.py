@@ -1,7 +1,7 @@
 """What reading a part of K and V costs in answers, and gains in speed.
 
     python bench/kvswap/run.py --model FOLDER [--gguf FILE] [--dir DIR] [--parts PART...] [--quick]
-                               [--json FILE] [--report FILE] [--record FILE]
+                               [--json FILE] [--out FOLDER]
 
 quality: questions about texts of some thousand tokens (tasks.py), first with everything attended
 to, then with each selector at several shares of the tokens, all in memory. The answers are forced
@@ -44,7 +44,6 @@ import report  # noqa: E402
 import speed  # noqa: E402
 import stored  # noqa: E402
 import torch  # noqa: E402
-from figures import figures  # noqa: E402
 from masked import MaskedModel  # noqa: E402
 from quality import Asking, Outcome, Totals, text_kv  # noqa: E402
 from tasks import TASKS, Text  # noqa: E402
@@ -52,7 +51,6 @@ from variants import SHARE, VARIANTS, planned, settings_of  # noqa: E402
 
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
-import record  # noqa: E402
 
 PARTS = ("quality", "stored", "speed")
 
@@ -185,8 +183,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each of them")
     parser.add_argument("--work", type=Path, help="folder for K and V of the texts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the tables there")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write what has a target there")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of the report; other parts stay as they are"
+    )
     arguments = parser.parse_args()
     if arguments.model is None and {"quality", "stored"} & set(arguments.parts):
         parser.error("quality and stored take a --model")
@@ -195,50 +194,32 @@ def main() -> None:
     if arguments.quick:
         arguments.shares = arguments.shares or [SHARE]
     torch.set_num_threads(arguments.threads)
-    rows, pages, methods = [], [], []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, drive(arguments) as folder:
         arguments.work = arguments.work or Path(scratch)
         lines = machine.describe(folder)
+        label = machine.label(folder)
         if "quality" in arguments.parts:
-            totals = measure(arguments)
-            found = report.rows(totals)
             method = (
                 f"{arguments.texts} texts of {arguments.tokens} tokens, {arguments.rows} questions "
-                f"per text and task; {Path(arguments.gguf or arguments.model).name}."
+                f"per text and task, {Path(arguments.gguf or arguments.model).name}."
             )
-            methods.append(method)
-            pages.append(report.page(totals, found, method, lines))
-            rows += found
+            rows.append(report.about("quality", method, lines))
+            rows += report.rows(measure(arguments))
         if "stored" in arguments.parts:
+            method = f"{arguments.stored_rows} questions of each task about the first text."
+            rows.append(report.about("stored", method, lines))
             tokenizer, model = load(arguments)
-            found = measure_stored(arguments, tokenizer, MaskedModel(model), folder)
-            pages.append(report.stored_page(found))
-            rows += found
+            rows += measure_stored(arguments, tokenizer, MaskedModel(model), folder)
         if "speed" in arguments.parts:
             plan = plan_of(arguments)
-            found = speed.measured(plan, folder, _say)
-            methods.append(plan.method)
-            pages.append(report.speed_page(found, plan.method, lines))
-            rows += found
-        if arguments.record:
-            record.write(
-                arguments.record,
-                [
-                    record.today(
-                        "reading_a_part",
-                        machine.label(folder),
-                        lines,
-                        " ".join(methods),
-                        figures(rows),
-                    )
-                ],
-            )
-    page = "\n".join(pages)
-    print(page)
+            rows.append(report.about("speed", plan.method, lines))
+            rows += speed.measured(plan, folder, _say)
+    print(report.markdown(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if arguments.report:
-        arguments.report.write_text(page, encoding="utf-8")
+    if arguments.out:
+        report.write(rows, arguments.out, label)
 
 
 def _say(line: str) -> None:

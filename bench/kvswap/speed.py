@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from ways import FromMemory, FullFromDrive, Pair, Part, PartFromMemory, Shape, Way
+from ways import SHAPE_8B, FromMemory, FullFromDrive, Pair, Part, PartFromMemory, Shape, Way
 
 import spdk_kv
 from spdk_kv.sparse import Pool, Selector, Settings, preset
 from throttle import throttled
 
-SHAPE_8B = Shape(layers=32, heads=32, kv_heads=8, head_dim=128)
 DRIVES: dict[str, int | None] = {"eMMC": 250_000_000, "NVMe": 1_800_000_000, "unthrottled": None}
 _SLICE = 1024  # tokens that are appended at once
 

@@ -12,9 +12,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "codes": ("codes", {}),
     "codes, G=8": ("codes", {"group_tokens": 8}),
     "codes, G=16": ("codes", {"group_tokens": 16}),
-    "codes, no recent": ("codes", {"recent": 0}),
-    "codes, no sinks": ("codes", {"sinks": 0}),
+    "codes, recent 16": ("codes", {"recent": 16}),
     "codes, recent 64": ("codes", {"recent": 64}),
+    "codes, no sinks": ("codes", {"sinks": 0}),
     "codes, mean": ("codes", {"aggregation": "mean"}),
     "codes, this_norm": ("codes", {"predictor": "this_norm"}),
     "previous": ("previous", {}),
@@ -31,9 +31,7 @@ SHARE = 0.075
 _SHARES = (0.0375, SHARE, 0.15)
 _SHARES_OF = {
     "codes": _SHARES,
-    "lowrank": _SHARES,
-    "exact": _SHARES,
-    "kvswap": (*_SHARES, 0.3, 0.5),
+    "kvswap": (SHARE, 0.15, 0.3, 0.5),
 }
 
 

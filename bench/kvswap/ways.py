@@ -42,6 +42,9 @@ class Shape:
         return LayerShape(self.kv_heads, self.head_dim, torch.bfloat16)
 
 
+SHAPE_8B = Shape(layers=32, heads=32, kv_heads=8, head_dim=128)
+
+
 class Way(ABC):
     """Gives a layer what its new token attends to."""
 

@@ -66,7 +66,7 @@ class Settings:
     predictor: Predictor = "next_norm"
     aggregation: Aggregation = "softmax_max"
     sinks: int = 4
-    recent: int = 16
+    recent: int = 128
     pool: float = 2.0
     rank: int | None = None
     correction: float | None = None

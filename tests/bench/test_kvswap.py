@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ def parts() -> Iterator[dict[str, ModuleType]]:
     sys.path.insert(0, str(FOLDER))
     try:
         yield {
-            name: __import__(name) for name in ("tasks", "masked", "quality", "report", "variants")
+            name: __import__(name)
+            for name in ("tasks", "masked", "quality", "report", "figures", "variants")
         }
     finally:
         sys.path.remove(str(FOLDER))
@@ -222,9 +224,80 @@ def test_rows_take_the_worst_of_the_tasks_that_the_model_can_do(
     assert row["metadata_nbytes"] == 60
     assert row["read_nbytes_per_token"] == pytest.approx(2 * 4 * 100)
     assert row["miss_rate_of_pools"] == {"1": 0.4, "2": 0.2, "4": 0.1}
-    page = report.page(totals, [row], "a method", ["CPU: one"])
+    page = report.markdown([report.about("quality", "a method", ["CPU: one"]), row])
+    assert "a method" in page
+    assert "- CPU: one" in page
     assert "Not counted, for the model itself is below 90 %: hard." in page
     assert "| codes | 7.50% | 97.0% | 88.0% | 0.0% | 3.0 | 0.020 | 60 B |" in page
+
+
+def quality_row(selector: str, worst: float) -> dict[str, Any]:
+    return {
+        "part": "quality", "selector": selector, "share": 0.075, "worst_loss_points": worst,
+        "kl": 0.04, "miss_rate_of_pools": {"1": 0.5, "2": 0.25, "4": 0.125},
+        "dense_accuracy": {"easy": 1.0}, "answers": {"easy": 8}, "accuracy": {"easy": 0.9},
+        "metadata_nbytes": 60, "read_nbytes_per_token": 1 << 20,
+    }  # fmt: skip
+
+
+def speed_row(variant: str, drive: str, compute: str, tokens_per_s: float) -> dict[str, Any]:
+    return {
+        "part": "speed", "variant": variant, "drive": drive, "compute": compute, "tokens": 8192,
+        "batch": 1, "tokens_per_s": tokens_per_s, "lowest_tokens_per_s": tokens_per_s / 2,
+        "highest_tokens_per_s": tokens_per_s * 2, "read_nbytes_per_token": 1 << 20,
+        "memory_nbytes": 50 if "dense" not in variant else 1000,
+    }  # fmt: skip
+
+
+SPEEDS = [
+    speed_row(variant, drive, compute, tokens_per_s)
+    for compute in ("emulated", "real")
+    for variant, drive, tokens_per_s in (
+        ("full", "NVMe", 1.0), ("codes", "NVMe", 8.0), ("kvswap 400", "NVMe", 6.0),
+        ("kvswap 9000", "NVMe", 2.0), ("codes in memory", "memory", 10.0),
+        ("dense in memory", "memory", 4.0),
+    )
+]  # fmt: skip
+
+
+def test_figures_against_their_targets(parts: dict[str, ModuleType]) -> None:
+    found = {
+        one.what: (round(one.value, 3), one.verdict)
+        for one in parts["figures"].figures(
+            [quality_row("codes", 1.5), quality_row("kvswap", 30.0), *SPEEDS]
+        )
+    }
+    assert found == {
+        "worst task, 7.5% of the tokens": (1.5, "met"),
+        "KL to dense, 7.5% of the tokens": (0.04, "met"),
+        "worst task, 7.5% of the tokens, kvswap": (30.0, ""),
+        "read per token, 8B shape, 400 tokens, these misses, pool of 2 times": (12.5, "met"),
+        "read per token, 8B shape, 400 tokens, these misses, pool of 4 times": (6.25, ""),
+        "codes, NVMe: of full reads": (8.0, "met"),
+        "codes, NVMe: of kvswap 9000": (4.0, "met"),
+        "codes, NVMe: of the same from memory": (0.8, "missed"),
+        "codes, NVMe, real compute: of dense in memory": (2.0, "met"),
+        "memory, of dense in memory": (0.05, "met"),
+    }
+
+
+def test_a_report_keeps_the_parts_that_were_not_run_again(
+    parts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    report = parts["report"]
+    quality = [report.about("quality", "by masks", ["CPU: one"]), quality_row("codes", 1.5)]
+    report.write(quality, tmp_path, "disk")
+    report.write([report.about("speed", "steps", ["CPU: two"]), *SPEEDS], tmp_path, "disk")
+    again = [report.about("quality", "by masks", ["CPU: one"]), quality_row("codes", 9.5)]
+    report.write(again, tmp_path, "disk")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["worst_loss_points"] for row in rows if row["part"] == "quality"] == [9.5]
+    assert [row for row in rows if row["part"] == "speed"] == SPEEDS
+    page = (tmp_path / "README.md").read_text()
+    assert "| codes | 7.50% | 90.0% | 9.5 | 0.040 |" in page
+    assert "| codes | NVMe | emulated | 1 | 8.00 | 4.00 | 16.00 | 1.00 | 0 |" in page
+    (kept,) = json.loads((tmp_path / "record.json").read_text())
+    assert (kept["question"], kept["method"]) == ("reading_a_part", "steps by masks")
 
 
 def test_what_is_planned(parts: dict[str, ModuleType]) -> None:

@@ -14,7 +14,7 @@ SHARES = (0.01, 0.02, 0.04, 0.075, 0.15, 0.3)
 
 POOLS = (1.0, 1.5, 2.0, 3.0, 4.0)
 _LEAST_GROUP = 4
-_RECENT = 16
+_RECENT = Settings.recent
 # What is this close to the fastest is as fast: reads vary more than that from run to run.
 AS_FAST = 1.03
 # Reads that take at most this much of the time that hides them stay hidden where the drive is busy
