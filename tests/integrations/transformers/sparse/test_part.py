@@ -44,9 +44,9 @@ class Watched:
 @pytest.mark.parametrize(
     "settings",
     [
-        Settings(tokens=32),
-        Settings(tokens=32, group_tokens=16, pool=1.0),
-        Settings(tokens=24, correction=0.95),
+        Settings(tokens=32, recent=16),
+        Settings(tokens=32, group_tokens=16, pool=1.0, recent=16),
+        Settings(tokens=24, correction=0.95, recent=16),
         Settings(tokens=16, sinks=0, recent=0, pool=1.0, correction=1.0),
         preset("kvswap", tokens=16),
         preset("previous", tokens=32),

@@ -159,7 +159,7 @@ def test_what_fails_between_is_never_taken_for_what_was_read(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-@pytest.mark.parametrize("settings", [Settings(tokens=16), preset("kvswap", tokens=16)])
+@pytest.mark.parametrize("settings", [Settings(tokens=16, recent=16), preset("kvswap", tokens=16)])
 def test_keys_that_are_no_numbers_are_read_as_they_are(
     store: KVStore, value: float, settings: Settings
 ) -> None:
