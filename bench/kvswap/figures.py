@@ -20,7 +20,7 @@ GROUP_TOKENS, SELECTED = 4, 400
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
     """Of whatever parts ``rows`` have. Speeds are those of the smallest batch."""
-    return [*_quality(rows), *_speed(rows)]
+    return [*_quality(rows), *_speed(rows), *_step(rows)]
 
 
 def _quality(rows: Sequence[Row]) -> Iterator[Figure]:
@@ -81,6 +81,33 @@ def _speed(rows: Sequence[Row]) -> Iterator[Figure]:
         yield Figure(
             "memory, of dense in memory", held, "of its bytes", target=Target("at most", 0.1)
         )
+
+
+def _step(rows: Sequence[Row]) -> Iterator[Figure]:
+    found = {row["variant"]: row for row in rows if row["part"] == "step"}
+    if not found:
+        return
+    part, dense = found["a part"], found["dense in memory"]
+    yield Figure(
+        "135M at 32K tokens: selecting, of a step",
+        part["select_s"] / part["step_s"],
+        "of its time",
+        target=Target("at most", 0.15),
+    )
+    yield Figure(
+        "135M at 32K tokens: a part from the drive, of dense in memory",
+        dense["step_s"] / part["step_s"],
+        "times as fast",
+        dense["step_s"] / part["highest_step_s"],
+        dense["step_s"] / part["lowest_step_s"],
+        Target("at least", 1),
+    )
+    yield Figure(
+        "135M at 32K tokens: memory, of dense in memory",
+        part["memory_nbytes"] / dense["memory_nbytes"],
+        "of its bytes",
+        target=Target("at most", 0.1),
+    )
 
 
 def _tokens(variant: str) -> int:

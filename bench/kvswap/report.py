@@ -99,7 +99,7 @@ def markdown(found: Sequence[Row], pictures: Sequence[str] = ()) -> str:
     lines = ["# Reading a part of K and V", ""]
     for name in pictures:
         lines += [f"![{name.removesuffix('.png')}]({name})", ""]
-    pages = {"quality": _quality, "stored": _stored, "speed": _speed}
+    pages = {"quality": _quality, "stored": _stored, "speed": _speed, "step": _step}
     for part, page in pages.items():
         mine = [row for row in found if row["part"] == part]
         if not mine:
@@ -198,6 +198,19 @@ def _speed(found: Sequence[Row]) -> list[str]:
         "",
         "MiB read: per token, from the drive. MiB: of host memory for K, V and codes.",
     ]
+
+
+def _step(found: Sequence[Row]) -> list[str]:
+    """Milliseconds per token."""
+    head = ["cache", "ms per token", "fastest", "slowest", "selecting, ms", "MiB read", "MiB"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in found:
+        seconds = (row[f"{which}step_s"] for which in ("", "lowest_", "highest_"))
+        cells = [row["variant"], *(f"{1e3 * each:.1f}" for each in seconds)]
+        cells += [f"{1e3 * row['select_s']:.1f}"]
+        cells += [f"{row['read_nbytes_per_token'] / (1 << 20):.2f}"]
+        lines.append(_line([*cells, f"{row['memory_nbytes'] / (1 << 20):.0f}"]))
+    return [*lines, "", "MiB read: per token. MiB: of host memory for K, V and codes."]
 
 
 def _line(cells: Sequence[str]) -> str:

