@@ -100,6 +100,7 @@ def markdown(found: Sequence[Row], pictures: Sequence[str] = ()) -> str:
     for name in pictures:
         lines += [f"![{name.removesuffix('.png')}]({name})", ""]
     pages = {"quality": _quality, "stored": _stored, "speed": _speed, "step": _step}
+    pages["limited"] = _limited
     for part, page in pages.items():
         mine = [row for row in found if row["part"] == part]
         if not mine:
@@ -211,6 +212,32 @@ def _step(found: Sequence[Row]) -> list[str]:
         cells += [f"{row['read_nbytes_per_token'] / (1 << 20):.2f}"]
         lines.append(_line([*cells, f"{row['memory_nbytes'] / (1 << 20):.0f}"]))
     return [*lines, "", "MiB read: per token. MiB: of host memory for K, V and codes."]
+
+
+def _limited(found: Sequence[Row]) -> list[str]:
+    """Who survives."""
+    head = [
+        "cache",
+        "limit",
+        "ended",
+        "tokens/s",
+        "text, s",
+        "MiB read",
+        "tokens alike",
+        "peak, MiB",
+    ]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in found:
+        cells = [row["variant"], "yes" if row["limited"] else "no", row["ended"]]
+        if row["ended"] == "finished":
+            cells += [f"{row['tokens_per_s']:.2f}", f"{row['prompt_s']:.0f}"]
+            cells += [f"{row['read_nbytes_per_token'] / (1 << 20):.1f}"]
+            cells += [f"{row['alike']} of {len(row['found'])}"]
+        else:
+            cells += [""] * 4
+        peak = row["peak_nbytes"]
+        lines.append(_line([*cells, "" if peak is None else f"{peak / (1 << 20):.0f}"]))
+    return [*lines, "", "MiB read: per token. Tokens alike: with what comes without a limit."]
 
 
 def _line(cells: Sequence[str]) -> str:

