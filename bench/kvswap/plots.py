@@ -9,6 +9,7 @@ from typing import Any
 Row = dict[str, Any]
 # Colours that people who see fewer of them can tell apart (Okabe and Ito).
 _COLOURS = ("#0b2e6f", "#d55e00", "#009e73", "#56b4e9", "#e69f00", "#cc79a7")
+_TICKS = (0.5, 1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70)
 _LEAST_LOSS = 0.3  # points; a logarithm has no place for less
 
 
@@ -33,7 +34,7 @@ def draw(rows: Sequence[Row], out: Path) -> list[str]:
 
 def _quality(rows: Sequence[Row], path: Path) -> None:
     """What is lost over the share of the tokens, and over the bytes that are read."""
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), dpi=150, sharey=True)
     names = list(dict.fromkeys(row["selector"] for row in rows))
@@ -58,6 +59,10 @@ def _quality(rows: Sequence[Row], path: Path) -> None:
     right.set(xlabel="MiB read per token")
     for axes in (left, right):
         axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(ticker.FixedLocator(_TICKS))
+            axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axis.set_minor_locator(ticker.NullLocator())
         axes.axhline(2, color="0.75", ls="--", lw=1)
         axes.grid(color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
