@@ -44,7 +44,7 @@ class Task:
     tokens: int = 3000
     selected: int = 224
     new_tokens: int = 24
-    limit_nbytes: int = 72 * _MIB
+    limit_nbytes: int = 80 * _MIB
     group: str = ""
     group_version: int = 2
 

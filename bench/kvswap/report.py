@@ -210,7 +210,8 @@ def _step(found: Sequence[Row]) -> list[str]:
         cells = [row["variant"], *(f"{1e3 * each:.1f}" for each in seconds)]
         cells += [f"{1e3 * row['select_s']:.1f}"]
         cells += [f"{row['read_nbytes_per_token'] / (1 << 20):.2f}"]
-        lines.append(_line([*cells, f"{row['memory_nbytes'] / (1 << 20):.0f}"]))
+        nbytes = row["memory_nbytes"]
+        lines.append(_line([*cells, "" if nbytes is None else f"{nbytes / (1 << 20):.0f}"]))
     return [*lines, "", "MiB read: per token. MiB: of host memory for K, V and codes."]
 
 

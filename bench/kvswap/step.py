@@ -129,5 +129,6 @@ def _row(name: str, model: Any, cache: Any, plan: Plan, whole_nbytes: int) -> di
         "select_s": statistics.median(selecting[plan.warm :]),
         "read_nbytes_per_token": (now.get("read_nbytes", 0) - told.get("read_nbytes", 0))
         / plan.steps,
-        "memory_nbytes": held or whole_nbytes,
+        # All from the drive is in staging memory and page cache, as far as there is room.
+        "memory_nbytes": held or (None if hasattr(cache, "stats") else whole_nbytes),
     }
