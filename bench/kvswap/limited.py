@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import load
 from tasks import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 import spdk_kv
 from spdk_kv.binding import MemoryGroup, memory_group, why_impossible
@@ -103,9 +104,7 @@ def _run_apart(task: Task) -> dict[str, Any]:
 
 def run(task: Task) -> dict[str, Any]:
     """What this process measures."""
-    where = {"gguf_file": task.gguf} if task.gguf else {}
-    tokenizer = AutoTokenizer.from_pretrained(task.model, **where)
-    model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32, **where).eval()
+    tokenizer, model = load(task.model, task.gguf)
     ids = Text(tokenizer, seed=1, tokens=task.tokens).ids[None]
     _decode(model, ids[:, :_SLICE], 2, DynamicCache(config=model.config))  # kernels and threads
     if task.group:

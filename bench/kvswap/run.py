@@ -53,6 +53,7 @@ import step  # noqa: E402
 import stored  # noqa: E402
 import torch  # noqa: E402
 from masked import MaskedModel  # noqa: E402
+from models import load  # noqa: E402
 from quality import Asking, Outcome, Totals, text_kv  # noqa: E402
 from tasks import TASKS, Text  # noqa: E402
 from variants import SHARE, VARIANTS, planned, settings_of  # noqa: E402
@@ -61,16 +62,6 @@ import fast_drive  # noqa: E402
 import machine  # noqa: E402
 
 PARTS = ("quality", "stored", "speed", "step", "limited")
-
-
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The tokenizer and the model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = {"gguf_file": arguments.gguf} if arguments.gguf else {}
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **where)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, **where)
-    return tokenizer, model.eval()
 
 
 def measure(arguments: argparse.Namespace) -> Totals:
@@ -86,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> Totals:
 def measure_text(arguments: argparse.Namespace, seed: int) -> Totals:
     """`measure` of one text, in this process."""
     torch.set_num_threads(arguments.threads)
-    tokenizer, own = load(arguments)
+    tokenizer, own = load(arguments.model, arguments.gguf)
     model = MaskedModel(own)
     totals = Totals(model.group_token_nbytes)
     text = Text(tokenizer, seed=seed, tokens=arguments.tokens)
@@ -217,7 +208,7 @@ def main() -> None:
         if "stored" in arguments.parts:
             method = f"{arguments.stored_rows} questions of each task about the first text."
             rows.append(report.about("stored", method, lines))
-            tokenizer, model = load(arguments)
+            tokenizer, model = load(arguments.model, arguments.gguf)
             rows += measure_stored(arguments, tokenizer, MaskedModel(model), folder)
         if "speed" in arguments.parts:
             plan = plan_of(arguments)

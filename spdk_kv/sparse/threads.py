@@ -12,6 +12,9 @@ import torch
 # Multiply-adds that take a tenth of a millisecond, a few times what it takes to wake a thread.
 _WORTH_A_THREAD = 4_000_000
 
+# Of all callers together. They are begun when they are needed, whatever cores there are.
+_MOST_THREADS = 64
+
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -52,7 +55,7 @@ def in_parts(work: Callable[[int], object], parts: int, cost: int) -> None:
 def _workers() -> ThreadPoolExecutor:
     global _pool
     if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="spdk_kv-score")
+        _pool = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="spdk_kv-score")
     return _pool
 
 

@@ -262,7 +262,7 @@ SPEEDS = [
 
 STEPS = [
     {
-        "part": "step", "variant": variant, "tokens": 100, "step_s": step_s, "select_s": 0.02,
+        "part": "step", "variant": variant, "tokens": 32768, "step_s": step_s, "select_s": 0.02,
         "lowest_step_s": step_s / 2, "highest_step_s": step_s * 2, "read_nbytes_per_token": 0,
         "memory_nbytes": nbytes,
     }

@@ -1,6 +1,6 @@
 """How much of a step's selection is still in memory, as measured on a real model.
 
-SmolLM2-135M, 2-bit codes, groups of 4, 226 tokens selected of 3,000, four texts, three tasks
+SmolLM2-135M, 2-bit codes, groups of 4, 224 tokens selected of 3,000, four texts, three tasks
 (bench/results/2026-11-29_reading_a_part).
 """
 
