@@ -222,7 +222,7 @@ def main() -> None:
         if "limited" in arguments.parts:
             task = limited.Task(str(arguments.model), arguments.gguf)
             if arguments.quick:
-                task = replace(task, tokens=1000, selected=64, new_tokens=8, limit_nbytes=36 << 20)
+                task = replace(task, new_tokens=8)
             rows.append(report.about("limited", task.method, lines))
             rows += limited.measured(task, folder, _say)
     print(report.markdown(rows))
