@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -86,6 +86,12 @@ class Records:
                 found.append(record)
             self.extents.pin([record.offset for record in found if record.nbytes])
             return found
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        """The bytes of the blobs under ``keys``, None where there is none. No use of them."""
+        with self.lock:
+            found = [self.blobs.get(key) for key in keys]
+        return [None if record is None else record.nbytes for record in found]
 
     def unpin(self, records: Iterable[BlobRecord]) -> None:
         """Ends what :meth:`find` pinned."""

@@ -280,6 +280,15 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
 
     __contains__ = contains
 
+    def sizes(self, keys: Iterable[str]) -> list[int | None]:
+        """The bytes of the blob under each of ``keys``, None where there is none.
+
+        Counts as no use of them. Does not block; a store that is open ``read_only`` looks for news
+        where one is not known.
+        """
+        self.check_open()
+        return self._records.sizes(list(keys))
+
     def keys(self, prefix: str = "") -> list[str]:
         """The keys of all blobs that begin with ``prefix``, least recently used first.
 

@@ -4,7 +4,7 @@ news."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from spdk_kv.errors import ClosedError, KeyNotFound, ReadOnlyStore
 from spdk_kv.index import BlobRecord, IndexReader, IndexSnapshot, SequenceRecord
@@ -68,8 +68,14 @@ class ReadRecords(Records):
 
     def contains(self, key: str) -> bool:
         """Whether there is such a blob; looks for news as :meth:`find`."""
-        is_there = self.peek([key]) != [None]
-        return is_there or (self.refresh_if_news() and self.peek([key]) != [None])
+        return self.sizes([key]) != [None]
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        """As :meth:`Records.sizes`; looks for news as :meth:`find`."""
+        found = self.peek(keys)
+        if None in found and self.refresh_if_news():
+            found = self.peek(keys)
+        return [None if record is None else record.nbytes for record in found]
 
     def keys(self, prefix: str) -> list[str]:
         """The keys that begin with ``prefix``, least recently used first."""

@@ -1,0 +1,329 @@
+"""Batches of pages between a host's memory and a store, for hosts whose scheduler may not wait.
+
+A page is a blob under the host's own key: bytes of the KV cache in the host's layout.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from spdk_kv import KVStore
+from spdk_kv.errors import (
+    CapacityError,
+    ClosedError,
+    DeviceGone,
+    DeviceTimeout,
+    ReadOnlyStore,
+    SpdkKvError,
+)
+
+log = logging.getLogger(__name__)
+
+Page = tuple[str, Any]
+"""A key, and a C-contiguous buffer: the bytes to put, or (writable) the place to get to."""
+
+# What no page of a batch escapes.
+_FOR_ALL = (ClosedError, DeviceGone, DeviceTimeout, ReadOnlyStore)
+
+
+def put_pages(store: KVStore, pages: Sequence[Page], *, again: bool = True) -> list[bool]:
+    """Stores ``pages`` in one transfer, and blocks until the drive has them.
+
+    Args:
+        store: Where to.
+        pages: Of several under one key the last counts.
+        again: Write also what is stored already under its key in the same length. False is for
+            keys that are a hash of the content.
+
+    Returns:
+        For each page whether it is stored now. What failed is logged, not raised; its key holds
+        what it held before.
+    """
+    wanted = {key: _bytes_of(buffer) for key, buffer in pages}
+    stored: set[str] = set()
+    try:
+        if not again:
+            sizes = store.sizes(wanted)
+            stored = {
+                key
+                for (key, view), nbytes in zip(wanted.items(), sizes, strict=True)
+                if nbytes == view.nbytes
+            }
+        _put({key: view for key, view in wanted.items() if key not in stored}, store, stored)
+    except SpdkKvError as failure:
+        missing = len(wanted) - len(stored)
+        log.warning("%d of %d pages were not stored: %s", missing, len(wanted), failure)
+    return [key in stored for key, _ in pages]
+
+
+def _put(views: dict[str, np.ndarray[Any, Any]], store: KVStore, stored: set[str]) -> None:
+    if not views:
+        return
+    try:
+        store.put_many(views)
+    except CapacityError:
+        if len(views) == 1:
+            raise
+        # All together may need more room than each by itself.
+        for key, view in views.items():
+            store.put(key, view)
+            stored.add(key)
+    stored.update(views)
+
+
+def get_pages(store: KVStore, pages: Sequence[Page]) -> list[bool]:
+    """Reads ``pages`` in one transfer, and blocks until they are there.
+
+    Returns:
+        For each page whether its buffer holds exactly the bytes that were put. False: there is
+        none of that key and length, it was damaged, or the drive failed, which is logged and not
+        raised; what the buffer holds is undefined.
+    """
+    sound = [False] * len(pages)
+    try:
+        sizes = store.sizes(key for key, _ in pages)
+        views = [_bytes_of(buffer) for _, buffer in pages]
+        there = [at for at, view in enumerate(views) if view.nbytes == sizes[at]]
+        for at in _get(store, [(pages[at][0], views[at]) for at in there]):
+            sound[there[at]] = True
+    except SpdkKvError as failure:
+        log.warning("%d pages were not read: %s", len(pages) - sum(sound), failure)
+    return sound
+
+
+def _get(store: KVStore, pages: list[Page]) -> list[int]:
+    """Which of ``pages`` were read."""
+    if not pages:
+        return []
+    try:
+        store.get_many([key for key, _ in pages], out=[view for _, view in pages])
+    except _FOR_ALL:
+        raise
+    except SpdkKvError as failure:
+        if len(pages) == 1:
+            log.warning("page %r was not read: %s", pages[0][0], failure)
+            return []
+        # One that is damaged, or was evicted meanwhile, is no reason to lose the others.
+        return [at for at, page in enumerate(pages) if _get(store, [page])]
+    return list(range(len(pages)))
+
+
+def _bytes_of(buffer: Any) -> np.ndarray[Any, Any]:
+    view = memoryview(buffer)
+    if not view.nbytes:
+        return np.empty(0, np.uint8)
+    return np.frombuffer(view, np.uint8)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a job.
+
+    ``ok``: for each page, or key, whether it is stored, read, there, or was deleted.
+    ``nbytes``: of the pages that are ``ok``. ``seconds``: that it took, without the time in which
+    it waited for others. ``error``: why nothing of it was done; None otherwise.
+    """
+
+    job: int
+    ok: list[bool]
+    nbytes: int
+    seconds: float
+    error: str | None = None
+
+
+@dataclass
+class _Job:
+    number: int
+    kind: Literal["put", "get"]
+    pages: Sequence[Page]
+    again: bool = True
+
+
+class Jobs:
+    """Jobs under way between a host and ``store``, which stays the caller's to close.
+
+    No method but :meth:`close` waits for the drive. Thread-safe. Reads go before writes, and
+    writes never take the last worker, so that one who waits for his prompt does not wait for what
+    others leave behind. A job keeps its buffers until it has ended, and no longer.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        *,
+        on_finished: Callable[[], None] | None = None,
+        workers: int = 4,
+        most_pending: int | None = None,
+    ) -> None:
+        """
+        Args:
+            store: Where to and from.
+            on_finished: Called after each end of a job, on whichever thread that was.
+            workers: Threads, two at least, each of which does one job at a time.
+            most_pending: How many jobs may be unfinished before a put is declined: it ends at
+                once, as failed. None declines nothing.
+        """
+        if workers < 2:
+            raise ValueError(f"workers={workers}: two at least, one of them for reads alone")
+        self._store = store
+        self._on_finished = on_finished
+        self._most_pending = most_pending
+        self._changed = threading.Condition(threading.Lock())
+        self._gets: deque[_Job] = deque()
+        self._puts: deque[_Job] = deque()
+        self._ended: deque[Finished] = deque()
+        self._last = 0
+        self._pending = 0
+        self._writing = 0
+        self._most_writing = workers - 1
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"spdk_kv-jobs-{number}", daemon=True)
+            for number in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # -- what a host asks for -------------------------------------------------------------------
+
+    def put(self, pages: Sequence[Page], *, again: bool = True) -> int:
+        """As :func:`put_pages`. The buffers must stay unchanged until it has ended.
+
+        Returns the job's number, as the others do, which all raise ClosedError after close.
+        """
+        return self._submit("put", pages, again)
+
+    def get(self, pages: Sequence[Page]) -> int:
+        """As :func:`get_pages`."""
+        return self._submit("get", pages)
+
+    def exists(self, keys: Sequence[str]) -> int:
+        """Whether pages are stored under ``keys``, which is known without the drive."""
+        return self._answer(lambda: [size is not None for size in self._store.sizes(keys)], keys)
+
+    def delete(self, keys: Sequence[str]) -> int:
+        """Forgets what is stored under ``keys``; ``ok`` says where there was something."""
+        return self._answer(lambda: [self._store.delete(key) for key in keys], keys)
+
+    def finished(self) -> list[Finished]:
+        """What has ended since the last call, in that order."""
+        with self._changed:
+            ended = list(self._ended)
+            self._ended.clear()
+            return ended
+
+    @property
+    def pending(self) -> int:
+        """How many jobs have not ended."""
+        return self._pending
+
+    def close(self) -> None:
+        """Waits for the jobs that were begun; the others end as failed. May be called twice."""
+        with self._changed:
+            self._closed = True
+            given_up = [*self._gets, *self._puts]
+            self._gets.clear()
+            self._puts.clear()
+            self._changed.notify_all()
+        for job in given_up:
+            self._end(job, [False] * len(job.pages), 0.0, "closed before it was begun")
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    # -- how it is done -------------------------------------------------------------------------
+
+    def _number(self) -> int:
+        """The next job's. The caller holds the lock."""
+        if self._closed:
+            raise ClosedError("closed: no job is taken any more")
+        self._last += 1
+        self._pending += 1
+        return self._last
+
+    def _submit(
+        self, kind: Literal["put", "get"], pages: Sequence[Page], again: bool = True
+    ) -> int:
+        with self._changed:
+            is_full = self._most_pending is not None and self._pending >= self._most_pending
+            job = _Job(self._number(), kind, pages, again)
+            declined = is_full and kind == "put"
+            if not declined:
+                (self._puts if kind == "put" else self._gets).append(job)
+                self._changed.notify()
+        if declined:
+            reason = f"{self._most_pending} jobs are waiting"
+            self._end(job, [False] * len(pages), 0.0, reason)
+        return job.number
+
+    def _answer(self, ask: Callable[[], list[bool]], keys: Sequence[str]) -> int:
+        with self._changed:
+            number = self._number()
+        begun, error = time.perf_counter(), None
+        try:
+            ok = ask()
+        except SpdkKvError as failure:
+            ok, error = [False] * len(keys), str(failure)
+        self._report(Finished(number, ok, 0, time.perf_counter() - begun, error))
+        return number
+
+    def _next(self) -> _Job | None:
+        """The job to do now, once there is one; None after the last."""
+        with self._changed:
+            while True:
+                if self._gets:
+                    return self._gets.popleft()
+                if self._puts and self._writing < self._most_writing:
+                    self._writing += 1
+                    return self._puts.popleft()
+                if self._closed:
+                    return None
+                self._changed.wait()
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            self._do(job)
+
+    def _do(self, job: _Job) -> None:
+        begun, error = time.perf_counter(), None
+        try:
+            if job.kind == "put":
+                ok = put_pages(self._store, job.pages, again=job.again)
+            else:
+                ok = get_pages(self._store, job.pages)
+        except Exception as failure:  # a buffer that is none; a host waits for every job
+            log.exception("job %d", job.number)
+            ok, error = [False] * len(job.pages), f"{type(failure).__name__}: {failure}"
+        finally:
+            if job.kind == "put":
+                with self._changed:
+                    self._writing -= 1
+                    self._changed.notify()
+        self._end(job, ok, time.perf_counter() - begun, error)
+
+    def _end(self, job: _Job, ok: list[bool], seconds: float, error: str | None) -> None:
+        nbytes = sum(
+            memoryview(buffer).nbytes
+            for (_, buffer), sound in zip(job.pages, ok, strict=True)
+            if sound
+        )
+        job.pages = ()  # the host has its memory back
+        self._report(Finished(job.number, ok, nbytes, seconds, error))
+
+    def _report(self, finished: Finished) -> None:
+        with self._changed:
+            self._ended.append(finished)
+            self._pending -= 1
+        if self._on_finished is not None:
+            try:
+                self._on_finished()
+            except Exception:  # or no job after this one would end
+                log.exception("telling the host of job %d", finished.job)

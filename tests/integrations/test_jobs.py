@@ -1,0 +1,205 @@
+"""Jobs between a host's memory and a store: what is read is what was put, and nobody waits."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import spdk_kv
+from spdk_kv.integrations.jobs import Finished, Jobs, get_pages, put_pages
+from store.helpers import extent_of, flip
+from support.waiting import PATIENCE_S, in_use, wait_until
+
+NBYTES = 10_000  # no multiple of a block
+
+
+@pytest.fixture
+def store(tmp_path):
+    with spdk_kv.open(f"file://{tmp_path}/store", capacity="4 MiB") as store:
+        yield store
+
+
+@pytest.fixture
+def jobs(store):
+    jobs = Jobs(store, workers=2)
+    yield jobs
+    jobs.close()
+
+
+def content(number: int, nbytes: int = NBYTES) -> bytearray:
+    return bytearray(np.random.default_rng(number).bytes(nbytes))
+
+
+def all_of(jobs: Jobs, count: int) -> dict[int, Finished]:
+    """The ends of ``count`` jobs, by their numbers."""
+    ended: list[Finished] = []
+
+    def enough() -> bool:
+        ended.extend(jobs.finished())
+        return len(ended) >= count
+
+    wait_until(enough)
+    assert len({end.job for end in ended}) == len(ended) == count
+    return {end.job: end for end in ended}
+
+
+def test_pages_come_back_as_they_were_put(store):
+    pages = [(f"k{number}", content(number, nbytes)) for number, nbytes in enumerate((1, 0, 4097))]
+    assert put_pages(store, pages) == [True] * 3
+    places = [(key, bytearray(len(page))) for key, page in pages]
+    assert get_pages(store, places) == [True] * 3
+    assert places == pages
+
+
+def test_only_what_is_there_in_that_length_is_read(store):
+    put_pages(store, [("a", content(1)), ("b", content(2))])
+    places = [("a", bytearray(NBYTES)), ("b", bytearray(NBYTES - 1)), ("c", bytearray(5))]
+    assert get_pages(store, places) == [True, False, False]
+    assert places[0][1] == content(1)
+
+
+def test_a_tensor_of_the_same_length_is_no_page(store):
+    store.put("a", np.zeros(NBYTES // 4, np.float32))
+    put_pages(store, [("b", content(2))])
+    places = [("a", bytearray(NBYTES)), ("b", bytearray(NBYTES))]
+    assert get_pages(store, places) == [False, True]
+    assert places[1][1] == content(2)
+
+
+def test_a_damaged_page_costs_no_other_one(store, tmp_path):
+    pages = [(f"k{number}", content(number)) for number in range(3)]
+    put_pages(store, pages)
+    store.flush()
+    offset, nbytes = extent_of(store, "k1")
+    flip(Path(tmp_path, "store", "data"), offset + nbytes // 2)
+    places = [(key, bytearray(NBYTES)) for key, _ in pages]
+    assert get_pages(store, places) == [True, False, True]
+    assert (places[0], places[2]) == (pages[0], pages[2])
+    assert store.stats()["corruptions"] == 1
+    assert "k1" not in store
+
+
+def test_what_has_room_is_stored(tmp_path):
+    with spdk_kv.open(f"file://{tmp_path}/small", capacity="12 KiB", eviction="none") as store:
+        pages = [(f"k{number}", content(number, 4096)) for number in range(5)]
+        assert put_pages(store, pages) == [True, True, True, False, False]
+        assert len(store) == 3
+
+
+def test_a_page_that_is_stored_is_not_written_again(store):
+    page = ("a", content(1))
+    put_pages(store, [page])
+    offset = store._records.blobs["a"].offset
+    assert put_pages(store, [page], again=False) == [True]
+    assert store._records.blobs["a"].offset == offset
+    # Of another length it is other content.
+    assert put_pages(store, [("a", content(2, 5))], again=False) == [True]
+    assert store.sizes(["a", "b"]) == [5, None]
+
+
+def test_a_reader_stores_nothing_and_says_so(store, tmp_path, caplog):
+    put_pages(store, [("a", content(1))])
+    store.flush()
+    with spdk_kv.open(f"file://{tmp_path}/store", read_only=True) as reader:
+        assert put_pages(reader, [("b", content(2))]) == [False]
+        assert "read_only" in caplog.text
+        assert reader.sizes(["a", "b"]) == [NBYTES, None]
+        place = bytearray(NBYTES)
+        assert get_pages(reader, [("a", place)]) == [True]
+        assert place == content(1)
+
+
+def test_nobody_waits_for_a_store_that_is_stuck(store):
+    told: list[int] = []
+    jobs = Jobs(store, workers=2, most_pending=8, on_finished=lambda: told.append(1))
+    with in_use(store._records.lock):
+        puts = [jobs.put([(f"k{number}", content(number))]) for number in range(8)]
+        reads = [jobs.get([("k0", bytearray(NBYTES))]) for _ in range(2)]
+        # Writes beyond the limit are declined, reads never.
+        declined = jobs.put([("k8", content(8))])
+        ended = jobs.finished()
+        assert [(end.job, end.ok, end.error) for end in ended] == [
+            (declined, [False], "8 jobs are waiting")
+        ]
+        assert jobs.pending == 10
+    ends = all_of(jobs, 10)
+    assert all(ends[job].ok == [True] and ends[job].nbytes == NBYTES for job in puts)
+    assert set(reads) < set(ends)
+    jobs.close()
+    assert len(told) == 11
+    assert "k8" not in store
+
+
+def test_writes_leave_a_worker_to_reads(store, jobs):
+    put_pages(store, [("a", content(1))])
+    place = bytearray(NBYTES)
+    with in_use(store._records.lock):
+        first, second = (jobs.put([(key, content(2))]) for key in "bc")
+        read = jobs.get([("a", place)])
+        wait_until(lambda: (len(jobs._gets), len(jobs._puts)) == (0, 1))
+        closer = threading.Thread(target=jobs.close)
+        closer.start()
+        # What was begun goes on, and what was not has failed.
+        wait_until(lambda: not jobs._puts)
+    closer.join(PATIENCE_S)
+    ends = {end.job: end for end in jobs.finished()}
+    assert (ends[first].ok, ends[read].ok) == ([True], [True])
+    assert ends[second].ok == [False]
+    assert ends[second].error is not None
+    assert place == content(1)
+    assert store.keys() == ["a", "b"]
+
+
+def test_what_is_known_is_answered_at_once(store, jobs):
+    put_pages(store, [("a", content(1)), ("b", content(2))])
+    exists = jobs.exists(["a", "x", "b"])
+    delete = jobs.delete(["a", "x"])
+    first, second = jobs.finished()
+    assert (first.job, first.ok, second.job, second.ok) == (
+        *(exists, [True, False, True]),
+        *(delete, [True, False]),
+    )
+    assert store.keys() == ["b"]
+
+
+def test_no_buffer_is_held_after_the_end(store, jobs):
+    page, place = content(1), bytearray(NBYTES)
+    jobs.put([("a", page)])
+    assert all_of(jobs, 1)
+    jobs.get([("a", place)])
+    assert all_of(jobs, 1)
+    jobs.close()
+    # Refused while something holds an export.
+    page.append(0)
+    place.append(0)
+
+
+def test_a_buffer_that_is_none_ends_its_job_and_no_other(store, jobs, caplog):
+    bad = jobs.put([("a", object())])
+    good = jobs.put([("b", content(2))])
+    ends = all_of(jobs, 2)
+    assert ends[bad].ok == [False]
+    assert "TypeError" in (ends[bad].error or "")
+    assert ends[good].ok == [True]
+
+
+def test_nothing_is_taken_after_close(store):
+    jobs = Jobs(store)
+    jobs.close()
+    jobs.close()
+    for ask in (lambda: jobs.put([]), lambda: jobs.get([]), lambda: jobs.exists([])):
+        with pytest.raises(spdk_kv.ClosedError):
+            ask()
+
+
+def test_a_closed_store_fails_jobs_and_hangs_none(tmp_path):
+    store = spdk_kv.open(f"file://{tmp_path}/other")
+    jobs = Jobs(store)
+    store.close()
+    numbers = [jobs.put([("a", content(1))]), jobs.get([("a", bytearray(5))]), jobs.exists(["a"])]
+    ends = all_of(jobs, 3)
+    assert [ends[number].ok for number in numbers] == [[False]] * 3
+    jobs.close()
