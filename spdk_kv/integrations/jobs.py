@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from spdk_kv import KVStore
 from spdk_kv.errors import (
     CapacityError,
     ClosedError,
@@ -24,6 +23,7 @@ from spdk_kv.errors import (
     ReadOnlyStore,
     SpdkKvError,
 )
+from spdk_kv.store import KVStore
 
 log = logging.getLogger(__name__)
 
