@@ -3,6 +3,7 @@
 #
 #   scripts/test.sh [--lab] [--long] [arguments of pytest]
 #   scripts/test.sh --sanitize ...         see sanitize.sh
+#   scripts/test.sh --hosts ...            see hosts.sh
 #
 # --lab: also the tests in tests/lab, which boot virtual machines (vagrant/README.md).
 # --long: more rounds of everything random (kills, interrupts, hypothesis), and every way to build.
@@ -21,6 +22,7 @@ while :; do
         --lab) export SPDK_KV_LAB=1 ;;
         --long) export SPDK_KV_LONG=1 ;;
         --sanitize) exec "$root/scripts/sanitize.sh" "${@:2}" ;;
+        --hosts) exec "$root/scripts/hosts.sh" "${@:2}" ;;
         *) break ;;
     esac
     shift
