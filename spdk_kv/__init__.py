@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SpdkKvError,
         StoreLocked,
         StoreMismatch,
+        WriteBudgetSpent,
     )
     from spdk_kv.sequence import Sequence
     from spdk_kv.store import EngineOptions, KVStore, PageCacheOptions, open
@@ -58,6 +59,7 @@ _HOMES = {
     "SpdkKvError": "errors",
     "StoreLocked": "errors",
     "StoreMismatch": "errors",
+    "WriteBudgetSpent": "errors",
 }
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "SpdkKvError",
     "StoreLocked",
     "StoreMismatch",
+    "WriteBudgetSpent",
     "__version__",
     "open",
 ]

@@ -42,6 +42,14 @@ class CapacityError(SpdkKvError):
     """
 
 
+class WriteBudgetSpent(CapacityError):
+    """The store's ``write_budget`` has nothing left just now.
+
+    Nothing was written or evicted. Remedy: treat it as a full cache, try again later, or open the
+    store with a larger ``write_budget``.
+    """
+
+
 class DeviceError(SpdkKvError):
     """The drive, or the kernel on its behalf, failed a command.
 

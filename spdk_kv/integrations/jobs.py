@@ -44,8 +44,8 @@ def put_pages(store: KVStore, pages: Sequence[Page], *, again: bool = True) -> l
             keys that are a hash of the content.
 
     Returns:
-        For each page whether it is stored now. What failed is logged, not raised; its key holds
-        what it held before.
+        For each page whether it is stored now. What the store's write budget is too low for is
+        not; what failed is logged, not raised. Its key holds what it held before.
     """
     wanted = {key: _bytes_of(buffer) for key, buffer in pages}
     stored: set[str] = set()
@@ -57,10 +57,13 @@ def put_pages(store: KVStore, pages: Sequence[Page], *, again: bool = True) -> l
                 for (key, view), nbytes in zip(wanted.items(), sizes, strict=True)
                 if nbytes == view.nbytes
             }
-        _put({key: view for key, view in wanted.items() if key not in stored}, store, stored)
+        wanted = {key: view for key, view in wanted.items() if key not in stored}
+        worth = store.worth_writing({key: view.nbytes for key, view in wanted.items()})
+        chosen = zip(wanted.items(), worth, strict=True)
+        _put({key: view for (key, view), is_worth in chosen if is_worth}, store, stored)
     except SpdkKvError as failure:
-        missing = len(wanted) - len(stored)
-        log.warning("%d of %d pages were not stored: %s", missing, len(wanted), failure)
+        missing = sum(key not in stored for key, _ in pages)
+        log.warning("%d of %d pages were not stored: %s", missing, len(pages), failure)
     return [key in stored for key, _ in pages]
 
 

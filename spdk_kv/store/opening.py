@@ -32,6 +32,7 @@ def open(
     verify: bool = True,
     index_dir: str | os.PathLike[str] | None = None,
     flush_interval_s: float | None = 5.0,
+    write_budget: str | None = None,
     read_only: bool = False,
     **renamed: Unpack[RenamedKeywords],
 ) -> KVStore:
@@ -70,12 +71,16 @@ def open(
             ``$XDG_STATE_HOME``, named after the drive.
         flush_interval_s: Seconds after which what was put is made durable in the background. None
             leaves that to :meth:`KVStore.flush` and :meth:`KVStore.close`.
+        write_budget: At most this much is written to the drive, as text like ``"200 GiB/day"``
+            (per minute, hour, day, week or year), an eighth of it at once. With nothing left a put
+            raises WriteBudgetSpent; what engines store through the plug-ins is declined from
+            earlier on, unless it is asked for again. None writes whatever is asked.
         read_only: Read a store that exists, and write nothing anywhere: beside the process that
             writes it, in any number of processes, on a read-only filesystem. The store is as of
             the writer's last flush. It takes up later ones when a key is not found, and by
             :meth:`KVStore.refresh`. Calls that would change it raise ReadOnlyStore. Takes about
             the size of the index in memory. For ``file://`` and ``block://``; excludes
-            ``capacity``, ``create=True``, ``verify=False`` and ``mmap``.
+            ``capacity``, ``create=True``, ``verify=False``, ``mmap`` and ``write_budget``.
         **renamed: Keywords of earlier releases that are fields of ``engine`` and ``page_cache``
             now. They work for one more release, with a DeprecationWarning.
 
@@ -102,6 +107,7 @@ def open(
         verify=verify,
         index_dir=index_dir,
         flush_interval_s=flush_interval_s,
+        write_budget=write_budget,
     )
     if read_only:
         return StoreReader(location, settings)

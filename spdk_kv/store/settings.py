@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from spdk_kv.residency import WriteBudget
 from spdk_kv.store.options import EngineOptions, PageCacheOptions
 
 Eviction = Literal["lru", "none"]
@@ -13,7 +14,8 @@ Eviction = Literal["lru", "none"]
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """The arguments of :func:`spdk_kv.open`. ValueError for an unknown eviction."""
+    """The arguments of :func:`spdk_kv.open`. ValueError for an unknown eviction, or what is no
+    write budget."""
 
     capacity: int | str | None
     create: bool | None
@@ -23,7 +25,14 @@ class StoreSettings:
     verify: bool
     index_dir: str | os.PathLike[str] | None
     flush_interval_s: float | None
+    write_budget: str | None = None
 
     def __post_init__(self) -> None:
         if self.eviction not in ("lru", "none"):
             raise ValueError(f"eviction is 'lru' or 'none', not {self.eviction!r}")
+        _ = self.allowed_writes
+
+    @property
+    def allowed_writes(self) -> WriteBudget | None:
+        """``write_budget``, parsed."""
+        return None if self.write_budget is None else WriteBudget.parse(self.write_budget)

@@ -9,6 +9,7 @@ from spdk_kv.link import Links
 from spdk_kv.paths import Orchestrator
 from spdk_kv.placement import StagingPool
 from spdk_kv.store.catalog import Catalog
+from spdk_kv.store.writes import Writes
 
 
 class Told(Protocol):
@@ -20,6 +21,7 @@ class Told(Protocol):
     paths: Orchestrator
     catalog: Catalog
     failed_flushes: int
+    writes: Writes
 
     @property
     def location(self) -> str: ...
@@ -43,6 +45,7 @@ def stats_of(store: Told) -> dict[str, Any]:
         "discarded_nbytes": catalog.trimmer.given_nbytes,
         "sequences": len(store.sequences()),
         "failed_background_flushes": store.failed_flushes,
+        "write_budget": store.writes.stats(),
         "staging": store.staging.stats(),
         "residency": store.paths.stats(),
         "pipelines": store.links.stats(),

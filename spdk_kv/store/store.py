@@ -37,6 +37,7 @@ from spdk_kv.store.sequences import LeftOut, OpenSequences, report
 from spdk_kv.store.settings import StoreSettings
 from spdk_kv.store.space import SpaceCalls
 from spdk_kv.store.stats import stats_of
+from spdk_kv.store.writes import Writes
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
             self.before_flush = BeforeFlush()
             self._background = background.Background()
             self.failed_flushes = 0
+            self.writes = Writes(settings.allowed_writes, self.engine, index)
             self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
             self._stop = threading.Event()
             left_out: LeftOut = []
@@ -97,6 +99,7 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
                 self.catalog.trimmer.close,
                 self.catalog.committer.end,
                 self.catalog.committer.save_order,
+                self.writes.keep,
                 partial(report, left_out, "the caller"),
                 partial(detach, self.mappings),
                 self.paths.close,
@@ -136,6 +139,7 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
         Raises:
             ShapeMismatch: The dtype cannot be stored.
             CapacityError: There is no room, and none can be made.
+            WriteBudgetSpent: The store was opened with a ``write_budget``, and nothing is left.
             DeviceError, DeviceTimeout: The drive failed, or was too slow.
             ReadOnlyStore: The store is open ``read_only``.
             ClosedError: The store is closed.
@@ -147,6 +151,7 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
     def put_many(self, tensors: Mapping[str, Any], *, timeout_s: float | None = None) -> None:
         """As :meth:`put`, for several tensors in one transfer: all become visible, or none."""
         self.check_writable("put")
+        self.writes.check()
         BlobWriter(self, tensors, NEVER if timeout_s is None else Deadline(timeout_s)).run()
 
     def put_async(self, key: str, tensor: Any, *, timeout_s: float | None = None) -> Future[None]:
@@ -162,6 +167,7 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
     ) -> Future[None]:
         """As :meth:`put_many`, but returns a future."""
         self.check_writable("put")
+        self.writes.check()
         return self._background.track(
             BlobWriter(self, tensors, NEVER if timeout_s is None else Deadline(timeout_s)).start()
         )
@@ -301,6 +307,17 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
     def __len__(self) -> int:
         return len(self._records.blobs)
 
+    def worth_writing(self, sizes: Mapping[str, int]) -> list[bool]:
+        """For each key whether the ``write_budget`` has so many bytes to spare for it.
+
+        Everything is, while there is plenty left (and where there is no budget). When it runs low,
+        what was asked for before is; with nothing left, nothing is. For caches: a caller who has to
+        store something puts it. Does not block. ReadOnlyStore where the store is open
+        ``read_only``.
+        """
+        self.check_writable("put")
+        return self.writes.admits(sizes)
+
     # -- the whole ------------------------------------------------------------------------------
 
     @property
@@ -343,6 +360,7 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
         self.before_flush.run(deadline)
         self._sequences.stage(left_out, deadline)
         self.catalog.commit(deadline.left_s())
+        self.writes.keep()
         report(left_out, audience)
         if audience == "the caller":
             self.catalog.trim_for_flush(deadline.left_s())

@@ -48,6 +48,8 @@ def why_not(settings: StoreSettings) -> str:
         return "create=True begins a store, and read_only=True changes nothing"
     if settings.capacity is not None:
         return "capacity= changes a store, and read_only=True changes nothing"
+    if settings.write_budget is not None:
+        return "write_budget= is for who writes, and read_only=True changes nothing"
     if not settings.verify:
         return (
             "read_only=True needs verify=True: a writer may use space anew while it is read here, "

@@ -27,6 +27,7 @@ from spdk_kv.store.reader.sequences import ReadSequences
 from spdk_kv.store.settings import StoreSettings
 from spdk_kv.store.store import KVStore
 from spdk_kv.store.superblocks import read_superblock
+from spdk_kv.store.writes import Writes
 from spdk_kv.types import Granularity, KVShape
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class StoreReader(KVStore):
             self._open_sequences = ReadSequences(self._found)
             self._background = background.Background()
             self.failed_flushes = 0
+            self.writes = Writes(None, self.engine, None)
             self.mappings = weakref.WeakSet()
             self._stop = threading.Event()
             self._closing = Closing(self.paths.close, self._parts.close, self._found.close)
