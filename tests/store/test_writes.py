@@ -8,7 +8,7 @@ import torch
 
 import spdk_kv
 from spdk_kv.integrations.jobs import get_pages, put_pages
-from store.helpers import folder_fixture, noise, open_store
+from store.helpers import folder_fixture, open_store
 
 folder = folder_fixture
 
@@ -68,7 +68,7 @@ def test_a_flush_keeps_what_is_left(folder):
 def test_sequences_count_and_are_never_refused(folder):
     shape = spdk_kv.KVShape(1, 2, 64, torch.float32, 4096)
     with open_store(folder, write_budget=BUDGET) as store:
-        k = noise((1, 2, 4096, 64))
+        k = torch.randn(1, 2, 4096, 64)
         sequence = store.sequence("s", shape)
         sequence.append(0, k, k)
         sequence.settle(0)
@@ -89,6 +89,13 @@ def test_hosts_pages_are_declined_until_they_are_asked_for_again(folder):
         assert get_pages(store, [("p", place)]) == [True]
         assert place == page[1]
         assert store.worth_writing({"new": 1, "q": 300 * KIB}) == [False, True]
+
+
+def test_what_one_call_admits_counts_for_the_rest_of_it(folder):
+    with open_store(folder, write_budget=BUDGET) as store:
+        sizes = {"a": 400 * KIB, "b": 400 * KIB, "c": 1, "d": 1}
+        assert store.worth_writing(sizes) == [True, True, False, False]
+        assert store.worth_writing({"c": 1}) == [True]
 
 
 def test_without_a_budget_everything_is_worth_writing(folder):
