@@ -8,6 +8,7 @@ that changes the machine.
 
 from __future__ import annotations
 
+from spdk_kv.devices.health import Health, read_health
 from spdk_kv.devices.host import Host, read_host, read_meminfo
 from spdk_kv.devices.io_uring import IoUringStatus
 from spdk_kv.devices.mounts import Mount, parse_mounts, read_mounts
@@ -15,6 +16,7 @@ from spdk_kv.devices.nvme import NvmeDrive, list_drives
 from spdk_kv.devices.sysfs import exists, parse_count, read_count, read_text
 
 __all__ = [
+    "Health",
     "Host",
     "IoUringStatus",
     "Mount",
@@ -24,6 +26,7 @@ __all__ = [
     "parse_count",
     "parse_mounts",
     "read_count",
+    "read_health",
     "read_host",
     "read_meminfo",
     "read_mounts",

@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 KEYS = {
     *("location", "uuid", "engine", "direct", "capacity_nbytes", "used_nbytes", "free_nbytes"),
-    *("largest_free_nbytes", "blobs", "sequences", "superblock"),
+    *("largest_free_nbytes", "blobs", "sequences", "superblock", "health"),
 }
 
 

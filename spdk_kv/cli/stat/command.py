@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from spdk_kv.devices import read_health
 from spdk_kv.engines import parse_location
 from spdk_kv.placement import Superblock
 from spdk_kv.terminal import console, is_terminal, json_option, print_json
@@ -79,6 +81,9 @@ def stat(location: str, index_dir: str | None, prompts: bool, why: bool, as_json
                 _print_rows(lines_of_prompts(listed))
             return
         report = _report(store, place.scheme != "file")
+    # Of a drive that SPDK has, the kernel knows nothing.
+    health = read_health(place.path) if place.scheme in ("file", "block", "ng") else None
+    report["health"] = None if health is None else asdict(health)
     if as_json:
         print_json(report)
     else:
@@ -139,7 +144,19 @@ def _print(report: dict[str, Any]) -> None:
         if drive := superblock.get("device_id"):
             text += f", drive {drive}"
         rows.append(("superblock", text))
+    if health := report["health"]:
+        rows.append(("drive", _worn(health)))
     _print_rows(rows)
+
+
+def _worn(health: dict[str, Any]) -> str:
+    text = (
+        f"{health['used']:.0%} of its life used, {format_nbytes(health['written_nbytes'])} written "
+        f"in {health['power_on_hours']:,} hours, {health['spare']:.0%} of its spare blocks left"
+    )
+    if health["media_errors"]:
+        text += f", {health['media_errors']:,} media errors"
+    return text + (" (it warns: see its SMART log)" if health["is_critical"] else "")
 
 
 def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
