@@ -59,12 +59,14 @@ class Evictor:
         victims: list[int] | None = None
         if sum(blocks) <= free + records.blob_nbytes:
             victims = windows.choose(blocks, self._ahead_nbytes(sum(blocks)))
-        used_at = records.residents.used_at
-        newest = max((used_at[offset] for offset in victims), default=None) if victims else None
+        residents = records.residents
+        newest = (
+            max((residents.used_at(at) or 0 for at in victims), default=None) if victims else None
+        )
         names = records.uses.choose(blocks, limit, newest)
         if names is None and victims is None:
             # Only both together may be enough: the oldest sequence goes, and the next time another.
-            together = records.uses.choose(blocks, limit, None, list(used_at))
+            together = records.uses.choose(blocks, limit, None, residents.offsets())
             names = together[:1] if together else None
         if names is not None:
             self._evicted_nbytes += records.evict_sequences(names)

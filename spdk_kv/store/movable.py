@@ -50,12 +50,12 @@ class MovableBlobs:
     def offsets(self) -> list[int]:
         """As :meth:`Movable.offsets`."""
         with self._records.lock:
-            return list(self._records.residents.keys)
+            return self._records.residents.offsets()
 
     def begin(self, offset: int) -> Move | None:
         """As :meth:`Movable.begin`."""
         with self._records.lock:
-            key = self._records.residents.keys.get(offset)
+            key = self._records.residents.key_at(offset)
             if key is None:
                 return None
             record = self._records.blobs[key]

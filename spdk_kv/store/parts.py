@@ -12,10 +12,10 @@ import os
 import re
 import time
 import uuid
-from collections import OrderedDict
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
+from spdk_kv._native.table import BlobTable
 from spdk_kv.engines import Engine, FileEngine, Location, QueueOptions, open_engine, parse_location
 from spdk_kv.errors import (
     CapacityError,
@@ -37,6 +37,7 @@ from spdk_kv.placement import (
 from spdk_kv.store.extents import BLOCK_NBYTES
 from spdk_kv.store.match import NEXT_GENERATION, check_match
 from spdk_kv.store.recorded import load_recorded
+from spdk_kv.store.records import blob_table
 from spdk_kv.store.settings import StoreSettings
 from spdk_kv.store.superblocks import (
     read_copies,
@@ -75,7 +76,7 @@ class Opened:
     lock: StoreLock | None
     uuid: str
     commands: CommandsLock | None = None
-    blobs: OrderedDict[str, BlobRecord] = field(default_factory=OrderedDict)
+    blobs: BlobTable[BlobRecord] = field(default_factory=blob_table)
     sequences: dict[str, SequenceRecord] = field(default_factory=dict)
     damaged: int = 0
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from spdk_kv._native.table import BlobTable
 from spdk_kv.errors import CapacityError, CorruptionError, ShapeMismatch
 from spdk_kv.index import BlobRecord, Index, SequenceRecord
 from spdk_kv.placement import (
@@ -19,7 +20,7 @@ from spdk_kv.placement import (
     damaged_extents,
 )
 from spdk_kv.store.extents import BLOCK_NBYTES
-from spdk_kv.store.records import shown
+from spdk_kv.store.records import blob_table, shown
 from spdk_kv.units import align_up, format_nbytes
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Recorded:
     neither is given to anyone.
     """
 
-    blobs: OrderedDict[str, BlobRecord]
+    blobs: BlobTable[BlobRecord]
     sequences: dict[str, SequenceRecord]
     damaged_blobs: list[str]
     damaged_sequences: list[str]
@@ -61,17 +62,18 @@ class Recorded:
     def allocator(self, current: Superblock | None, capacity: int) -> Allocator:
         """An allocator of ``capacity`` bytes that has all extents. CapacityError if a smaller
         store was asked for than those reach."""
-        live = [(blob.offset, blob.nbytes) for blob in self.blobs.values() if blob.nbytes]
-        live += {place for each in self.sequences.values() for place in extents_of(each)}
-        end = max((offset + nbytes for offset, nbytes in live), default=DATA_START)
-        reached = end - DATA_START
+        places = {place for each in self.sequences.values() for place in extents_of(each)}
+        end = max((offset + nbytes for offset, nbytes in places), default=DATA_START)
+        reached = max(end, self.blobs.end) - DATA_START
         if current is not None and capacity < reached <= current.capacity_nbytes:
             raise CapacityError(
                 f"what is stored reaches to {format_nbytes(align_up(reached, BLOCK_NBYTES))} "
                 f"({reached} bytes); a capacity of {format_nbytes(capacity)} would cut it off"
             )
         allocator = Allocator(capacity, BLOCK_NBYTES, DATA_START)
-        allocator.reserve_all(live)
+        if not allocator.reserve_blobs(self.blobs, places):
+            blobs = self.blobs.values()  # whose error says which
+            allocator.reserve_all([*places, *((b.offset, b.nbytes) for b in blobs if b.nbytes)])
         return allocator
 
 
@@ -98,10 +100,8 @@ class Entries(Protocol):
 
 def load_recorded(index: Entries, capacity: int) -> Recorded:
     """Reads all entries of ``index``. ``capacity``: how far their extents may reach."""
-    blobs = OrderedDict(index.load_blobs())
+    blobs = blob_table(index.load_blobs())
     sequences = {name: sequence.lean() for name, sequence in index.load_sequences()}
-    extents = [(blob.offset, blob.nbytes) for blob in blobs.values() if blob.nbytes]
-    keys = [key for key, blob in blobs.items() if blob.nbytes]
     # What sequences have in common is the same for all of them, or it is damaged.
     owners: dict[tuple[int, int], list[str]] = {}
     bad_names = set()
@@ -111,16 +111,30 @@ def load_recorded(index: Entries, capacity: int) -> Recorded:
                 owners.setdefault(place, []).append(name)
         except CorruptionError:
             bad_names.add(name)
+    bad_keys: list[str] = []
+    if not Allocator(capacity, BLOCK_NBYTES, DATA_START).reserve_blobs(blobs, owners):
+        bad_keys = _overlapping(blobs, owners, capacity, bad_names)
+    for key in bad_keys:
+        blobs.pop(key)
+    for name in bad_names:
+        del sequences[name]
+    return Recorded(blobs, sequences, bad_keys, sorted(bad_names))
+
+
+def _overlapping(
+    blobs: BlobTable[BlobRecord],
+    owners: Mapping[tuple[int, int], list[str]],
+    capacity: int,
+    bad_names: set[str],
+) -> list[str]:
+    """The keys of blobs whose extents cannot be theirs; adds the names of sequences like that."""
+    held = [(key, blob) for key, blob in blobs.items() if blob.nbytes]
+    extents = [(blob.offset, blob.nbytes) for _, blob in held]
     extents += owners
     names = list(owners.values())
     damaged = damaged_extents(extents, BLOCK_NBYTES, DATA_START, DATA_START + capacity)
     # Whose they are: the extents of blobs come first.
-    bad_keys = [key for position, key in enumerate(keys) if position in damaged]
     bad_names |= {
-        name for at, each in enumerate(names, len(keys)) if at in damaged for name in each
+        name for at, each in enumerate(names, len(held)) if at in damaged for name in each
     }
-    for key in bad_keys:
-        del blobs[key]
-    for name in bad_names:
-        del sequences[name]
-    return Recorded(blobs, sequences, bad_keys, sorted(bad_names))
+    return [key for position, (key, _) in enumerate(held) if position in damaged]

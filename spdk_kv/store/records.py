@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from spdk_kv._native.table import BlobTable
 from spdk_kv.errors import ClosedError, KeyNotFound
 from spdk_kv.index import BlobRecord, SequenceRecord
 from spdk_kv.store.companions import companion_keys
 from spdk_kv.store.extents import BLOCK_NBYTES, ExtentTable
 from spdk_kv.store.residents import Residents
 from spdk_kv.store.sequence_uses import SequenceUses
-from spdk_kv.units import align_up
 
 # Keys whose lengths stand for all.
 _SAMPLE = 256
@@ -41,7 +40,7 @@ class Records:
 
     def __init__(
         self,
-        blobs: OrderedDict[str, BlobRecord],
+        blobs: BlobTable[BlobRecord],
         sequences: dict[str, SequenceRecord],
         extents: ExtentTable,
     ) -> None:
@@ -54,8 +53,6 @@ class Records:
         self.counters = {"hits": 0, "misses": 0, "evictions": 0, "corruptions": 0}
         self.order_changed = False
         """Whether the index has another order of use."""
-        self.blob_nbytes = sum(_footprint(record) for record in blobs.values())
-        """Space that forgetting all blobs would give."""
         self._changed_blobs: dict[str, BlobRecord | None] = {}
         self._changed_sequences: dict[str, SequenceRecord | None] = {}
         self.uses = SequenceUses(sequences, extents)
@@ -70,20 +67,15 @@ class Records:
         """
         keys = list(keys)
         with self.lock:
-            missing = [key for key in keys if key not in self.blobs]
-            if missing:
+            found = self.blobs.use(keys)
+            if found is None:
+                missing = [key for key in keys if key not in self.blobs]
                 self.counters["misses"] += len(missing)
                 first = ", ".join(shown(key) for key in missing[:5])
                 more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
                 raise KeyNotFound(f"no blob {first}{more}")
             self.counters["hits"] += len(keys)
             self.order_changed = True
-            found = []
-            for key in keys:
-                self.blobs.move_to_end(key)
-                record = self.blobs[key]
-                self.residents.touch(record)
-                found.append(record)
             self.extents.pin([record.offset for record in found if record.nbytes])
             return found
 
@@ -116,26 +108,19 @@ class Records:
                 # It keeps the place of the earlier change, which is not its place in recency.
                 self.order_changed = True
             self._changed_blobs[key] = record
-            former = self.blobs.get(key)
-            if former is record:
-                continue
-            self.blobs[key] = record
-            self.blobs.move_to_end(key)
-            self.residents.add(key, record)
-            self.blob_nbytes += _footprint(record)
-            if former is not None:
+            former = self.blobs.put(key, record)
+            if former is not None and former != record:
                 self._retire(former)
 
     def move(self, key: str, former: BlobRecord, record: BlobRecord) -> bool:
         """``record``, of the same bytes in another extent, takes the place of ``former``, also in
         the order of use. False, and nothing changes, where that is not the blob's any more."""
         with self.lock:
-            if self._closed or self.blobs.get(key) is not former:
+            if self._closed or self.blobs.get(key) != former:
                 return False
             self.order_changed = True
             self._changed_blobs[key] = record
-            self.blobs[key] = record
-            self.residents.move(former, record)
+            self.blobs.replace(key, record)
             self.extents.retire([former.offset])
             return True
 
@@ -148,10 +133,10 @@ class Records:
             if self._closed and only is None:
                 raise ClosedError("the store was closed before the blob was deleted")
             record = self.blobs.get(key)
-            if record is None or (only is not None and record is not only):
+            if record is None or (only is not None and record != only):
                 return False
             self._changed_blobs[key] = None
-            del self.blobs[key]
+            self.blobs.pop(key)
             self._retire(record)
             return True
 
@@ -165,7 +150,8 @@ class Records:
         with self.lock:
             before = self.blob_nbytes
             for offset in offsets:
-                self.counters["evictions"] += self.drop(self.residents.keys[offset])
+                key = self.residents.key_at(offset)
+                self.counters["evictions"] += key is not None and self.drop(key)
             return before - self.blob_nbytes
 
     @property
@@ -186,19 +172,22 @@ class Records:
         with self.lock:
             victims: list[str] = []
             evicted = 0
-            for key, record in self.blobs.items():
+            for key in self.blobs:
                 if evicted >= nbytes:
                     break
-                if not self.extents.is_pinned(record.offset):
+                if not self.extents.is_pinned(self.blobs[key].offset):
                     victims.append(key)
                     evicted += index_nbytes(key)
             for key in victims:
                 self.counters["evictions"] += self.drop(key)
             return evicted
 
+    @property
+    def blob_nbytes(self) -> int:
+        """Space that forgetting all blobs would give."""
+        return self.blobs.footprint_nbytes
+
     def _retire(self, record: BlobRecord) -> None:
-        self.residents.remove(record)
-        self.blob_nbytes -= _footprint(record)
         if record.nbytes:
             self.extents.retire([record.offset])
 
@@ -241,8 +230,7 @@ class Records:
     def touch_sequence(self, name: str) -> None:
         """A sequence is used."""
         with self.lock:
-            self.residents.now += 1
-            self.uses.touch(name, self.residents.now)
+            self.uses.touch(name, self.residents.tick())
 
     def evict_sequences(self, names: Iterable[str]) -> int:
         """Drops recorded sequences that nobody uses; returns how many bytes that gives."""
@@ -325,15 +313,18 @@ class Records:
             }
 
 
+def blob_table(blobs: Iterable[tuple[str, BlobRecord]] = ()) -> BlobTable[BlobRecord]:
+    """A table of ``blobs``, least recently used first."""
+    table = BlobTable(BlobRecord, BLOCK_NBYTES)
+    for key, record in blobs:
+        table.put(key, record)
+    return table
+
+
 def index_nbytes(key: str) -> int:
     """About what the record of a blob takes up in the index: its table has the key once, and its
     index of keys once more, in pages that are two thirds full."""
     return 128 + 5 * len(key) // 2
-
-
-def _footprint(record: BlobRecord) -> int:
-    """Bytes of the blob's extent."""
-    return align_up(record.nbytes, BLOCK_NBYTES)
 
 
 def shown(key: str) -> str:

@@ -1,48 +1,44 @@
-"""Which blob lies at an offset, and how long ago it was used: what the price of evicting it is."""
+"""The order of use of what is stored, and which blob lies at an offset: what eviction asks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 
+from spdk_kv._native.table import BlobTable
 from spdk_kv.index import BlobRecord
 
 
 class Residents:
     """The blobs that have bytes, by offset. Not thread-safe: the records' lock guards it.
 
-    ``blobs``: those of a store just opened, least recently used first.
+    The order is that of ``blobs``, which notes each use of a blob. Whoever wants another one
+    keeps it here: nothing else of the store asks for it.
     """
 
-    def __init__(self, blobs: Mapping[str, BlobRecord]) -> None:
-        self.now = 0
-        """Counts the uses of blobs."""
-        self.keys: dict[int, str] = {}
-        """Offset -> key."""
-        self.used_at: dict[int, int] = {}
-        """Offset -> ``now`` of the last use."""
-        for key, record in blobs.items():
-            self.add(key, record)
+    def __init__(self, blobs: BlobTable[BlobRecord]) -> None:
+        self._blobs = blobs
 
-    def add(self, key: str, record: BlobRecord) -> None:
-        """A blob was put."""
-        if record.nbytes:
-            self.keys[record.offset] = key
-            self.now += 1
-            self.used_at[record.offset] = self.now
+    @property
+    def now(self) -> int:
+        """Counts the uses of blobs and sequences."""
+        return self._blobs.now
 
-    def touch(self, record: BlobRecord) -> None:
-        """A blob was used."""
-        if record.nbytes:
-            self.now += 1
-            self.used_at[record.offset] = self.now
+    def tick(self) -> int:
+        """A sequence is used. Returns :attr:`now`."""
+        return self._blobs.tick()
 
-    def move(self, former: BlobRecord, record: BlobRecord) -> None:
-        """A blob lies elsewhere now."""
-        self.keys[record.offset] = self.keys.pop(former.offset)
-        self.used_at[record.offset] = self.used_at.pop(former.offset)
+    def key_at(self, offset: int) -> str | None:
+        """The key of the blob at ``offset``; None where none begins."""
+        return self._blobs.key_at(offset)
 
-    def remove(self, record: BlobRecord) -> None:
-        """A blob was replaced or forgotten."""
-        if record.nbytes:
-            self.keys.pop(record.offset, None)
-            self.used_at.pop(record.offset, None)
+    def used_at(self, offset: int) -> int | None:
+        """:attr:`now` as of the blob's last use; None where none begins."""
+        return self._blobs.used_at(offset)
+
+    def offsets(self) -> list[int]:
+        """Where blobs begin, the one used longest ago first."""
+        return self._blobs.offsets()
+
+    def oldest(self) -> Iterator[int]:
+        """As :meth:`offsets`, for who needs only the first ones, and changes nothing meanwhile."""
+        return self._blobs.oldest()

@@ -302,7 +302,7 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
         """
         self.check_open()
         with self._records.lock:
-            return [key for key in self._records.blobs if key.startswith(prefix)]
+            return self._records.blobs.keys(prefix)
 
     def __len__(self) -> int:
         return len(self._records.blobs)

@@ -123,17 +123,14 @@ class Windows:
         live, gaps = self._allocator.live, self._allocator.gaps
         now = self._records.residents.now + 1
         steps = 0
-        for record in self._records.blobs.values():
-            if not record.nbytes:
-                continue
+        for at in self._records.residents.oldest():
             if steps > _MOST_STEPS:
                 return
-            at = record.offset
             start = at - self._allocator.gap_before(at) % smallest
             price, victims = 0.0, []
             while at - start < nbytes:
                 steps += 1
-                used = used_at.get(at)
+                used = used_at(at)
                 if used is None:  # a gap, or what cannot be evicted
                     run = min(gaps.get(at, 0), self._end - at)
                     if not 0 < run < smallest:
@@ -154,8 +151,9 @@ class Windows:
         residents, is_pinned = self._records.residents, self._records.extents.is_pinned
         now = residents.now + 1
         runs = []
-        for offset, used_at in residents.used_at.items():
-            if not is_pinned(offset):
+        for offset in residents.offsets():
+            used_at = residents.used_at(offset)
+            if used_at is not None and not is_pinned(offset):
                 nbytes = self._allocator.live[offset]
                 runs.append(Run(offset, offset + nbytes, nbytes / (now - used_at)))
         for start, end in self._allocator.gaps_below(self._end, 1):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from spdk_kv.errors import CapacityError
 from spdk_kv.index import BlobRecord
 from spdk_kv.placement import Allocator
 from spdk_kv.store.extents import BLOCK_NBYTES, ExtentTable
-from spdk_kv.store.records import Records
+from spdk_kv.store.records import Records, blob_table
 from spdk_kv.store.windows import Window, Windows, _apart
 from spdk_kv.units import align_up
 from store.helpers import check_books, folder_fixture, noise, open_store
@@ -34,7 +33,7 @@ def evicted_by(store: spdk_kv.KVStore, key: str, nbytes: int) -> int:
     records = store.catalog.records
     before = dict(records.blobs)
     store.put(key, BUFFER[:nbytes])
-    gone = before.keys() - records.blobs.keys()
+    gone = before.keys() - set(records.blobs)
     return sum(align_up(before[key].nbytes, BLOCK_NBYTES) for key in gone)
 
 
@@ -211,7 +210,7 @@ def arranged(kinds: list[str], sizes: list[int], order: random.Random) -> Record
     order.shuffle(blobs)
     extents = ExtentTable(allocator, lasting=False)
     extents.pin(pinned)
-    return Records(OrderedDict((str(blob.offset), blob) for blob in blobs), {}, extents)
+    return Records(blob_table((str(blob.offset), blob) for blob in blobs), {}, extents)
 
 
 def test_the_largest_extent_is_dealt_with_first_and_gaps_are_used():
@@ -269,7 +268,7 @@ def test_what_is_chosen_makes_room_and_none_means_impossible(
     victims = windows.choose(asked, ahead * BLOCK_NBYTES)
     if victims is None:
         assert len(asked) > 1 or windows.largest() < asked[0]
-        victims = [at for at in records.residents.keys if not records.extents.is_pinned(at)]
+        victims = [at for at in records.residents.offsets() if not records.extents.is_pinned(at)]
         records.evict(victims)
         if len(asked) == 1:
             with pytest.raises(CapacityError):

@@ -36,6 +36,24 @@ class Guard:
         thing.__class__ = watched
         return thing
 
+    def stand_in(self, thing: Any, *only: str) -> Any:
+        """What passes everything on to ``thing``, of a compiled class, which cannot be watched
+        itself. ``only``: the methods that are uses."""
+
+        def passed(name: str) -> Any:
+            return lambda _, *arguments: getattr(thing, name)(*arguments)
+
+        def found(_: Any, name: str) -> Any:
+            value = getattr(thing, name)
+            if name not in only:
+                return value
+            noting = self._noting(f"{type(thing).__name__}.{name}", value)
+            return lambda *arguments: noting(*arguments)
+
+        operators = ("__len__", "__contains__", "__getitem__", "__iter__", "__reversed__")
+        uses: dict[str, Any] = {name: passed(name) for name in operators}
+        return type("StandIn", (), {**uses, "__getattr__": found})()
+
     def _noting(self, name: str, use: Any) -> Callable[..., Any]:
         def noted(*arguments: Any, **options: Any) -> Any:
             if not self._is_held():

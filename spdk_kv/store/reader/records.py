@@ -3,7 +3,6 @@ news."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from spdk_kv.errors import ClosedError, KeyNotFound, ReadOnlyStore
@@ -12,7 +11,7 @@ from spdk_kv.placement import Allocator, Superblock
 from spdk_kv.store.extents import BLOCK_NBYTES, ExtentTable
 from spdk_kv.store.reader.parts import Readable
 from spdk_kv.store.recorded import load_recorded
-from spdk_kv.store.records import Records, shown
+from spdk_kv.store.records import Records, blob_table, shown
 
 # Each takes about 300 bytes.
 _MOST_KNOWN = 100_000
@@ -27,7 +26,7 @@ class ReadRecords(Records):
 
     def __init__(self, parts: Readable, read_superblock: Callable[[], Superblock | None]) -> None:
         nothing = Allocator(BLOCK_NBYTES, BLOCK_NBYTES)
-        super().__init__(OrderedDict(), {}, ExtentTable(nothing, lasting=False))
+        super().__init__(blob_table(), {}, ExtentTable(nothing, lasting=False))
         self._index: IndexReader = parts.index
         self._snapshot: IndexSnapshot = parts.snapshot
         self._superblock = parts.superblock

@@ -1,0 +1,565 @@
+# The records of blobs: an arena of entries, found by key and by offset, in the order of use.
+# Included in table.pyx: one C translation unit.
+
+cdef extern from "Python.h":
+    const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except? NULL
+    object PyUnicode_DecodeUTF8(const char *text, Py_ssize_t size, const char *errors)
+    int PyObject_GenericSetAttr(object thing, object name, object value) except -1
+    int PyUnicode_IS_COMPACT_ASCII(object text)
+
+
+cdef struct Entry:
+    uint64_t offset
+    uint64_t used_at
+    uint32_t hash
+    uint32_t crc
+    uint32_t kind
+    uint32_t older       # in the order of use; 0: none
+    uint32_t newer
+    uint32_t key_nbytes
+    # and the bytes of the key
+
+
+cdef enum:
+    # An entry is named by its place in the arena, in units of so many bytes: 32 GiB of them.
+    UNIT = 8
+    # Entries of up to so many units come back for others of the same number, larger ones for those
+    # of up to the same power of two.
+    EXACT = 512
+    CLASSES = 512 + 33
+    # Of an entry that lies in a file: offset, checksum, kind, length of the key; the key follows.
+    PACKED = 20
+
+cdef bytes _SEED = os.urandom(8)
+
+
+@cython.no_gc_clear
+cdef class BlobTable:
+    """Blobs by key, by offset, and in the order of use. Thread-safe under the GIL.
+
+    A mapping of keys to records of the type ``make`` (slots ``offset``, ``nbytes``, ``dtype``,
+    ``shape``, ``crc``), which iterates from the one used longest ago. What is kept is packed: a
+    record that is looked up is a new object, equal to the one that was put. ``block_nbytes``: what
+    the sizes of extents are multiples of.
+    """
+    cdef unsigned char *_arena
+    cdef uint32_t _units           # that the arena has
+    cdef uint32_t _used_units      # of them, those that were ever given out
+    cdef uint32_t _free[CLASSES]   # entries to be given out again, by class
+    cdef Slots _by_key
+    cdef Slots _by_offset
+    cdef uint32_t _oldest
+    cdef uint32_t _newest
+    cdef uint64_t _changes         # of the order and of what there is
+    cdef uint64_t _seed
+    cdef uint64_t _block_nbytes
+    cdef object _make
+    # Size, dtype and shape, which many blobs share: by number, and the number of each.
+    cdef list _kinds
+    cdef dict _kind_numbers
+    cdef list _spare_kinds
+    cdef uint32_t *_kind_counts
+    cdef uint64_t *_kind_nbytes
+    cdef uint32_t _kind_room
+    cdef readonly uint64_t now
+    cdef readonly uint64_t footprint_nbytes
+
+    def __cinit__(self, make, uint64_t block_nbytes):
+        self._make = make
+        self._block_nbytes = block_nbytes
+        self._kinds = []
+        self._kind_numbers = {}
+        self._spare_kinds = []
+        memcpy(&self._seed, PyBytes_AS_STRING(_SEED), 8)
+        self._units = 512
+        self._used_units = 1       # 0 stands for none
+        self._arena = <unsigned char *>malloc(self._units * UNIT)
+        if self._arena == NULL:
+            raise MemoryError()
+        slots_begin(&self._by_key)
+        slots_begin(&self._by_offset)
+
+    def __dealloc__(self):
+        free(self._arena)
+        free(self._by_key.slots)
+        free(self._by_offset.slots)
+        free(self._kind_counts)
+        free(self._kind_nbytes)
+
+    @classmethod
+    def __class_getitem__(cls, make):
+        return cls
+
+    # -- a mapping ------------------------------------------------------------------------------
+
+    def __len__(self):
+        return self._by_key.count
+
+    def __contains__(self, key):
+        return self._find(key) != 0
+
+    def get(self, key, default=None):
+        """The record of ``key``, or ``default``."""
+        cdef uint32_t ref = self._find(key)
+        return self._record(ref) if ref else default
+
+    def __getitem__(self, key):
+        cdef uint32_t ref = self._find(key)
+        if not ref:
+            raise KeyError(key)
+        return self._record(ref)
+
+    def __iter__(self):
+        """The keys, that of the blob used longest ago first. RuntimeError once anything changes."""
+        cdef uint32_t ref = self._oldest
+        cdef uint64_t changes = self._changes
+        while ref:
+            yield self._key(ref)
+            if changes != self._changes:
+                raise RuntimeError("the blobs changed during iteration")
+            ref = self._entry(ref).newer
+
+    def __reversed__(self):
+        """The keys, that of the blob used last first. RuntimeError once anything changes."""
+        cdef uint32_t ref = self._newest
+        cdef uint64_t changes = self._changes
+        while ref:
+            yield self._key(ref)
+            if changes != self._changes:
+                raise RuntimeError("the blobs changed during iteration")
+            ref = self._entry(ref).older
+
+    def keys(self, str prefix=""):
+        """The keys that begin with ``prefix``, as a list."""
+        cdef list found = []
+        cdef uint32_t ref = self._oldest
+        cdef uint64_t changes = self._changes
+        cdef bytes held = prefix.encode("utf-8", "surrogatepass")
+        cdef const char *wanted = PyBytes_AS_STRING(held)
+        cdef size_t nbytes = PyBytes_GET_SIZE(held)
+        cdef Entry *entry
+        while ref:
+            entry = self._entry(ref)
+            if entry.key_nbytes >= nbytes and memcmp(key_of(entry), wanted, nbytes) == 0:
+                found.append(self._key(ref))
+                if changes != self._changes:
+                    raise RuntimeError("the blobs changed during iteration")
+            ref = self._entry(ref).newer
+        return found
+
+    def values(self):
+        """The records, as a list."""
+        return [record for _, record in self.items()]
+
+    def items(self):
+        """(key, record) of each, as a list."""
+        cdef list found = []
+        cdef uint32_t ref = self._oldest
+        cdef uint64_t changes = self._changes
+        while ref:
+            found.append((self._key(ref), self._record(ref)))
+            if changes != self._changes:
+                raise RuntimeError("the blobs changed during iteration")
+            ref = self._entry(ref).newer
+        return found
+
+    # -- changes --------------------------------------------------------------------------------
+
+    def put(self, str key not None, record):
+        """Makes ``record`` that of ``key``, and the blob the one used last. Returns the record that
+        it had before, or None."""
+        return self._put(key, record.offset, record.nbytes, record.dtype, record.shape,
+                         record.crc, True)
+
+    def replace(self, str key not None, record):
+        """As :meth:`put`, but the blob keeps its place in the order of use. KeyError unless it is
+        there."""
+        if not self._find(key):
+            raise KeyError(key)
+        return self._put(key, record.offset, record.nbytes, record.dtype, record.shape,
+                         record.crc, False)
+
+    cdef _put(self, str key, uint64_t offset, uint64_t nbytes, dtype, shape, uint32_t crc,
+              bint last):
+        cdef Py_ssize_t key_nbytes = 0
+        cdef object held = plain(key)
+        cdef const char *text = utf8(held, &key_nbytes)
+        cdef uint32_t hash = hash_of(text, key_nbytes, self._seed)
+        if key_nbytes > 0x7FFFFFFF:
+            raise MemoryError(f"a key of {key_nbytes} bytes is not kept")
+        cdef uint32_t kind = self._take_kind(nbytes, dtype, shape)
+        cdef uint32_t ref = self._look_up(text, key_nbytes, hash)
+        cdef bint is_new = ref == 0
+        cdef Entry former
+        cdef Entry *entry
+        try:
+            slots_reserve(&self._by_key, <uint64_t>self._by_key.count + 1)
+            slots_reserve(&self._by_offset, <uint64_t>self._by_offset.count + 1)
+            if is_new:
+                ref = self._allocate(sizeof(Entry) + key_nbytes)
+        except MemoryError:
+            self._drop_kind(kind)
+            raise
+        entry = self._entry(ref)
+        if is_new:
+            memset(entry, 0, sizeof(Entry))
+            entry.hash = hash
+            entry.key_nbytes = <uint32_t>key_nbytes
+            memcpy(key_of(entry), text, key_nbytes)
+            slots_add(&self._by_key, hash, ref)
+            self._append(ref)
+        else:
+            former = entry[0]
+            self._leave(ref)
+            if last:
+                self._unlink(ref)
+                self._append(ref)
+        entry.offset = offset
+        entry.crc = crc
+        entry.kind = kind
+        self._changes += 1
+        if nbytes:
+            slots_add(&self._by_offset, offset_hash(offset), ref)
+            self.footprint_nbytes += self._blocks_of(nbytes)
+            if last or is_new:
+                self.now += 1
+                entry.used_at = self.now
+        if is_new:
+            return None
+        return self._given_up(&former)
+
+    def pop(self, key):
+        """Takes the blob out; returns its record, or None where it was not there."""
+        cdef uint32_t ref = self._find(key)
+        cdef Entry former
+        if not ref:
+            return None
+        former = self._entry(ref)[0]
+        self._leave(ref)
+        self._unlink(ref)
+        slots_remove(&self._by_key, former.hash, ref)
+        self._changes += 1
+        self._release(ref, sizeof(Entry) + former.key_nbytes)
+        return self._given_up(&former)
+
+    def use(self, list keys not None):
+        """Makes the blobs of ``keys`` the ones used last, in that order, and returns their records;
+        None, and nothing changes, unless all are there."""
+        cdef Py_ssize_t count = len(keys), i
+        cdef uint32_t *refs = <uint32_t *>malloc((count + 1) * sizeof(uint32_t))
+        cdef list found = []
+        cdef Entry *entry
+        if refs == NULL:
+            raise MemoryError()
+        try:
+            for i in range(count):
+                refs[i] = self._find(keys[i])
+                if not refs[i]:
+                    return None
+            for i in range(count):
+                entry = self._entry(refs[i])
+                self._unlink(refs[i])
+                self._append(refs[i])
+                if self._kind_nbytes[entry.kind]:
+                    self.now += 1
+                    entry.used_at = self.now
+            self._changes += 1
+            for i in range(count):
+                found.append(self._record(refs[i]))
+        finally:
+            free(refs)
+        return found
+
+    def tick(self):
+        """Counts a use of something else; returns the count."""
+        self.now += 1
+        return self.now
+
+    # -- by offset ------------------------------------------------------------------------------
+
+    def key_at(self, uint64_t offset):
+        """The key of the blob whose extent begins at ``offset``, or None."""
+        cdef uint32_t ref = self._at(offset)
+        return self._key(ref) if ref else None
+
+    def used_at(self, uint64_t offset):
+        """:attr:`now` as of the last use of the blob whose extent begins at ``offset``, or None."""
+        cdef uint32_t ref = self._at(offset)
+        return self._entry(ref).used_at if ref else None
+
+    def offsets(self):
+        """Where the extents of all blobs begin, as a list; that of the blob used longest ago
+        first."""
+        cdef list found = []
+        cdef uint32_t ref = self._oldest
+        cdef Entry *entry
+        while ref:
+            entry = self._entry(ref)
+            ref = entry.newer
+            if self._kind_nbytes[entry.kind]:
+                found.append(entry.offset)
+        return found
+
+    def oldest(self):
+        """As :meth:`offsets`, one by one. RuntimeError once anything changes."""
+        cdef uint32_t ref = self._oldest
+        cdef uint64_t changes = self._changes
+        while ref:
+            if self._kind_nbytes[self._entry(ref).kind]:
+                yield self._entry(ref).offset
+                if changes != self._changes:
+                    raise RuntimeError("the blobs changed during iteration")
+            ref = self._entry(ref).newer
+
+    @property
+    def end(self):
+        """Where the last extent ends; 0 where there is none."""
+        cdef uint32_t ref = self._oldest
+        cdef uint64_t end = 0
+        cdef Entry *entry
+        while ref:
+            entry = self._entry(ref)
+            ref = entry.newer
+            if self._kind_nbytes[entry.kind]:
+                end = max(end, entry.offset + self._kind_nbytes[entry.kind])
+        return end
+
+    def reserve(self, ExtentMap extents not None):
+        """Adds the extents of all blobs. False, and some were added, where one lies outside or
+        begins or ends where another one does."""
+        cdef uint32_t ref = self._oldest
+        cdef uint64_t offset, blocks, block_nbytes = extents._block_nbytes
+        cdef Entry *entry
+        while ref:
+            entry = self._entry(ref)
+            ref = entry.newer
+            blocks = self._kind_nbytes[entry.kind]
+            if blocks == 0:
+                continue
+            blocks = (blocks - 1) // block_nbytes + 1
+            offset = entry.offset - extents._start
+            if (entry.offset < extents._start or offset % block_nbytes
+                    or blocks > extents._blocks
+                    or offset // block_nbytes > extents._blocks - blocks):
+                return False
+            if extents._place(offset // block_nbytes, blocks) < 0:
+                return False
+        return True
+
+    # -- entries --------------------------------------------------------------------------------
+
+    cdef inline Entry *_entry(self, uint32_t ref) noexcept:
+        return <Entry *>(self._arena + <size_t>ref * UNIT)
+
+    cdef inline uint64_t _blocks_of(self, uint64_t nbytes) noexcept:
+        return (nbytes + self._block_nbytes - 1) // self._block_nbytes * self._block_nbytes
+
+    cdef uint32_t _find(self, key) except? 0:
+        cdef Py_ssize_t nbytes = 0
+        cdef object held
+        cdef const char *text
+        if not isinstance(key, str):
+            return 0
+        held = plain(key)
+        text = utf8(held, &nbytes)
+        return self._look_up(text, nbytes, hash_of(text, nbytes, self._seed))
+
+    cdef uint32_t _look_up(self, const char *text, Py_ssize_t nbytes, uint32_t hash) noexcept:
+        cdef Slots *t = &self._by_key
+        cdef uint32_t at = hash & t.mask, ref
+        cdef Entry *entry
+        while True:
+            ref = t.slots[at].ref
+            if ref == 0:
+                return 0
+            if t.slots[at].hash == hash:
+                entry = self._entry(ref)
+                if entry.key_nbytes == nbytes and memcmp(key_of(entry), text, nbytes) == 0:
+                    return ref
+            at = (at + 1) & t.mask
+
+    cdef uint32_t _at(self, uint64_t offset) noexcept:
+        cdef Slots *t = &self._by_offset
+        cdef uint32_t hash = offset_hash(offset), at = hash & t.mask
+        while t.slots[at].ref:
+            if t.slots[at].hash == hash and self._entry(t.slots[at].ref).offset == offset:
+                return t.slots[at].ref
+            at = (at + 1) & t.mask
+        return 0
+
+    cdef void _leave(self, uint32_t ref) noexcept:
+        """The entry's extent is not its own any more."""
+        cdef Entry *entry = self._entry(ref)
+        cdef uint64_t nbytes = self._kind_nbytes[entry.kind]
+        if nbytes:
+            slots_remove(&self._by_offset, offset_hash(entry.offset), ref)
+            self.footprint_nbytes -= self._blocks_of(nbytes)
+
+    cdef void _unlink(self, uint32_t ref) noexcept:
+        cdef Entry *entry = self._entry(ref)
+        if entry.older:
+            self._entry(entry.older).newer = entry.newer
+        else:
+            self._oldest = entry.newer
+        if entry.newer:
+            self._entry(entry.newer).older = entry.older
+        else:
+            self._newest = entry.older
+
+    cdef void _append(self, uint32_t ref) noexcept:
+        cdef Entry *entry = self._entry(ref)
+        entry.older = self._newest
+        entry.newer = 0
+        if self._newest:
+            self._entry(self._newest).newer = ref
+        else:
+            self._oldest = ref
+        self._newest = ref
+
+    cdef _key(self, uint32_t ref):
+        cdef Entry *entry = self._entry(ref)
+        return PyUnicode_DecodeUTF8(key_of(entry), entry.key_nbytes, "surrogatepass")
+
+    cdef _record(self, uint32_t ref):
+        cdef Entry copied = self._entry(ref)[0]
+        return self._made(&copied)
+
+    cdef _made(self, Entry *entry):
+        cdef tuple kind = self._kinds[entry.kind]
+        record = self._make.__new__(self._make)
+        # Past the refusal of a frozen class, which is for its users.
+        PyObject_GenericSetAttr(record, "offset", entry.offset)
+        PyObject_GenericSetAttr(record, "nbytes", kind[0])
+        PyObject_GenericSetAttr(record, "dtype", kind[1])
+        PyObject_GenericSetAttr(record, "shape", kind[2])
+        PyObject_GenericSetAttr(record, "crc", entry.crc)
+        return record
+
+    cdef _given_up(self, Entry *former):
+        """The record of an entry that is over."""
+        try:
+            return self._made(former)
+        finally:
+            self._drop_kind(former.kind)
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    cdef uint32_t _allocate(self, size_t nbytes) except 0:
+        """Room for an entry of ``nbytes``. Others may move. MemoryError."""
+        cdef uint64_t units = (nbytes + UNIT - 1) // UNIT, needed, room
+        cdef uint32_t number = class_of(&units), ref = self._free[number]
+        cdef void *grown = NULL
+        if ref:
+            memcpy(&self._free[number], self._entry(ref), sizeof(uint32_t))
+            return ref
+        needed = self._used_units + units
+        if needed > self._units:
+            # Doubled: what is not used yet takes no memory.
+            room = 2 * <uint64_t>self._units
+            while room < needed:
+                room *= 2
+            if room > 0xFFFFFFFF:
+                room = 0xFFFFFFFF
+            if needed <= room:
+                grown = realloc(self._arena, room * UNIT)
+            if grown == NULL:
+                raise MemoryError(f"no memory for another entry beside {self._by_key.count}")
+            self._arena = <unsigned char *>grown
+            self._units = <uint32_t>room
+        ref = self._used_units
+        self._used_units = <uint32_t>needed
+        return ref
+
+    cdef void _release(self, uint32_t ref, size_t nbytes) noexcept:
+        cdef uint64_t units = (nbytes + UNIT - 1) // UNIT
+        cdef uint32_t number = class_of(&units)
+        if self._by_key.count == 0:
+            # Nothing is left, so all of it can be given out anew.
+            memset(self._free, 0, sizeof(self._free))
+            self._used_units = 1
+            return
+        memcpy(self._entry(ref), &self._free[number], sizeof(uint32_t))
+        self._free[number] = ref
+
+    # -- kinds ----------------------------------------------------------------------------------
+
+    cdef uint32_t _take_kind(self, nbytes, dtype, shape) except? 0xFFFFFFFF:
+        """The number of a kind, which one more entry has."""
+        cdef tuple kind = (nbytes, dtype, shape)
+        cdef uint32_t number
+        found = self._kind_numbers.get(kind)
+        if found is not None:
+            number = found
+        else:
+            number = self._spare_kinds.pop() if self._spare_kinds else len(self._kinds)
+            if number >= self._kind_room:
+                self._grow_kinds()
+            if number == <uint32_t>len(self._kinds):
+                self._kinds.append(kind)
+            else:
+                self._kinds[number] = kind
+            self._kind_nbytes[number] = nbytes
+            self._kind_counts[number] = 0
+            self._kind_numbers[kind] = number
+        self._kind_counts[number] += 1
+        return number
+
+    cdef int _grow_kinds(self) except -1:
+        cdef uint32_t room = max(64, 2 * self._kind_room)
+        cdef void *counts = realloc(self._kind_counts, room * sizeof(uint32_t))
+        cdef void *nbytes
+        if counts == NULL:
+            raise MemoryError()
+        self._kind_counts = <uint32_t *>counts
+        nbytes = realloc(self._kind_nbytes, room * sizeof(uint64_t))
+        if nbytes == NULL:
+            raise MemoryError()
+        self._kind_nbytes = <uint64_t *>nbytes
+        self._kind_room = room
+        return 0
+
+    cdef _drop_kind(self, uint32_t number):
+        self._kind_counts[number] -= 1
+        if self._kind_counts[number] == 0:
+            del self._kind_numbers[self._kinds[number]]
+            self._kinds[number] = None
+            self._spare_kinds.append(number)
+
+
+cdef inline char *key_of(Entry *entry) noexcept:
+    return <char *>entry + sizeof(Entry)
+
+
+cdef inline uint32_t offset_hash(uint64_t offset) noexcept:
+    return <uint32_t>mixed(offset)
+
+
+cdef inline uint32_t class_of(uint64_t *units) noexcept:
+    """The class of entries of ``units``, which become as many as those of the class have."""
+    cdef uint32_t number = EXACT
+    cdef uint64_t room = EXACT
+    if units[0] < EXACT:
+        return <uint32_t>units[0]
+    while room < units[0]:
+        room *= 2
+        number += 1
+    units[0] = room
+    return number
+
+
+cdef plain(key):
+    """``key``, or its bytes where it has lone surrogates, which are legal in a key."""
+    cdef Py_ssize_t nbytes
+    try:
+        PyUnicode_AsUTF8AndSize(key, &nbytes)
+    except UnicodeEncodeError:
+        return key.encode("utf-8", "surrogatepass")
+    return key
+
+
+cdef inline const char *utf8(plain_key, Py_ssize_t *nbytes) except NULL:
+    """The bytes of what :func:`plain` returned, which live as long as that."""
+    if isinstance(plain_key, bytes):
+        nbytes[0] = PyBytes_GET_SIZE(plain_key)
+        return PyBytes_AS_STRING(plain_key)
+    return PyUnicode_AsUTF8AndSize(plain_key, nbytes)

@@ -1,0 +1,255 @@
+"""What is packed behaves as the mappings do that it stands for."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spdk_kv._native.table import BlobTable, ExtentMap
+from support.rounds import rounds
+
+BLOCK, START = 4096, 1 << 20
+
+
+@dataclass(frozen=True)
+class Record:
+    """As the store's own, to which the table has no way."""
+
+    __slots__ = ("crc", "dtype", "nbytes", "offset", "shape")
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    crc: int
+
+
+def record(number: int, nbytes: int = 5000, dtype: str = "uint8") -> Record:
+    return Record(START + number * 2 * BLOCK, nbytes, dtype, (nbytes,), number)
+
+
+# -- blobs ----------------------------------------------------------------------------------------
+
+
+class Model:
+    """What a table is to do, by a dictionary in order."""
+
+    def __init__(self) -> None:
+        self.blobs: OrderedDict[str, Record] = OrderedDict()
+        self.used_at: dict[int, int] = {}
+        self.now = 0
+
+    def use(self, key: str) -> None:
+        self.blobs.move_to_end(key)
+        if self.blobs[key].nbytes:
+            self.now += 1
+            self.used_at[self.blobs[key].offset] = self.now
+
+    def put(self, key: str, new: Record) -> Record | None:
+        former = self.blobs.get(key)
+        if former is not None:
+            self.used_at.pop(former.offset, None)
+        self.blobs[key] = new
+        self.use(key)
+        return former
+
+
+def check(table: BlobTable[Record], model: Model, keys: list[str]) -> None:
+    assert table.items() == list(model.blobs.items())
+    assert list(table) == table.keys() == list(model.blobs)
+    assert list(reversed(table)) == list(model.blobs)[::-1]
+    assert table.values() == list(model.blobs.values())
+    assert len(table) == len(model.blobs)
+    filled = [each for each in model.blobs.values() if each.nbytes]
+    assert table.offsets() == list(table.oldest()) == [each.offset for each in filled]
+    assert table.footprint_nbytes == sum(-(-each.nbytes // BLOCK) * BLOCK for each in filled)
+    assert table.end == max((each.offset + each.nbytes for each in filled), default=0)
+    assert table.now == model.now
+    for key in keys:
+        assert (key in table) == (key in model.blobs)
+        assert table.get(key) == model.blobs.get(key)
+    for each in filled:
+        assert table.used_at(each.offset) == model.used_at[each.offset]
+        assert model.blobs[table.key_at(each.offset)] == each
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 1 << 30), st.integers(1, 400))
+def test_a_table_does_what_a_dictionary_in_order_does(seed: int, steps: int) -> None:
+    chance = random.Random(seed)
+    keys = [chance.choice(["k", "kä", "日本", "\ud800", ""]) + "x" * chance.choice([0, 1, 7, 90])
+            + str(number) for number in range(40)]  # fmt: skip
+    keys.append("y" * 9000)
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    model = Model()
+    for step in range(steps):
+        key, choice = chance.choice(keys), chance.random()
+        there = list(model.blobs)
+        if choice < 0.5:
+            nbytes = chance.choice([0, 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+            new = record(step, nbytes, chance.choice(["uint8", "float16"]))
+            if not nbytes:
+                new = replace(new, offset=0)
+            assert table.put(key, new) == model.put(key, new)
+        elif choice < 0.65:
+            gone = model.blobs.pop(key, None)
+            if gone is not None:
+                model.used_at.pop(gone.offset, None)
+            assert table.pop(key) == gone
+        elif choice < 0.75 and there:
+            key = chance.choice(there)
+            former = model.blobs[key]
+            if former.nbytes:
+                new = replace(former, offset=START + (steps + step) * 2 * BLOCK)
+                model.used_at[new.offset] = model.used_at.pop(former.offset)
+                model.blobs[key] = new
+                assert table.replace(key, new) == former
+        else:
+            wanted = [chance.choice(there) for _ in range(chance.randrange(4) if there else 0)]
+            assert table.use([*wanted, "nobody's"]) is None
+            assert table.use(wanted) == [model.blobs[each] for each in wanted]
+            for each in wanted:
+                model.use(each)
+        if step % 20 == 0:
+            check(table, model, keys)
+    check(table, model, keys)
+    for key in list(model.blobs):
+        assert table.pop(key) == model.blobs.pop(key)
+        model.used_at.clear()
+    check(table, model, keys)
+
+
+def test_what_is_not_there_is_none_or_an_error() -> None:
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    assert table.get("a") is None
+    assert table.get("a", 7) == 7
+    assert table.pop("a") is None
+    assert 5 not in table
+    for wrong in (lambda: table["a"], lambda: table.replace("a", record(1))):
+        with pytest.raises(KeyError):
+            wrong()
+    with pytest.raises(OverflowError):
+        table.put("a", replace(record(1), offset=-1))
+    with pytest.raises(OverflowError):
+        table.put("a", replace(record(1), crc=1 << 32))
+    assert len(table) == 0
+
+
+def test_who_iterates_is_told_of_changes() -> None:
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    for number in range(3):
+        table.put(str(number), record(number))
+    for iterator in (iter(table), reversed(table), table.oldest()):
+        next(iterator)
+        table.use(["1"])
+        with pytest.raises(RuntimeError, match="changed"):
+            next(iterator)
+
+
+def test_keys_by_their_beginning() -> None:
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    for number, key in enumerate(["ä", "äb", "a", "", "äbc"]):
+        table.put(key, record(number))
+    assert table.keys("ä") == ["ä", "äb", "äbc"]
+    assert table.keys("") == ["ä", "äb", "a", "", "äbc"]
+    assert table.keys("äbcd") == []
+
+
+def test_the_extents_of_blobs_are_reserved_or_refused() -> None:
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    for number in range(5):
+        table.put(str(number), record(number))
+    table.put("empty", Record(0, 0, "uint8", (0,), 0))
+    extents = ExtentMap(START, START + 100 * BLOCK, BLOCK)
+    assert table.reserve(extents)
+    assert dict(extents.items()) == {record(number).offset: 2 * BLOCK for number in range(5)}
+    assert not table.reserve(extents)  # each is there already
+    for wrong in (START - BLOCK, START + 1, START + 99 * BLOCK, 1 << 60):
+        table.put("0", replace(record(0), offset=wrong))
+        assert not table.reserve(ExtentMap(START, START + 100 * BLOCK, BLOCK))
+
+
+def test_memory_comes_back_for_other_entries() -> None:
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    for number in range(rounds(20_000, 200_000)):
+        table.put(f"{number % 7}" * (number % 50), record(number % 1000, 1 + number % 100))
+        if number % 3 == 0:
+            table.pop(next(iter(table)))
+    model = OrderedDict(table.items())
+    assert len(model) == len(table) > 10
+
+
+# -- extents --------------------------------------------------------------------------------------
+
+NBLOCKS = 200_000
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 1 << 30))
+def test_a_map_of_extents_does_what_a_dictionary_does(seed: int) -> None:
+    chance = random.Random(seed)
+    extents = ExtentMap(START, START + NBLOCKS * BLOCK, BLOCK)
+    model: dict[int, int] = {}
+    at = 0
+    while at < NBLOCKS - 1:
+        at += chance.choice([0, 0, 1, 63, 64, 65, 5000, 40_000])
+        size = min(chance.choice([1, 1, 2, 63, 64, 65, 128, 33_000]), NBLOCKS - at)
+        if size > 0:
+            extents[START + at * BLOCK] = size * BLOCK
+            model[START + at * BLOCK] = size * BLOCK
+        at += size
+    for offset in chance.sample(list(model), len(model) // 3):
+        assert extents.pop(offset) == model.pop(offset)
+        assert offset not in extents
+    assert list(extents.items()) == sorted(model.items())
+    assert list(extents) == list(extents.keys()) == sorted(model)
+    assert list(extents.values()) == [model[offset] for offset in sorted(model)]
+    assert len(extents) == len(model)
+    assert extents.total() == sum(model.values())
+    assert extents.check()
+    tiles = sorted([*model.items(), *extents.gaps()])
+    assert sum(nbytes for _, nbytes in tiles) == NBLOCKS * BLOCK
+    for (offset, nbytes), (following, _) in pairwise(tiles):
+        assert offset + nbytes == following
+    for offset in (0, START - BLOCK, START + 1, START + NBLOCKS * BLOCK, 1 << 70):
+        assert offset not in extents
+        assert extents.get(offset) is None
+        assert extents.get(offset, 3) == 3
+        for wrong in (lambda at=offset: extents[at], lambda at=offset: extents.pop(at)):
+            with pytest.raises(KeyError):
+                wrong()
+
+
+def test_what_is_no_extent_is_refused() -> None:
+    extents = ExtentMap(START, START + 10 * BLOCK, BLOCK)
+    extents[START + 4 * BLOCK] = 2 * BLOCK
+    for offset, nbytes in ((START, 0), (START, BLOCK + 1), (START + 1, BLOCK), (0, BLOCK),
+                           (START + 9 * BLOCK, 2 * BLOCK), (START + 10 * BLOCK, BLOCK),
+                           (START + 4 * BLOCK, BLOCK), (START, 6 * BLOCK)):  # fmt: skip
+        with pytest.raises(ValueError, match="offset"):
+            extents[offset] = nbytes
+    assert dict(extents.items()) == {START + 4 * BLOCK: 2 * BLOCK}
+    assert extents.add_run(START, [BLOCK, 2 * BLOCK]) == [START, START + BLOCK]
+    with pytest.raises(ValueError, match="offset"):
+        extents.add_run(START + 6 * BLOCK, [2 * BLOCK, 3 * BLOCK])
+    assert len(extents) == 3
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(1, 10)), min_size=2, max_size=8),
+)
+def test_overlaps_are_found(places: list[tuple[int, int]]) -> None:
+    extents = ExtentMap(0, 100 * BLOCK, BLOCK)
+    blocks = [block for first, count in places for block in range(first, first + count)]
+    try:
+        for first, count in places:
+            extents[first * BLOCK] = count * BLOCK
+    except ValueError:
+        assert len(set(blocks)) < len(blocks)
+    else:
+        assert extents.check() == (len(set(blocks)) == len(blocks))
