@@ -1,7 +1,7 @@
 """The report of a run: Markdown, rows as JSON, a record, and plots where matplotlib is installed.
 
-Everything is made of the rows. A folder that has rows already keeps those of the parts that were
-not run again.
+Everything is made of the rows. A folder that has rows already keeps those that were not run again,
+but for those of a part that is made in another way now.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from quality import POOLS, Totals
 import record
 
 Row = dict[str, Any]
+Name = tuple[Any, ...]
 LEAST_DENSE = 0.9
 
 
@@ -73,9 +74,32 @@ def about(part: str, method: str, machine: Sequence[str]) -> Row:
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """``new``, after those of ``old`` that are of parts which ``new`` has not."""
-    parts = {_part(row) for row in new}
-    return [*(row for row in old if _part(row) not in parts), *new]
+    """``new``, after those of ``old`` that it does not have: of other parts, and of the same part
+    made in the same way."""
+    methods = {row["of"]: row["method"] for row in old if row["part"] == "about"}
+    again = {row["of"] for row in new if row["part"] == "about"}
+    again = {part for part in again if methods.get(part) == _method(new, part)}
+    made = {_part(row) for row in new}
+    found = {_name(row) for row in new}
+    return [
+        *(row for row in old if _part(row) not in made or _kept(row, again, found)),
+        *new,
+    ]
+
+
+def _method(rows: Sequence[Row], part: str) -> str:
+    (method,) = (row["method"] for row in rows if row["part"] == "about" and row["of"] == part)
+    return str(method)
+
+
+def _kept(row: Row, again: set[str], found: set[Name]) -> bool:
+    return row["part"] in again and _name(row) not in found
+
+
+def _name(row: Row) -> Name:
+    """What tells a row from the others of its part."""
+    fields = ("part", "of", "selector", "share", "task", "variant", "drive", "compute", "batch")
+    return tuple(row.get(field) for field in fields)
 
 
 def write(found: Sequence[Row], out: Path, drive: str) -> None:
@@ -99,8 +123,8 @@ def markdown(found: Sequence[Row], pictures: Sequence[str] = ()) -> str:
     lines = ["# Reading a part of K and V", ""]
     for name in pictures:
         lines += [f"![{name.removesuffix('.png')}]({name})", ""]
-    pages = {"quality": _quality, "stored": _stored, "speed": _speed, "step": _step}
-    pages["limited"] = _limited
+    pages = {"quality": _quality, "stored": _stored, "speed": _speed, "batches": _speed}
+    pages |= {"step": _step, "limited": _limited}
     for part, page in pages.items():
         mine = [row for row in found if row["part"] == part]
         if not mine:

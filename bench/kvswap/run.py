@@ -16,6 +16,8 @@ DIR, which the kernel throttles to an NVMe drive of 1.8 GB/s and to 250 MB/s of 
 beside full reads, the same selection from memory, and everything in memory. Without --dir on a
 simulated drive (fast_drive.py).
 
+batches: the same with several rows, each with its own K and V, of four layers and 8K tokens.
+
 step: tokens of a whole model of SmolLM2-135M's shape at 32K tokens: dense with K and V in memory,
 everything from the drive, and a part of it.
 
@@ -60,8 +62,9 @@ from variants import SHARE, VARIANTS, planned, settings_of  # noqa: E402
 
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
+from spdk_kv.sparse import Settings  # noqa: E402
 
-PARTS = ("quality", "stored", "speed", "step", "limited")
+PARTS = ("quality", "stored", "speed", "batches", "step", "limited")
 
 
 def measure(arguments: argparse.Namespace) -> Totals:
@@ -201,7 +204,8 @@ def main() -> None:
         if "quality" in arguments.parts:
             method = (
                 f"{arguments.texts} texts of {arguments.tokens} tokens, {arguments.rows} questions "
-                f"per text and task, {Path(arguments.gguf or arguments.model).name}."
+                f"per text and task, {Path(arguments.gguf or arguments.model).name}. `recent` is "
+                f"{Settings.recent} unless named."
             )
             rows.append(report.about("quality", method, lines))
             rows += report.rows(measure(arguments))
@@ -213,6 +217,12 @@ def main() -> None:
         if "speed" in arguments.parts:
             plan = plan_of(arguments)
             rows.append(report.about("speed", plan.method, lines))
+            rows += speed.measured(plan, folder, _say)
+        if "batches" in arguments.parts:
+            plan = speed.BATCHES
+            if arguments.quick:
+                plan = replace(plan, batches=(1, 4), rounds=1)
+            rows.append(report.about("batches", plan.method, lines))
             rows += speed.measured(plan, folder, _say)
         if "step" in arguments.parts:
             steps = step.Plan(tokens=4096, steps=4) if arguments.quick else step.Plan()

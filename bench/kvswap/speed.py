@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ _SLICE = 1024  # tokens that are appended at once
 @dataclass(frozen=True)
 class Plan:
     """``compute_ms``: of one step, where it is emulated. ``misses``: the share of the selection
-    that a pool of twice its size misses. ``kvswap_tokens``: the selections of faithful KVSwap."""
+    that a pool of twice its size misses. ``kvswap_tokens``: the selections of faithful KVSwap.
+    ``part``: of the report."""
 
     shape: Shape = SHAPE_8B
     tokens: int = 32768
@@ -43,6 +44,7 @@ class Plan:
     misses: float = 0.31
     steps: int = 6
     rounds: int = 3
+    part: str = "speed"
 
     @property
     def method(self) -> str:
@@ -55,6 +57,17 @@ class Plan:
             f"step, real compute the attention on this CPU. Queries drift so that a pool of twice "
             f"the selection misses {self.misses:.0%}. The page cache is not used. Medians of steps."
         )
+
+
+# Less of the shape, so that the largest batch fits beside what it is compared with.
+BATCHES = Plan(
+    shape=replace(SHAPE_8B, layers=4),
+    tokens=8192,
+    batches=(1, 4, 16),
+    computes=("emulated",),
+    compute_ms=10.0,
+    part="batches",
+)
 
 
 class Queries:
@@ -212,7 +225,7 @@ def _of_way(
                 seconds.append(decoding.step(compute))
             median = statistics.median(seconds)
             row = {
-                "part": "speed",
+                "part": plan.part,
                 "variant": way.name,
                 "drive": drive,
                 "compute": compute,

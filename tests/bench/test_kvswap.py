@@ -315,6 +315,25 @@ def test_a_report_keeps_the_parts_that_were_not_run_again(
     assert (kept["question"], kept["method"]) == ("reading_a_part", "steps whole steps by masks")
 
 
+def test_a_selector_that_was_run_again_takes_its_own_place(
+    parts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    report = parts["report"]
+
+    def losses() -> dict[str, float]:
+        rows = json.loads((tmp_path / "rows.json").read_text())
+        return {row["selector"]: row["worst_loss_points"] for row in rows if "selector" in row}
+
+    told = report.about("quality", "by masks", ["CPU: one"])
+    report.write([told, quality_row("codes", 1.0), quality_row("kvswap", 2.0)], tmp_path, "disk")
+    report.write([told, quality_row("codes", 3.0), quality_row("exact", 4.0)], tmp_path, "disk")
+    assert losses() == {"kvswap": 2.0, "codes": 3.0, "exact": 4.0}
+    # Of texts that are others now nothing is kept.
+    told = report.about("quality", "other texts", ["CPU: one"])
+    report.write([told, quality_row("codes", 5.0)], tmp_path, "disk")
+    assert losses() == {"codes": 5.0}
+
+
 def test_what_is_planned(parts: dict[str, ModuleType]) -> None:
     planned = parts["variants"].planned
     everything = planned(None, None)
