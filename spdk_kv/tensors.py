@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from spdk_kv._native.holding import Export
 from spdk_kv.errors import ShapeMismatch
 from spdk_kv.types import PLAIN_DTYPES, dtype_itemsize, dtype_name, movable, torch_dtypes
 
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True)
-class ByteView:
+class ByteView(NamedTuple):
     """A tensor's bytes where they lie; valid while ``keep`` is alive."""
 
     address: int
@@ -34,23 +34,34 @@ def byte_view(tensor: Any, *, on_cpu: bool = True) -> ByteView:
     them (a mask).
     """
     if isinstance(tensor, np.ndarray):
-        name = _numpy_name(tensor)
-        array = np.ascontiguousarray(tensor)
-        # ascontiguousarray makes 0-d arrays 1-d; the shape recorded is the caller's. While the view
-        # holds the export, numpy refuses to resize the array under a running transfer.
-        export = array.reshape(-1).view(np.uint8).data if array.size else None
-        return ByteView(array.ctypes.data, array.nbytes, name, tensor.shape, (array, export))
+        return _array_view(tensor, _numpy_name(tensor))
     import torch
 
     if not isinstance(tensor, torch.Tensor):
         raise ShapeMismatch(f"a torch tensor or numpy array is stored, not {type(tensor).__name__}")
     check_dense(tensor, "the tensor")
     name = dtype_name(tensor.dtype)
+    if (
+        (not on_cpu or tensor.is_cpu)
+        and tensor.is_contiguous()
+        and not (tensor.is_conj() or tensor.is_neg())
+    ):
+        # The alias keeps the memory alive even if the caller points `tensor` elsewhere meanwhile.
+        address, nbytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        return ByteView(address, nbytes, name, tuple(tensor.shape), tensor.detach())
     plain = movable(tensor).contiguous()
     if on_cpu:
         plain = plain.cpu()
     nbytes = plain.numel() * plain.element_size()
     return ByteView(plain.data_ptr(), nbytes, name, tuple(tensor.shape), plain)
+
+
+def _array_view(tensor: np.ndarray[Any, Any], name: str) -> ByteView:
+    array = tensor if tensor.flags.c_contiguous else np.ascontiguousarray(tensor)
+    # ascontiguousarray makes 0-d arrays 1-d; the shape recorded is the caller's. While the view
+    # holds the export, numpy refuses to resize the array under a running transfer.
+    export = Export(array)
+    return ByteView(export.address, export.nbytes, name, tensor.shape, export)
 
 
 def check_dense(tensor: torch.Tensor, what: str) -> None:
@@ -91,7 +102,12 @@ def _numpy_name(array: np.ndarray[Any, Any]) -> str:
             "a masked array would lose its mask: pass numpy.ma.getdata(x), and "
             "numpy.ma.getmaskarray(x) under another key, or x.filled()"
         )
-    dtype = array.dtype
+    return _name_of(array.dtype)
+
+
+@lru_cache(maxsize=256)
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """The name of an array's dtype. ShapeMismatch where its bytes are not kept."""
     why = ""
     if dtype.names:
         why = "has fields: put them one by one (x['name'])"
@@ -114,7 +130,8 @@ def tensor_from(buffer: Any, dtype: str, shape: tuple[int, ...], offset: int = 0
     kind = torch_dtypes()[dtype]
     if count == 0:
         return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(buffer, dtype=kind, count=count, offset=offset).view(shape)
+    flat = torch.frombuffer(buffer, dtype=kind, count=count, offset=offset)
+    return flat if len(shape) == 1 else flat.view(shape)
 
 
 def array_from(buffer: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -126,11 +143,11 @@ def array_from(buffer: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray[An
         count *= size
     if count == 0:
         return np.empty(shape, dtype=dtype)
-    return np.frombuffer(buffer, dtype=dtype, count=count).reshape(shape)
+    flat = np.frombuffer(buffer, dtype=dtype, count=count)
+    return flat if len(shape) == 1 else flat.reshape(shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Destination:
+class Destination(NamedTuple):
     """Where a get puts its bytes when the caller gave ``out``.
 
     ``view``: the bytes of ``out``, if the drive may write there; otherwise ``out`` is filled by a
@@ -162,12 +179,15 @@ class Destination:
 def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
     """Checks ``out`` against what is stored. Raises ShapeMismatch."""
     if isinstance(out, np.ndarray):
-        _check_same(_numpy_name(out), out.shape, dtype, shape)
-        if not out.flags.writeable:
+        name = _numpy_name(out)
+        _check_same(name, out.shape, dtype, shape)
+        flags = out.flags
+        if not flags.writeable:
             raise ShapeMismatch("out is read-only")
+        if flags.c_contiguous:
+            return Destination(out, _array_view(out, name), True)
         _check_distinct(out.shape, out.strides)
-        plain = out.flags.c_contiguous
-        return Destination(out, byte_view(out) if plain else None, plain)
+        return Destination(out, None, False)
     import torch
 
     if not isinstance(out, torch.Tensor):

@@ -1,6 +1,6 @@
 # cython: language_level=3
-"""What no interrupt can lose: a lock held for a while, bytes counted while they are in use, and what
-is to be done when memory goes.
+"""What no interrupt can lose: a lock held for a while, bytes counted while they are in use, memory
+that somebody exports, and what is to be done when memory goes.
 
 Python runs signal handlers between its own bytecodes, never within these methods. A context
 manager in Python may be interrupted after it has taken a lock and before the block begins, or
@@ -9,7 +9,7 @@ before it has given the lock back; a counter between a change and the note of wh
 """
 
 cimport cython
-from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.ref cimport Py_INCREF
 
 
@@ -111,3 +111,23 @@ cdef class AtEnd:
 
     def __dealloc__(self):
         self._call(self._argument)
+
+
+@cython.no_gc_clear
+cdef class Export:
+    """The memory of ``thing``, a buffer in C order, which is neither moved nor freed as long as this
+    lives: numpy refuses to resize its array. BufferError."""
+    cdef readonly size_t address
+    cdef readonly size_t nbytes
+    cdef Py_buffer _buffer
+    cdef bint _is_held
+
+    def __cinit__(self, thing):
+        PyObject_GetBuffer(thing, &self._buffer, PyBUF_SIMPLE)
+        self._is_held = True
+        self.address = <size_t>self._buffer.buf
+        self.nbytes = self._buffer.len
+
+    def __dealloc__(self):
+        if self._is_held:
+            PyBuffer_Release(&self._buffer)

@@ -4,8 +4,6 @@
 cdef extern from "Python.h":
     const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except? NULL
     object PyUnicode_DecodeUTF8(const char *text, Py_ssize_t size, const char *errors)
-    int PyObject_GenericSetAttr(object thing, object name, object value) except -1
-    int PyUnicode_IS_COMPACT_ASCII(object text)
 
 
 cdef struct Entry:
@@ -31,14 +29,15 @@ cdef enum:
     PACKED = 20
 
 cdef bytes _SEED = os.urandom(8)
+cdef object _NEW = tuple.__new__
 
 
 @cython.no_gc_clear
 cdef class BlobTable:
     """Blobs by key, by offset, and in the order of use. Thread-safe under the GIL.
 
-    A mapping of keys to records of the type ``make`` (slots ``offset``, ``nbytes``, ``dtype``,
-    ``shape``, ``crc``), which iterates from the one used longest ago. What is kept is packed: a
+    A mapping of keys to records, named tuples of the type ``make``: ``(offset, nbytes, dtype, shape,
+    crc)``, which iterates from the one used longest ago. What is kept is packed: a
     record that is looked up is a new object, equal to the one that was put. ``block_nbytes``: what
     the sizes of extents are multiples of.
     """
@@ -168,16 +167,26 @@ cdef class BlobTable:
     def put(self, str key not None, record):
         """Makes ``record`` that of ``key``, and the blob the one used last. Returns the record that
         it had before, or None."""
-        return self._put(key, record.offset, record.nbytes, record.dtype, record.shape,
-                         record.crc, True)
+        offset, nbytes, dtype, shape, crc = record
+        return self._put(key, offset, nbytes, dtype, shape, crc, True)
+
+    def put_many(self, dict records not None):
+        """As :meth:`put`, of all ``records`` by key. Returns those that other ones had before."""
+        cdef list formers = []
+        for key, record in records.items():
+            offset, nbytes, dtype, shape, crc = record
+            former = self._put(key, offset, nbytes, dtype, shape, crc, True)
+            if former is not None and former != record:
+                formers.append(former)
+        return formers
 
     def replace(self, str key not None, record):
         """As :meth:`put`, but the blob keeps its place in the order of use. KeyError unless it is
         there."""
         if not self._find(key):
             raise KeyError(key)
-        return self._put(key, record.offset, record.nbytes, record.dtype, record.shape,
-                         record.crc, False)
+        offset, nbytes, dtype, shape, crc = record
+        return self._put(key, offset, nbytes, dtype, shape, crc, False)
 
     cdef _put(self, str key, uint64_t offset, uint64_t nbytes, dtype, shape, uint32_t crc,
               bint last):
@@ -426,14 +435,7 @@ cdef class BlobTable:
 
     cdef _made(self, Entry *entry):
         cdef tuple kind = self._kinds[entry.kind]
-        record = self._make.__new__(self._make)
-        # Past the refusal of a frozen class, which is for its users.
-        PyObject_GenericSetAttr(record, "offset", entry.offset)
-        PyObject_GenericSetAttr(record, "nbytes", kind[0])
-        PyObject_GenericSetAttr(record, "dtype", kind[1])
-        PyObject_GenericSetAttr(record, "shape", kind[2])
-        PyObject_GenericSetAttr(record, "crc", entry.crc)
-        return record
+        return _NEW(self._make, (entry.offset, kind[0], kind[1], kind[2], entry.crc))
 
     cdef _given_up(self, Entry *former):
         """The record of an entry that is over."""

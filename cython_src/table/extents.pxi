@@ -141,6 +141,33 @@ cdef class ExtentMap:
             at += nbytes
         return offsets
 
+    def take(self, list offsets not None):
+        """Takes the extents at ``offsets`` out. Returns (offset, size) of what they covered, those
+        joined that were neighbours. KeyError, and nothing changes, unless all are there."""
+        cdef list runs = [], wanted = sorted(offsets)
+        cdef uint64_t start = 0, end = 0, offset, nbytes, first
+        cdef bint begun = False
+        for each in wanted:
+            if not self._has(each) or (begun and <uint64_t>each < end):
+                raise KeyError(each)
+            offset = each
+            nbytes = self._size(self._block(offset))
+            if begun and offset == end:
+                end += nbytes
+                continue
+            if begun:
+                runs.append((start, end - start))
+            begun, start, end = True, offset, offset + nbytes
+        if begun:
+            runs.append((start, end - start))
+        for each in wanted:
+            first = self._block(each)
+            nbytes = self._size(first)
+            self._clear(first, True)
+            self._clear(first + nbytes // self._block_nbytes - 1, False)
+            self._length -= 1
+        return runs
+
     def total(self):
         """Bytes of all extents."""
         cdef uint64_t blocks = 0, block = self._next(0, True), last

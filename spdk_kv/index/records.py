@@ -5,15 +5,13 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from spdk_kv.errors import CorruptionError
 from spdk_kv.index.sequences import SequenceRecord, pack_sequence
 
 
-@dataclass(frozen=True, slots=True)
-class BlobRecord:
+class BlobRecord(NamedTuple):
     """Where a blob lies: drive offset, payload bytes, dtype name, shape, payload's CRC32C."""
 
     offset: int

@@ -161,11 +161,15 @@ class Links:
             return None  # without the import of torch, which takes longer than the rest of a put
         import torch
 
-        found = None
+        found = seen = None
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
                 return None
-            gpu = self.gpu(tensor.device)
+            device = tensor.device
+            if device == seen:
+                continue
+            seen = device
+            gpu = self.gpu(device)
             if gpu is None or found not in (None, gpu):
                 return None
             found = gpu

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from spdk_kv.deadline import Deadline
 from spdk_kv.engines import Engine
@@ -61,8 +61,7 @@ class Backing:
             return False
         with self._guard:
             lacks = False
-            for offset, nbytes in zip(offsets, sizes, strict=True):
-                end = offset + align_up(nbytes, BLOCK_NBYTES)
+            for offset, end in _runs(offsets, sizes):
                 self._given.remove(offset, end)
                 lacks = lacks or bool(self._holes.within(offset, end))
             self._note()
@@ -74,8 +73,7 @@ class Backing:
         """Backs the holes in extents. Blocks on the filesystem. CapacityError where it is full;
         DeviceTimeout where another growth takes past ``deadline``."""
         with deadline.hold(self.lock, "the growth of the data file"):
-            for offset, nbytes in zip(offsets, sizes, strict=True):
-                end = offset + align_up(nbytes, BLOCK_NBYTES)
+            for offset, end in _runs(offsets, sizes):
                 with self._guard:
                     holes = self._holes.within(offset, end)
                 for start, stop in holes:
@@ -139,3 +137,16 @@ class Backing:
                 for ranges in (self._holes, self._given):
                     ranges.remove(end, 1 << 63)
                 self._note()
+
+
+def _runs(offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(start, end) of extents in whole blocks, those joined that follow each other."""
+    start = end = -1
+    for offset, nbytes in zip(offsets, sizes, strict=True):
+        if offset != end:
+            if end >= 0:
+                yield start, end
+            start = offset
+        end = offset + align_up(nbytes, BLOCK_NBYTES)
+    if end >= 0:
+        yield start, end

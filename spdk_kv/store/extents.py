@@ -34,7 +34,8 @@ class ExtentTable:
         self._holders: dict[int, int] = {
             offset: count for offset, count in (holders or {}).items() if count > 1
         }
-        self._lasting = lasting
+        self.lasting = lasting
+        """Whether changes are committed."""
         self._pins: dict[int, int] = {}
         self._retired: list[int] = []
         # Their retirement is committed, but they were pinned at the time.
@@ -82,7 +83,7 @@ class ExtentTable:
             del self._pins[offset]
             if offset in self._free_when_unpinned:
                 self._free_when_unpinned.remove(offset)
-                self._free(offset)
+                self._free([offset])
 
     def is_pinned(self, offset: int) -> bool:
         """Whether a read of the extent is under way."""
@@ -90,12 +91,12 @@ class ExtentTable:
 
     def abandon(self, offsets: Iterable[int]) -> None:
         """Frees extents that no record ever named."""
-        for offset in offsets:
-            if self._is_last(offset):
-                self.allocator.free(offset)
+        self.allocator.free_many([offset for offset in offsets if self._is_last(offset)])
 
     def _is_last(self, offset: int) -> bool:
         """One who has the extent gives it up. Returns whether nobody else has it."""
+        if not self._holders:  # most often
+            return True
         count = self._holders.get(offset, 1) - 1
         if count > 1:
             self._holders[offset] = count
@@ -110,7 +111,7 @@ class ExtentTable:
 
     def retire(self, offsets: Iterable[int]) -> None:
         """Marks extents that their record has given up."""
-        if self._lasting:
+        if self.lasting:
             self._retired.extend(offsets)
         else:
             self.committed(offsets)
@@ -123,14 +124,16 @@ class ExtentTable:
 
     def committed(self, offsets: Iterable[int]) -> None:
         """Frees extents whose retirement is on the medium, unless others have them as well."""
+        free = []
         for offset in offsets:
             if not self._is_last(offset):
                 continue
             if offset in self._pins:
                 self._free_when_unpinned.add(offset)
             else:
-                self._free(offset)
+                free.append(offset)
+        self._free(free)
 
-    def _free(self, offset: int) -> None:
-        self.allocator.free(offset)
-        self.freed_count += 1
+    def _free(self, offsets: list[int]) -> None:
+        self.allocator.free_many(offsets)
+        self.freed_count += len(offsets)

@@ -3,7 +3,6 @@ its own that does the same."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Protocol
 
 from spdk_kv.index import BlobRecord
@@ -75,7 +74,7 @@ class _MovedBlob:
     def finish(self, offset: int) -> bool:
         with self._records.lock:
             self.cancel()
-            moved = replace(self._record, offset=offset)
+            moved = self._record._replace(offset=offset)
             return self._records.move(self._key, self._record, moved)
 
     def cancel(self) -> None:

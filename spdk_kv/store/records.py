@@ -90,7 +90,7 @@ class Records:
         with self.lock:
             self.extents.unpin([record.offset for record in records if record.nbytes])
 
-    def publish(self, records: Mapping[str, BlobRecord]) -> None:
+    def publish(self, records: dict[str, BlobRecord]) -> None:
         """Makes written blobs visible, all or (ClosedError: the last commit is over) none; the
         extents of those they replace are retired."""
         with self.lock:
@@ -102,15 +102,20 @@ class Records:
                 self._publish(records)
                 raise
 
-    def _publish(self, records: Mapping[str, BlobRecord]) -> None:
-        for key, record in records.items():
-            if key in self._changed_blobs:
-                # It keeps the place of the earlier change, which is not its place in recency.
+    def _publish(self, records: dict[str, BlobRecord]) -> None:
+        if self.extents.lasting:
+            if not self._changed_blobs.keys().isdisjoint(records):
+                # They keep the places of earlier changes, which are not theirs in recency.
                 self.order_changed = True
+            self._changed_blobs.update(records)
+        formers = self.blobs.put_many(records)
+        if formers:
+            self.extents.retire([former.offset for former in formers if former.nbytes])
+
+    def _note(self, key: str, record: BlobRecord | None) -> None:
+        """What the index has to learn of a blob; nothing where there is no index."""
+        if self.extents.lasting:
             self._changed_blobs[key] = record
-            former = self.blobs.put(key, record)
-            if former is not None and former != record:
-                self._retire(former)
 
     def move(self, key: str, former: BlobRecord, record: BlobRecord) -> bool:
         """``record``, of the same bytes in another extent, takes the place of ``former``, also in
@@ -119,7 +124,7 @@ class Records:
             if self._closed or self.blobs.get(key) != former:
                 return False
             self.order_changed = True
-            self._changed_blobs[key] = record
+            self._note(key, record)
             self.blobs.replace(key, record)
             self.extents.retire([former.offset])
             return True
@@ -135,7 +140,7 @@ class Records:
             record = self.blobs.get(key)
             if record is None or (only is not None and record != only):
                 return False
-            self._changed_blobs[key] = None
+            self._note(key, None)
             self.blobs.pop(key)
             self._retire(record)
             return True

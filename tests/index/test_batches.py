@@ -95,7 +95,7 @@ def test_a_full_filesystem_keeps_no_deletion_back_and_what_was_written_is_known(
 def test_a_record_that_cannot_be_held_fails_alone_and_is_named(index, many, monkeypatch):
     commit(index, {"bad": BLOB}, {"long": SEQUENCE})
     monkeypatch.setattr(batches, "_MOST_ROW_NBYTES", 100_000)
-    blobs = {"first": BLOB, "bad": replace(BLOB, crc=1 << 40), "last": BLOB}
+    blobs = {"first": BLOB, "bad": BLOB._replace(crc=1 << 40), "last": BLOB}
     blobs |= {str(i): BLOB for i in range(5000 * many)}
     sequences = {"long": replace(SEQUENCE, row_map=bytes(200_000)), "short": SEQUENCE}
     refused = commit(index, blobs, sequences)

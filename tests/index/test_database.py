@@ -59,7 +59,7 @@ HOSTILE_KEYS = [
 ]
 
 keys = st.text(st.characters(), max_size=20)
-blobs = st.builds(replace, st.just(BLOB), offset=st.integers(0, (1 << 63) - 1))
+blobs = st.builds(BLOB._replace, offset=st.integers(0, (1 << 63) - 1))
 sequences = st.builds(replace, st.just(SEQUENCE), row_map=st.binary(max_size=9000))
 
 
@@ -98,7 +98,7 @@ def test_records_come_back_as_committed(
 
 
 def test_a_record_out_of_range_is_refused_and_nothing_of_its_commit_is_kept(index: Index) -> None:
-    for bad in ({"bad": replace(BLOB, offset=-1)}, {"bad": replace(BLOB, crc=1 << 32)}):
+    for bad in ({"bad": BLOB._replace(offset=-1)}, {"bad": BLOB._replace(crc=1 << 32)}):
         with pytest.raises(ValueError, match="field"):
             index.commit({"good": BLOB} | bad, {"sequence": SEQUENCE})
     with pytest.raises(ValueError, match="tokens"):

@@ -123,7 +123,7 @@ def test_records_of_one_kind_share_its_fields_and_others_do_not(
     one: BlobRecord, other: BlobRecord
 ) -> None:
     parse = partial(parse_blob, kinds={})
-    again = replace(one, offset=one.offset // 2, crc=one.crc ^ 1)
+    again = one._replace(offset=one.offset // 2, crc=one.crc ^ 1)
     loaded = [
         unpack("blobs", b"k", pack("blobs", b"k", record), parse) for record in (one, other, again)
     ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -17,11 +17,9 @@ from support.rounds import rounds
 BLOCK, START = 4096, 1 << 20
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """As the store's own, to which the table has no way."""
 
-    __slots__ = ("crc", "dtype", "nbytes", "offset", "shape")
     offset: int
     nbytes: int
     dtype: str
@@ -94,7 +92,7 @@ def test_a_table_does_what_a_dictionary_in_order_does(seed: int, steps: int) -> 
             nbytes = chance.choice([0, 1, BLOCK, BLOCK + 1, 3 * BLOCK])
             new = record(step, nbytes, chance.choice(["uint8", "float16"]))
             if not nbytes:
-                new = replace(new, offset=0)
+                new = new._replace(offset=0)
             assert table.put(key, new) == model.put(key, new)
         elif choice < 0.65:
             gone = model.blobs.pop(key, None)
@@ -105,7 +103,7 @@ def test_a_table_does_what_a_dictionary_in_order_does(seed: int, steps: int) -> 
             key = chance.choice(there)
             former = model.blobs[key]
             if former.nbytes:
-                new = replace(former, offset=START + (steps + step) * 2 * BLOCK)
+                new = former._replace(offset=START + (steps + step) * 2 * BLOCK)
                 model.used_at[new.offset] = model.used_at.pop(former.offset)
                 model.blobs[key] = new
                 assert table.replace(key, new) == former
@@ -134,9 +132,9 @@ def test_what_is_not_there_is_none_or_an_error() -> None:
         with pytest.raises(KeyError):
             wrong()
     with pytest.raises(OverflowError):
-        table.put("a", replace(record(1), offset=-1))
+        table.put("a", record(1)._replace(offset=-1))
     with pytest.raises(OverflowError):
-        table.put("a", replace(record(1), crc=1 << 32))
+        table.put("a", record(1)._replace(crc=1 << 32))
     assert len(table) == 0
 
 
@@ -170,7 +168,7 @@ def test_the_extents_of_blobs_are_reserved_or_refused() -> None:
     assert dict(extents.items()) == {record(number).offset: 2 * BLOCK for number in range(5)}
     assert not table.reserve(extents)  # each is there already
     for wrong in (START - BLOCK, START + 1, START + 99 * BLOCK, 1 << 60):
-        table.put("0", replace(record(0), offset=wrong))
+        table.put("0", record(0)._replace(offset=wrong))
         assert not table.reserve(ExtentMap(START, START + 100 * BLOCK, BLOCK))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -27,9 +26,9 @@ def test_records_that_overlap_cost_themselves_and_nothing_else(folder, caplog):
             opened.sequence(name, shape).append(0, k, k)
         opened.flush()
         records = opened.catalog.records
-        beyond = replace(records.blobs["b"], offset=1 << 40)
+        beyond = records.blobs["b"]._replace(offset=1 << 40)
         second = records.sequences["hit"].pieces[0].runs[0] + BLOCK
-        within = replace(records.blobs["b"], offset=second)
+        within = records.blobs["b"]._replace(offset=second)
         wrong = {"twin": records.blobs["a"], "beyond": beyond, "within": within}
         opened.catalog.committer.index.commit(wrong, {})
     with caplog.at_level(logging.ERROR, "spdk_kv"):

@@ -3,7 +3,7 @@ news."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from spdk_kv.errors import ClosedError, KeyNotFound, ReadOnlyStore
 from spdk_kv.index import BlobRecord, IndexReader, IndexSnapshot, SequenceRecord
@@ -129,7 +129,7 @@ class ReadRecords(Records):
 
     # -- what a reader does not do --------------------------------------------------------------
 
-    def publish(self, records: Mapping[str, BlobRecord]) -> None:
+    def publish(self, records: dict[str, BlobRecord]) -> None:
         """ReadOnlyStore."""
         raise ReadOnlyStore("a store that is open read_only publishes nothing")
 
