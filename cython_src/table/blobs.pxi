@@ -8,7 +8,7 @@ cdef extern from "Python.h":
 
 cdef struct Entry:
     uint64_t offset
-    uint64_t used_at
+    uint64_t used        # when last, twice, and whether more often than once
     uint32_t hash
     uint32_t crc
     uint32_t kind
@@ -29,6 +29,18 @@ cdef enum:
     PACKED = 20
 
 cdef bytes _SEED = os.urandom(8)
+
+
+cdef enum:
+    # Blobs that were put and not used since, and those that were: each in the order of use.
+    ONCE = 0
+    AGAIN = 1
+    LISTS = 2
+
+
+cdef struct Walk:
+    # The next entry of each list; 0: none.
+    uint32_t next[LISTS]
 cdef object _NEW = tuple.__new__
 
 
@@ -40,6 +52,10 @@ cdef class BlobTable:
     crc)``, which iterates from the one used longest ago. What is kept is packed: a
     record that is looked up is a new object, equal to the one that was put. ``block_nbytes``: what
     the sizes of extents are multiples of.
+
+    For eviction a blob that was put and not used since counts as :attr:`once_weight` times as old:
+    most of what comes once comes never again, and a flood of it does not drive out what is used
+    again and again. One that was evicted so and is put anew counts as used.
     """
     cdef unsigned char *_arena
     cdef uint32_t _units           # that the arena has
@@ -47,8 +63,13 @@ cdef class BlobTable:
     cdef uint32_t _free[CLASSES]   # entries to be given out again, by class
     cdef Slots _by_key
     cdef Slots _by_offset
-    cdef uint32_t _oldest
-    cdef uint32_t _newest
+    cdef uint32_t _oldest[LISTS]
+    cdef uint32_t _newest[LISTS]
+    # Of blobs that were evicted before they were used again: hashes of their keys, each in the place
+    # that it has by itself.
+    cdef uint32_t *_gone
+    cdef uint32_t _gone_mask
+    cdef public uint32_t once_weight
     cdef uint64_t _changes         # of the order and of what there is
     cdef uint64_t _seed
     cdef uint64_t _block_nbytes
@@ -66,6 +87,7 @@ cdef class BlobTable:
     def __cinit__(self, make, uint64_t block_nbytes):
         self._make = make
         self._block_nbytes = block_nbytes
+        self.once_weight = 1
         self._kinds = []
         self._kind_numbers = {}
         self._spare_kinds = []
@@ -82,6 +104,7 @@ cdef class BlobTable:
         free(self._arena)
         free(self._by_key.slots)
         free(self._by_offset.slots)
+        free(self._gone)
         free(self._kind_counts)
         free(self._kind_nbytes)
 
@@ -110,28 +133,33 @@ cdef class BlobTable:
 
     def __iter__(self):
         """The keys, that of the blob used longest ago first. RuntimeError once anything changes."""
-        cdef uint32_t ref = self._oldest
+        cdef Walk walk = self._walk()
+        cdef uint32_t ref = self._step(&walk, 1)
         cdef uint64_t changes = self._changes
         while ref:
             yield self._key(ref)
             if changes != self._changes:
                 raise RuntimeError("the blobs changed during iteration")
-            ref = self._entry(ref).newer
+            ref = self._step(&walk, 1)
 
     def __reversed__(self):
         """The keys, that of the blob used last first. RuntimeError once anything changes."""
-        cdef uint32_t ref = self._newest
+        cdef Walk walk
+        walk.next[ONCE] = self._newest[ONCE]
+        walk.next[AGAIN] = self._newest[AGAIN]
+        cdef uint32_t ref = self._step_back(&walk)
         cdef uint64_t changes = self._changes
         while ref:
             yield self._key(ref)
             if changes != self._changes:
                 raise RuntimeError("the blobs changed during iteration")
-            ref = self._entry(ref).older
+            ref = self._step_back(&walk)
 
     def keys(self, str prefix=""):
         """The keys that begin with ``prefix``, as a list."""
         cdef list found = []
-        cdef uint32_t ref = self._oldest
+        cdef Walk walk = self._walk()
+        cdef uint32_t ref = self._step(&walk, 1)
         cdef uint64_t changes = self._changes
         cdef bytes held = prefix.encode("utf-8", "surrogatepass")
         cdef const char *wanted = PyBytes_AS_STRING(held)
@@ -143,7 +171,7 @@ cdef class BlobTable:
                 found.append(self._key(ref))
                 if changes != self._changes:
                     raise RuntimeError("the blobs changed during iteration")
-            ref = self._entry(ref).newer
+            ref = self._step(&walk, 1)
         return found
 
     def values(self):
@@ -153,13 +181,14 @@ cdef class BlobTable:
     def items(self):
         """(key, record) of each, as a list."""
         cdef list found = []
-        cdef uint32_t ref = self._oldest
+        cdef Walk walk = self._walk()
+        cdef uint32_t ref = self._step(&walk, 1)
         cdef uint64_t changes = self._changes
         while ref:
             found.append((self._key(ref), self._record(ref)))
             if changes != self._changes:
                 raise RuntimeError("the blobs changed during iteration")
-            ref = self._entry(ref).newer
+            ref = self._step(&walk, 1)
         return found
 
     # -- changes --------------------------------------------------------------------------------
@@ -216,13 +245,9 @@ cdef class BlobTable:
             entry.key_nbytes = <uint32_t>key_nbytes
             memcpy(key_of(entry), text, key_nbytes)
             slots_add(&self._by_key, hash, ref)
-            self._append(ref)
         else:
             former = entry[0]
             self._leave(ref)
-            if last:
-                self._unlink(ref)
-                self._append(ref)
         entry.offset = offset
         entry.crc = crc
         entry.kind = kind
@@ -230,15 +255,18 @@ cdef class BlobTable:
         if nbytes:
             slots_add(&self._by_offset, offset_hash(offset), ref)
             self.footprint_nbytes += self._blocks_of(nbytes)
-            if last or is_new:
-                self.now += 1
-                entry.used_at = self.now
+        if is_new:
+            self._append(ref, AGAIN if self._is_back(hash) else ONCE)
+        elif last:
+            self._unlink(ref)
+            self._append(ref, AGAIN)
         if is_new:
             return None
         return self._given_up(&former)
 
-    def pop(self, key):
-        """Takes the blob out; returns its record, or None where it was not there."""
+    def pop(self, key, bint evicted=False):
+        """Takes the blob out; returns its record, or None where it was not there. ``evicted``: so
+        that others have room."""
         cdef uint32_t ref = self._find(key)
         cdef Entry former
         if not ref:
@@ -246,6 +274,8 @@ cdef class BlobTable:
         former = self._entry(ref)[0]
         self._leave(ref)
         self._unlink(ref)
+        if evicted and not former.used & AGAIN:
+            self._remember(former.hash)
         slots_remove(&self._by_key, former.hash, ref)
         self._changes += 1
         self._release(ref, sizeof(Entry) + former.key_nbytes)
@@ -266,12 +296,8 @@ cdef class BlobTable:
                 if not refs[i]:
                     return None
             for i in range(count):
-                entry = self._entry(refs[i])
                 self._unlink(refs[i])
-                self._append(refs[i])
-                if self._kind_nbytes[entry.kind]:
-                    self.now += 1
-                    entry.used_at = self.now
+                self._append(refs[i], AGAIN)
             self._changes += 1
             for i in range(count):
                 found.append(self._record(refs[i]))
@@ -292,43 +318,49 @@ cdef class BlobTable:
         return self._key(ref) if ref else None
 
     def used_at(self, uint64_t offset):
-        """:attr:`now` as of the last use of the blob whose extent begins at ``offset``, or None."""
+        """:attr:`now` as of the last use of the blob whose extent begins at ``offset``, or None;
+        with :attr:`once_weight`, so that it may be below 0."""
         cdef uint32_t ref = self._at(offset)
-        return self._entry(ref).used_at if ref else None
+        return <int64_t>(self.now - self._age(ref, self.once_weight)) if ref else None
 
     def offsets(self):
         """Where the extents of all blobs begin, as a list; that of the blob used longest ago
         first."""
         cdef list found = []
-        cdef uint32_t ref = self._oldest
+        cdef Walk walk = self._walk()
+        cdef uint32_t ref = self._step(&walk, 1)
         cdef Entry *entry
         while ref:
             entry = self._entry(ref)
-            ref = entry.newer
             if self._kind_nbytes[entry.kind]:
                 found.append(entry.offset)
+            ref = self._step(&walk, 1)
         return found
 
     def oldest(self):
-        """As :meth:`offsets`, one by one. RuntimeError once anything changes."""
-        cdef uint32_t ref = self._oldest
+        """Where the extents of all blobs begin, one by one, in the order of :meth:`used_at`.
+        RuntimeError once anything changes."""
+        cdef Walk walk = self._walk()
+        cdef uint32_t weight = self.once_weight
+        cdef uint32_t ref = self._step(&walk, weight)
         cdef uint64_t changes = self._changes
         while ref:
             if self._kind_nbytes[self._entry(ref).kind]:
                 yield self._entry(ref).offset
                 if changes != self._changes:
                     raise RuntimeError("the blobs changed during iteration")
-            ref = self._entry(ref).newer
+            ref = self._step(&walk, weight)
 
     @property
     def end(self):
         """Where the last extent ends; 0 where there is none."""
-        cdef uint32_t ref = self._oldest
+        cdef Walk walk = self._walk()
+        cdef uint32_t ref = self._step(&walk, 1)
         cdef uint64_t end = 0
         cdef Entry *entry
         while ref:
             entry = self._entry(ref)
-            ref = entry.newer
+            ref = self._step(&walk, 1)
             if self._kind_nbytes[entry.kind]:
                 end = max(end, entry.offset + self._kind_nbytes[entry.kind])
         return end
@@ -336,12 +368,13 @@ cdef class BlobTable:
     def reserve(self, ExtentMap extents not None):
         """Adds the extents of all blobs. False, and some were added, where one lies outside or
         begins or ends where another one does."""
-        cdef uint32_t ref = self._oldest
+        cdef Walk walk = self._walk()
+        cdef uint32_t ref = self._step(&walk, 1)
         cdef uint64_t offset, blocks, block_nbytes = extents._block_nbytes
         cdef Entry *entry
         while ref:
             entry = self._entry(ref)
-            ref = entry.newer
+            ref = self._step(&walk, 1)
             blocks = self._kind_nbytes[entry.kind]
             if blocks == 0:
                 continue
@@ -406,24 +439,81 @@ cdef class BlobTable:
 
     cdef void _unlink(self, uint32_t ref) noexcept:
         cdef Entry *entry = self._entry(ref)
+        cdef uint32_t which = entry.used & AGAIN
         if entry.older:
             self._entry(entry.older).newer = entry.newer
         else:
-            self._oldest = entry.newer
+            self._oldest[which] = entry.newer
         if entry.newer:
             self._entry(entry.newer).older = entry.older
         else:
-            self._newest = entry.older
+            self._newest[which] = entry.older
 
-    cdef void _append(self, uint32_t ref) noexcept:
+    cdef void _append(self, uint32_t ref, uint32_t which) noexcept:
+        """It is used now."""
         cdef Entry *entry = self._entry(ref)
-        entry.older = self._newest
+        self.now += 1
+        entry.used = self.now << 1 | which
+        entry.older = self._newest[which]
         entry.newer = 0
-        if self._newest:
-            self._entry(self._newest).newer = ref
+        if entry.older:
+            self._entry(entry.older).newer = ref
         else:
-            self._oldest = ref
-        self._newest = ref
+            self._oldest[which] = ref
+        self._newest[which] = ref
+
+    cdef inline uint64_t _age(self, uint32_t ref, uint32_t once_weight) noexcept:
+        """In uses since its own last one."""
+        cdef Entry *entry = self._entry(ref)
+        cdef uint64_t age = self.now - (entry.used >> 1)
+        return age if entry.used & AGAIN else age * once_weight
+
+    cdef Walk _walk(self) noexcept:
+        """To all entries, by :meth:`_step`."""
+        cdef Walk walk
+        walk.next[ONCE] = self._oldest[ONCE]
+        walk.next[AGAIN] = self._oldest[AGAIN]
+        return walk
+
+    cdef uint32_t _step(self, Walk *walk, uint32_t once_weight) noexcept:
+        """The oldest entry that ``walk`` has not come to; 0 after the last."""
+        cdef uint32_t once = walk.next[ONCE], again = walk.next[AGAIN]
+        if once and (not again or self._age(once, once_weight) >= self._age(again, 1)):
+            walk.next[ONCE] = self._entry(once).newer
+            return once
+        if again:
+            walk.next[AGAIN] = self._entry(again).newer
+        return again
+
+    cdef uint32_t _step_back(self, Walk *walk) noexcept:
+        """As :meth:`_step` from the other end, of a walk that begins at the newest of each list."""
+        cdef uint32_t once = walk.next[ONCE], again = walk.next[AGAIN]
+        if once and (not again or self._entry(once).used >= self._entry(again).used):
+            walk.next[ONCE] = self._entry(once).older
+            return once
+        if again:
+            walk.next[AGAIN] = self._entry(again).older
+        return again
+
+    cdef bint _is_back(self, uint32_t hash) noexcept:
+        """Whether a key was evicted before it was used again, not long ago."""
+        return self._gone != NULL and hash != 0 and self._gone[hash & self._gone_mask] == hash
+
+    cdef void _remember(self, uint32_t hash) noexcept:
+        """What :meth:`_is_back` asks for; as many as there are blobs, more or less: one takes the
+        place of another by chance. Without memory nothing is remembered."""
+        cdef uint64_t room = 1024
+        cdef void *made
+        if self._gone == NULL or self._gone_mask < self._by_key.count // 2:
+            while room < self._by_key.count:
+                room *= 2
+            made = calloc(room, sizeof(uint32_t))
+            if made == NULL:
+                return
+            free(self._gone)
+            self._gone = <uint32_t *>made
+            self._gone_mask = <uint32_t>(room - 1)
+        self._gone[hash & self._gone_mask] = hash
 
     cdef _key(self, uint32_t ref):
         cdef Entry *entry = self._entry(ref)

@@ -41,6 +41,8 @@ class Catalog:
         places: Places,
     ) -> None:
         self.records = records
+        if eviction == "slru":
+            records.residents.resist_scans()
         self.quarantine = Quarantine(records.lock, records.unpin)
         self.committer = Committer(records, self.quarantine, engine, index, places)
         self.reserved = Reserved(records)

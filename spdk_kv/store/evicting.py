@@ -46,7 +46,7 @@ class Evictor:
         The blobs and sequences used longest ago go. ``holes``: whether what was given back to the
         filesystem counts as free. ``refusal``: what the allocator said.
         """
-        if self._eviction != "lru":
+        if self._eviction == "none":
             return self._lacking(refusal, end, holes, "")
         records = self._records
         allocator = records.extents.allocator

@@ -28,7 +28,7 @@ def open(
     create: bool | None = None,
     engine: str | EngineOptions | None = None,
     page_cache: PageCacheOptions | int | str | None = None,
-    eviction: Eviction = "lru",
+    eviction: Eviction = "slru",
     verify: bool = True,
     index_dir: str | os.PathLike[str] | None = None,
     flush_interval_s: float | None = 5.0,
@@ -63,9 +63,11 @@ def open(
             that may be used.
         page_cache: A :class:`PageCacheOptions`: what is read through the page cache, and how much
             memory it may hold.
-        eviction: ``"lru"`` makes room by forgetting the blobs used longest ago (of which those go
-            that are neighbours on the drive: an extent is contiguous), ``"none"`` refuses with
-            CapacityError.
+        eviction: ``"slru"`` (segmented LRU) makes room by forgetting the blobs used longest ago,
+            where one that was put and never used since counts as eight times as old: a flood of
+            what comes once does not drive out what is used again. ``"lru"`` does without that.
+            Of either those go that are neighbours on the drive: an extent is contiguous.
+            ``"none"`` refuses with CapacityError.
         verify: Check checksums on every read.
         index_dir: The folder for the index of a store on a drive. By default one below
             ``$XDG_STATE_HOME``, named after the drive.

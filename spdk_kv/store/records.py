@@ -129,8 +129,9 @@ class Records:
             self.extents.retire([former.offset])
             return True
 
-    def drop(self, key: str, only: BlobRecord | None = None) -> bool:
-        """Forgets a blob (``only``: if it is still that one). Returns whether it was there.
+    def drop(self, key: str, only: BlobRecord | None = None, *, evicted: bool = False) -> bool:
+        """Forgets a blob (``only``: if it is still that one; ``evicted``: so that others have
+        room). Returns whether it was there.
 
         ClosedError: the last commit is over, so that it would be back after a reopening.
         """
@@ -141,7 +142,7 @@ class Records:
             if record is None or (only is not None and record != only):
                 return False
             self._note(key, None)
-            self.blobs.pop(key)
+            self.blobs.pop(key, evicted)
             self._retire(record)
             return True
 
@@ -156,7 +157,7 @@ class Records:
             before = self.blob_nbytes
             for offset in offsets:
                 key = self.residents.key_at(offset)
-                self.counters["evictions"] += key is not None and self.drop(key)
+                self.counters["evictions"] += key is not None and self.drop(key, evicted=True)
             return before - self.blob_nbytes
 
     @property
@@ -184,7 +185,7 @@ class Records:
                     victims.append(key)
                     evicted += index_nbytes(key)
             for key in victims:
-                self.counters["evictions"] += self.drop(key)
+                self.counters["evictions"] += self.drop(key, evicted=True)
             return evicted
 
     @property

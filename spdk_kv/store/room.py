@@ -134,7 +134,7 @@ class Room:
                 with self._records.lock:
                     if most is None:
                         most = _MOST_FOR_INDEX * max(self._records.pending_index_nbytes, 1 << 20)
-                    if self._eviction != "lru" or most <= 0:
+                    if self._eviction == "none" or most <= 0:
                         raise
                     evicted = self._records.evict_for_index(1 << 20)
                 most -= evicted

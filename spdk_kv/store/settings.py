@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from spdk_kv.residency import WriteBudget
 from spdk_kv.store.options import EngineOptions, PageCacheOptions
 
-Eviction = Literal["lru", "none"]
+Eviction = Literal["slru", "lru", "none"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class StoreSettings:
     write_budget: str | None = None
 
     def __post_init__(self) -> None:
-        if self.eviction not in ("lru", "none"):
-            raise ValueError(f"eviction is 'lru' or 'none', not {self.eviction!r}")
+        if self.eviction not in get_args(Eviction):
+            raise ValueError(f"eviction is 'slru', 'lru' or 'none', not {self.eviction!r}")
         _ = self.allowed_writes
 
     @property

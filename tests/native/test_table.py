@@ -37,24 +37,35 @@ def record(number: int, nbytes: int = 5000, dtype: str = "uint8") -> Record:
 class Model:
     """What a table is to do, by a dictionary in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, once_weight: int) -> None:
         self.blobs: OrderedDict[str, Record] = OrderedDict()
-        self.used_at: dict[int, int] = {}
+        self.used_at: dict[str, int] = {}
+        self.used_again: set[str] = set()
+        self.once_weight = once_weight
         self.now = 0
 
     def use(self, key: str) -> None:
         self.blobs.move_to_end(key)
-        if self.blobs[key].nbytes:
-            self.now += 1
-            self.used_at[self.blobs[key].offset] = self.now
+        self.now += 1
+        self.used_at[key] = self.now
+        self.used_again.add(key)
 
     def put(self, key: str, new: Record) -> Record | None:
         former = self.blobs.get(key)
-        if former is not None:
-            self.used_at.pop(former.offset, None)
         self.blobs[key] = new
         self.use(key)
+        if former is None:
+            self.used_again.discard(key)
         return former
+
+    def age(self, key: str) -> int:
+        """As eviction sees it."""
+        age = self.now - self.used_at[key]
+        return age if key in self.used_again else age * self.once_weight
+
+    def oldest(self) -> list[int]:
+        keys = sorted(self.blobs, key=lambda key: (-self.age(key), key in self.used_again))
+        return [self.blobs[key].offset for key in keys if self.blobs[key].nbytes]
 
 
 def check(table: BlobTable[Record], model: Model, keys: list[str]) -> None:
@@ -64,27 +75,32 @@ def check(table: BlobTable[Record], model: Model, keys: list[str]) -> None:
     assert table.values() == list(model.blobs.values())
     assert len(table) == len(model.blobs)
     filled = [each for each in model.blobs.values() if each.nbytes]
-    assert table.offsets() == list(table.oldest()) == [each.offset for each in filled]
+    assert table.offsets() == [each.offset for each in filled]
+    assert list(table.oldest()) == model.oldest()
     assert table.footprint_nbytes == sum(-(-each.nbytes // BLOCK) * BLOCK for each in filled)
     assert table.end == max((each.offset + each.nbytes for each in filled), default=0)
     assert table.now == model.now
     for key in keys:
         assert (key in table) == (key in model.blobs)
         assert table.get(key) == model.blobs.get(key)
-    for each in filled:
-        assert table.used_at(each.offset) == model.used_at[each.offset]
-        assert model.blobs[table.key_at(each.offset)] == each
+    for key, each in model.blobs.items():
+        if each.nbytes:
+            assert table.used_at(each.offset) == model.now - model.age(key)
+            assert table.key_at(each.offset) == key
 
 
 @settings(max_examples=60)
-@given(st.integers(0, 1 << 30), st.integers(1, 400))
-def test_a_table_does_what_a_dictionary_in_order_does(seed: int, steps: int) -> None:
+@given(st.integers(0, 1 << 30), st.integers(1, 400), st.sampled_from([1, 8]))
+def test_a_table_does_what_a_dictionary_in_order_does(
+    seed: int, steps: int, once_weight: int
+) -> None:
     chance = random.Random(seed)
     keys = [chance.choice(["k", "kä", "日本", "\ud800", ""]) + "x" * chance.choice([0, 1, 7, 90])
             + str(number) for number in range(40)]  # fmt: skip
     keys.append("y" * 9000)
     table: BlobTable[Record] = BlobTable(Record, BLOCK)
-    model = Model()
+    table.once_weight = once_weight
+    model = Model(once_weight)
     for step in range(steps):
         key, choice = chance.choice(keys), chance.random()
         there = list(model.blobs)
@@ -95,16 +111,12 @@ def test_a_table_does_what_a_dictionary_in_order_does(seed: int, steps: int) -> 
                 new = new._replace(offset=0)
             assert table.put(key, new) == model.put(key, new)
         elif choice < 0.65:
-            gone = model.blobs.pop(key, None)
-            if gone is not None:
-                model.used_at.pop(gone.offset, None)
-            assert table.pop(key) == gone
+            assert table.pop(key) == model.blobs.pop(key, None)
         elif choice < 0.75 and there:
             key = chance.choice(there)
             former = model.blobs[key]
             if former.nbytes:
                 new = former._replace(offset=START + (steps + step) * 2 * BLOCK)
-                model.used_at[new.offset] = model.used_at.pop(former.offset)
                 model.blobs[key] = new
                 assert table.replace(key, new) == former
         else:
@@ -118,8 +130,40 @@ def test_a_table_does_what_a_dictionary_in_order_does(seed: int, steps: int) -> 
     check(table, model, keys)
     for key in list(model.blobs):
         assert table.pop(key) == model.blobs.pop(key)
-        model.used_at.clear()
     check(table, model, keys)
+
+
+def test_what_was_evicted_unused_counts_as_used_when_it_is_back() -> None:
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    table.once_weight = 8
+    for key, evicted in (("evicted", True), ("deleted", False)):
+        table.put(key, record(1))
+        table.pop(key, evicted)
+        table.put(key, record(1))
+        assert table.used_at(record(1).offset) == table.now
+        table.tick()
+        assert table.used_at(record(1).offset) == table.now - (1 if evicted else 8)
+        table.pop(key)
+
+
+def test_what_is_remembered_of_evictions_grows_with_the_blobs() -> None:
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    table.once_weight = 8
+    count = 20_000
+    for number in range(count):
+        table.put(str(number), record(number))
+    for number in range(count):
+        table.pop(str(number), True)
+    for number in range(count):
+        table.put(str(number), record(number))
+    table.tick()
+    now = table.now
+    back = sum(
+        table.used_at(record(number).offset) == number + count + 1 for number in range(count)
+    )
+    assert now == 2 * count + 1
+    # One takes the place of another by chance.
+    assert count // 2 < back < count
 
 
 def test_what_is_not_there_is_none_or_an_error() -> None:

@@ -72,6 +72,34 @@ def test_random_puts_evict_what_they_need_and_the_store_stays_full():
         allocator.check()
 
 
+@pytest.mark.parametrize(("eviction", "least", "most"), [("slru", 40, 40), ("lru", 0, 0)])
+def test_what_is_used_again_outlives_a_flood_of_what_comes_once(eviction, least, most):
+    with open_store("null://", capacity="64 MiB", eviction=eviction) as store:
+        hot = [f"hot {number}" for number in range(40)]
+        for key in hot:
+            store.put(key, BUFFER[: 64 * KIB])
+            store.get(key, as_numpy=True)
+        for number in range(4 * 1024):  # four times the store
+            store.put(str(number), BUFFER[: 64 * KIB])
+        assert least <= sum(key in store for key in hot) <= most
+        # What nobody wants any more goes all the same.
+        for number in range(32 * 1024):
+            store.put(str(number), BUFFER[: 64 * KIB])
+        assert not any(key in store for key in hot)
+
+
+def test_what_was_evicted_and_comes_back_stays():
+    with open_store("null://", capacity="64 MiB") as store:
+        store.put("back", BUFFER[: 64 * KIB])
+        numbers = iter(range(10_000))
+        while "back" in store:
+            store.put(str(next(numbers)), BUFFER[: 64 * KIB])
+        store.put("back", BUFFER[: 64 * KIB])
+        for _ in range(2 * 1024):
+            store.put(str(next(numbers)), BUFFER[: 64 * KIB])
+        assert "back" in store
+
+
 def test_a_few_puts_into_a_store_just_opened_evict_no_more_than_they_need(folder):
     with open_store(folder, capacity="64 MiB") as store:
         fill_to(store, 1, lambda: 64 * KIB)

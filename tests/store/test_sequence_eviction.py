@@ -76,7 +76,7 @@ def test_one_in_use_and_a_pinned_one_stay(folder):
 
 
 def test_blobs_and_sequences_go_in_the_order_of_their_last_use(folder):
-    with open_store(folder, capacity="8 MiB") as store:
+    with open_store(folder, capacity="8 MiB", eviction="lru") as store:
         for n in range(4):
             store.put(f"b{n}", blob(n))
         for n in range(8):
@@ -93,6 +93,17 @@ def test_blobs_and_sequences_go_in_the_order_of_their_last_use(folder):
         store.put("newer", blob(10, 2))
         assert store.sequences() == [f"s{n}" for n in range(4, 8)], "older blobs were there"
         assert "new" in store
+        check_books(store)
+
+
+@pytest.mark.parametrize(("eviction", "stays"), [("slru", True), ("lru", False)])
+def test_a_flood_of_blobs_that_come_once_drives_out_no_sequence(folder, eviction, stays):
+    with open_store(folder, capacity="8 MiB", eviction=eviction) as store:
+        stored(store, "s")
+        store.flush()
+        for n in range(60):  # several times the store
+            store.put(f"b{n}", blob(n)[: MIB // 16])
+        assert (store.sequences() == ["s"]) == stays
         check_books(store)
 
 

@@ -137,7 +137,7 @@ class ReadRecords(Records):
         """ReadOnlyStore."""
         raise ReadOnlyStore("a store that is open read_only records nothing")
 
-    def drop(self, key: str, only: BlobRecord | None = None) -> bool:
+    def drop(self, key: str, only: BlobRecord | None = None, *, evicted: bool = False) -> bool:
         """Nothing is dropped: what cannot be read here is its writer's to forget."""
         return False
 
