@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from spdk_kv._native.table import BlobTable
 from spdk_kv.index import BlobRecord
 
-
 # On traces of prompts and of Zipf's law, with floods of what comes once and without
 # (bench/eviction_hits.py), 4 to 16 do about equally well; larger ones lose where what was wanted
 # again and again no longer is.

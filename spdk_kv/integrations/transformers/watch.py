@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -12,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from spdk_kv.integrations.transformers.hook import CacheHook, ended_with, if_given
 from spdk_kv.integrations.transformers.identity import (
     config_of,
     has_dropout,
@@ -76,60 +75,22 @@ class UnknownTokens(Exception):
     """The tokens cannot be known; says why."""
 
 
-class _Hook:
-    """Called before and after each forward pass of a model. Holds neither the cache nor the model.
-
-    A model that is copied or saved meanwhile does not take the hook along.
-    """
-
-    def __init__(self, cache: Any, tell: Callable[..., None]) -> None:
-        self._cache = weakref.ref(cache)
-        self._tell = tell
-
-    # Not for torch.compile: what it does depends on the values of tensors.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *_: object
-    ) -> None:
-        cache = self._cache()
-        if cache is not None and any(given is cache for given in (*kwargs.values(), *args)):
-            self._tell(cache, model, args, kwargs)
-
-    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
-        return _no_hook, ()
-
-
-def _nothing(*_: object) -> None:
-    return None
-
-
-def _no_hook() -> object:
-    return _nothing
-
-
 def watch(model: nn.Module, cache: Any, watched: Watched) -> Callable[[], object]:
     """From now on ``watched`` is told, before each forward pass of ``model`` that is given
     ``cache``, what the pass adds to it, and afterwards that it is over, and whether it raised.
 
     Returns what ends this; it ends by itself when the cache is gone.
     """
-    before = _Hook(cache, partial(_announce, watched))
-    after = _Hook(cache, partial(_retract, watched))
-    done = _Hook(cache, partial(_complete, watched))
+    before = CacheHook(cache, if_given(partial(_announce, watched)))
+    after = CacheHook(cache, if_given(partial(_retract, watched)))
+    done = CacheHook(cache, if_given(partial(_complete, watched)))
     root = root_of(model)
     handles = (
         root.register_forward_pre_hook(before, with_kwargs=True),
         root.register_forward_hook(after, with_kwargs=True, always_call=True),
         root.register_forward_hook(done, with_kwargs=True),
     )
-    ending = weakref.finalize(cache, _remove, handles)
-    ending.atexit = False
-    return ending
-
-
-def _remove(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
+    return ended_with(cache, handles)
 
 
 def _announce(watched: Watched, cache: Any, model: nn.Module, args: Any, kwargs: Any) -> None:
