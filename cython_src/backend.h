@@ -18,9 +18,9 @@
 #define SKV_NVME_STATUS 0x10000
 
 /* The number changes with the structures below: an engine built for another is refused. */
-#define SKV_BACKEND_CAPSULE "spdk_kv.backend.6"
+#define SKV_BACKEND_CAPSULE "spdk_kv.backend.7"
 
-enum { SKV_READ = 0, SKV_WRITE = 1, SKV_FLUSH = 2, SKV_DISCARD = 3 };
+enum { SKV_READ = 0, SKV_WRITE = 1, SKV_FLUSH = 2, SKV_DISCARD = 3, SKV_OPS = 4 };
 
 /* One command to the drive. The loop owns it; between submit and poll the engine does. */
 typedef struct skv_io {
@@ -68,6 +68,9 @@ typedef struct skv_backend {
     int (*bind)(void *self, void (*ask)(void *asked), void *asked);
     void (*serve)(void *self);
     void (*unbind)(void *self);
+    /* CPU time of the engine's own threads, in nanoseconds; NULL: it has none. Any thread calls
+     * it, until the queue is closed. */
+    uint64_t (*cpu_ns)(void *self);
 } skv_backend;
 
 static inline uint64_t skv_now_ns(void)
@@ -108,5 +111,16 @@ static inline uint64_t skv_bucket_ns(int bucket)
     uint64_t low = (16ull + (uint64_t)(bucket % 16)) << (exponent - 4);
     return low + ((1ull << (exponent - 4)) >> 1);
 }
+
+/* Where a bucket ends, in nanoseconds. */
+static inline uint64_t skv_bucket_end_ns(int bucket)
+{
+    if (bucket < 16)
+        return (uint64_t)bucket + 1;
+    return (17ull + (uint64_t)(bucket % 16)) << (bucket / 16 - 1);
+}
+
+/* So many of them are a quarter of a doubling. */
+#define SKV_QUARTER 4
 
 #endif

@@ -8,7 +8,9 @@ cdef extern from "backend.h" nogil:
         SKV_WRITE
         SKV_FLUSH
         SKV_DISCARD
+        SKV_OPS
         SKV_BUCKETS
+        SKV_QUARTER
 
     ctypedef struct skv_io:
         uint64_t offset
@@ -37,8 +39,10 @@ cdef extern from "backend.h" nogil:
         int (*bind)(void *self, void (*ask)(void *) noexcept nogil, void *asked) noexcept nogil
         void (*serve)(void *self) noexcept nogil
         void (*unbind)(void *self) noexcept nogil
+        uint64_t (*cpu_ns)(void *self) noexcept nogil
 
     uint64_t skv_now_ns()
     void skv_relax()
     int skv_bucket(uint64_t ns)
     uint64_t skv_bucket_ns(int bucket)
+    uint64_t skv_bucket_end_ns(int bucket)

@@ -1,5 +1,5 @@
 # The part of POSIX threads that the extensions use; declarations only.
-from posix.time cimport timespec
+from posix.time cimport clock_gettime, clockid_t, timespec
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -27,6 +27,8 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_create(pthread_t *, const void *, void *(*)(void *) noexcept nogil, void *)
     int pthread_join(pthread_t, void **)
     int pthread_detach(pthread_t)
+    pthread_t pthread_self()
+    int pthread_getcpuclockid(pthread_t, clockid_t *)
 
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
@@ -66,3 +68,18 @@ cdef inline int start_thread(pthread_t *thread, void *(*body)(void *) noexcept n
     rc = pthread_create(thread, NULL, body, argument)
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     return rc
+
+
+cdef inline clockid_t own_cpu_clock() noexcept nogil:
+    """The clock of this thread's CPU time, which other threads may read."""
+    cdef clockid_t clock = 0
+    pthread_getcpuclockid(pthread_self(), &clock)
+    return clock
+
+
+cdef inline unsigned long long cpu_clock_ns(clockid_t clock) noexcept nogil:
+    """What it shows; 0 once its thread has ended."""
+    cdef timespec at
+    if clock_gettime(clock, &at):
+        return 0
+    return <unsigned long long>at.tv_sec * 1000000000 + <unsigned long long>at.tv_nsec

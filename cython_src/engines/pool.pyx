@@ -18,7 +18,7 @@ from backend cimport (
 )
 from crc32c cimport skv_crc32c
 from pthreads cimport (
-    init_cond, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_t,
+    clockid_t, cpu_clock_ns, init_cond, own_cpu_clock, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_t,
     pthread_cond_wait, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread,
     wait_until,
@@ -66,6 +66,8 @@ cdef struct ThreadPool:
     bint buffered
     int mapped_fd
     pthread_t *threads
+    clockid_t *clocks  # of the CPU time of those that have started
+    int started
     uint64_t *claims  # per thread: the block that it is filling, or NO_BLOCK
     int count
 
@@ -159,6 +161,8 @@ cdef void *_thread_main(void *argument) noexcept nogil:
     cdef ThreadPool *p = <ThreadPool *>argument
     cdef skv_io *io
     pthread_mutex_lock(&p.mutex)
+    p.clocks[p.started] = own_cpu_clock()
+    p.started += 1
     while True:
         io = p.todo
         if io == NULL:
@@ -255,6 +259,17 @@ cdef void _cancel(void *self, skv_io *io) noexcept nogil:
     pthread_mutex_unlock(&p.mutex)
 
 
+cdef uint64_t _cpu_ns(void *self) noexcept nogil:
+    cdef ThreadPool *p = <ThreadPool *>self
+    cdef uint64_t ns = 0
+    cdef int i
+    pthread_mutex_lock(&p.mutex)
+    for i in range(p.started):
+        ns += cpu_clock_ns(p.clocks[i])
+    pthread_mutex_unlock(&p.mutex)
+    return ns
+
+
 @cython.no_gc_clear
 cdef class PoolBackend:
     """``threads`` native threads over the descriptor ``fd``, which the caller closes.
@@ -282,8 +297,9 @@ cdef class PoolBackend:
         init_cond(&self._p.finished)
         init_cond(&self._p.released)
         self._p.claims = <uint64_t *>malloc(threads * sizeof(uint64_t))
+        self._p.clocks = <clockid_t *>malloc(threads * sizeof(clockid_t))
         self._p.threads = <pthread_t *>calloc(threads, sizeof(pthread_t))
-        if self._p.threads == NULL or self._p.claims == NULL:
+        if self._p.threads == NULL or self._p.claims == NULL or self._p.clocks == NULL:
             free(self._p.threads)
             self._p.threads = NULL
             raise MemoryError()
@@ -299,6 +315,7 @@ cdef class PoolBackend:
         self._p.backend.poll = _poll
         self._p.backend.wake = _wake
         self._p.backend.cancel = _cancel
+        self._p.backend.cpu_ns = _cpu_ns
         self.backend = PyCapsule_New(&self._p.backend, SKV_BACKEND_CAPSULE, NULL)
 
     @property
@@ -325,3 +342,4 @@ cdef class PoolBackend:
         if self._pid == getpid():
             self.close()
         free(self._p.claims)
+        free(self._p.clocks)

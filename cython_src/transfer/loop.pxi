@@ -232,6 +232,7 @@ cdef void _stop_driving(Queue_ *q) noexcept nogil:
 cdef void *_thread_main(void *argument) noexcept nogil:
     cdef Queue_ *q = <Queue_ *>argument
     cdef int refused = 0
+    q.cpu_clock = own_cpu_clock()
     if q.bound:
         refused = q.backend.bind(q.backend.self, _ask, q)
     pthread_mutex_lock(&q.mutex)

@@ -31,20 +31,57 @@ cdef void _free_orphans(Queue_ *q):
         t = following
 
 
-cdef void _add_counters(Counters *to, const Counters *more) noexcept:
-    """Adds what only one transfer at a time added up: nothing of it overlaps with `to`'s own."""
+cdef void _add_op(OpCounters *to, const OpCounters *more) noexcept:
     cdef int i
     to.ios += more.ios
-    to.read_nbytes += more.read_nbytes
-    to.written_nbytes += more.written_nbytes
+    to.nbytes += more.nbytes
+    to.latency_ns += more.latency_ns
     to.transfers += more.transfers
     to.errors += more.errors
+    to.took_ns += more.took_ns
+    for i in range(SKV_BUCKETS):
+        to.latency[i] += more.latency[i]
+        to.took[i] += more.took[i]
+
+
+cdef void _add_counters(Counters *to, const Counters *more) noexcept:
+    """Adds what only one transfer at a time added up: nothing of it overlaps with `to`'s own."""
+    cdef int op
+    for op in range(SKV_OPS):
+        _add_op(&to.ops[op], &more.ops[op])
     to.bounced += more.bounced
-    to.latency_ns += more.latency_ns
     to.busy_ns += more.busy_ns
     to.deepest = max(to.deepest, more.deepest)
-    for i in range(SKV_BUCKETS):
-        to.histogram[i] += more.histogram[i]
+
+
+cdef uint64_t _cpu_ns(Queue_ *q) noexcept:
+    """CPU time of the queue's own thread and of the engine's."""
+    cdef uint64_t ns = cpu_clock_ns(q.cpu_clock)
+    if q.backend.cpu_ns != NULL:
+        ns += q.backend.cpu_ns(q.backend.self)
+    return ns
+
+
+cdef dict _quarters(const uint64_t *histogram):
+    """Four buckets to each doubling: the time in nanoseconds below which it ends -> its count."""
+    cdef dict found = {}
+    cdef uint64_t count
+    cdef int first, i
+    for first in range(0, SKV_BUCKETS, SKV_QUARTER):
+        count = 0
+        for i in range(first, first + SKV_QUARTER):
+            count += histogram[i]
+        if count:
+            found[skv_bucket_end_ns(first + SKV_QUARTER - 1)] = count
+    return found
+
+
+cdef dict _op_stats(const OpCounters *c):
+    return {
+        "ios": c.ios, "nbytes": c.nbytes, "latency_ns": c.latency_ns, "transfers": c.transfers,
+        "errors": c.errors, "took_ns": c.took_ns, "latency": _quarters(c.latency),
+        "took": _quarters(c.took),
+    }
 
 
 @cython.no_gc_clear
@@ -223,20 +260,35 @@ cdef class Queue:
 
     def stats(self):
         """Counters since the queue was opened, as a dict. Times are in nanoseconds;
-        ``histogram`` maps a latency to the number of commands near it (within 6.25 %)."""
+        ``histogram`` maps a latency to the number of commands near it (within 6.25 %). ``ops`` has
+        the same of ``read``, ``write``, ``flush`` and ``discard`` each: ``latency`` of commands and
+        ``took`` of transfers, from submission to end, map the time below which a bucket ends to
+        its count, four buckets to each doubling. ``cpu_ns`` is the CPU time of the threads that are
+        the queue's own or its engine's; that of callers which drive it is theirs."""
         cdef Counters c = self._q.counters
+        cdef OpCounters all
         cdef int i
+        cdef uint64_t cpu_ns = 0 if self.closed else _cpu_ns(self._q)
         if self._lone is not None:
             _add_counters(&c, &self._lone._q.counters)
+            cpu_ns += 0 if self._lone.closed else _cpu_ns(self._lone._q)
+        memset(&all, 0, sizeof(OpCounters))
+        for i in range(SKV_OPS):
+            _add_op(&all, &c.ops[i])
         return {
-            "ios": c.ios, "read_nbytes": c.read_nbytes, "written_nbytes": c.written_nbytes,
-            "transfers": c.transfers, "errors": c.errors, "bounced_nbytes": c.bounced,
-            "latency_ns": c.latency_ns, "busy_ns": c.busy_ns, "deepest": c.deepest,
+            "ios": all.ios, "read_nbytes": c.ops[SKV_READ].nbytes,
+            "written_nbytes": c.ops[SKV_WRITE].nbytes, "transfers": all.transfers,
+            "errors": all.errors, "bounced_nbytes": c.bounced, "latency_ns": all.latency_ns,
+            "busy_ns": c.busy_ns, "deepest": c.deepest, "cpu_ns": cpu_ns,
             "copies": c.copies, "to_device_nbytes": c.to_device_nbytes,
             "from_device_nbytes": c.from_device_nbytes, "copy_busy_ns": c.copy_busy_ns,
             "overlap_ns": c.overlap_ns,
             "histogram": {
-                skv_bucket_ns(i): c.histogram[i] for i in range(SKV_BUCKETS) if c.histogram[i]
+                skv_bucket_ns(i): all.latency[i] for i in range(SKV_BUCKETS) if all.latency[i]
+            },
+            "ops": {
+                "read": _op_stats(&c.ops[SKV_READ]), "write": _op_stats(&c.ops[SKV_WRITE]),
+                "flush": _op_stats(&c.ops[SKV_FLUSH]), "discard": _op_stats(&c.ops[SKV_DISCARD]),
             },
         }
 

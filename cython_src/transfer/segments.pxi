@@ -43,6 +43,18 @@ cdef void _notify(Queue_ *q, Transfer_ *t) noexcept nogil:
         pthread_cond_broadcast(&q.reapable)
 
 
+cdef inline void _count_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
+    cdef OpCounters *counters = &q.counters.ops[t.op]
+    # Where nothing was waited for, the cached time may be from before the submission.
+    cdef uint64_t now = _clock(q)
+    cdef uint64_t took = now - t.started_ns if now > t.started_ns else 0
+    counters.transfers += 1
+    counters.took_ns += took
+    counters.took[skv_bucket(took)] += 1
+    if t.status:
+        counters.errors += 1
+
+
 cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
     """Ends a transfer that has nothing in flight and wakes its waiters. `t` may be freed when this
     returns."""
@@ -54,11 +66,9 @@ cdef void _finish_transfer(Queue_ *q, Transfer_ *t) noexcept nogil:
         q.all = t.following
     if t.following != NULL:
         t.following.previous = t.previous
-    q.counters.transfers += 1
+    _count_transfer(q, t)
     if t.link != NULL:
         q.linked -= 1
-    if t.status:
-        q.counters.errors += 1
     pthread_mutex_lock(&q.mutex)
     if t.link != NULL:
         _record_outcome(q, t)
@@ -314,15 +324,17 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
     cdef int32_t result = s.io.result
     cdef uint32_t needed = s.drive_nbytes
     cdef uint64_t took = now - s.io.submitted_ns
+    cdef OpCounters *counters = &q.counters.ops[t.op]
     q.in_flight -= 1
     s.in_flight = 0
-    if q.in_flight == 0:
-        q.counters.busy_ns += now - q.busy_since_ns
-        if q.copies:
-            _count_overlap(q, now)
-    q.counters.ios += 1
-    q.counters.latency_ns += took
-    q.counters.histogram[skv_bucket(took)] += 1
+    # At every completion: a queue that never runs empty is busy as well.
+    q.counters.busy_ns += now - q.busy_since_ns
+    q.busy_since_ns = now
+    if q.in_flight == 0 and q.copies:
+        _count_overlap(q, now)
+    counters.ios += 1
+    counters.latency_ns += took
+    counters.latency[skv_bucket(took)] += 1
     if result < 0:
         # The kernel cancels what a thread has in flight when that thread ends, and any thread may
         # have been the driver: a cancellation that was not requested is retried.
@@ -331,13 +343,11 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
             return
         _fail(q, s, -result)
     elif t.op == SKV_READ or t.op == SKV_WRITE:
+        counters.nbytes += <uint32_t>result
         if t.op == SKV_READ:
-            q.counters.read_nbytes += <uint32_t>result
             t.cold_nbytes += s.io.cold_nbytes
             # A file may end inside its last block; only the caller's bytes count.
             needed = s.skip + s.nbytes
-        else:
-            q.counters.written_nbytes += <uint32_t>result
         if s.moved + <uint32_t>result < needed:
             # Short: resubmit the rest from a block boundary; fail if there was no progress.
             result -= result % <int32_t>q.block_nbytes

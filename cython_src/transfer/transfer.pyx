@@ -30,8 +30,8 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 
 from backend cimport (
-    SKV_BACKEND_CAPSULE, SKV_BUCKETS, SKV_DISCARD, SKV_FLUSH, SKV_READ, SKV_WRITE, skv_backend,
-    skv_bucket, skv_bucket_ns, skv_io, skv_now_ns,
+    SKV_BACKEND_CAPSULE, SKV_BUCKETS, SKV_DISCARD, SKV_FLUSH, SKV_OPS, SKV_QUARTER, SKV_READ,
+    SKV_WRITE, skv_backend, skv_bucket, skv_bucket_end_ns, skv_bucket_ns, skv_io, skv_now_ns,
 )
 from crc32c cimport skv_crc32c, skv_crc32c_combine
 from gpu_link cimport (
@@ -39,7 +39,7 @@ from gpu_link cimport (
 )
 from transfer.types cimport *
 from pthreads cimport (
-    init_cond, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    cpu_clock_ns, init_cond, own_cpu_clock, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
     pthread_cond_wait, pthread_detach, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, start_thread,
     wait_until,

@@ -1,8 +1,9 @@
 # The loop's structures and constants. Plain C, because the driver runs without the GIL.
 from cpython.ref cimport PyObject
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from posix.time cimport clockid_t
 
-from backend cimport SKV_BUCKETS, skv_backend, skv_io
+from backend cimport SKV_BUCKETS, SKV_OPS, skv_backend, skv_io
 from gpu_link cimport skv_copy, skv_link
 from pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
@@ -129,14 +130,21 @@ cdef struct Transfer_:
     Transfer_ *following
 
 
-cdef struct Counters:
+# Of one operation.
+cdef struct OpCounters:
     uint64_t ios
-    uint64_t read_nbytes
-    uint64_t written_nbytes
-    uint64_t transfers
-    uint64_t errors
-    uint64_t bounced
+    uint64_t nbytes        # that the drive moved
     uint64_t latency_ns    # sum over all commands; over busy_ns it is the mean depth
+    uint64_t transfers
+    uint64_t errors        # of those transfers
+    uint64_t took_ns       # sum over all transfers, from submission to end
+    uint64_t latency[SKV_BUCKETS]
+    uint64_t took[SKV_BUCKETS]
+
+
+cdef struct Counters:
+    OpCounters ops[SKV_OPS]
+    uint64_t bounced
     uint64_t busy_ns       # time with something in flight
     uint64_t deepest
     uint64_t copies
@@ -144,7 +152,6 @@ cdef struct Counters:
     uint64_t from_device_nbytes
     uint64_t copy_busy_ns  # time with a copy on its way
     uint64_t overlap_ns    # and something in flight on the drive
-    uint64_t histogram[SKV_BUCKETS]
 
 
 # How long a transfer over a link took, from its submission or from the end of the one before it,
@@ -219,4 +226,5 @@ cdef struct Queue_:
     uint8_t exclusive          # one transfer at a time
     Queue_ *home               # of a lone queue the one that it belongs to, or itself
     int refused                # -errno of the engine's bind
+    clockid_t cpu_clock        # CPU time of the queue's own thread
     Counters counters

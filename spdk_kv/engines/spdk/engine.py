@@ -6,7 +6,7 @@ import errno
 import gc
 import itertools
 import logging
-from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -164,12 +164,7 @@ class SpdkEngine(Engine):
         """As every engine's, added up over the queue pairs."""
         counters = super().stats()
         for lane in self._lanes:
-            for name, count in lane.stats().items():
-                if name == "histogram":
-                    count = dict(Counter(counters[name]) + Counter(count))
-                else:
-                    count += counters[name]
-                counters[name] = count
+            counters = _sum(counters, lane.stats())
         return counters
 
     def close(self, timeout_s: float = 30.0) -> None:
@@ -240,3 +235,12 @@ class SpdkEngine(Engine):
         if self._pairs:
             self._pair.close()
         controllers.release(self._location)
+
+
+def _sum(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Both, with the numbers added up by their names; what only one has is taken over."""
+    both = {**one, **other}
+    for name in one.keys() & other.keys():
+        is_table = isinstance(one[name], Mapping)
+        both[name] = _sum(one[name], other[name]) if is_table else one[name] + other[name]
+    return both
