@@ -104,6 +104,7 @@ class Accounting:
             "limited_by": self._available.limited_by,
             "budget_nbytes": self._budget_nbytes,
             "units": len(units),
+            "units_nbytes": sum(unit.nbytes for unit in units),
             "cached_units": len(cached),
             "cached_nbytes": sum(unit.nbytes for unit in cached),
             **self._counters,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from heapq import nlargest
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spdk_kv.engines import CopyPageCacheEngine, Engine, SharedPageCacheEngine
@@ -94,6 +95,7 @@ class Orchestrator:
         self._staging = staging
         self._watcher: Watcher | None = None
         self._closed = False
+        self._uses = 0
 
     # -- sequences come and go ------------------------------------------------------------------
 
@@ -174,17 +176,25 @@ class Orchestrator:
             self._scans.mark_scanned(group)
 
     def record_read(
-        self, unit: TrackedUnit | None, nbytes: int, cold_nbytes: int, warm_epoch: int
+        self,
+        group: UnitGroup,
+        unit: TrackedUnit | None,
+        nbytes: int,
+        cold_nbytes: int,
+        warm_epoch: int,
     ) -> None:
         """Counts a finished read; decides anew if too much was evicted.
 
         Args:
+            group: the sequence that was read.
             unit: what was read through the page cache, None for a direct read.
             nbytes: bytes read.
             cold_nbytes: the part of them that was not in the page cache.
             warm_epoch: the unit's when the read began.
         """
         with self._lock:
+            group.read_nbytes += nbytes
+            self._use(group)
             if unit is None:
                 self._accounting.count_direct(nbytes)
                 return
@@ -223,12 +233,19 @@ class Orchestrator:
         if self.routes.copy is not None and unit.cached:
             self.routes.copy.fill(unit, start, lines(), chunk_nbytes)
 
-    def after_write(self, units: Sequence[TrackedUnit], engine: Engine) -> None:
-        """``engine`` wrote to ``units``; drops the pages of those that left its path meanwhile."""
+    def after_write(self, units: Sequence[TrackedUnit], engine: Engine, nbytes: int) -> None:
+        """``engine`` wrote ``nbytes`` to ``units`` of one sequence; drops the pages of those that
+        left its path meanwhile."""
         with self._lock:
+            units[0].group.written_nbytes += nbytes
+            self._use(units[0].group)
             for unit in units if engine is not self.routes.writer else ():
                 if not unit.cached:
                     self._drop_later(unit)
+
+    def _use(self, group: UnitGroup) -> None:
+        self._uses += 1
+        group.used = self._uses
 
     # -- decisions ------------------------------------------------------------------------------
 
@@ -312,6 +329,12 @@ class Orchestrator:
             stats = self._accounting.stats(groups)
             sequences = [group.summary() for group in groups]
             return {"engine": self.routes.direct.name, **stats, "sequences": sequences}
+
+    def traffic(self, most: int) -> list[dict[str, Any]]:
+        """Of each of the ``most`` sequences that were read or written last: units, and bytes."""
+        with self._lock:
+            groups = nlargest(most, self._scans.groups, key=lambda group: group.used)
+            return [group.traffic() for group in groups]
 
     def why(self) -> list[dict[str, Any]]:
         """An entry per unit: sequence, layer, K or V, bytes, its path, and the reason for that."""

@@ -151,7 +151,8 @@ class UnitGroup:
     """The units of one sequence, and how far its present scan has come.
 
     ``units``: all of them, and ``layers`` those of each layer. ``idle_steps``: decisions since the
-    sequence last started a scan.
+    sequence last started a scan. ``read_nbytes``, ``written_nbytes``: what was done since it is
+    tracked; ``used`` sorts sequences by when that was.
     """
 
     number: int
@@ -159,6 +160,9 @@ class UnitGroup:
     units: list[TrackedUnit] = field(default_factory=list)
     layers: list[list[TrackedUnit]] = field(default_factory=list)
     idle_steps: int = 0
+    read_nbytes: int = 0
+    written_nbytes: int = 0
+    used: int = 0
     _last_layer: int | None = None
     _started_ahead: bool = False
 
@@ -198,3 +202,16 @@ class UnitGroup:
             numbers[f"{part}_nbytes"] = sum(unit.nbytes for unit in units)
             numbers[f"{part}_cached_nbytes"] = sum(unit.nbytes for unit in cached)
         return numbers
+
+    def traffic(self) -> dict[str, str | int]:
+        """Its units and bytes, those of them on the page-cache path, and what was done so far."""
+        cached = [unit for unit in self.units if unit.cached]
+        return {
+            "name": self.name,
+            "units": len(self.units),
+            "cached_units": len(cached),
+            "nbytes": sum(unit.nbytes for unit in self.units),
+            "cached_nbytes": sum(unit.nbytes for unit in cached),
+            "read_nbytes": self.read_nbytes,
+            "written_nbytes": self.written_nbytes,
+        }

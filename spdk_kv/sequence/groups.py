@@ -196,7 +196,8 @@ class GroupReading:
                 return False  # what was found there may be another unit's by now
             if self._layer.verify and transfer.all_chunk_crcs() != part.crcs:
                 return False
-            paths.record_read(cached, transfer.nbytes, transfer.cold_nbytes, part.warm_epoch)
+            group = self._layer.contents.units[0].group
+            paths.record_read(group, cached, transfer.nbytes, transfer.cold_nbytes, part.warm_epoch)
         return True
 
     def _again(self, deadline: Deadline) -> ReadBuffer:

@@ -161,7 +161,8 @@ class Reading:
             failure = None  # its frames have this one, and so the buffer
         transfer = part.transfer
         cached = unit if through_cache else None
-        paths.record_read(cached, transfer.nbytes, transfer.cold_nbytes, part.warm_epoch)
+        group = self._contents.units[0].group
+        paths.record_read(group, cached, transfer.nbytes, transfer.cold_nbytes, part.warm_epoch)
 
     def _failure_of(self, part: Part, deadline: Deadline) -> SpdkKvError | None:
         """What a part failed by, once it is over; None where all is well."""

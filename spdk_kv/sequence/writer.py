@@ -145,7 +145,7 @@ class Writer:
             raise failure
         for number in self._contents.extents:
             self._contents.set_crcs(number, write.start, write.crcs(number))
-        self._paths.after_write(self._contents.units, write.engine)
+        self._paths.after_write(self._contents.units, write.engine, write.nbytes)
         self.pending.popleft()
 
     @property
