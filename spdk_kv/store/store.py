@@ -6,6 +6,7 @@ import logging
 import mmap as memory_map
 import os
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from spdk_kv.deadline import NEVER, Deadline
 from spdk_kv.engines import PageCacheEngine
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.link import Links
+from spdk_kv.metrics import Sample
 from spdk_kv.placement import StagingPool
 from spdk_kv.store import background
 from spdk_kv.store.before_flush import BeforeFlush
@@ -32,6 +34,7 @@ from spdk_kv.store.paths import check_settings, open_paths
 from spdk_kv.store.places import Places
 from spdk_kv.store.recorded import count_holders
 from spdk_kv.store.records import Records
+from spdk_kv.store.sampling import publisher_of, sample_of
 from spdk_kv.store.sequence_calls import SequenceCalls
 from spdk_kv.store.sequences import LeftOut, OpenSequences, report
 from spdk_kv.store.settings import StoreSettings
@@ -91,6 +94,8 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
             self.writes = Writes(settings.allowed_writes, self.engine, index)
             self.mappings: weakref.WeakSet[memory_map.mmap] = weakref.WeakSet()
             self._stop = threading.Event()
+            self.opened_s = time.time()
+            publisher = publisher_of(self, self._parts.lock)
             left_out: LeftOut = []
             self._closing = Closing(
                 self._sequences.delete_temporary,
@@ -102,6 +107,7 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
                 self.writes.keep,
                 partial(report, left_out, "the caller"),
                 partial(detach, self.mappings),
+                publisher.close,
                 self.paths.close,
                 self._parts.close,
             )
@@ -112,6 +118,7 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
         background.opened(self)
         if settings.flush_interval_s is not None and self.engine.persistent:
             background.flush_every(self, self._stop, settings.flush_interval_s)
+        publisher.start()
 
     @property
     def location(self) -> str:
@@ -384,6 +391,10 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
         (times in nanoseconds). Does not block."""
         self.check_open()
         return stats_of(self)
+
+    def sample(self) -> Sample:
+        """All that ``spdk_kv.metrics`` tells of the store, at this moment. Does not block."""
+        return sample_of(self)
 
     def why(self) -> list[dict[str, Any]]:
         """The path of each unit of each sequence in use, and why. Does not block."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -68,6 +69,7 @@ class StoreReader(KVStore):
             self.writes = Writes(None, self.engine, None)
             self.mappings = weakref.WeakSet()
             self._stop = threading.Event()
+            self.opened_s = time.time()
             self._closing = Closing(self.paths.close, self._parts.close, self._found.close)
         except BaseException:
             self._parts.close()
