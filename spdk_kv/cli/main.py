@@ -25,7 +25,9 @@ COMMANDS = {
         "Show what this machine offers and how to fix what is missing.",
     ),
     "fit": ("spdk_kv.cli.fit:fit", "Fit low-rank adapters to a model's keys."),
+    "metrics": ("spdk_kv.cli.metrics:metrics", "Export what stores count, for Prometheus."),
     "stat": ("spdk_kv.cli.stat.command:stat", "Show what a store holds."),
+    "top": ("spdk_kv.cli.top.command:top", "Watch what open stores do."),
     "trim": ("spdk_kv.cli.trim:trim", "Give a store's free space back."),
     "tune": (
         "spdk_kv.cli.tune.command:tune",

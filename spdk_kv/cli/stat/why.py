@@ -7,13 +7,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import click
-
+from spdk_kv.cli.watched import folder_of
 from spdk_kv.engines import Location
-from spdk_kv.errors import StoreMismatch
 from spdk_kv.memory import MemoryReader
 from spdk_kv.placement import owner_of
-from spdk_kv.store import index_folder, read_why
+from spdk_kv.store import read_why
 from spdk_kv.units import format_nbytes
 
 _MOST_SEQUENCES = 20
@@ -26,14 +24,7 @@ def explain(place: Location, index_dir: str | None) -> dict[str, Any]:
     None; ``decision`` is its last one, or None if there was none yet. Raises StoreMismatch where
     there is no store, and where the owner is another version of spdk_kv.
     """
-    if place.scheme == "file":
-        if index_dir is not None:
-            raise click.UsageError("--index-dir does not apply to file:// stores")
-        folder = place.path
-    else:
-        folder = index_dir or index_folder(place)
-    if not os.path.exists(os.path.join(folder, "index.sqlite")):
-        raise StoreMismatch(f"no store at {place}: there is no index in {folder}")
+    folder = folder_of(place, index_dir)
     reader = MemoryReader()
     available = reader.read()
     reader.close()
