@@ -396,6 +396,11 @@ class Engine:
     def depth(self, depth: int) -> None:
         self.queue.depth = depth
 
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes that were written, of :meth:`stats`, which takes longer."""
+        return sum(queue.written_nbytes for queue in self.queues)
+
     def stats(self) -> dict[str, Any]:
         """The queue's counters, times in nanoseconds (see :meth:`Queue.stats`), and
         ``depth_achieved``: segments in flight on average while there were any."""

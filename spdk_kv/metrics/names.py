@@ -96,7 +96,30 @@ HELD = (
         "counter",
         "Bytes that one path failed to deliver and the other one did.",
     ),
-    # The write budget goes here: what may be written, what was, and what was not admitted.
+    Number(
+        "write_budget_nbytes",
+        "write_budget_bytes",
+        "gauge",
+        "What may be written in each period of the write budget.",
+    ),
+    Number(
+        "write_budget_period_s",
+        "write_budget_period_seconds",
+        "gauge",
+        "The length of those periods.",
+    ),
+    Number(
+        "write_budget_left_nbytes",
+        "write_budget_left_bytes",
+        "gauge",
+        "What may be written at once just now; below 0 after a write that was larger.",
+    ),
+    Number(
+        "declined_writes",
+        "declined_writes",
+        "counter",
+        "Writes that the budget did not admit.",
+    ),
 )
 
 # Of each path: fields of `Path`.

@@ -50,7 +50,13 @@ def sample_of(store: Counting) -> Sample:
     held |= {name: residency[name] for name in _READ}
     if residency["paths"] > 1:
         held |= {name: residency[name] for name in _DECIDED}
-    # The write budget goes here, by the names that metrics/names.py gives it.
+    if budget := stats["write_budget"]:
+        held |= {
+            "write_budget_nbytes": budget["budget_nbytes"],
+            "write_budget_period_s": budget["period_s"],
+            "write_budget_left_nbytes": budget["left_nbytes"],
+            "declined_writes": budget["declined"],
+        }
     paths = {}
     for engine in store.paths.routes.engines:
         is_second = engine is not store.engine

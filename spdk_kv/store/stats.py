@@ -32,6 +32,7 @@ def stats_of(store: Told) -> dict[str, Any]:
     """As :meth:`KVStore.stats`."""
     engine = store.engine.stats()
     histogram = engine.pop("histogram")
+    del engine["ops"]  # KVStore.sample has it
     catalog = store.catalog
     with catalog.records.lock:
         held = catalog.records.stats()

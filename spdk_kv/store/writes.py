@@ -43,7 +43,7 @@ class Writes:
             self._kept_nbytes = self._admission.left_nbytes
 
     def _written_nbytes(self) -> int:
-        return int(self._engine.stats()["written_nbytes"])
+        return self._engine.written_nbytes
 
     def check(self) -> None:
         """Raises WriteBudgetSpent where nothing is left."""

@@ -58,7 +58,7 @@ def test_each_operation_is_counted_by_itself(each: Medium) -> None:
     assert stats["ios"] == 27
     assert stats["transfers"] == 9
     assert stats["read_nbytes"] == 20 * SEGMENT
-    assert stats["written_nbytes"] == 6 * SEGMENT
+    assert stats["written_nbytes"] == engine.written_nbytes == 6 * SEGMENT
     assert stats["latency_ns"] == sum(ops[name]["latency_ns"] for name in OPS)
     assert stats["busy_ns"] <= passed
     assert stats["cpu_ns"] > 0

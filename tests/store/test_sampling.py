@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_hits_misses_and_bytes_of_blobs(folder: Path) -> None:
 
 def test_every_number_that_has_a_name_is_counted(folder: Path) -> None:
     """A name without a number would be a hole in the dashboard."""
-    with open_dual(folder, engine=DIRECT_ENGINES[0]) as store:
+    with open_dual(folder, engine=DIRECT_ENGINES[0], write_budget="1 GiB/day") as store:
         assert set(store.sample().held) == {number.field for number in HELD}
 
 
@@ -75,6 +76,24 @@ def test_units_and_bytes_by_path_and_by_sequence(folder: Path) -> None:
         other.settle(0)
         names = [each["name"] for each in store.sample().sequences]
         assert names == ["sequence 't'", "sequence 's'"], "used last comes first"
+
+
+def test_the_write_budget(folder: Path) -> None:
+    with open_store(folder, write_budget="1 MiB/year") as store:
+        before = store.sample()
+        assert before.held["write_budget_nbytes"] == 1 << 20
+        assert before.held["write_budget_period_s"] == 365 * 86400
+        assert before.held["write_budget_left_nbytes"] <= 1 << 17
+        store.put("a", torch.ones(1 << 16))
+        with pytest.raises(spdk_kv.WriteBudgetSpent):
+            store.put("b", torch.ones(10))
+        after = store.sample()
+        assert after.held["declined_writes"] == 1
+        assert after.held["write_budget_left_nbytes"] < 0
+        # It comes back by itself, which is nothing that was done.
+        later = {**after.held, "write_budget_left_nbytes": 5}
+        assert replace(after, held=later).same_activity(after)
+        assert not after.same_activity(before)
 
 
 @pytest.mark.parametrize("where", ["ram://", "null://"])

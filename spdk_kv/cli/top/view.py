@@ -46,6 +46,7 @@ def view_of(name: str, seen: Seen, rates: Rates | None, most_sequences: int) -> 
         ("holds", _holds(sample)),
         ("gets", _gets(sample, per_s)),
         ("lost", _lost(sample)),
+        *_budget(sample),
         ("memory", _memory(sample)),
         ("CPU", _cpu(sample, rates)),
     ]
@@ -86,6 +87,19 @@ def _lost(sample: Sample) -> str:
     if held["failed_background_flushes"]:
         text += f", {held['failed_background_flushes']:,} failed flushes"
     return text
+
+
+def _budget(sample: Sample) -> list[tuple[str, str]]:
+    held = sample.held
+    if "write_budget_nbytes" not in held:
+        return []
+    left = format_nbytes(max(0, held["write_budget_left_nbytes"]))
+    budget = f"{format_nbytes(held['write_budget_nbytes'])} in {_period(held)}"
+    return [("writes", f"{left} left of {budget}; {held['declined_writes']:,} declined")]
+
+
+def _period(held: Mapping[str, float]) -> str:
+    return duration(held["write_budget_period_s"]).removesuffix(" 0 h").removesuffix(" 0 min")
 
 
 def _memory(sample: Sample) -> str:
