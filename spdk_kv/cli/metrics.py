@@ -30,13 +30,14 @@ def metrics(
     """Export what the stores at each URI count, for Prometheus.
 
     The stores are not opened: the processes that have them open write down what they count once a
-    second. spdk_kv_up says whether one does, so this may be started before them and left running.
+    second. With --port this runs until it is ended; it may be started before them, and before
+    there are stores: spdk_kv_up says which of them tell something.
 
     Without --port the metrics are printed once, as Prometheus and the text file collector of its
     node exporter read them. Needs prometheus-client: pip install 'spdk_kv[metrics]'.
     """
     client = prometheus()
-    stores = watch(locations, index_dir)
+    stores = watch(locations, index_dir, must_exist=port is None)
 
     def read() -> list[tuple[str, Sample | None]]:
         seen = [(watched.name, watched.look().reading) for watched in stores]

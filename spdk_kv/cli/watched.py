@@ -64,9 +64,11 @@ class Watched:
         )
 
 
-def watch(locations: tuple[str, ...], index_dir: str | None) -> list[Watched]:
+def watch(
+    locations: tuple[str, ...], index_dir: str | None, *, must_exist: bool = True
+) -> list[Watched]:
     """What is to be watched. UsageError for what makes no sense; StoreMismatch where there is no
-    store."""
+    store, and it ``must_exist``."""
     found = []
     for location in dict.fromkeys(locations):
         try:
@@ -78,15 +80,15 @@ def watch(locations: tuple[str, ...], index_dir: str | None) -> list[Watched]:
                 f"{place} has no folder, so nobody outside sees what it counts: in its process, "
                 "call spdk_kv.metrics.register(store)"
             )
-        found.append(Watched(place, folder_of(place, index_dir)))
+        found.append(Watched(place, folder_of(place, index_dir, must_exist=must_exist)))
     if index_dir is not None and len(found) > 1:
         raise click.UsageError("--index-dir is the folder of one store")
     return found
 
 
-def folder_of(place: Location, index_dir: str | None) -> str:
+def folder_of(place: Location, index_dir: str | None, *, must_exist: bool = True) -> str:
     """Where the index and the lock of the store at ``place`` are. UsageError; StoreMismatch where
-    there is none."""
+    there is none, and it ``must_exist``."""
     if place.scheme == "file":
         if index_dir is not None:
             raise click.UsageError("--index-dir does not apply to file:// stores")
@@ -97,6 +99,6 @@ def folder_of(place: Location, index_dir: str | None) -> str:
         from spdk_kv.store import index_folder  # not for a folder: it loads much
 
         folder = index_folder(place)
-    if not os.path.exists(os.path.join(folder, "index.sqlite")):
+    if must_exist and not os.path.exists(os.path.join(folder, "index.sqlite")):
         raise StoreMismatch(f"no store at {place}: there is no index in {folder}")
     return folder

@@ -79,8 +79,7 @@ def fetch(url: str) -> str:
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_it_serves_through_the_lives_of_owners(folder: Path, end: signal.Signals) -> None:
-    open_store(folder).close()
-    uri = f"file://{folder}"
+    uri = f"file://{folder}"  # where there is no store yet
     with served(uri) as (process, url):
         assert url.startswith("http://127.0.0.1:")
         assert values(fetch(url), "spdk_kv_up") == {uri: 0}

@@ -99,7 +99,12 @@ def _budget(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _period(held: Mapping[str, float]) -> str:
-    return duration(held["write_budget_period_s"]).removesuffix(" 0 h").removesuffix(" 0 min")
+    return (
+        duration(held["write_budget_period_s"])
+        .removesuffix(" 0 h")
+        .removesuffix(" 0 min")
+        .removesuffix(" 0 s")
+    )
 
 
 def _memory(sample: Sample) -> str:
