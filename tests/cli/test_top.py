@@ -148,8 +148,12 @@ def test_another_owner_begins_anew() -> None:
 
 def test_an_owner_that_is_stuck_is_shown_as_such() -> None:
     found = replace(reading(1, 10.0), age_s=STALE_S + 60)
-    facts = dict(view_of("it", Seen(7, found), None, 5).facts)
-    assert facts["owner"].endswith("has told nothing for 1 min 25 s: is it stopped, or stuck?")
+    difference = Difference()
+    difference.add(found)
+    view = view_of("it", Seen(7, found), difference.rates(), 5)
+    owner = dict(view.facts)["owner"]
+    assert owner.endswith("has told nothing for 1 min 25 s: is it stopped, or stuck?")
+    assert {cell for row in view.paths for cell in row[2:]} == {"-", ""}, "nobody knows"
 
 
 def test_more_sequences_than_there_is_room_for() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -129,6 +130,17 @@ def test_the_exposition_passes_the_linters_rules(registry: CollectorRegistry) ->
                 assert each.value >= 0
         if family.type == "histogram":
             _check_buckets(family)
+
+
+def test_promtool_has_nothing_to_say(registry: CollectorRegistry) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool, of the package prometheus, is not installed")
+    registry.register(Published(lambda: [("one", sample()), ("two", None)]))
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=generate_latest(registry), capture_output=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def _check_buckets(family: prometheus_client.Metric) -> None:

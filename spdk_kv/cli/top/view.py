@@ -39,6 +39,7 @@ def view_of(name: str, seen: Seen, rates: Rates | None, most_sequences: int) -> 
     owner = f"process {reading.pid}, open for {duration(open_s)}"
     if reading.is_stale:
         owner += f"; has told nothing for {duration(reading.age_s)}: is it stopped, or stuck?"
+        rates = None  # nobody knows what it does
     per_s = rates.held if rates else {}
     rows = sample.sequences[:most_sequences]
     facts = [
