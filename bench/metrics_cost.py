@@ -14,6 +14,11 @@ work in turn, a quarter of a second each, many times, in six lives: what else th
 changes from one second to the next by more than what is measured, and so does where the memory of a
 process lies from one process to the next. Figures are totals over all rounds in proportion to
 *silent*, by the clock and by CPU time of the process, with the quartiles of the rounds.
+
+    python bench/metrics_cost.py --folder DIR --often
+
+What is told once a second is too little to be seen that way. This tells some ninety times a second
+in every other slice of the work with the file, in one process, and divides.
 """
 
 from __future__ import annotations
@@ -206,17 +211,69 @@ def figures_of(runs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def often(folder: Path, rounds: int) -> None:
+    """Prints what telling costs, by telling more often."""
+    import numpy as np
+
+    import spdk_kv
+    from spdk_kv.metrics import Publisher, published
+
+    published._LEAST_IDLE = 0  # or it would spare the processor
+    start = Publisher.start
+    Publisher.start = lambda self: None  # type: ignore[method-assign]
+    shares: dict[str, list[float]] = {"clock": [], "CPU time": []}
+    told = 0
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as place,
+        spdk_kv.open(f"file://{place}/store", capacity="1 GiB") as store,
+    ):
+        names = [str(number) for number in range(64)]
+        store.put_many({name: np.full(1 << 20, 7, np.uint8) for name in names})
+        into = [np.zeros(1 << 20, np.uint8) for _ in names]
+        worker = Worker(lambda: len(store.get_many(names, out=into)), lambda: None)
+
+        def one(tells: bool) -> tuple[int, float, float]:
+            nonlocal told
+            if not tells:
+                return worker.slice()
+            publisher = Publisher(f"{place}/store", store.sample, interval_s=0.01)
+            start(publisher)
+            try:
+                return worker.slice()
+            finally:
+                told += publisher._count
+                publisher.close()
+
+        for number in range(rounds):
+            found = {tells: one(tells) for tells in ((True, False), (False, True))[number % 2]}
+            for name, at in (("clock", 1), ("CPU time", 2)):
+                (more, *spent), (done, *base) = found[True], found[False]
+                shares[name].append((spent[at - 1] / more) / (base[at - 1] / done))
+    each_s = told / rounds / SLICE_S
+    print(f"told {each_s:.0f} times a second")
+    for name, each in shares.items():
+        low, middle, high = (share - 1 for share in statistics.quantiles(each, n=4))
+        print(
+            f"{name}: {middle:+.1%} ({low:+.1%} to {high:+.1%}); "
+            f"told once a second {middle / each_s:+.3%}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="on the drive to measure")
     parser.add_argument("--before", type=Path, help="where a version without metrics is installed")
     parser.add_argument("--after", type=Path, help="where this one is; default: this checkout's")
+    parser.add_argument("--often", action="store_true", help="what telling costs, and only that")
     parser.add_argument("--rounds", type=int, default=90)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.way:
         serve(given.way, str(given.folder))
+        return
+    if given.often:
+        often(given.folder, given.rounds)
         return
     runs = measured(given, ("before", *WAYS) if given.before else WAYS)
     figures = figures_of(runs)
