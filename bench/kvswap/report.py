@@ -83,8 +83,14 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     found = {_name(row) for row in new}
     return [
         *(row for row in old if _part(row) not in made or _kept(row, again, found)),
-        *new,
+        *(_with_machines(row, old) if row.get("of") in again else row for row in new),
     ]
+
+
+def _with_machines(told: Row, old: Sequence[Row]) -> Row:
+    """``told`` with the machines of rows that were made before as well."""
+    (before,) = (row["machine"] for row in old if _name(row) == _name(told))
+    return {**told, "machine": list(dict.fromkeys([*before, *told["machine"]]))}
 
 
 def _method(rows: Sequence[Row], part: str) -> str:
@@ -108,6 +114,7 @@ def write(found: Sequence[Row], out: Path, drive: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     at = out / "rows.json"
     everything = merged(json.loads(at.read_text("utf-8")) if at.exists() else [], found)
+    everything.sort(key=lambda row: list(PAGES).index(_part(row)))
     at.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     pictures = plots.draw(everything, out)
     (out / "README.md").write_text(markdown(everything, pictures), encoding="utf-8")
@@ -123,9 +130,7 @@ def markdown(found: Sequence[Row], pictures: Sequence[str] = ()) -> str:
     lines = ["# Reading a part of K and V", ""]
     for name in pictures:
         lines += [f"![{name.removesuffix('.png')}]({name})", ""]
-    pages = {"quality": _quality, "stored": _stored, "speed": _speed, "batches": _speed}
-    pages |= {"step": _step, "limited": _limited}
-    for part, page in pages.items():
+    for part, page in PAGES.items():
         mine = [row for row in found if row["part"] == part]
         if not mine:
             continue
@@ -263,6 +268,16 @@ def _limited(found: Sequence[Row]) -> list[str]:
         peak = row["peak_nbytes"]
         lines.append(_line([*cells, "" if peak is None else f"{peak / (1 << 20):.0f}"]))
     return [*lines, "", "MiB read: per token. Tokens alike: with what comes without a limit."]
+
+
+PAGES = {
+    "quality": _quality,
+    "stored": _stored,
+    "speed": _speed,
+    "batches": _speed,
+    "step": _step,
+    "limited": _limited,
+}
 
 
 def _line(cells: Sequence[str]) -> str:

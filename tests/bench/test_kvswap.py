@@ -312,7 +312,7 @@ def test_a_report_keeps_the_parts_that_were_not_run_again(
     assert "| codes | NVMe | emulated | 1 | 8.00 | 4.00 | 16.00 | 1.00 | 0 |" in page
     assert "| a part | 200.0 | 100.0 | 400.0 | 20.0 | 0.00 | 0 |" in page
     (kept,) = json.loads((tmp_path / "record.json").read_text())
-    assert (kept["question"], kept["method"]) == ("reading_a_part", "steps whole steps by masks")
+    assert (kept["question"], kept["method"]) == ("reading_a_part", "by masks steps whole steps")
 
 
 def test_a_selector_that_was_run_again_takes_its_own_place(
