@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from spdk_kv._native.transfer import READ, WRITE
-from spdk_kv.engines import open_engine, parse_location
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.testing import SMALL, Medium, address_of, memory
 from support.media import EVERY, medium
@@ -86,35 +84,6 @@ def test_failures_are_counted_with_their_operation(tmp_path) -> None:
         ops = found.engine.stats()["ops"]
         assert [ops[name]["errors"] for name in OPS] == [1, 0, 0, 0]
         assert [ops[name]["transfers"] for name in OPS] == [2, 1, 0, 0]
-
-
-def test_a_queue_that_never_runs_empty_is_busy_all_the_time() -> None:
-    """Counted while it is under way, not when the last command ends: who divides by it gets the
-    depth."""
-    engine = open_engine(parse_location("ram://"), capacity_nbytes=64 << 20, options=SMALL)
-    try:
-        buffer = memory(64 << 20)
-        done = threading.Event()
-        long = engine.transfer(WRITE, checksum=True)
-        for _ in range(64):
-            long.add(0, address_of(buffer), len(buffer))
-        seen = []
-
-        def look() -> None:
-            while not done.is_set():
-                stats = engine.stats()
-                seen.append((stats["ops"]["write"]["transfers"], stats["busy_ns"]))
-
-        watcher = threading.Thread(target=look)
-        watcher.start()
-        engine.run(long)
-        done.set()
-        watcher.join()
-        during = [busy_ns for transfers, busy_ns in seen if transfers == 0]
-        assert during == sorted(during)
-        assert during[-1] > 0
-    finally:
-        engine.close()
 
 
 def test_the_cpu_time_of_a_pool_is_its_threads(tmp_path) -> None:
