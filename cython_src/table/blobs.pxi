@@ -193,7 +193,7 @@ cdef class BlobTable:
 
     # -- changes --------------------------------------------------------------------------------
 
-    def put(self, str key not None, record):
+    def put(self, key, record):
         """Makes ``record`` that of ``key``, and the blob the one used last. Returns the record that
         it had before, or None."""
         offset, nbytes, dtype, shape, crc = record
@@ -209,7 +209,7 @@ cdef class BlobTable:
                 formers.append(former)
         return formers
 
-    def replace(self, str key not None, record):
+    def replace(self, key, record):
         """As :meth:`put`, but the blob keeps its place in the order of use. KeyError unless it is
         there."""
         if not self._find(key):
@@ -217,9 +217,11 @@ cdef class BlobTable:
         offset, nbytes, dtype, shape, crc = record
         return self._put(key, offset, nbytes, dtype, shape, crc, False)
 
-    cdef _put(self, str key, uint64_t offset, uint64_t nbytes, dtype, shape, uint32_t crc,
+    cdef _put(self, key, uint64_t offset, uint64_t nbytes, dtype, shape, uint32_t crc,
               bint last):
         cdef Py_ssize_t key_nbytes = 0
+        if not isinstance(key, str):
+            raise TypeError(f"a key is a str, not {type(key).__name__}")
         cdef object held = plain(key)
         cdef const char *text = utf8(held, &key_nbytes)
         cdef uint32_t hash = hash_of(text, key_nbytes, self._seed)

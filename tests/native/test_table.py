@@ -175,6 +175,8 @@ def test_what_is_not_there_is_none_or_an_error() -> None:
     for wrong in (lambda: table["a"], lambda: table.replace("a", record(1))):
         with pytest.raises(KeyError):
             wrong()
+    with pytest.raises(TypeError, match="str"):
+        table.put(b"a", record(1))
     with pytest.raises(OverflowError):
         table.put("a", record(1)._replace(offset=-1))
     with pytest.raises(OverflowError):
