@@ -70,7 +70,6 @@ cdef class BlobTable:
     cdef uint32_t *_gone
     cdef uint32_t _gone_mask
     cdef public uint32_t once_weight
-    cdef uint64_t _changes         # of the order and of what there is
     cdef uint64_t _seed
     cdef uint64_t _block_nbytes
     cdef object _make
@@ -81,6 +80,7 @@ cdef class BlobTable:
     cdef uint32_t *_kind_counts
     cdef uint64_t *_kind_nbytes
     cdef uint32_t _kind_room
+    cdef readonly uint64_t changes   # of the order and of what there is
     cdef readonly uint64_t now
     cdef readonly uint64_t footprint_nbytes
 
@@ -135,23 +135,21 @@ cdef class BlobTable:
         """The keys, that of the blob used longest ago first. RuntimeError once anything changes."""
         cdef Walk walk = self._walk()
         cdef uint32_t ref = self._step(&walk, 1)
-        cdef uint64_t changes = self._changes
+        cdef uint64_t changes = self.changes
         while ref:
             yield self._key(ref)
-            if changes != self._changes:
+            if changes != self.changes:
                 raise RuntimeError("the blobs changed during iteration")
             ref = self._step(&walk, 1)
 
     def __reversed__(self):
         """The keys, that of the blob used last first. RuntimeError once anything changes."""
-        cdef Walk walk
-        walk.next[ONCE] = self._newest[ONCE]
-        walk.next[AGAIN] = self._newest[AGAIN]
+        cdef Walk walk = self._walk_back()
         cdef uint32_t ref = self._step_back(&walk)
-        cdef uint64_t changes = self._changes
+        cdef uint64_t changes = self.changes
         while ref:
             yield self._key(ref)
-            if changes != self._changes:
+            if changes != self.changes:
                 raise RuntimeError("the blobs changed during iteration")
             ref = self._step_back(&walk)
 
@@ -160,7 +158,7 @@ cdef class BlobTable:
         cdef list found = []
         cdef Walk walk = self._walk()
         cdef uint32_t ref = self._step(&walk, 1)
-        cdef uint64_t changes = self._changes
+        cdef uint64_t changes = self.changes
         cdef bytes held = prefix.encode("utf-8", "surrogatepass")
         cdef const char *wanted = PyBytes_AS_STRING(held)
         cdef size_t nbytes = PyBytes_GET_SIZE(held)
@@ -169,7 +167,7 @@ cdef class BlobTable:
             entry = self._entry(ref)
             if entry.key_nbytes >= nbytes and memcmp(key_of(entry), wanted, nbytes) == 0:
                 found.append(self._key(ref))
-                if changes != self._changes:
+                if changes != self.changes:
                     raise RuntimeError("the blobs changed during iteration")
             ref = self._step(&walk, 1)
         return found
@@ -183,10 +181,10 @@ cdef class BlobTable:
         cdef list found = []
         cdef Walk walk = self._walk()
         cdef uint32_t ref = self._step(&walk, 1)
-        cdef uint64_t changes = self._changes
+        cdef uint64_t changes = self.changes
         while ref:
             found.append((self._key(ref), self._record(ref)))
-            if changes != self._changes:
+            if changes != self.changes:
                 raise RuntimeError("the blobs changed during iteration")
             ref = self._step(&walk, 1)
         return found
@@ -253,7 +251,7 @@ cdef class BlobTable:
         entry.offset = offset
         entry.crc = crc
         entry.kind = kind
-        self._changes += 1
+        self.changes += 1
         if nbytes:
             slots_add(&self._by_offset, offset_hash(offset), ref)
             self.footprint_nbytes += self._blocks_of(nbytes)
@@ -279,7 +277,7 @@ cdef class BlobTable:
         if evicted and not former.used & AGAIN:
             self._remember(former.hash)
         slots_remove(&self._by_key, former.hash, ref)
-        self._changes += 1
+        self.changes += 1
         self._release(ref, sizeof(Entry) + former.key_nbytes)
         return self._given_up(&former)
 
@@ -300,7 +298,7 @@ cdef class BlobTable:
             for i in range(count):
                 self._unlink(refs[i])
                 self._append(refs[i], AGAIN)
-            self._changes += 1
+            self.changes += 1
             for i in range(count):
                 found.append(self._record(refs[i]))
         finally:
@@ -325,6 +323,27 @@ cdef class BlobTable:
         cdef uint32_t ref = self._at(offset)
         return <int64_t>(self.now - self._age(ref, self.once_weight)) if ref else None
 
+    def used_since(self, int64_t then, size_t most):
+        """The keys of the blobs used after :attr:`now` was ``then``, or the last ``most`` of them,
+        as a list in the order of use."""
+        cdef list found = []
+        cdef Walk walk = self._walk_back()
+        cdef uint32_t ref = self._step_back(&walk)
+        cdef uint64_t changes = self.changes
+        while ref and most and <int64_t>(self._entry(ref).used >> 1) > then:
+            found.append(self._key(ref))
+            if changes != self.changes:
+                raise RuntimeError("the blobs changed during iteration")
+            most -= 1
+            ref = self._step_back(&walk)
+        found.reverse()
+        return found
+
+    def expect(self, uint64_t count):
+        """Makes room in the tables for so many more blobs at once."""
+        slots_reserve(&self._by_key, self._by_key.count + count)
+        slots_reserve(&self._by_offset, self._by_offset.count + count)
+
     def offsets(self):
         """Where the extents of all blobs begin, as a list; that of the blob used longest ago
         first."""
@@ -345,11 +364,11 @@ cdef class BlobTable:
         cdef Walk walk = self._walk()
         cdef uint32_t weight = self.once_weight
         cdef uint32_t ref = self._step(&walk, weight)
-        cdef uint64_t changes = self._changes
+        cdef uint64_t changes = self.changes
         while ref:
             if self._kind_nbytes[self._entry(ref).kind]:
                 yield self._entry(ref).offset
-                if changes != self._changes:
+                if changes != self.changes:
                     raise RuntimeError("the blobs changed during iteration")
             ref = self._step(&walk, weight)
 
@@ -477,6 +496,13 @@ cdef class BlobTable:
         walk.next[AGAIN] = self._oldest[AGAIN]
         return walk
 
+    cdef Walk _walk_back(self) noexcept:
+        """To all entries, by :meth:`_step_back`."""
+        cdef Walk walk
+        walk.next[ONCE] = self._newest[ONCE]
+        walk.next[AGAIN] = self._newest[AGAIN]
+        return walk
+
     cdef uint32_t _step(self, Walk *walk, uint32_t once_weight) noexcept:
         """The oldest entry that ``walk`` has not come to; 0 after the last."""
         cdef uint32_t once = walk.next[ONCE], again = walk.next[AGAIN]
@@ -559,6 +585,7 @@ cdef class BlobTable:
             if grown == NULL:
                 raise MemoryError(f"no memory for another entry beside {self._by_key.count}")
             self._arena = <unsigned char *>grown
+            prefer_hugepages(grown, room * UNIT)
             self._units = <uint32_t>room
         ref = self._used_units
         self._used_units = <uint32_t>needed

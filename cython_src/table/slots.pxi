@@ -2,6 +2,27 @@
 # Included in table.pyx: one C translation unit.
 
 
+cdef extern from "<sys/mman.h>" nogil:
+    int MADV_HUGEPAGE
+    int madvise(void *address, size_t nbytes, int advice)
+
+cdef extern from *:
+    void __builtin_prefetch(const void *address) nogil
+
+cdef enum:
+    # Memory from this size on is on transparent hugepages where the kernel provides them: it is
+    # reached at random, and each look-up would miss the processor's table of pages.
+    LARGE_NBYTES = 4 << 20
+    PAGE_NBYTES = 4096
+
+
+cdef void prefer_hugepages(void *memory, size_t nbytes) noexcept:
+    cdef size_t first = (<size_t>memory + PAGE_NBYTES - 1) // PAGE_NBYTES * PAGE_NBYTES
+    cdef size_t last = (<size_t>memory + nbytes) // PAGE_NBYTES * PAGE_NBYTES
+    if nbytes >= LARGE_NBYTES:
+        madvise(<void *>first, last - first, MADV_HUGEPAGE)
+
+
 cdef struct Slot:
     uint32_t ref     # 0: empty
     uint32_t hash
@@ -37,6 +58,7 @@ cdef int slots_reserve(Slots *t, uint64_t count) except -1:
     grown = <Slot *>calloc(room, sizeof(Slot))
     if grown == NULL:
         raise MemoryError()
+    prefer_hugepages(grown, room * sizeof(Slot))
     mask = <uint32_t>(room - 1)
     for i in range(<uint64_t>t.mask + 1):
         if t.slots[i].ref:
@@ -48,6 +70,10 @@ cdef int slots_reserve(Slots *t, uint64_t count) except -1:
     t.slots = grown
     t.mask = mask
     return 0
+
+
+cdef inline void slots_prefetch(Slots *t, uint32_t hash) noexcept:
+    __builtin_prefetch(&t.slots[hash & t.mask])
 
 
 cdef inline void slots_add(Slots *t, uint32_t hash, uint32_t ref) noexcept:

@@ -2,6 +2,7 @@
 
 `database.py` is the file, `records.py` what a row holds, `sequences.py`
 the record of a sequence, `batches.py` a commit of any size,
+`checks.py` whether it is whole, `summary.py` all blobs in one file, for a fast open,
 `space.py` what the filesystem must have left, `commits.py` the count of commits that shows an old
 copy, `reader.py` reads an index beside its writer, with `log.py` and `snapshot.py`.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import uuid
@@ -11,6 +12,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
+from spdk_kv._native.table import BlobTable
 from spdk_kv.errors import (
     ClosedError,
     CorruptionError,
@@ -20,36 +22,37 @@ from spdk_kv.errors import (
     file_error,
 )
 from spdk_kv.index import descriptors
+from spdk_kv.index.checks import (
+    SCHEMA,
+    VERSION,
+    check_index,
+    check_whole,
+    read_meta,
+    read_number,
+    read_row,
+    write_meta,
+)
 from spdk_kv.index.commits import CommitCount, create_commit_count
 from spdk_kv.index.forks import sqlite_lock
 from spdk_kv.index.records import (
     BlobRecord,
     Record,
     Row,
-    decode,
     encode,
-    meta_crc,
     pack,
     parse_blob,
     unpack,
 )
 from spdk_kv.index.sequences import SequenceRecord, parse_sequence
 from spdk_kv.index.space import IndexFull, check_space, file_nbytes
+from spdk_kv.index.summary import SUMMARY, has_summary, read_summary, write_summary
 from spdk_kv.index.unopened import why_unopened
 
-_VERSION = 2
-# Its rows are all of this one's as well.
-_OLDEST_VERSION = 1
+log = logging.getLogger(__name__)
+
 # The file is ours alone, so a lock on it is a backup tool's or a mistake.
 _BUSY_TIMEOUT_S = 1.0
 
-# The id is the recency: a row that is replaced gets the highest one.
-_SCHEMA = (
-    "CREATE TABLE meta(name TEXT PRIMARY KEY, value TEXT NOT NULL, crc INTEGER NOT NULL)",
-    "CREATE TABLE blobs(id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, record BLOB NOT NULL)",
-    "CREATE TABLE sequences"
-    "(id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, record BLOB NOT NULL)",
-)
 _DURABLE = (
     "PRAGMA synchronous = FULL",
     # A stray pointer in a damaged page must find zeroes, not a row that was deleted.
@@ -103,12 +106,12 @@ def _create(path: str) -> None:
         identity = uuid.uuid4().hex
         with typed_errors(path, new), closing(sqlite3.connect(new, isolation_level=None)) as fresh:
             fresh.execute("BEGIN IMMEDIATE")
-            for statement in _SCHEMA:
+            for statement in SCHEMA:
                 fresh.execute(statement)
-            _write_meta(fresh, "uuid", identity)
-            _write_meta(fresh, "generation", "0")
-            _write_meta(fresh, "commits", "0")
-            fresh.execute(f"PRAGMA user_version = {_VERSION}")
+            write_meta(fresh, "uuid", identity)
+            write_meta(fresh, "generation", "0")
+            write_meta(fresh, "commits", "0")
+            fresh.execute(f"PRAGMA user_version = {VERSION}")
             fresh.execute("COMMIT")
             # Not left to the first open: a kill in the middle would leave a rollback journal, which
             # a read-only fresh cannot play back.
@@ -134,44 +137,6 @@ def count_path(path: str) -> str:
     return f"{path}-commits"
 
 
-def _write_meta(connection: sqlite3.Connection, name: str, value: str) -> None:
-    # Updated in place: replacing the row would also write to SQLite's index of the names.
-    row = (value, meta_crc(name, value), name)
-    if not connection.execute("UPDATE meta SET value = ?, crc = ? WHERE name = ?", row).rowcount:
-        connection.execute("INSERT INTO meta(value, crc, name) VALUES (?, ?, ?)", row)
-
-
-def read_meta(connection: sqlite3.Connection, name: str) -> str | None:
-    """The text under ``name`` in the table meta, or None; CorruptionError."""
-    query = "SELECT value, crc FROM meta WHERE name = ?"
-    row = connection.execute(query, (name,)).fetchone()
-    if row is None:
-        return None
-    if row[1] != meta_crc(name, row[0]):
-        raise CorruptionError(f"the checksum of meta {name!r} does not match")
-    return str(row[0])
-
-
-def read_number(connection: sqlite3.Connection, name: str) -> int:
-    """The number under ``name`` in the table meta; CorruptionError."""
-    text = read_meta(connection, name)
-    if text is None or not text.isdecimal():
-        raise CorruptionError(f"meta {name!r} is {text!r}, not a number")
-    return int(text)
-
-
-def read_row(
-    table: str, found: tuple[int, bytes, bytes], parse: Callable[[bytes], Record]
-) -> tuple[str, Record]:
-    """Name and record of a row (id, key, record) of ``table``; CorruptionError."""
-    number, key, row = found
-    try:
-        record = unpack(table, key, row, parse)
-        return decode(key), record
-    except (CorruptionError, UnicodeDecodeError) as error:
-        raise CorruptionError(f"row {number} of {table}: {error}") from error
-
-
 class Index:
     """The index of one store, in the SQLite file at ``path``; created where there is none.
 
@@ -188,6 +153,8 @@ class Index:
         self._connection: sqlite3.Connection | None = None
         if not os.path.exists(self.path):
             _create(self.path)
+        # The number of the summary; "" where the rows are read, and so all of the index is checked.
+        self._summary = ""
         self._locked: descriptors.Identity | None = _locks_taken(self.path)
         try:
             self._open()
@@ -199,7 +166,7 @@ class Index:
         # A refused index must stay as it is, but the last writable connection moves even a damaged
         # log into the file when it closes. So the checks use a read-only connection.
         with typed_errors(self.path), closing(_connect(self.path, "ro")) as reader:
-            self.uuid, self.commits = check_index(reader)
+            self.uuid, self.commits = check_index(reader, whole=not self._find_summary(reader))
             self._count = CommitCount(count_path(self.path), self.uuid, self.commits)
             try:
                 self._connection = _connect(self.path, "rw")
@@ -209,6 +176,15 @@ class Index:
                     self._connection.close()
                 self._count.close()
                 raise
+
+    def _find_summary(self, reader: sqlite3.Connection) -> bool:
+        try:
+            noted, number = _noted(reader)
+            if noted == read_number(reader, "commits") and has_summary(self.path, number):
+                self._summary = number
+        except (CorruptionError, UnicodeDecodeError, sqlite3.Error):
+            pass  # of which the check of the whole says more
+        return bool(self._summary)
 
     uuid: str
     """Identity of the store, drawn when the index was created: 32 hexadecimal digits."""
@@ -232,11 +208,44 @@ class Index:
 
     def set_meta(self, name: str, value: str) -> None:
         """Stores ``value`` under ``name``; it is on the medium on return."""
-        with self._transaction() as connection:
-            _write_meta(connection, name, value)
+        with self._transaction(keeps_blobs=True) as connection:
+            write_meta(connection, name, value)
+
+    def load_summary(self, blobs: BlobTable[BlobRecord]) -> bool:
+        """Adds all blobs to ``blobs``, which has none, without reading their rows. False where that
+        cannot be: ``blobs`` is of no use then, and :meth:`load_blobs` has them."""
+        number = self._summary
+        return bool(number) and read_summary(self.path, self.uuid, number, blobs)
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether the next open finds the rows of blobs as this one did in a summary, if it found
+        one, unless :meth:`write` changed them."""
+        return bool(self._summary)
+
+    def save_summary(self, blobs: BlobTable[BlobRecord], changes: int) -> None:
+        """Writes down ``blobs``, which after so many ``changes`` are those of all rows, for
+        :meth:`load_summary`. RuntimeError where they have changed since; OSError, or as any call.
+
+        None is written where there are not as many rows: a deletion missed its row in a damaged
+        index, say, which who reads the rows finds out.
+        """
+        with self._lock, typed_errors(self.path):
+            (rows,) = self._use().execute("SELECT count(*) FROM blobs").fetchone()
+        if rows != len(blobs):
+            log.warning("index %s has %d blobs, not %d", self.path, rows, len(blobs))
+            return
+        number = write_summary(self.path, self.uuid, blobs, changes)
+        if number is not None:
+            with self._transaction(summary=number):
+                pass
 
     def load_blobs(self) -> Iterator[tuple[str, BlobRecord]]:
         """All blobs, least recently used first. Exhaust it before committing."""
+        if self._summary:
+            with self._lock, typed_errors(self.path):
+                check_whole(self._use())
+            self._summary = ""
         return self._load("blobs", partial(parse_blob, kinds={}))
 
     def load_sequences(self) -> Iterator[tuple[str, SequenceRecord]]:
@@ -281,7 +290,8 @@ class Index:
             self._write(rows)
 
     def _write(self, rows: Sequence[Row]) -> None:
-        with self._transaction() as connection:
+        keeps = not any(row.table == "blobs" for row in rows)
+        with self._transaction(keeps_blobs=keeps) as connection:
             check_space(connection, self.path, rows)
             for table, key, record in rows:
                 if record is None:
@@ -306,7 +316,7 @@ class Index:
 
     def touch_order(self, keys: Iterable[str]) -> None:
         """Makes these blobs the most recently used, the last one most. Unknown keys are ignored."""
-        with self._transaction() as connection:
+        with self._transaction(keeps_blobs=True) as connection:
             last = connection.execute("SELECT max(id) FROM blobs").fetchone()[0] or 0
             if not 0 <= last < 1 << 62:
                 raise CorruptionError(f"a row's number is out of range: {last}")
@@ -341,7 +351,11 @@ class Index:
         return self._connection
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(
+        self, *, keeps_blobs: bool = False, summary: str = ""
+    ) -> Iterator[sqlite3.Connection]:
+        """``keeps_blobs``: a summary says the same as the rows of blobs as before; ``summary``: the
+        number of one that does."""
         with self._lock, typed_errors(self.path):
             connection = self._use()
             try:
@@ -352,7 +366,12 @@ class Index:
                 yield connection
                 # Counted from the row, because an interrupt can leave a count in memory behind it.
                 commits = read_number(connection, "commits") + 1
-                _write_meta(connection, "commits", str(commits))
+                write_meta(connection, "commits", str(commits))
+                if keeps_blobs and not summary:
+                    noted, number = _noted(connection)
+                    summary = number if noted == commits - 1 else ""
+                if summary:
+                    write_meta(connection, SUMMARY, f"{commits} {summary}")
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:  # SQLite itself rolls back where the disk is full
@@ -360,6 +379,8 @@ class Index:
                 raise
             self.commits = commits
             self._count.write(commits)
+            if not keeps_blobs:
+                self._summary = summary
 
     def _load(self, table: str, parse: Callable[[bytes], Record]) -> Iterator[tuple[str, Record]]:
         with typed_errors(self.path):
@@ -382,6 +403,12 @@ def _locks_taken(path: str) -> descriptors.Identity:
         raise file_error("open", path, refused) from refused
 
 
+def _noted(connection: sqlite3.Connection) -> tuple[int, str]:
+    """After how many commits there was a summary, and its number; -1 where there was none."""
+    commits, _, number = (read_meta(connection, SUMMARY) or "").partition(" ")
+    return (int(commits), number) if commits.isdecimal() and number else (-1, "")
+
+
 def _connect(path: str, mode: str) -> sqlite3.Connection:
     # A URI, whose mode does not create: an index that vanished must not become a blank one.
     uri = f"file:{quote(os.fsencode(path))}?mode={mode}"
@@ -390,37 +417,14 @@ def _connect(path: str, mode: str) -> sqlite3.Connection:
     )
 
 
-def check_index(connection: sqlite3.Connection, *, whole: bool = True) -> tuple[str, int]:
-    """Checks that the index is of a known format and, with ``whole``, that all of it is. Returns
-    its uuid and its commits."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version > _VERSION:
-        raise StoreMismatch(f"its format is {version}; this spdk_kv knows {_VERSION}: upgrade it")
-    tables = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-    if version < _OLDEST_VERSION or sorted(sql for (sql,) in tables) != sorted(_SCHEMA):
-        raise CorruptionError("not an index of spdk_kv, or its tables are damaged")
-    # Finds a key whose look-up would miss its row: a deleted key could come back. Measured: 50 ms
-    # for 100,000 rows.
-    connection.execute("PRAGMA cell_size_check = ON")
-    if whole:
-        (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-        if verdict != "ok":
-            raise CorruptionError(verdict)
-    identity = read_meta(connection, "uuid")
-    if identity is None:
-        raise CorruptionError("meta 'uuid' is missing")
-    read_number(connection, "generation")
-    return identity, read_number(connection, "commits")
-
-
 def _make_durable(connection: sqlite3.Connection) -> None:
     for pragma in _DURABLE:
         connection.execute(pragma)
     _use_log(connection)
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version < _VERSION:
+    if version < VERSION:
         # An earlier release, which would not know the rows to come, is to refuse it from now on.
-        connection.execute(f"PRAGMA user_version = {_VERSION}")
+        connection.execute(f"PRAGMA user_version = {VERSION}")
 
 
 def _use_log(connection: sqlite3.Connection) -> None:

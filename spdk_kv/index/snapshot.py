@@ -11,7 +11,8 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from spdk_kv.errors import ClosedError
-from spdk_kv.index.database import check_index, read_meta, read_number, read_row, typed_errors
+from spdk_kv.index.checks import check_index, read_meta, read_number, read_row
+from spdk_kv.index.database import typed_errors
 from spdk_kv.index.forks import sqlite_lock
 from spdk_kv.index.records import BlobRecord, encode, parse_blob
 from spdk_kv.index.sequences import SequenceRecord, parse_sequence

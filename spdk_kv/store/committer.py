@@ -28,6 +28,11 @@ SEQUENCE_AGES = "sequence_ages"
 """The name in the index of how many uses ago each sequence was used."""
 
 
+# Of more blobs that were used since the store was opened, the order in which those before them were
+# used is kept by the summary alone.
+_MOST_TOUCHED = 50_000
+
+
 def nothing() -> None:
     """Does nothing."""
 
@@ -59,6 +64,8 @@ class Committer:
         """Called after a commit that freed extents. It must not block."""
         # For records that the index cannot hold, until they are raised.
         self._refused: list[CapacityError] = []
+        # The index lacks some of what is stored.
+        self._has_refused = False
         # A commit that has not begun: it will have all changes made until then.
         self._next: Future[None] | None = None
         # The longest that anybody waits for it: what ends one caller's wait fails no other's.
@@ -126,6 +133,7 @@ class Committer:
                 self._count.update(timeout_s)
                 self._places.check()
                 if self._refused:
+                    self._has_refused = True
                     recorded = {}  # some of them it does not have
         except BaseException:
             records.give_back(changes)
@@ -151,17 +159,30 @@ class Committer:
             self._count.end()
 
     def save_order(self) -> None:
-        """Records what was used last, for eviction after a reopening. Blocks on the disk
-        of the index. Nothing is lost where that fails, so it is logged only."""
+        """Records what was used last, for eviction after a reopening, and all blobs in one file,
+        so that it is fast. Blocks on the disk of the index. Nothing is lost where that fails, so it
+        is logged only."""
         records = self._records
         if self.index is None:
             return
         try:
             if records.order_changed:
-                self.index.touch_order(records.blobs)
+                self.index.touch_order(records.recently_used(_MOST_TOUCHED))
             if records.uses.changed:
                 ages = records.uses.ages(records.residents.now)
                 if ages is not None:
                     self.index.set_meta(SEQUENCE_AGES, ages)
-        except SpdkKvError as failure:
+            self._save_summary(self.index)
+        except (SpdkKvError, OSError) as failure:
             log.warning("the order in which things were used is not kept: %s", failure)
+        except RuntimeError:
+            log.info("blobs are in use while their store is closed: the next open reads each row")
+
+    def _save_summary(self, index: Index) -> None:
+        records = self._records
+        with records.lock:
+            changes = records.blobs.changes
+            is_known = changes == records.opened_changes and index.has_summary
+            if records.dirty or self._has_refused or is_known:
+                return
+        index.save_summary(records.blobs, changes)

@@ -100,7 +100,9 @@ class Entries(Protocol):
 
 def load_recorded(index: Entries, capacity: int) -> Recorded:
     """Reads all entries of ``index``. ``capacity``: how far their extents may reach."""
-    blobs = blob_table(index.load_blobs())
+    blobs = blob_table()
+    if not (isinstance(index, Index) and index.load_summary(blobs)):
+        blobs = blob_table(index.load_blobs())
     sequences = {name: sequence.lean() for name, sequence in index.load_sequences()}
     # What sequences have in common is the same for all of them, or it is damaged.
     owners: dict[tuple[int, int], list[str]] = {}

@@ -50,6 +50,10 @@ class Records:
         self.sequences = sequences
         self.extents = extents
         self.residents = Residents(blobs)
+        self.opened_changes = blobs.changes
+        """Those of ``blobs`` when the store was opened."""
+        self._opened_now = blobs.now
+        self._has_moved = False
         self.counters = {"hits": 0, "misses": 0, "evictions": 0, "corruptions": 0}
         self.order_changed = False
         """Whether the index has another order of use."""
@@ -123,7 +127,7 @@ class Records:
         with self.lock:
             if self._closed or self.blobs.get(key) != former:
                 return False
-            self.order_changed = True
+            self.order_changed = self._has_moved = True
             self._note(key, record)
             self.blobs.replace(key, record)
             self.extents.retire([former.offset])
@@ -187,6 +191,14 @@ class Records:
             for key in victims:
                 self.counters["evictions"] += self.drop(key, evicted=True)
             return evicted
+
+    def recently_used(self, most: int) -> list[str]:
+        """The keys of blobs, in the order of use, whose places the index may not have: the ``most``
+        newest of them."""
+        with self.lock:
+            # A row that was written because its blob moved is among the newest ones.
+            since = -1 if self._has_moved else self._opened_now
+            return self.blobs.used_since(since, most)
 
     @property
     def blob_nbytes(self) -> int:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spdk_kv._native.table import BlobTable, ExtentMap
+from spdk_kv._native.table import BlobTable, ExtentMap, kinds_of, packed, unpack_into
 from support.rounds import rounds
 
 BLOCK, START = 4096, 1 << 20
@@ -216,6 +216,58 @@ def test_the_extents_of_blobs_are_reserved_or_refused() -> None:
     for wrong in (START - BLOCK, START + 1, START + 99 * BLOCK, 1 << 60):
         table.put("0", record(0)._replace(offset=wrong))
         assert not table.reserve(ExtentMap(START, START + 100 * BLOCK, BLOCK))
+
+
+def test_a_table_comes_back_from_its_bytes_with_order_and_ages() -> None:
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    for number in range(500):
+        table.put(f"{number}" * (number % 9), record(number, number % 70 * 100))
+    table.use([key for number, key in enumerate(table) if number % 3 == 0])
+    table.pop("1")
+    for section_nbytes in (1, 1000, 1 << 20):
+        sections = list(packed(table, section_nbytes, table.changes))
+        again: BlobTable[Record] = BlobTable(Record, BLOCK)
+        again.expect(len(table))
+        for section in sections:
+            unpack_into(again, section, kinds_of(table))
+        assert again.items() == table.items()
+        for each in (table, again):
+            each.once_weight = 8
+        assert list(again.oldest()) == list(table.oldest())
+        assert again.footprint_nbytes == table.footprint_nbytes
+        for each in (table, again):
+            each.once_weight = 1
+    again.put("more", record(7))
+    assert again.pop("more") == record(7)
+
+
+def test_bytes_that_are_no_table_are_refused() -> None:
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    table.put("a", record(1))
+    table.put("b", record(2))
+    (good,) = packed(table, 1000, table.changes)
+    kinds = kinds_of(table)
+    for wrong, why in ((good[:-1], "key"), (good[:25], "entry"), (good * 2, "twice")):
+        with pytest.raises(ValueError, match=why):
+            unpack_into(BlobTable(Record, BLOCK), wrong, kinds)
+    for missing in ([], [None]):
+        with pytest.raises(ValueError, match="kind"):
+            unpack_into(BlobTable(Record, BLOCK), good, missing)
+    with pytest.raises(RuntimeError, match="changed"):
+        next(packed(table, 1000, table.changes - 1))
+
+
+def test_who_was_used_since_is_told_in_order() -> None:
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    for number in range(6):
+        table.put(str(number), record(number, number * 100))
+    then = table.now
+    table.use(["3", "0"])
+    table.put("new", record(9))
+    assert table.used_since(then, 10) == ["3", "0", "new"]
+    assert table.used_since(then, 2) == ["0", "new"]
+    assert table.used_since(-1, 100) == list(table)
+    assert table.used_since(table.now, 10) == []
 
 
 def test_memory_comes_back_for_other_entries() -> None:
