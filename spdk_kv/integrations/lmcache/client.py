@@ -1,0 +1,130 @@
+"""What LMCache's adapter `native_plugin` drives: batches in, completions out, an eventfd between.
+
+The contract is that of `NativeConnectorL2Adapter`: submits come under its lock, completions are
+drained by one thread of it that polls the eventfd.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from spdk_kv.errors import SpdkKvError
+from spdk_kv.integrations.jobs import Finished, Jobs
+from spdk_kv.integrations.lmcache.options import Options
+
+log = logging.getLogger(__name__)
+
+Completion = tuple[int, bool, str, list[bool] | None]
+"""A batch's number, whether it is done, why it is not, and an answer for each of its keys."""
+
+
+class Client:
+    """A store for LMCache; its configuration names this class and gives ``adapter_params``.
+
+    Nothing but the opening and :meth:`close` waits for the drive. Thread-safe. What is loaded is
+    what was stored under that key, in that length, or the load of that key fails: LMCache takes it
+    as a miss.
+    """
+
+    def __init__(self, **adapter_params: Any) -> None:
+        """Opens the store; blocks until that is done.
+
+        Args:
+            adapter_params: The fields of :class:`Options`.
+
+        Raises:
+            TypeError, ValueError: An option is unknown or makes no sense.
+            StoreLocked: Another process has it open; give ``read_only`` to read beside it.
+            SpdkKvError: What else :func:`spdk_kv.open` raises.
+        """
+        options = Options.parse(adapter_params)
+        self._prefix = f"{options.identity}/" if options.identity else ""
+        self.store = options.open()
+        self._lock = threading.Lock()
+        # Batches of which LMCache asks for one answer alone.
+        self._sets: set[int] = set()
+        # The descriptor's: after close its number may be another file's.
+        self._fd_lock = threading.Lock()
+        self._closed = False
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._jobs = Jobs(
+            self.store,
+            on_finished=self._tell,
+            workers=options.workers,
+            most_pending=options.most_pending,
+        )
+
+    def event_fd(self) -> int:
+        """A descriptor that is readable while there are completions to drain."""
+        return self._event_fd
+
+    def submit_batch_set(self, keys: Sequence[str], memoryviews: Sequence[Any]) -> int:
+        """Stores ``memoryviews`` (contiguous bytes of any length) under ``keys``, and replaces what
+        is there. They must stay unchanged until the batch has ended.
+
+        Returns the batch's number, as the others do. ClosedError after close.
+        """
+        pages = self._pages(keys, memoryviews)
+        # A batch may have ended before its number is known here.
+        with self._lock:
+            number = self._jobs.put(pages)
+            self._sets.add(number)
+            return number
+
+    def submit_batch_get(self, keys: Sequence[str], memoryviews: Sequence[Any]) -> int:
+        """Reads what is stored under ``keys`` into ``memoryviews`` (writable). One that holds
+        another number of bytes than were stored is not filled: its key counts as not found."""
+        return self._jobs.get(self._pages(keys, memoryviews))
+
+    def submit_batch_exists(self, keys: Sequence[str]) -> int:
+        """Whether ``keys`` are stored, which is known without the drive."""
+        return self._jobs.exists([self._prefix + key for key in keys])
+
+    def submit_batch_delete(self, keys: Sequence[str]) -> int:
+        """Forgets ``keys``, and says which of them there were."""
+        return self._jobs.delete([self._prefix + key for key in keys])
+
+    def drain_completions(self) -> list[Completion]:
+        """What has ended since the last call, each batch once. Does not block."""
+        # First: what ends from here on makes it readable again.
+        with self._fd_lock, suppress(BlockingIOError):
+            if not self._closed:
+                os.eventfd_read(self._event_fd)
+        with self._lock:
+            return [self._completion(finished) for finished in self._jobs.finished()]
+
+    def close(self) -> None:
+        """Waits for batches that were begun, gives up the others, and closes the store. May be
+        called twice. No memory of LMCache's is used or held afterwards. What could not be made
+        durable is logged: LMCache could do nothing about it."""
+        self._jobs.close()
+        try:
+            self.store.close()
+        except SpdkKvError:
+            log.exception("closing %s", self.store.location)
+        with self._fd_lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._event_fd)
+
+    def _pages(self, keys: Sequence[str], views: Sequence[Any]) -> list[tuple[str, Any]]:
+        return [(self._prefix + key, view) for key, view in zip(keys, views, strict=True)]
+
+    def _tell(self) -> None:
+        with self._fd_lock:
+            if not self._closed:
+                os.eventfd_write(self._event_fd, 1)
+
+    def _completion(self, finished: Finished) -> Completion:
+        error = finished.error or ""
+        if finished.job not in self._sets:
+            return finished.job, not error, error, finished.ok
+        self._sets.remove(finished.job)
+        if not error and not all(finished.ok):
+            error = f"{finished.ok.count(False)} of {len(finished.ok)} were not stored; see the log"
+        return finished.job, not error, error, None
