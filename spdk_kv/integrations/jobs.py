@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from spdk_kv.errors import (
     ReadOnlyStore,
     SpdkKvError,
 )
+from spdk_kv.integrations.hugepages import HugePages
 from spdk_kv.store import KVStore
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 Page = tuple[str, Any]
 """A key, and a C-contiguous buffer: the bytes to put, or (writable) the place to get to."""
 
+# Of this process, whose memory it is about.
+_HUGE_PAGES = HugePages()
 # What no page of a batch escapes.
 _FOR_ALL = (ClosedError, DeviceGone, DeviceTimeout, ReadOnlyStore)
 
@@ -60,7 +63,9 @@ def put_pages(store: KVStore, pages: Sequence[Page], *, again: bool = True) -> l
         wanted = {key: view for key, view in wanted.items() if key not in stored}
         worth = store.worth_writing({key: view.nbytes for key, view in wanted.items()})
         chosen = zip(wanted.items(), worth, strict=True)
-        _put({key: view for (key, view), is_worth in chosen if is_worth}, store, stored)
+        wanted = {key: view for (key, view), is_worth in chosen if is_worth}
+        _back(store, wanted.values())
+        _put(wanted, store, stored)
     except SpdkKvError as failure:
         missing = sum(key not in stored for key, _ in pages)
         log.warning("%d of %d pages were not stored: %s", missing, len(pages), failure)
@@ -95,6 +100,7 @@ def get_pages(store: KVStore, pages: Sequence[Page]) -> list[bool]:
         sizes = store.sizes(key for key, _ in pages)
         views = [_bytes_of(buffer) for _, buffer in pages]
         there = [at for at, view in enumerate(views) if view.nbytes == sizes[at]]
+        _back(store, [views[at] for at in there])
         for at in _get(store, [(pages[at][0], views[at]) for at in there]):
             sound[there[at]] = True
     except SpdkKvError as failure:
@@ -117,6 +123,12 @@ def _get(store: KVStore, pages: list[Page]) -> list[int]:
         # One that is damaged, or was evicted meanwhile, is no reason to lose the others.
         return [at for at, page in enumerate(pages) if _get(store, [page])]
     return list(range(len(pages)))
+
+
+def _back(store: KVStore, views: Iterable[np.ndarray[Any, Any]]) -> None:
+    """Has a drive find the host's memory in large pieces, if it reads and writes there itself."""
+    if store.engine.direct and store.engine.options.hugepages:
+        _HUGE_PAGES.back(views)
 
 
 def _bytes_of(buffer: Any) -> np.ndarray[Any, Any]:
