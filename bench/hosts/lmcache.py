@@ -183,6 +183,8 @@ def run(name: str, folder: Path, kib: int, rounds: int, huge: bool) -> dict[str,
             capture_output=True,
             text=True,
             check=False,
+            # What torch does between the rounds would go on spinning into them.
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
