@@ -10,7 +10,8 @@ Each run is a process of its own that makes one adapter on an empty folder and h
 `lmcache bench l2` store and load rounds of 2 batches of 16 objects, all under keys of their own.
 CPU time is that of the process from the first submit of a round to its end, so that what the bench
 does between rounds counts for nobody. What was loaded is compared with what was stored, every round
-and every byte; in spdk_kv each load has been checked by its checksum before. Runs are interleaved,
+and every byte; in spdk_kv each load has been checked by its checksum before. The file of spdk_kv's
+store and the one that raw_block takes for a drive were written once before. Runs are interleaved,
 and every other round of them goes backwards.
 """
 
@@ -48,11 +49,17 @@ FASTER, LESS_CPU = 1.2, 0.8
 
 def adapter_config(name: str, folder: Path, object_nbytes: int, total: int) -> dict[str, Any]:
     if name == OURS:
+        params = {
+            "location": f"file://{folder}",
+            "capacity": 2 * total,
+            "engine": {"discard": False},
+        }
+        write_once(params, total)
         return {
             "type": "native_plugin",
             "module_path": "spdk_kv.integrations.lmcache",
             "class_name": "Client",
-            "adapter_params": {"location": f"file://{folder}", "capacity": 2 * total},
+            "adapter_params": params,
         }
     if name != "raw_block":
         return {"type": name, "base_path": str(folder), "use_odirect": True}
@@ -72,6 +79,20 @@ def adapter_config(name: str, folder: Path, object_nbytes: int, total: int) -> d
         "io_engine": "io_uring",
         "use_odirect": True,
     }
+
+
+def write_once(params: dict[str, Any], total: int) -> None:
+    """Begins a store whose file was written once, as a drive's blocks are, and holds nothing."""
+    import numpy as np
+
+    from spdk_kv.integrations.lmcache import Client
+
+    client = Client(**params)
+    for at in range(0, total, 16 << 20):
+        client.store.put(f"{at}", np.zeros(min(16 << 20, total - at), np.uint8))
+    for key in client.store.keys(""):
+        client.store.delete(key)
+    client.close()
 
 
 class Meter:

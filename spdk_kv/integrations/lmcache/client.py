@@ -43,7 +43,8 @@ class Client:
             SpdkKvError: What else :func:`spdk_kv.open` raises.
         """
         options = Options.parse(adapter_params)
-        self._prefix = f"{options.identity}/" if options.identity else ""
+        self.prefix = f"{options.identity}/" if options.identity else ""
+        """What stands before LMCache's keys in the store."""
         self.store = options.open()
         self._lock = threading.Lock()
         # Batches of which LMCache asks for one answer alone.
@@ -83,11 +84,11 @@ class Client:
 
     def submit_batch_exists(self, keys: Sequence[str]) -> int:
         """Whether ``keys`` are stored, which is known without the drive."""
-        return self._jobs.exists([self._prefix + key for key in keys])
+        return self._jobs.exists([self.prefix + key for key in keys])
 
     def submit_batch_delete(self, keys: Sequence[str]) -> int:
         """Forgets ``keys``, and says which of them there were."""
-        return self._jobs.delete([self._prefix + key for key in keys])
+        return self._jobs.delete([self.prefix + key for key in keys])
 
     def drain_completions(self) -> list[Completion]:
         """What has ended since the last call, each batch once. Does not block."""
@@ -113,7 +114,7 @@ class Client:
                 os.close(self._event_fd)
 
     def _pages(self, keys: Sequence[str], views: Sequence[Any]) -> list[tuple[str, Any]]:
-        return [(self._prefix + key, view) for key, view in zip(keys, views, strict=True)]
+        return [(self.prefix + key, view) for key, view in zip(keys, views, strict=True)]
 
     def _tell(self) -> None:
         with self._fd_lock:

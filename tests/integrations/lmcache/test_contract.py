@@ -18,6 +18,8 @@ SIGNATURES = HERE / "signatures.json"
 # A client is no class of LMCache's; its own one, in C++, is what the adapter was written for.
 NATIVE = "LMCacheFSClient"
 ADAPTER = "NativeConnectorL2Adapter"
+BASE = "L2AdapterInterface"
+OURS = ("get_usage", "report_status", "list_l2_keys", "close", "delete")
 DRIVEN = (
     *("__init__", "submit_store_task", "pop_completed_store_tasks", "submit_load_task"),
     *("query_load_result", "submit_lookup_and_lock_task", "query_lookup_and_lock_result"),
@@ -28,6 +30,7 @@ DRIVEN = (
 def real() -> dict[str, Recorded]:
     """What the installed LMCache says."""
     from lmcache.lmcache_fs import LMCacheFSClient
+    from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
     from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import (
         NativeConnectorL2Adapter,
     )
@@ -36,6 +39,7 @@ def real() -> dict[str, Recorded]:
     return {
         NATIVE: {name: native(getattr(LMCacheFSClient, name)) for name in sorted(names)},
         ADAPTER: record(NativeConnectorL2Adapter, DRIVEN),
+        BASE: record(L2AdapterInterface, OURS),
     }
 
 
