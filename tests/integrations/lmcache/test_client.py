@@ -75,6 +75,11 @@ def test_of_another_identity_nothing_is_found(tmp_path):
     client = opened(tmp_path, identity="float16")
     assert exists(client, ["k"]) == [False]
     assert get(client, {"k": 64})[0] == [False]
+    assert wait_for(client, client.submit_batch_delete(["k"]))[0][3] == [False]
+    client.close()
+    client = opened(tmp_path, identity="bfloat16")
+    assert wait_for(client, client.submit_batch_delete(["k"]))[0][3] == [True]
+    assert exists(client, ["k"]) == [False]
     client.close()
 
 
@@ -117,6 +122,7 @@ def test_many_batches_at_once_each_end_once(client):
     every = [number for part in numbers.values() for number in part]
     assert len(set(every)) == 20
     assert all(ok for _, ok, _, _ in wait_for(client, *every))
+    assert not client._sets, "something is kept of batches that have ended"
     for batch in pages:
         assert get(client, {key: len(page) for key, page in batch.items()}) == (
             [True] * 5,
