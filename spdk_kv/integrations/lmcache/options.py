@@ -22,7 +22,7 @@ class Options:
             cache, the weights' revision. Of two servers with different text here neither finds
             what the other stored.
         read_only: Find and load only; see :func:`spdk_kv.open`.
-        create, eviction, index_dir, flush_interval_s: See :func:`spdk_kv.open`.
+        create, eviction, index_dir, flush_interval_s, write_budget: See :func:`spdk_kv.open`.
         engine: The engine's name, or the fields of :class:`EngineOptions` by name.
         workers: Threads, each of which does one batch at a time.
         most_pending: Batches that may be unfinished before a store is declined, so that a slow
@@ -34,9 +34,10 @@ class Options:
     identity: str = ""
     read_only: bool = False
     create: bool | None = None
-    eviction: str = "lru"
+    eviction: str = "slru"
     index_dir: str | None = None
     flush_interval_s: float | None = 5.0
+    write_budget: str | None = None
     engine: str | Mapping[str, Any] | None = None
     workers: int = 4
     most_pending: int | None = 256
@@ -77,4 +78,5 @@ class Options:
             eviction=self.eviction,  # type: ignore[arg-type]  # opening checks it
             index_dir=self.index_dir,
             flush_interval_s=self.flush_interval_s,
+            write_budget=self.write_budget,
         )

@@ -208,7 +208,7 @@ def test_more_keys_than_views_are_refused(client):
         ({"location": 5}, '"location" is needed'),
         ({"identity": 5}, "identity is text"),
         ({"workers": 1}, "workers is 2 or more"),
-        ({"eviction": "fifo"}, "eviction is 'lru' or 'none'"),
+        ({"eviction": "fifo"}, "eviction is 'slru', 'lru' or 'none'"),
         ({"engine": {"dept": 5}}, "dept"),
         ({"capacity": "much"}, "much"),
     ],

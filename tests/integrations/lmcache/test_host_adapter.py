@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import NativeConnectorL2Adapter
 
 from integrations.lmcache import host
 from spdk_kv.integrations.lmcache import Client
@@ -24,7 +23,7 @@ def client(tmp_path):
 
 @pytest.fixture
 def adapter(client):
-    adapter = NativeConnectorL2Adapter(client)
+    adapter = host.NativeConnectorL2Adapter(client)
     yield adapter
     adapter.close()
 
