@@ -32,6 +32,7 @@ class TierOptions:
     verify: bool = True
     index_dir: str | None = None
     flush_interval_s: float | None = 5.0
+    write_budget: str | None = None
     read_only: bool = False
     identity: str = ""
     workers: int = 4
@@ -83,5 +84,6 @@ class TierOptions:
             verify=self.verify,
             index_dir=self.index_dir,
             flush_interval_s=self.flush_interval_s,
+            write_budget=self.write_budget,
             read_only=self.read_only,
         )
