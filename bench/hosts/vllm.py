@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import mmap
 import os
@@ -57,11 +58,14 @@ class Run:
 class Bed:
     """A CPU cache of vLLM's of so many rows, and tiers beside it."""
 
-    def __init__(self, folder: Path, rows: int, row_nbytes: int, capacity: int) -> None:
+    def __init__(
+        self, folder: Path, rows: int, row_nbytes: int, capacity: int, options: dict[str, Any]
+    ) -> None:
         self.memory = mmap.mmap(-1, rows * row_nbytes)
         self.rows = np.frombuffer(self.memory, np.int8).reshape(rows, row_nbytes)
         self._folder = folder
-        self._capacity = capacity
+        self._options = {"capacity": capacity, "most_waiting": 1 << 50, "patience_s": 1e9}
+        self._options |= options
         self._request = SimpleNamespace(req_id="bench")
         self._ids = itertools.count()
         words = np.frombuffer(self.memory, np.uint64)
@@ -96,10 +100,8 @@ class Bed:
                 view,
                 "SpdkKvTier",
                 location=f"file://{folder}",
-                capacity=self._capacity,
                 identity="bench",
-                most_waiting=1 << 50,
-                patience_s=1e9,
+                **self._options,
             )
         else:
             from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
@@ -142,11 +144,12 @@ class Bed:
 
 
 def measure(
-    folder: Path, row_nbytes: int, per_job: int, total: int, rounds: int, in_flight: int
+    folder: Path, row_nbytes: int, words: argparse.Namespace
 ) -> dict[tuple[str, str], list[Run]]:
     """Rounds of stores and loads by both tiers; by tier and direction."""
-    count = total // row_nbytes
-    bed = Bed(folder, count, row_nbytes, 2 * total)
+    rounds, per_job = words.rounds, words.per_job
+    count = words.total // row_nbytes
+    bed = Bed(folder, count, row_nbytes, 2 * words.total, words.ours)
     expected = bed.rows.copy()
     runs: dict[tuple[str, str], list[Run]] = {}
     for number in range(rounds):
@@ -156,17 +159,23 @@ def measure(
         for name in names:
             with bed.tier(name) as tier:
                 _say(f"{format_nbytes(row_nbytes)}, round {number + 1} of {rounds}: {name}")
-                runs.setdefault((name, "store"), []).append(bed.run(tier, keys, in_flight, False))
+                runs.setdefault((name, "store"), []).append(
+                    bed.run(tier, keys, words.in_flight, False)
+                )
                 os.sync()
                 bed.rows[:] = 0
-                runs.setdefault((name, "load"), []).append(bed.run(tier, keys, in_flight, True))
+                runs.setdefault((name, "load"), []).append(
+                    bed.run(tier, keys, words.in_flight, True)
+                )
                 assert np.array_equal(bed.rows, expected), f"{name} loaded other bytes"
     return runs
 
 
-def measure_calls(folder: Path, row_nbytes: int = 64 * KIB) -> dict[str, dict[str, list[float]]]:
+def measure_calls(
+    folder: Path, words: argparse.Namespace, row_nbytes: int = 64 * KIB
+) -> dict[str, dict[str, list[float]]]:
     """Microseconds of each call while 1,000 jobs wait; by tier and call."""
-    bed = Bed(folder, 4096, row_nbytes, 2 * GIB)
+    bed = Bed(folder, 4096, row_nbytes, 2 * GIB, words.ours)
     found: dict[str, dict[str, list[float]]] = {}
     for name in (OURS, THEIRS):
         _say(f"calls with {WAITING_JOBS} jobs waiting: {name}")
@@ -270,6 +279,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--in-flight", type=int, default=8, help="jobs at a time")
     parser.add_argument("--total", type=parse_nbytes, default=512 * MIB, help="bytes of a run")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--ours", type=json.loads, default={}, metavar="JSON", help="options of our tier"
+    )
     parser.add_argument("--no-calls", action="store_true", help="bytes per second only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the records there")
     words = parser.parse_args()
@@ -296,10 +308,8 @@ def main() -> None:
             runs = {}
             for text in words.block or ("256 KiB", "1 MiB"):
                 row_nbytes = parse_nbytes(text)
-                runs[text] = measure(
-                    folder, row_nbytes, words.per_job, words.total, words.rounds, words.in_flight
-                )
-            calls = {} if words.no_calls else measure_calls(folder)
+                runs[text] = measure(folder, row_nbytes, words)
+            calls = {} if words.no_calls else measure_calls(folder, words)
             _say("")
             lines, figures = tables(runs, calls)
             print("\n".join([*about, "", *lines, ""]))

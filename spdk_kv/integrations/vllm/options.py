@@ -7,14 +7,15 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from spdk_kv.store import KVStore
+from spdk_kv.store import EngineOptions, KVStore
 from spdk_kv.store import open as open_store
 from spdk_kv.units import parse_nbytes
 
 
 @dataclass(frozen=True)
 class TierOptions:
-    """The keywords of a tier. Those up to ``read_only`` are as in :func:`spdk_kv.open`.
+    """The keywords of a tier. Those up to ``read_only`` are as in :func:`spdk_kv.open`;
+    ``engine`` may also be a mapping of the fields of EngineOptions.
 
     ``identity`` is any text that tells two models of one name apart, such as a revision; with it,
     the files of a model in a folder are not looked at. ``workers`` is the number of threads that
@@ -27,7 +28,7 @@ class TierOptions:
     location: str
     capacity: int | str | None = None
     create: bool | None = None
-    engine: str | None = None
+    engine: str | Mapping[str, Any] | None = None
     eviction: str = "lru"
     verify: bool = True
     index_dir: str | None = None
@@ -72,6 +73,11 @@ class TierOptions:
             return max(1, cache_nbytes // 2)
         return parse_nbytes(self.most_waiting)
 
+    def _engine(self) -> str | EngineOptions | None:
+        if self.engine is None or isinstance(self.engine, str):
+            return self.engine
+        return EngineOptions(**self.engine)
+
     def open(self, replica: int) -> KVStore:
         """Opens the store; ``{dp}`` in the location becomes the number of the engine's replica.
         Raises what :func:`spdk_kv.open` raises. Blocks on the drive."""
@@ -79,7 +85,7 @@ class TierOptions:
             self.location.replace("{dp}", str(replica)),
             capacity=self.capacity,
             create=self.create,
-            engine=self.engine,
+            engine=self._engine(),
             eviction=self.eviction,  # type: ignore[arg-type]  # checked there
             verify=self.verify,
             index_dir=self.index_dir,

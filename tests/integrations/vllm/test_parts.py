@@ -41,6 +41,13 @@ def test_a_replica_has_a_place_of_its_own(tmp_path):
         assert store.location == f"file://{tmp_path}/kv-3"
 
 
+def test_an_engine_may_have_options_of_its_own(tmp_path):
+    engine = {"name": "threads", "depth": 2}
+    given = {"location": f"file://{tmp_path}/kv", "capacity": "4 MiB", "engine": engine}
+    with TierOptions.of(given).open(0) as store:
+        assert store.engine.name == "threads"
+
+
 def test_keys_are_short_and_those_of_other_facts_are_others():
     keys = Keys({"model": "a"})
     names = [keys(bytes([number]) * length) for number in range(9) for length in (0, 36, 1024)]
