@@ -1,0 +1,94 @@
+"""The stores of one rank: its own, and the one of what all tensor-parallel ranks have alike."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from spdk_kv.errors import SpdkKvError
+from spdk_kv.integrations.sglang.options import Options, StorageConfig, place
+from spdk_kv.store import KVStore
+from spdk_kv.store import open as open_store
+
+log = logging.getLogger(__name__)
+
+# A reader may be there before the rank that writes has begun the store.
+_RETRY_S = 1.0
+# What is said for the rank that writes, in a configuration that all ranks get.
+_WRITERS = ("capacity", "create", "write_budget")
+
+
+class Stores:
+    """Opens what a rank needs, and closes it. Thread-safe.
+
+    ``writes_shared``: whether this rank writes what all have alike; it then has one store for both.
+    """
+
+    def __init__(self, options: Options, config: StorageConfig) -> None:
+        """Opens the store that this rank writes, or reads; blocks on the drive. Raises what
+        :func:`spdk_kv.open` raises, such as StoreLocked."""
+        self._options = options
+        self._lock = threading.Lock()
+        self._is_replicated = config.is_mla_model and config.tp_size > 1
+        self.writes_shared = bool(getattr(config, "is_storage_writer", True))
+        self._own_location = place(options.location, config, shared=False)
+        self._shared_location = self._own_location
+        if self._is_replicated:
+            self._shared_location = place(options.location, config, shared=True)
+        self._own: KVStore | None = None
+        self._shared: KVStore | None = None
+        self._retry_at = 0.0
+        self._closed = False
+        if self.writes_shared:
+            read_only = options.read_only
+            self._own = self._shared = self._open(self._shared_location, read_only=read_only)
+
+    def _open(self, location: str, *, read_only: bool) -> KVStore:
+        opening = dict(self._options.opening)
+        if read_only:
+            for name in _WRITERS:
+                opening.pop(name, None)
+        store = open_store(location, read_only=read_only, **opening)
+        log.info("%r is open for SGLang%s", store, " (read_only)" if read_only else "")
+        return store
+
+    def shared(self) -> KVStore | None:
+        """Where KV pages are: this rank's store, or a reader of the one that another rank writes.
+        None while that one is not there yet, and after close."""
+        if self._shared is None and not self._closed:
+            with self._lock:
+                if self._shared is None and not self._closed and time.monotonic() > self._retry_at:
+                    self._retry_at = time.monotonic() + _RETRY_S
+                    try:
+                        self._shared = self._open(self._shared_location, read_only=True)
+                    except (SpdkKvError, ValueError) as why:
+                        log.info("%s cannot be read yet: %s", self._shared_location, why)
+        return self._shared
+
+    def own(self) -> KVStore | None:
+        """Where this rank keeps what no other rank has. Opened when it is first needed. None after
+        close. Raises as the constructor does."""
+        if self._own is None and not self._closed:
+            with self._lock:
+                if self._own is None and not self._closed:
+                    read_only = self._options.read_only
+                    self._own = self._open(self._own_location, read_only=read_only)
+        return self._own
+
+    def opened(self) -> list[KVStore]:
+        """What is open, each once."""
+        found = {id(store): store for store in (self._own, self._shared) if store is not None}
+        return list(found.values())
+
+    def close(self) -> None:
+        """Flushes and closes what is open; a failure is logged. May be called twice."""
+        with self._lock:
+            self._closed = True
+            stores = self.opened()
+            self._own = self._shared = None
+        for store in stores:
+            try:
+                store.close()
+            except SpdkKvError:
+                log.exception("closing %r", store)
