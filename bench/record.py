@@ -27,6 +27,7 @@ QUESTIONS = (
     "sequences",
     "prompts",
     "reading_a_part",
+    "host_sglang",
 )
 SPDK_KV, DUAL_BLADE = "spdk_kv", "DUAL-BLADE"
 ASKERS = (SPDK_KV, DUAL_BLADE)

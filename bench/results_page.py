@@ -67,6 +67,11 @@ TITLES = {
         "What is lost in answers by reading the tokens that a selector chooses, and how fast a "
         "decode step of an 8B model's shape is at 32K tokens. Answers by SmolLM2-135M.",
     ),
+    "host_sglang": (
+        "Under SGLang",
+        "How fast SGLang's pages are stored and fetched, beside its own file backend, and what its "
+        "scheduler's calls take while 1,000 jobs wait. Host pools and controller on the CPU.",
+    ),
     "own_cost": (
         "Our own cost",
         "What a call costs without a drive (the engine `null`), and what 100,000 blobs cost.",
