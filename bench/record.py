@@ -28,6 +28,7 @@ QUESTIONS = (
     "prompts",
     "reading_a_part",
     "host_sglang",
+    "host_llama_cpp",
 )
 SPDK_KV, DUAL_BLADE = "spdk_kv", "DUAL-BLADE"
 ASKERS = (SPDK_KV, DUAL_BLADE)

