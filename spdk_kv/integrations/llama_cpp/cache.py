@@ -50,7 +50,13 @@ class StateCache:
     """
 
     def __init__(
-        self, store: KVStore, llama: Any, *, least_tokens: int = 64, every: int = 256
+        self,
+        store: KVStore,
+        llama: Any,
+        *,
+        least_tokens: int = 64,
+        every: int = 256,
+        timeout_s: float | None = 10.0,
     ) -> None:
         """
         Args:
@@ -59,6 +65,9 @@ class StateCache:
                 them from others.
             least_tokens: Beginnings shorter than this are neither stored nor looked for.
             every: Tokens in a piece.
+            timeout_s: Seconds after which the drive is not waited for any more, for each piece:
+                what is read late is computed instead, what is written late is not stored. None
+                waits as long as it takes.
 
         Raises:
             ValueError: ``llama`` has no state that its tokens alone determine.
@@ -77,6 +86,7 @@ class StateCache:
         self._llama = weakref.ref(llama)
         self._context = context_of(llama)
         self._least = least_tokens
+        self._timeout_s = timeout_s
         self._every = every if self._context.cuts else int(llama.n_ctx()) + 1
         self._prefix = f"{PREFIX}{fingerprint(store, llama)}/"
         self._asked: Tokens = tokens_of([])
@@ -210,7 +220,7 @@ class StateCache:
         while True:
             while len(coming) <= _AHEAD and (piece := next(waiting, None)) is not None:
                 try:
-                    coming.append((piece, self._store.get_async(piece.key, as_numpy=True)))
+                    coming.append((piece, self._get(piece.key)))
                 except SpdkKvError as failure:
                     self._failed("reading a state", failure)
                     waiting = iter(())
@@ -223,6 +233,9 @@ class StateCache:
                 self._failed("reading a state", failure)
                 return
             yield piece, state
+
+    def _get(self, key: str) -> Future[Any]:
+        return self._store.get_async(key, as_numpy=True, timeout_s=self._timeout_s)
 
     def _unstored(self, tokens: Tokens) -> list[Piece]:
         """The pieces of ``tokens`` to store: of all of them, and of the prompt they began with,
@@ -248,7 +261,7 @@ class StateCache:
             if not self._store.worth_writing({piece.key: state.nbytes})[0]:
                 self._counts["unsaved"] += 1
                 return False
-            future = self._store.put_async(piece.key, state)
+            future = self._store.put_async(piece.key, state, timeout_s=self._timeout_s)
         except SpdkKvError as failure:
             self._counts["unsaved"] += 1
             log.warning("a state of %d tokens is not stored: %s", piece.end, failure)

@@ -272,6 +272,21 @@ def test_a_cache_ends_with_its_llama(model_path: Path, store: KVStore) -> None:
     assert store.keys() == stored
 
 
+def test_a_drive_that_is_too_slow_is_not_waited_for(
+    model_path: Path, llama: Any, store: KVStore, expected: list[int]
+) -> None:
+    remember(model_path, store, PROMPT)
+    held = set(store.keys())
+    cache = StateCache(store, llama, every=EVERY, timeout_s=1e-9)
+    llama.set_cache(cache)
+    assert answer(llama, PROMPT, COUNT) == expected
+    assert (cache.stats()["failed"], cache.stats()["misses"]) == (1, 1)
+    answer(llama, text(2, 200), COUNT)
+    cache.wait()
+    assert cache.stats()["unsaved"] > 0
+    assert set(store.keys()) == held
+
+
 def test_a_store_that_is_closed_under_it_is_a_miss(
     model_path: Path, tmp_path: Path, llama: Any, expected: list[int]
 ) -> None:
