@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def held(name: str, cache: Any) -> int:
 
 
 def in_one_process(arguments: argparse.Namespace, folder: Path) -> list[Run]:
-    llama = load(arguments.model)
+    llama = load(arguments.model, arguments.threads)
     prompts = Prompts(llama)
     runs: list[Run] = []
 
@@ -120,7 +120,7 @@ def in_one_process(arguments: argparse.Namespace, folder: Path) -> list[Run]:
         caches = {name: stack.enter_context(opened(name, llama, folder)) for name in CACHES}
         for number in range(arguments.rounds):
             names = CACHES if number % 2 == 0 else CACHES[::-1]
-            for tokens in LENGTHS:
+            for tokens in arguments.tokens:
                 say(f"round {number + 1} of {arguments.rounds}: {tokens} tokens")
                 ask(llama, prompts.get(BETWEEN + len(runs), 32))
                 asked(NONE, None, "computed", tokens, number)
@@ -138,15 +138,16 @@ def in_new_processes(arguments: argparse.Namespace, folder: Path) -> list[Run]:
     runs = []
     for number in range(arguments.rounds):
         names = LASTING if number % 2 == 0 else LASTING[::-1]
-        for tokens in LENGTHS:
+        for tokens in arguments.tokens:
             for name in names:
                 say(f"round {number + 1} of {arguments.rounds}: {tokens} tokens, new process")
-                runs.append(child(arguments.model, [name, str(tokens), str(number), str(folder)]))
+                runs.append(child(arguments, [name, str(tokens), str(number), str(folder)]))
     return runs
 
 
-def child(model: Path, work: list[str]) -> Run:
-    command = [sys.executable, __file__, "--model", str(model), "--child", *work]
+def child(arguments: argparse.Namespace, work: list[str]) -> Run:
+    options = ["--model", str(arguments.model), "--threads", str(arguments.threads)]
+    command = [sys.executable, __file__, *options, "--child", *work]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -154,8 +155,10 @@ def child(model: Path, work: list[str]) -> Run:
     return run
 
 
-def be_child(model: Path, name: str, tokens: int, number: int, folder: Path) -> Run:
-    llama = load(model)
+def be_child(
+    arguments: argparse.Namespace, name: str, tokens: int, number: int, folder: Path
+) -> Run:
+    llama = load(arguments.model, arguments.threads)
     prompts = Prompts(llama)
     prompt = prompts.get(number, tokens)
     ask(llama, prompts.get(BETWEEN, 32))  # what a first pass alone takes is not counted
@@ -175,10 +178,9 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def load(model: Path) -> Any:
+def load(model: Path, threads: int) -> Any:
     import llama_cpp
 
-    threads = os.cpu_count() or 1
     context = max(LENGTHS) + 96
     return llama_cpp.Llama(
         str(model), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
@@ -200,13 +202,13 @@ class Prompts:
         return [*title, *self._tokens[begin:]][:tokens]
 
 
-def table(runs: list[Run]) -> list[str]:
+def table(lengths: Sequence[int], runs: list[Run]) -> list[str]:
     lines = [
         "| tokens | cache | first token, s, median (min to max) | CPU, s | in a new process, s "
         "| storing, s | kept, MiB | memory in a new process, MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for tokens in LENGTHS:
+    for tokens in lengths:
         computed = of(runs, NONE, tokens, "computed")
         first = spread(computed, "first_token_s"), spread(computed, "cpu_s")
         lines.append(f"| {tokens} | {NONE} | {' | '.join(first)} | | | | |")
@@ -237,9 +239,9 @@ def spread(runs: list[Run], what: str, unit: int = 1) -> str:
     return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
 
 
-def figures_of(runs: list[Run]) -> list[Figure]:
+def figures_of(lengths: Sequence[int], runs: list[Run]) -> list[Figure]:
     found = []
-    for tokens in LENGTHS:
+    for tokens in lengths:
         times = {
             name: [run["first_token_s"] for run in of(runs, name, tokens, "asked")]
             for name in CACHES
@@ -296,12 +298,14 @@ def main() -> None:
     parser.add_argument("--fast-drive", action="store_true", help="on a simulated drive")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that compute")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         name, tokens, number, folder = arguments.child
-        print(json.dumps(be_child(arguments.model, name, int(tokens), int(number), Path(folder))))
+        print(json.dumps(be_child(arguments, name, int(tokens), int(number), Path(folder))))
         return
     if (arguments.dir is None) == (not arguments.fast_drive):
         parser.error("one of --dir and --fast-drive")
@@ -316,13 +320,17 @@ def main() -> None:
         runs = in_one_process(arguments, folder)
         runs += in_new_processes(arguments, folder)
     say("")
-    figures = figures_of(runs)
-    print("\n".join([*lines, f"model: {arguments.model.name}", "", *table(runs), ""]))
+    figures = figures_of(arguments.tokens, runs)
+    print(
+        "\n".join(
+            [*lines, f"model: {arguments.model.name}", "", *table(arguments.tokens, runs), ""]
+        )
+    )
     for one in figures:
         if one.target:
             print(f"{one.what}: {one.value:.3f} (asked: {one.wanted}): {one.verdict}")
     if arguments.json:
-        method = f"{arguments.rounds} rounds, bench/hosts/llama_cpp.py, {arguments.model.name}"
+        method = f"{arguments.rounds} rounds, {arguments.threads} threads, {arguments.model.name}"
         made = record.today("host_llama_cpp", drive, lines, method, figures, runs)
         record.write(arguments.json, [made])
 
