@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -162,20 +161,14 @@ def be_child(
     prompts = Prompts(llama)
     prompt = prompts.get(number, tokens)
     ask(llama, prompts.get(BETWEEN, 32))  # what a first pass alone takes is not counted
-    before_nbytes = peak()
     begin = time.perf_counter()
     with opened(name, llama, folder) as cache:
         opened_s = time.perf_counter() - begin
         llama.set_cache(cache)
         run = ask(llama, prompt)
-        peak_nbytes = peak() - before_nbytes
     run["first_token_s"] += opened_s
     told = {"cache": name, "tokens": tokens, "step": "new"}
-    return told | {"open_s": opened_s, "peak_nbytes": peak_nbytes} | run
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return told | {"open_s": opened_s} | run
 
 
 def load(model: Path, threads: int) -> Any:
@@ -205,13 +198,13 @@ class Prompts:
 def table(lengths: Sequence[int], runs: list[Run]) -> list[str]:
     lines = [
         "| tokens | cache | first token, s, median (min to max) | CPU, s | in a new process, s "
-        "| storing, s | kept, MiB | memory in a new process, MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| storing, s | kept, MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for tokens in lengths:
         computed = of(runs, NONE, tokens, "computed")
         first = spread(computed, "first_token_s"), spread(computed, "cpu_s")
-        lines.append(f"| {tokens} | {NONE} | {' | '.join(first)} | | | | |")
+        lines.append(f"| {tokens} | {NONE} | {' | '.join(first)} | | | |")
         for name in CACHES:
             stored, again, new = (
                 of(runs, name, tokens, step) for step in ("stored", "asked", "new")
@@ -219,7 +212,7 @@ def table(lengths: Sequence[int], runs: list[Run]) -> list[str]:
             cells = (
                 *(str(tokens), name, spread(again, "first_token_s"), spread(again, "cpu_s")),
                 *(spread(new, "first_token_s"), spread(stored, "store_s")),
-                *(spread(stored, "nbytes", MIB), spread(new, "peak_nbytes", MIB)),
+                spread(stored, "nbytes", MIB),
             )
             lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -267,8 +260,6 @@ def figures_of(lengths: Sequence[int], runs: list[Run]) -> list[Figure]:
             new = of(runs, name, tokens, "new")
             what = f"{tokens} tokens, {name}, in a new process: "
             found.append(figure(f"{what}first token", [r["first_token_s"] for r in new], "s"))
-            memory = [r["peak_nbytes"] / MIB for r in new]
-            found.append(figure(f"{what}memory more at the peak", memory, "MiB"))
     return found
 
 
