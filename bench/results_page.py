@@ -71,6 +71,7 @@ TITLES = {
         "Under SGLang",
         "How fast SGLang's pages are stored and fetched, beside its own file backend, and what its "
         "scheduler's calls take while 1,000 jobs wait. Host pools and controller on the CPU.",
+    ),
     "host_llama_cpp": (
         "Under llama-cpp-python",
         "How soon the answer to a stored prompt begins with `StateCache`, beside the caches that "

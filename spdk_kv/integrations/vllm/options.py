@@ -29,7 +29,7 @@ class TierOptions:
     capacity: int | str | None = None
     create: bool | None = None
     engine: str | Mapping[str, Any] | None = None
-    eviction: str = "lru"
+    eviction: str = "slru"
     verify: bool = True
     index_dir: str | None = None
     flush_interval_s: float | None = 5.0
