@@ -27,6 +27,8 @@ QUESTIONS = (
     "sequences",
     "prompts",
     "reading_a_part",
+    "host_vllm",
+    "host_lmcache",
     "host_sglang",
     "host_llama_cpp",
 )

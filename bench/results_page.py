@@ -67,6 +67,16 @@ TITLES = {
         "What is lost in answers by reading the tokens that a selector chooses, and how fast a "
         "decode step of an 8B model's shape is at 32K tokens. Answers by SmolLM2-135M.",
     ),
+    "host_vllm": (
+        "Under vLLM",
+        "How fast chunks of its CPU cache are stored and fetched, beside its own `fs` tier with "
+        "O_DIRECT on the same jobs, and what its scheduler's calls take while 1,000 jobs wait.",
+    ),
+    "host_lmcache": (
+        "Under LMCache",
+        "How fast objects are stored and fetched by LMCache's own bench, beside its own adapters "
+        "with O_DIRECT.",
+    ),
     "host_sglang": (
         "Under SGLang",
         "How fast SGLang's pages are stored and fetched, beside its own file backend, and what its "

@@ -332,7 +332,7 @@ def measure(folder: Path, words: argparse.Namespace) -> Any:
         sys.stdout.flush()
         figures += chosen
         kept[str(kib)] = runs
-    return record.today("hosts_lmcache", machine.label(folder), lines, method, figures, kept)
+    return record.today("host_lmcache", machine.label(folder), lines, method, figures, kept)
 
 
 def main() -> None:

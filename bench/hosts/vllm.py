@@ -323,7 +323,7 @@ def main() -> None:
                 for (name, direction), seen in found.items()
             }
             label = machine.label(parent)
-            records.append(record.today("vllm", label, about, method, figures, flat))
+            records.append(record.today("host_vllm", label, about, method, figures, flat))
     if words.json:
         record.write(words.json, records)
 
