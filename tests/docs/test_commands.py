@@ -15,7 +15,9 @@ from docs.pages import Page, pages
 from spdk_kv.cli import main
 from support.places import ROOT
 
-_OPTION = re.compile(r"--[a-z][a-z-]+")
+_OPTION = re.compile(r"--[a-z][a-z_-]+")
+# Of programs that are not ours: llama-cpp-python's server.
+_OF_OTHERS = frozenset(("--cache", "--logits_all"))
 
 
 def _missing(words: list[str]) -> str | None:
@@ -38,7 +40,7 @@ def _missing(words: list[str]) -> str | None:
 @cache
 def _all_options() -> frozenset[str]:
     """Every option of ours: of the command line, the scripts and the measurements."""
-    found = {"--help"}
+    found = {"--help", *_OF_OTHERS}
     waiting: list[click.Command] = [main]
     while waiting:
         command = waiting.pop()
@@ -47,7 +49,7 @@ def _all_options() -> frozenset[str]:
             context = click.Context(command)
             names = command.list_commands(context)
             waiting += [sub for name in names if (sub := command.get_command(context, name))]
-    for folder in ("scripts", "bench", "vagrant"):
+    for folder in ("scripts", "bench", "vagrant", "spdk_kv/integrations"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".sh", ".py"):
                 found.update(_OPTION.findall(path.read_text()))

@@ -35,7 +35,7 @@ class Client:
         """Opens the store; blocks until that is done.
 
         Args:
-            adapter_params: The fields of :class:`Options`.
+            adapter_params: As :meth:`Options.parse` takes them.
 
         Raises:
             TypeError, ValueError: An option is unknown or makes no sense.
@@ -43,9 +43,10 @@ class Client:
             SpdkKvError: What else :func:`spdk_kv.open` raises.
         """
         options = Options.parse(adapter_params)
-        self.prefix = f"{options.identity}/" if options.identity else ""
+        identity = options.opening.identity
+        self.prefix = f"{identity}/" if identity else ""
         """What stands before LMCache's keys in the store."""
-        self.store = options.open()
+        self.store = options.opening.open()
         self._lock = threading.Lock()
         # Batches of which LMCache asks for one answer alone.
         self._sets: set[int] = set()

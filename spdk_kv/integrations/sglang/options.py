@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from spdk_kv.store import EngineOptions, PageCacheOptions
+from spdk_kv.integrations.opening import Opening, read_opening
 
 # What SGLang itself reads from the same table.
 _HOST = frozenset(
@@ -23,11 +22,6 @@ _HOST = frozenset(
         "hicache_storage_pass_prefix_keys",
     }
 )
-_OPENING = (
-    *("capacity", "create", "engine", "page_cache", "eviction"),
-    *("verify", "index_dir", "flush_interval_s", "write_budget"),
-)
-_OURS = ("location", *_OPENING, "read_only", "identity")
 
 
 class StorageConfig(Protocol):
@@ -45,54 +39,11 @@ class StorageConfig(Protocol):
     enable_storage_metrics: bool
 
 
-@dataclass(frozen=True)
-class Options:
-    """What was set.
-
-    ``location``: with ``{tp_rank}`` and the like still in it. ``read_only``: nothing is written,
-    beside another engine that writes. ``identity``: text that tells apart what SGLang's own names
-    don't, such as a fine-tuned model's revision. ``opening``: further keywords of
-    :func:`spdk_kv.open`.
-    """
-
-    location: str
-    read_only: bool = False
-    identity: str = ""
-    opening: dict[str, Any] = field(default_factory=dict)
-
-
-def read_options(extra: Mapping[str, Any] | None) -> Options:
-    """The options in SGLang's extra configuration. ValueError names what is wrong with them."""
+def read_options(extra: Mapping[str, Any] | None) -> Opening:
+    """The store that SGLang's extra configuration names; its location with ``{tp_rank}`` and the
+    like still in it. ValueError names what is wrong."""
     given = {key: value for key, value in (extra or {}).items() if key not in _HOST}
-    unknown = sorted(given.keys() - set(_OURS))
-    if unknown:
-        raise ValueError(
-            f"unknown in hicache-storage-backend-extra-config: {', '.join(unknown)}; spdk_kv takes "
-            f"{', '.join(_OURS)}"
-        )
-    location = given.pop("location", None)
-    if not isinstance(location, str) or not location:
-        raise ValueError(
-            'hicache-storage-backend-extra-config needs a "location", such as '
-            '"file:///var/cache/sglang-kv"'
-        )
-    read_only, identity = given.pop("read_only", False), given.pop("identity", "")
-    if not isinstance(read_only, bool):
-        raise ValueError(f"read_only is true or false, not {read_only!r}")
-    if not isinstance(identity, str):
-        raise ValueError(f"identity is text, not {identity!r}")
-    if isinstance(given.get("engine"), Mapping):
-        given["engine"] = _made(EngineOptions, "engine", given["engine"])
-    if isinstance(given.get("page_cache"), Mapping):
-        given["page_cache"] = _made(PageCacheOptions, "page_cache", given["page_cache"])
-    return Options(location, read_only, identity, given)
-
-
-def _made(kind: type[Any], name: str, fields: Mapping[str, Any]) -> Any:
-    try:
-        return kind(**fields)
-    except TypeError as wrong:
-        raise ValueError(f"{name}: {wrong}") from None
+    return read_opening(given, "hicache-storage-backend-extra-config")[0]
 
 
 def place(location: str, config: StorageConfig, *, shared: bool) -> str:

@@ -7,16 +7,14 @@ import threading
 import time
 
 from spdk_kv.errors import SpdkKvError
-from spdk_kv.integrations.sglang.options import Options, StorageConfig, place
+from spdk_kv.integrations.opening import Opening
+from spdk_kv.integrations.sglang.options import StorageConfig, place
 from spdk_kv.store import KVStore
-from spdk_kv.store import open as open_store
 
 log = logging.getLogger(__name__)
 
 # A reader may be there before the rank that writes has begun the store.
 _RETRY_S = 1.0
-# What is said for the rank that writes, in a configuration that all ranks get.
-_WRITERS = ("capacity", "create", "write_budget")
 
 
 class Stores:
@@ -25,7 +23,7 @@ class Stores:
     ``writes_shared``: whether this rank writes what all have alike; it then has one store for both.
     """
 
-    def __init__(self, options: Options, config: StorageConfig) -> None:
+    def __init__(self, options: Opening, config: StorageConfig) -> None:
         """Opens the store that this rank writes, or reads; blocks on the drive. Raises what
         :func:`spdk_kv.open` raises, such as StoreLocked."""
         self._options = options
@@ -45,11 +43,7 @@ class Stores:
             self._own = self._shared = self._open(self._shared_location, read_only=read_only)
 
     def _open(self, location: str, *, read_only: bool) -> KVStore:
-        opening = dict(self._options.opening)
-        if read_only:
-            for name in _WRITERS:
-                opening.pop(name, None)
-        store = open_store(location, read_only=read_only, **opening)
+        store = self._options.open(location, read_only=read_only)
         log.info("%r is open for SGLang%s", store, " (read_only)" if read_only else "")
         return store
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
-from spdk_kv.store import EngineOptions, KVStore
-from spdk_kv.store import open as open_store
+from spdk_kv.integrations.opening import Opening, read_opening
+from spdk_kv.store import KVStore
 from spdk_kv.units import parse_nbytes
 
 
 @dataclass(frozen=True)
 class TierOptions:
-    """The keywords of a tier. Those up to ``read_only`` are as in :func:`spdk_kv.open`;
-    ``engine`` may also be a mapping of the fields of EngineOptions.
+    """The keywords of a tier: those of its store (``opening``), and its own.
 
     ``identity`` is any text that tells two models of one name apart, such as a revision; with it,
     the files of a model in a folder are not looked at. ``workers`` is the number of threads that
@@ -25,17 +23,7 @@ class TierOptions:
     ``locality`` is passed on to vLLM: ``"LOCAL"`` or ``"REMOTE"``.
     """
 
-    location: str
-    capacity: int | str | None = None
-    create: bool | None = None
-    engine: str | Mapping[str, Any] | None = None
-    eviction: str = "slru"
-    verify: bool = True
-    index_dir: str | None = None
-    flush_interval_s: float | None = 5.0
-    write_budget: str | None = None
-    read_only: bool = False
-    identity: str = ""
+    opening: Opening
     workers: int = 4
     most_waiting: int | str | None = None
     patience_s: float = 10.0
@@ -52,20 +40,9 @@ class TierOptions:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> TierOptions:
         """The options of an entry. ValueError names what is unknown, missing or senseless."""
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in known:
-                close = get_close_matches(name, known, 1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise ValueError(
-                    f"SpdkKvTier has no option {name!r}{hint}; it has {', '.join(known)}"
-                )
-        if not given.get("location"):
-            raise ValueError(
-                "SpdkKvTier needs a location, such as 'file:///var/cache/kv': a folder or drive "
-                "for its store"
-            )
-        return cls(**given)
+        own = [each.name for each in fields(cls) if each.name != "opening"]
+        opening, others = read_opening(given, "SpdkKvTier", own)
+        return cls(opening, **others)
 
     def most_waiting_nbytes(self, cache_nbytes: int) -> int:
         """How many bytes of blocks to store may wait beside a CPU cache of so many bytes."""
@@ -73,23 +50,7 @@ class TierOptions:
             return max(1, cache_nbytes // 2)
         return parse_nbytes(self.most_waiting)
 
-    def _engine(self) -> str | EngineOptions | None:
-        if self.engine is None or isinstance(self.engine, str):
-            return self.engine
-        return EngineOptions(**self.engine)
-
     def open(self, replica: int) -> KVStore:
         """Opens the store; ``{dp}`` in the location becomes the number of the engine's replica.
         Raises what :func:`spdk_kv.open` raises. Blocks on the drive."""
-        return open_store(
-            self.location.replace("{dp}", str(replica)),
-            capacity=self.capacity,
-            create=self.create,
-            engine=self._engine(),
-            eviction=self.eviction,  # type: ignore[arg-type]  # checked there
-            verify=self.verify,
-            index_dir=self.index_dir,
-            flush_interval_s=self.flush_interval_s,
-            write_budget=self.write_budget,
-            read_only=self.read_only,
-        )
+        return self.opening.open(self.opening.location.replace("{dp}", str(replica)))

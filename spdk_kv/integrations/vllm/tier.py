@@ -89,7 +89,7 @@ class Tier:
             self.locality = self.words.locality(wanted.locality)
         self._rows: np.ndarray[Any, Any] | None = np.asarray(primary_kv_view)
         self._row_nbytes = self._rows.strides[0]
-        self._keys = Keys(self.facts(offloading_spec, self._row_nbytes, wanted.identity))
+        self._keys = Keys(self.facts(offloading_spec, self._row_nbytes, wanted.opening.identity))
         self._under_way: dict[int, _Job] = {}
         self._over: list[Any] = []
         self._declined = 0
@@ -98,7 +98,7 @@ class Tier:
         self.store = wanted.open(offloading_spec.config.parallel.data_parallel_index)
         self._telling = Telling(self.store.location)
         self._jobs = Jobs(self.store, on_finished=self._ended.set, workers=wanted.workers)
-        self._asking = Asking(self._look_up) if wanted.read_only else None
+        self._asking = Asking(self._look_up) if wanted.opening.read_only else None
 
     @classmethod
     def facts(cls, offloading_spec: Any, row_nbytes: int, identity: str) -> Mapping[str, Any]:

@@ -203,7 +203,10 @@ def test_more_keys_than_views_are_refused(client):
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        ({"capcity": "1 GiB"}, r"there is no 'capcity'; there are location, capacity"),
+        (
+            {"capcity": "1 GiB"},
+            r"no option 'capcity' \(did you mean 'capacity'\?\); there are location, capacity",
+        ),
         ({"location": ""}, '"location" is needed'),
         ({"location": 5}, '"location" is needed'),
         ({"identity": 5}, "identity is text"),

@@ -66,7 +66,7 @@ def test_what_is_the_hosts_is_left_to_it_and_the_rest_is_for_the_store() -> None
         }
     )
     assert options.location == "file:///kv"
-    assert options.opening == {
+    assert options.settings == {
         "capacity": "1 GiB",
         "engine": spdk_kv.EngineOptions(depth=32),
         "page_cache": spdk_kv.PageCacheOptions(policy="direct"),
@@ -76,7 +76,7 @@ def test_what_is_the_hosts_is_left_to_it_and_the_rest_is_for_the_store() -> None
 def test_whatever_a_store_is_opened_with_can_be_set() -> None:
     ours = set(inspect.signature(spdk_kv.open).parameters) - {"location", "read_only", "renamed"}
     given = dict.fromkeys(ours)
-    assert read_options({"location": "ram://", **given}).opening == given
+    assert read_options({"location": "ram://", **given}).settings == given
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ PLACE = {"location": "file:///nowhere"}
     ("given", "complaint"),
     [
         ({**PLACE, "capcity": "1 GiB"}, "no option 'capcity' (did you mean 'capacity'?)"),
-        ({**PLACE, "root_dir": "/x"}, "no option 'root_dir'; it has location, capacity"),
-        ({}, "needs a location"),
+        ({**PLACE, "root_dir": "/x"}, "no option 'root_dir'; there are location, capacity"),
+        ({}, '"location" is needed'),
         ({**PLACE, "workers": 1}, "at least 2"),
         ({**PLACE, "most_waiting": "lots"}, "lots"),
         ({**PLACE, "most_waiting": 0}, "at least 1 byte"),
