@@ -30,7 +30,7 @@ def test_the_bench_verifies_what_it_stored(tmp_path, words):
 def test_the_bench_says_what_is_wrong_with_an_option(tmp_path):
     ran = host.bench(tmp_path, *SMALL, capcity="1 GiB")
     assert ran.returncode
-    assert "there is no 'capcity'; there are location, capacity" in ran.stdout + ran.stderr
+    assert "no option 'capcity' (did you mean 'capacity'?)" in ran.stdout + ran.stderr
 
 
 def free_port() -> int:
