@@ -244,7 +244,8 @@ def test_states_that_are_gone_or_damaged_are_a_miss(where: str) -> None:
 def test_evicted_sequence_takes_its_states_along(where: str) -> None:
     model = model_of("qwen3_next")
     chat = Chat(model)
-    with open_store(where, capacity="4 MiB", flush_interval_s=None) as store:
+    options = {"capacity": "4 MiB", "eviction": "lru", "flush_interval_s": None}
+    with open_store(where, **options) as store:
         with named(store, model, chat.text) as kv:
             same(tell(model, kv, chat.text), chat.wanted())
         store.flush()
