@@ -9,9 +9,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import count
+from queue import SimpleQueue
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -27,6 +30,8 @@ from spdk_kv.integrations.hugepages import HugePages
 from spdk_kv.store import KVStore
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Page = tuple[str, Any]
 """A key, and a C-contiguous buffer: the bytes to put, or (writable) the place to get to."""
@@ -154,7 +159,7 @@ class Finished:
     error: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     number: int
     kind: Literal["put", "get"]
@@ -165,9 +170,11 @@ class _Job:
 class Jobs:
     """Jobs under way between a host and ``store``, which stays the caller's to close.
 
-    No method but :meth:`close` waits for the drive. Thread-safe. Reads go before writes, and
-    writes never take the last worker, so that one who waits for his prompt does not wait for what
-    others leave behind. A job keeps its buffers until it has ended, and no longer.
+    No method but :meth:`close` waits for the drive. :meth:`put`, :meth:`get` and :meth:`finished`
+    wait for no other thread either: a scheduler that meets a lock gives the interpreter away, and
+    gets it back when a worker is done with it. Thread-safe. Reads go before writes, and writes
+    never take the last worker, so that one who waits for his prompt does not wait for what others
+    leave behind. A job keeps its buffers until it has ended, and no longer.
     """
 
     def __init__(
@@ -191,15 +198,20 @@ class Jobs:
         self._store = store
         self._on_finished = on_finished
         self._most_pending = most_pending
-        self._changed = threading.Condition(threading.Lock())
+        # What a caller touches is changed by single operations of built-in types alone, each of
+        # which is done or not done for every thread.
+        self._numbers = count(1)
         self._gets: deque[_Job] = deque()
         self._puts: deque[_Job] = deque()
         self._ended: deque[Finished] = deque()
-        self._last = 0
-        self._pending = 0
+        self._open: set[int] = set()
+        self._closed = False
+        # One item for each job, and for each worker at the end: who finds nothing waits again.
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        # Of workers only.
+        self._choosing = threading.Lock()
         self._writing = 0
         self._most_writing = workers - 1
-        self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"spdk_kv-jobs-{number}", daemon=True)
             for number in range(workers)
@@ -214,11 +226,19 @@ class Jobs:
 
         Returns the job's number, as the others do, which all raise ClosedError after close.
         """
-        return self._submit("put", pages, again)
+        job = _Job(self._number(), "put", pages, again)
+        if self._most_pending is not None and len(self._open) > self._most_pending:
+            reason = f"{self._most_pending} jobs are waiting"
+            self._end(job, [False] * len(pages), 0.0, reason)
+        else:
+            self._submit(job, self._puts)
+        return job.number
 
     def get(self, pages: Sequence[Page]) -> int:
         """As :func:`get_pages`."""
-        return self._submit("get", pages)
+        job = _Job(self._number(), "get", pages)
+        self._submit(job, self._gets)
+        return job.number
 
     def exists(self, keys: Sequence[str]) -> int:
         """Whether pages are stored under ``keys``, which is known without the drive."""
@@ -230,26 +250,20 @@ class Jobs:
 
     def finished(self) -> list[Finished]:
         """What has ended since the last call, in that order."""
-        with self._changed:
-            ended = list(self._ended)
-            self._ended.clear()
-            return ended
+        return list(_taken(self._ended))
 
     @property
     def pending(self) -> int:
         """How many jobs have not ended."""
-        return self._pending
+        return len(self._open)
 
     def close(self) -> None:
         """Waits for the jobs that were begun; the others end as failed. May be called twice."""
-        with self._changed:
-            self._closed = True
-            given_up = [*self._gets, *self._puts]
-            self._gets.clear()
-            self._puts.clear()
-            self._changed.notify_all()
-        for job in given_up:
-            self._end(job, [False] * len(job.pages), 0.0, "closed before it was begun")
+        self._closed = True
+        self._give_up(_taken(self._gets))
+        self._give_up(_taken(self._puts))
+        for _ in self._threads:
+            self._bell.put(None)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -257,31 +271,28 @@ class Jobs:
     # -- how it is done -------------------------------------------------------------------------
 
     def _number(self) -> int:
-        """The next job's. The caller holds the lock."""
+        """The next job's, which is open from now on."""
         if self._closed:
             raise ClosedError("closed: no job is taken any more")
-        self._last += 1
-        self._pending += 1
-        return self._last
+        number = next(self._numbers)
+        self._open.add(number)
+        return number
 
-    def _submit(
-        self, kind: Literal["put", "get"], pages: Sequence[Page], again: bool = True
-    ) -> int:
-        with self._changed:
-            is_full = self._most_pending is not None and self._pending >= self._most_pending
-            job = _Job(self._number(), kind, pages, again)
-            declined = is_full and kind == "put"
-            if not declined:
-                (self._puts if kind == "put" else self._gets).append(job)
-                self._changed.notify()
-        if declined:
-            reason = f"{self._most_pending} jobs are waiting"
-            self._end(job, [False] * len(pages), 0.0, reason)
-        return job.number
+    def _submit(self, job: _Job, queue: deque[_Job]) -> None:
+        queue.append(job)
+        self._bell.put(None)
+        # Closed meanwhile: either of the two sees the job, and only one takes it.
+        if self._closed:
+            with suppress(ValueError):
+                queue.remove(job)
+                self._give_up([job])
+
+    def _give_up(self, jobs: Iterable[_Job]) -> None:
+        for job in jobs:
+            self._end(job, [False] * len(job.pages), 0.0, "closed before it was begun")
 
     def _answer(self, ask: Callable[[], list[bool]], keys: Sequence[str]) -> int:
-        with self._changed:
-            number = self._number()
+        number = self._number()
         begun, error = time.perf_counter(), None
         try:
             ok = ask()
@@ -291,21 +302,24 @@ class Jobs:
         return number
 
     def _next(self) -> _Job | None:
-        """The job to do now, once there is one; None after the last."""
-        with self._changed:
-            while True:
-                if self._gets:
-                    return self._gets.popleft()
-                if self._puts and self._writing < self._most_writing:
+        """The job to do now, if there is one for another worker."""
+        with self._choosing:
+            for job in _taken(self._gets):
+                return job
+            if self._writing < self._most_writing:
+                for job in _taken(self._puts):
                     self._writing += 1
-                    return self._puts.popleft()
-                if self._closed:
-                    return None
-                self._changed.wait()
+                    return job
+        return None
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
-            self._do(job)
+        while True:
+            # Also what nobody came for while the writers were enough: before waiting again.
+            while (job := self._next()) is not None:
+                self._do(job)
+            if self._closed:
+                return
+            self._bell.get()
 
     def _do(self, job: _Job) -> None:
         begun, error = time.perf_counter(), None
@@ -319,9 +333,8 @@ class Jobs:
             ok, error = [False] * len(job.pages), f"{type(failure).__name__}: {failure}"
         finally:
             if job.kind == "put":
-                with self._changed:
+                with self._choosing:
                     self._writing -= 1
-                    self._changed.notify()
         self._end(job, ok, time.perf_counter() - begun, error)
 
     def _end(self, job: _Job, ok: list[bool], seconds: float, error: str | None) -> None:
@@ -334,11 +347,17 @@ class Jobs:
         self._report(Finished(job.number, ok, nbytes, seconds, error))
 
     def _report(self, finished: Finished) -> None:
-        with self._changed:
-            self._ended.append(finished)
-            self._pending -= 1
+        self._ended.append(finished)
+        self._open.discard(finished.job)
         if self._on_finished is not None:
             try:
                 self._on_finished()
             except Exception:  # or no job after this one would end
                 log.exception("telling the host of job %d", finished.job)
+
+
+def _taken(queue: deque[T]) -> Iterator[T]:
+    """Takes what is in ``queue``, one by one as it is asked for."""
+    with suppress(IndexError):
+        while True:
+            yield queue.popleft()

@@ -186,6 +186,32 @@ def test_a_buffer_that_is_none_ends_its_job_and_no_other(store, jobs, caplog):
     assert ends[good].ok == [True]
 
 
+def test_every_job_ends_once_whoever_closes_meanwhile(store):
+    for _ in range(20):
+        jobs = Jobs(store, workers=3)
+        taken: list[list[int]] = [[], [], []]
+
+        def submit(numbers: list[int], jobs: Jobs = jobs) -> None:
+            page = bytearray(100)
+            try:
+                while True:
+                    numbers.append(jobs.put([("k", page)]))
+                    numbers.append(jobs.get([("k", bytearray(100))]))
+            except spdk_kv.ClosedError:
+                pass
+
+        threads = [threading.Thread(target=submit, args=(numbers,)) for numbers in taken]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda taken=taken: all(len(numbers) > 5 for numbers in taken))
+        jobs.close()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        ended = [end.job for end in jobs.finished()]
+        assert sorted(ended) == sorted(number for numbers in taken for number in numbers)
+        assert jobs.pending == 0
+
+
 def test_nothing_is_taken_after_close(store):
     jobs = Jobs(store)
     jobs.close()
