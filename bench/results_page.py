@@ -75,7 +75,8 @@ TITLES = {
     "host_lmcache": (
         "Under LMCache",
         "How fast objects are stored and fetched by LMCache's own bench, beside its own adapters "
-        "with O_DIRECT. These store each object in a new file, ours in one that was written before.",
+        "with O_DIRECT. These store each object in a new file, ours in one that was written "
+        "before.",
     ),
     "host_sglang": (
         "Under SGLang",
