@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date as calendar
 from pathlib import Path
 from typing import Any
@@ -92,9 +92,20 @@ def figure(what: str, values: Sequence[float], unit: str, target: Target | None 
 
 
 @dataclass(frozen=True)
+class Side:
+    """How ``by`` did ``what``, which others did in the same rounds: ``measured`` are the columns of
+    a table, each named by its figure's ``what``."""
+
+    what: str
+    by: str
+    measured: list[Figure]
+
+
+@dataclass(frozen=True)
 class Record:
     """``drive``: "disk", or what simulates one. ``report``: the file that the figures were copied
-    from, "" where the benchmark wrote this record itself. ``runs``: every single figure."""
+    from, "" where the benchmark wrote this record itself. ``runs``: every single figure. ``sides``:
+    what was compared, side by side."""
 
     question: str
     drive: str
@@ -105,6 +116,7 @@ class Record:
     figures: list[Figure]
     report: str = ""
     runs: Any = None
+    sides: list[Side] = field(default_factory=list)
 
 
 def short(drive: str) -> str:
@@ -123,6 +135,7 @@ def today(
     method: str,
     figures: Iterable[Figure],
     runs: Any = None,
+    sides: Iterable[Side] = (),
 ) -> Record:
     """A record of what was measured just now, by this checkout. ``lines``: the machine's."""
     return Record(
@@ -134,6 +147,7 @@ def today(
         method,
         list(figures),
         runs=runs,
+        sides=list(sides),
     )
 
 
@@ -153,7 +167,11 @@ def read(path: Path) -> list[Record]:
 
 def _record(found: dict[str, Any]) -> Record:
     figures = [_figure(one) for one in found["figures"]]
-    record = Record(**{**found, "figures": figures})
+    sides = [
+        Side(**{**side, "measured": [_figure(one) for one in side["measured"]]})
+        for side in found.get("sides", ())
+    ]
+    record = Record(**{**found, "figures": figures, "sides": sides})
     calendar.fromisoformat(record.date)
     for name in ("drive", "commit", "machine", "method", "figures"):
         if not getattr(record, name):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import charts
 import record
+import side_by_side
 from record import Figure, Record
 
 HERE = Path(__file__).resolve().parent
@@ -104,6 +105,7 @@ not this page. [README.md](README.md) has the method, and says what "simulated" 
 - *asked by* says whose target it is: `spdk_kv` for the project's own, set before the measurement;
   `DUAL-BLADE` for a figure of the paper (arXiv 2604.26557).
 - Figures without a target are in the records, and in the reports with what is known of each miss.
+- *Side by side*: medians of each one's rounds (lowest to highest); **bold** marks who did best.
 - In the charts 1 is the target, and further right is better; bars run from the lowest round to the
   highest.
 """
@@ -157,7 +159,12 @@ def page(found: dict[str, list[Kept]]) -> str:
         title, text = TITLES[question]
         chart = picture(question, kept).relative_to(HERE)
         lines += ["", f"## {title}", "", text, "", f"![{title}]({chart})", ""]
-        lines += [*_table(asked(kept)), "", *map(_source, kept)]
+        lines += [*_table(asked(kept)), ""]
+        for one in kept:
+            if one.record.sides:
+                lines += [f"Side by side, {_drive(one.record)}:", ""]
+                lines += [*side_by_side.table(one.record.sides), ""]
+        lines += map(_source, kept)
     return "\n".join(lines) + "\n"
 
 

@@ -35,7 +35,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
 import record  # noqa: E402
-from record import Figure, Target, figure  # noqa: E402
+import side_by_side  # noqa: E402
+from record import Figure, Side, Target, figure  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS = (500, 1500, 4000)
@@ -195,41 +196,30 @@ class Prompts:
         return [*title, *self._tokens[begin:]][:tokens]
 
 
-def table(lengths: Sequence[int], runs: list[Run]) -> list[str]:
-    lines = [
-        "| tokens | cache | first token, s, median (min to max) | CPU, s | in a new process, s "
-        "| storing, s | kept, MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def sides(lengths: Sequence[int], runs: list[Run]) -> list[Side]:
+    """What each cache did, by the length of the prompt."""
+    columns = (
+        ("first token", "asked", "first_token_s", "s", 1),
+        ("CPU", "asked", "cpu_s", "s", 1),
+        ("first token in a new process", "new", "first_token_s", "s", 1),
+        ("storing", "stored", "store_s", "s", 1),
+        ("kept", "stored", "nbytes", "MiB", MIB),
+    )
+    found = []
     for tokens in lengths:
-        computed = of(runs, NONE, tokens, "computed")
-        first = spread(computed, "first_token_s"), spread(computed, "cpu_s")
-        lines.append(f"| {tokens} | {NONE} | {' | '.join(first)} | | | |")
-        for name in CACHES:
-            stored, again, new = (
-                of(runs, name, tokens, step) for step in ("stored", "asked", "new")
-            )
-            cells = (
-                *(str(tokens), name, spread(again, "first_token_s"), spread(again, "cpu_s")),
-                *(spread(new, "first_token_s"), spread(stored, "store_s")),
-                spread(stored, "nbytes", MIB),
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        for name in (NONE, *CACHES):
+            measured = []
+            for what, step, key, unit, size in columns:
+                # Without a cache every time is the first.
+                seen = of(runs, name, tokens, "computed" if name == NONE else step)
+                if seen and (name != NONE or step == "asked"):
+                    measured.append(figure(what, [run[key] / size for run in seen], unit))
+            found.append(Side(f"{tokens} tokens", name, measured))
+    return found
 
 
 def of(runs: list[Run], name: str, tokens: int, step: str) -> list[Run]:
     return [r for r in runs if (r["cache"], r["tokens"], r["step"]) == (name, tokens, step)]
-
-
-def spread(runs: list[Run], what: str, unit: int = 1) -> str:
-    if not runs:
-        return ""
-    digits = 3 if unit == 1 else 1
-    found = figure("", [run[what] / unit for run in runs], "s")
-    if found.low is None or found.high is None:
-        return f"{found.value:.{digits}f}"
-    return f"{found.value:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
 
 
 def figures_of(lengths: Sequence[int], runs: list[Run]) -> list[Figure]:
@@ -312,17 +302,15 @@ def main() -> None:
         runs += in_new_processes(arguments, folder)
     say("")
     figures = figures_of(arguments.tokens, runs)
-    print(
-        "\n".join(
-            [*lines, f"model: {arguments.model.name}", "", *table(arguments.tokens, runs), ""]
-        )
-    )
+    compared = sides(arguments.tokens, runs)
+    about = [*lines, f"model: {arguments.model.name}"]
+    print("\n".join([*about, "", *side_by_side.table(compared), ""]))
     for one in figures:
         if one.target:
             print(f"{one.what}: {one.value:.3f} (asked: {one.wanted}): {one.verdict}")
     if arguments.json:
         method = f"{arguments.rounds} rounds, {arguments.threads} threads, {arguments.model.name}"
-        made = record.today("host_llama_cpp", drive, lines, method, figures, runs)
+        made = record.today("host_llama_cpp", drive, lines, method, figures, runs, compared)
         record.write(arguments.json, [made])
 
 

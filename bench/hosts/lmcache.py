@@ -237,36 +237,24 @@ class Side:
     def speed(self) -> float:
         return statistics.median(self.mib_s)
 
-    @property
-    def cpu_s(self) -> float:
-        return statistics.median(self.cpu)
 
+def rows(kib: int, sides: dict[str, dict[str, Side]]) -> list[Any]:
+    """What is kept of the adapters at one size."""
+    import record
 
-def spread(values: list[float], digits: int) -> str:
-    low, high = min(values), max(values)
-    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def table(kib: int, sides: dict[str, dict[str, Side]]) -> list[str]:
-    """One line for each adapter and direction; what is best is bold."""
-    lines = [
-        f"| {kib} KiB | MiB/s, median (min to max) | CPU s per GiB | p99 of a round, ms |",
-        "|---|---|---|---|",
+    return [
+        record.Side(
+            f"{what} {kib} KiB",
+            name,
+            [
+                record.figure("speed", of[what].mib_s, "MiB/s"),
+                record.figure("CPU", of[what].cpu, "s/GiB"),
+                record.figure("p99 of a round", [of[what].p99_ms], "ms"),
+            ],
+        )
+        for what in ("store", "load")
+        for name, of in sides.items()
     ]
-    for what in ("store", "load"):
-        best = max(side[what].speed for side in sides.values())
-        least = min(side[what].cpu_s for side in sides.values())
-        soonest = min(side[what].p99_ms for side in sides.values())
-        for name, of in sides.items():
-            side = of[what]
-            cells = (
-                (spread(side.mib_s, 0), side.speed == best),
-                (spread(side.cpu, 3), side.cpu_s == least),
-                (f"{side.p99_ms:.1f}", side.p99_ms == soonest),
-            )
-            shown = (f"**{text}**" if wins else text for text, wins in cells)
-            lines.append(f"| {name}, {what} | {' | '.join(shown)} |")
-    return lines
 
 
 def verdicts(kib: int, sides: dict[str, dict[str, Side]]) -> list[Any]:
@@ -294,6 +282,7 @@ def verdicts(kib: int, sides: dict[str, dict[str, Side]]) -> list[Any]:
 def measure(folder: Path, words: argparse.Namespace) -> Any:
     import machine
     import record
+    import side_by_side
 
     names = [OURS, *THEIRS]
     lines = machine.describe(folder, "LMCache 0.5.6")
@@ -302,7 +291,7 @@ def measure(folder: Path, words: argparse.Namespace) -> Any:
         + (", LMCache's memory on reserved huge pages" if words.l1_hugepages else "")
     )
     print(f"\n## {machine.drive(folder)}\n", *(f"- {one}" for one in [*lines, method]), sep="\n")
-    figures, kept = [], {}
+    figures, compared, kept = [], [], {}
     for kib in words.kib:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for number in range(words.runs):
@@ -321,7 +310,8 @@ def measure(folder: Path, words: argparse.Namespace) -> Any:
             name: {what: Side(done, what) for what in ("store", "load")}
             for name, done in runs.items()
         }
-        print("", *table(kib, sides), sep="\n")
+        compared += rows(kib, sides)
+        print("", *side_by_side.table(rows(kib, sides)), sep="\n")
         chosen = verdicts(kib, sides)
         print("\n| what | measured | target | |", "|---|---|---|---|", sep="\n")
         for one in chosen:
@@ -332,7 +322,8 @@ def measure(folder: Path, words: argparse.Namespace) -> Any:
         sys.stdout.flush()
         figures += chosen
         kept[str(kib)] = runs
-    return record.today("host_lmcache", machine.label(folder), lines, method, figures, kept)
+    label = machine.label(folder)
+    return record.today("host_lmcache", label, lines, method, figures, kept, compared)
 
 
 def main() -> None:

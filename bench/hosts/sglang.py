@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ sys.path.insert(0, str(HERE.parent))
 import fast_drive  # noqa: E402
 import machine  # noqa: E402
 import record  # noqa: E402
+import side_by_side  # noqa: E402
 
 GIB, MIB = 1 << 30, 1 << 20
 PAGE = 64
@@ -257,29 +257,35 @@ COLUMNS = (
     ("CPU s/GiB store", "durable_cpu_s_per_gib"),
     ("CPU s/GiB load", "load_cpu_s_per_gib"),
 )
+# Of a table: (what, unit, key) of each column, and the key of the times of batches.
+DIRECTIONS = (
+    (
+        "store",
+        (
+            ("speed", "GiB/s", "store_gib_s"),
+            ("until on the drive", "GiB/s", "durable_gib_s"),
+            ("CPU", "s/GiB", "durable_cpu_s_per_gib"),
+        ),
+        "store_s",
+    ),
+    ("load", (("speed", "GiB/s", "load_gib_s"), ("CPU", "s/GiB", "load_cpu_s_per_gib")), "load_s"),
+)
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: medians (smallest to largest) and the p99 of a batch over all rounds."""
-    heads = [
-        "page, layout",
-        "backend",
-        *(head for head, _ in COLUMNS),
-        "p99 ms store",
-        "p99 ms load",
-    ]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in rows:
-        cells = [f"{row['shape']}, {row['layout']}", row["backend"]]
-        for _, key in COLUMNS:
-            values = [run[key] for run in row["runs"]]
-            cells.append(
-                f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-            )
-        for key in ("store_s", "load_s"):
-            cells.append(f"{1e3 * _p99([s for run in row['runs'] for s in run[key]]):.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def sides(rows: list[dict[str, Any]]) -> list[record.Side]:
+    """What each backend did, by page, layout and direction."""
+    found = []
+    for direction, columns, seconds in DIRECTIONS:
+        for row in rows:
+            measured = [
+                record.figure(what, [run[key] for run in row["runs"]], unit)
+                for what, unit, key in columns
+            ]
+            p99 = 1e3 * _p99([s for run in row["runs"] for s in run[seconds]])
+            measured.append(record.figure("p99 of a batch", [p99], "ms"))
+            what = f"{direction} {row['shape']}, {row['layout']}"
+            found.append(record.Side(what, row["backend"], measured))
+    return sorted(found, key=lambda side: side.what)
 
 
 def _p99(values: list[float]) -> float:
@@ -337,8 +343,9 @@ def main() -> None:
             about = machine.describe(folder, "SGLang 0.5.23")
             rows = measure(words, folder)
             timed = apart(words, folder, ("0.75 MiB", "page_first"), "spdk_kv", "--calls")
-            print("\n".join(["", *(f"- {line}" for line in about), "", *table(rows), ""]))
             records.append(result(machine.label(folder), about, rows, timed))
+            compared = side_by_side.table(records[-1].sides)
+            print("\n".join(["", *(f"- {line}" for line in about), "", *compared, ""]))
             for one in records[-1].figures:
                 print(f"- {one.what}: {one.value:.3g} {one.unit} {one.wanted} {one.verdict}")
     if words.json:
@@ -360,7 +367,8 @@ def result(
     for name, target in (("get_stats", CALL), ("batch_exists", None)):
         what = f"{name}, {timed['most_waiting']} jobs waiting: p99"
         found.append(record.figure(what, [1e6 * _p99(timed[name])], "us", target))
-    return record.today("host_sglang", drive, about, method, found, {"rows": rows, "calls": timed})
+    runs = {"rows": rows, "calls": timed}
+    return record.today("host_sglang", drive, about, method, found, runs, sides(rows))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import numpy as np
 import fast_drive
 import machine
 import record
+import side_by_side
 from spdk_kv.units import GIB, KIB, MIB, format_nbytes, parse_nbytes
 
 OURS, THEIRS = "spdk_kv", "fs"
@@ -220,27 +221,35 @@ def _calls(bed: Bed, tier: Any) -> dict[str, list[float]]:
     return took
 
 
+def sides(runs: dict[str, dict[tuple[str, str], list[Run]]]) -> list[record.Side]:
+    """What each tier did, by block and direction."""
+    return [
+        record.Side(
+            f"{direction} of {size}",
+            name,
+            [
+                record.figure("speed", [run.gib_s for run in found[name, direction]], "GiB/s"),
+                record.figure(
+                    "CPU", [run.cpu_s_per_gib for run in found[name, direction]], "s/GiB"
+                ),
+                record.figure("p99 of a job", [run.p99_ms for run in found[name, direction]], "ms"),
+            ],
+        )
+        for size, found in runs.items()
+        for direction in ("store", "load")
+        for name in (OURS, THEIRS)
+    ]
+
+
 def tables(
     runs: dict[str, dict[tuple[str, str], list[Run]]],
     calls: dict[str, dict[str, list[float]]],
 ) -> tuple[list[str], list[record.Figure]]:
-    """What is printed, and the figures with their targets."""
-    lines = [
-        "| blocks | direction | tier | GiB/s (min to max) | CPU-s per GiB | p99 of a job, ms |",
-        "|---|---|---|---|---|---|",
-    ]
+    """What is printed besides, and the figures with their targets."""
+    lines = []
     figures = []
     for size, found in runs.items():
         for direction in ("store", "load"):
-            for name in (OURS, THEIRS):
-                seen = found[name, direction]
-                speeds = [run.gib_s for run in seen]
-                lines.append(
-                    f"| {size} | {direction} | {name} | {median(speeds):.2f} "
-                    f"({min(speeds):.2f} to {max(speeds):.2f}) | "
-                    f"{median(run.cpu_s_per_gib for run in seen):.2f} | "
-                    f"{median(run.p99_ms for run in seen):.1f} |"
-                )
             ours, theirs = found[OURS, direction], found[THEIRS, direction]
             pairs = list(zip(ours, theirs, strict=True))
             what = f"{direction} of {size}, over vLLM's fs"
@@ -250,7 +259,7 @@ def tables(
             figures.append(record.figure(f"{what}: CPU time", ratios, "times"))
             ratios = [a.p99_ms / b.p99_ms for a, b in pairs]
             figures.append(record.figure(f"{what}: p99 of a job", ratios, "times"))
-    lines += ["", "| call | tier | median, us | p99, us |", "|---|---|---|---|"]
+    lines += ["| call | tier | median, us | p99, us |", "|---|---|---|---|"]
     for name, by_call in calls.items():
         for call, took in sorted(by_call.items()):
             p99 = float(np.percentile(took, 99))
@@ -312,7 +321,8 @@ def main() -> None:
             calls = {} if words.no_calls else measure_calls(folder, words)
             _say("")
             lines, figures = tables(runs, calls)
-            print("\n".join([*about, "", *lines, ""]))
+            compared = sides(runs)
+            print("\n".join([*about, "", *side_by_side.table(compared), "", *lines, ""]))
             method = (
                 f"{words.rounds} rounds of {format_nbytes(words.total)}, {words.per_job} blocks a "
                 f"job, {words.in_flight} jobs at a time; checksums verified in ours"
@@ -323,7 +333,7 @@ def main() -> None:
                 for (name, direction), seen in found.items()
             }
             label = machine.label(parent)
-            records.append(record.today("host_vllm", label, about, method, figures, flat))
+            records.append(record.today("host_vllm", label, about, method, figures, flat, compared))
     if words.json:
         record.write(words.json, records)
 

@@ -150,3 +150,38 @@ def test_a_tiny_real_comparison_leaves_records(
     assert made.question == "fio"
     assert {figure.verdict for figure in made.figures} <= {"", "met", "missed"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_sides_stand_together_with_the_best_of_each_column_bold(
+    bench: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    record, page = bench["record"], bench["results_page"]
+
+    def side(what: str, by: str, speed: list[float], cpu: float | None) -> object:
+        measured = [record.figure("speed", speed, "MiB/s")]
+        if cpu is not None:
+            measured.append(record.figure("CPU", [cpu], "s/GiB"))
+        return record.Side(what, by, measured)
+
+    sides = [
+        side("load", "ours", [900.0, 1100.0, 1000.0], 0.25),
+        side("store", "ours", [50.0], 0.5),
+        side("load", "theirs", [1200.0], 0.125),
+        side("store", "theirs", [40.0], None),
+    ]
+    made = record.today("fio", "disk", ["CPU: one"], "once", [record.figure("a", [1], "s")], None)
+    assert made.sides == []
+    path = tmp_path / "a.json"
+    made = record.today("fio", "disk", ["CPU: one"], "once", made.figures, None, sides)
+    record.write(path, [made])
+    assert record.read(path) == [made]
+    text = page.page({"fio": [page.Kept(made, BENCH / "results" / "a.json")]})
+    table = text.partition("Side by side, disk:\n\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == [
+        "| what | by | speed, MiB/s | CPU, s/GiB |",
+        "|---|---|---|---|",
+        "| load | ours | 1000 (900 to 1100) | 0.25 |",
+        "| load | theirs | **1200** | **0.125** |",
+        "| store | ours | **50** | 0.5 |",
+        "| store | theirs | 40 |  |",
+    ]
