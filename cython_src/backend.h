@@ -9,6 +9,7 @@
 #define SPDK_KV_BACKEND_H
 
 #include <stdint.h>
+#include <sys/uio.h>
 #include <time.h>
 
 /*
@@ -18,7 +19,7 @@
 #define SKV_NVME_STATUS 0x10000
 
 /* The number changes with the structures below: an engine built for another is refused. */
-#define SKV_BACKEND_CAPSULE "spdk_kv.backend.7"
+#define SKV_BACKEND_CAPSULE "spdk_kv.backend.8"
 
 enum { SKV_READ = 0, SKV_WRITE = 1, SKV_FLUSH = 2, SKV_DISCARD = 3, SKV_OPS = 4 };
 
@@ -26,6 +27,10 @@ enum { SKV_READ = 0, SKV_WRITE = 1, SKV_FLUSH = 2, SKV_DISCARD = 3, SKV_OPS = 4 
 typedef struct skv_io {
     uint64_t offset;     /* bytes from the start of the drive */
     void *addr;
+    /* Where `places` is not 0: nbytes lie in so many places, one behind the other, and not at addr.
+     * Only for an engine that says how many it takes (most_places). */
+    const struct iovec *place;
+    uint32_t places;
     uint32_t nbytes;
     int32_t op;
     int32_t result;      /* set on completion: bytes moved, or -errno */
@@ -68,6 +73,8 @@ typedef struct skv_backend {
     int (*bind)(void *self, void (*ask)(void *asked), void *asked);
     void (*serve)(void *self);
     void (*unbind)(void *self);
+    /* In how many places of memory the bytes of one command may lie; 0 or 1: in one. */
+    uint32_t most_places;
     /* CPU time of the engine's own threads, in nanoseconds; NULL: it has none. Any thread calls
      * it, until the queue is closed. */
     uint64_t (*cpu_ns)(void *self);

@@ -1,5 +1,10 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
 cdef extern from "backend.h" nogil:
     const char *SKV_BACKEND_CAPSULE
     enum:
@@ -15,6 +20,8 @@ cdef extern from "backend.h" nogil:
     ctypedef struct skv_io:
         uint64_t offset
         void *addr
+        const iovec *place
+        uint32_t places
         uint32_t nbytes
         int32_t op
         int32_t result
@@ -39,6 +46,7 @@ cdef extern from "backend.h" nogil:
         int (*bind)(void *self, void (*ask)(void *) noexcept nogil, void *asked) noexcept nogil
         void (*serve)(void *self) noexcept nogil
         void (*unbind)(void *self) noexcept nogil
+        uint32_t most_places
         uint64_t (*cpu_ns)(void *self) noexcept nogil
 
     uint64_t skv_now_ns()

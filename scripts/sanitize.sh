@@ -16,7 +16,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # the engines' memory. Without those that fork beside threads, which ThreadSanitizer does not survive.
 default_tests=(
     tests/engines/test_contract.py tests/engines/test_faults.py tests/engines/test_futures.py
-    tests/engines/test_ng.py tests/engines/test_queue.py tests/engines/test_submitters.py
+    tests/engines/test_ng.py tests/engines/test_queue.py tests/engines/test_several.py
+    tests/engines/test_submitters.py
     tests/link/test_emulated.py tests/link/test_pipeline.py tests/native tests/paths/copies
     tests/paths/test_admission.py tests/paths/test_backlog.py tests/placement/test_staging.py
     tests/sequence/test_reading.py tests/store/test_closing.py tests/store/test_concurrency.py

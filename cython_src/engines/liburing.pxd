@@ -1,6 +1,8 @@
 # The part of liburing that the engines use; declarations only.
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
+from backend cimport iovec
+
 cdef extern from "<liburing.h>" nogil:
     struct io_uring_sqe:
         uint8_t opcode
@@ -17,9 +19,6 @@ cdef extern from "<liburing.h>" nogil:
     struct io_uring_params:
         uint32_t flags
         uint32_t features
-    struct iovec:
-        void *iov_base
-        size_t iov_len
     struct __kernel_timespec:
         long long tv_sec
         long long tv_nsec
@@ -51,6 +50,8 @@ cdef extern from "<liburing.h>" nogil:
                                   int index)
     void io_uring_prep_write_fixed(io_uring_sqe *, int fd, const void *, unsigned nbytes,
                                    uint64_t offset, int index)
+    void io_uring_prep_readv(io_uring_sqe *, int fd, const iovec *, unsigned count, uint64_t offset)
+    void io_uring_prep_writev(io_uring_sqe *, int fd, const iovec *, unsigned count, uint64_t offset)
     void io_uring_prep_fsync(io_uring_sqe *, int fd, unsigned flags)
     void io_uring_prep_fallocate(io_uring_sqe *, int fd, int mode, uint64_t offset, uint64_t nbytes)
     void io_uring_prep_cancel64(io_uring_sqe *, uint64_t user_data, int flags)

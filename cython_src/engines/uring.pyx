@@ -38,6 +38,8 @@ cdef extern from "<fcntl.h>" nogil:
 DEF MADV_POPULATE_WRITE = 23
 # Entries in the ring's table of registered buffers; a region takes one.
 DEF BUFFERS = 1024
+# Places of one command: the kernel takes four times as many, but copies the list for each command.
+DEF MOST_PLACES = 256
 
 
 cdef struct Buffer:
@@ -188,9 +190,14 @@ cdef int _submit(void *self, skv_io *io) noexcept nogil:
     cdef io_uring_sqe *sqe = io_uring_get_sqe(&r.common.ring)
     if sqe == NULL:
         return -EAGAIN
-    if r.fixed_buffers and (io.op == SKV_READ or io.op == SKV_WRITE):
+    if r.fixed_buffers and io.op <= SKV_WRITE and not io.places:
         index = _buffer_index(r, <size_t>io.addr, io.nbytes)
-    if io.op == SKV_READ:
+    if io.places:
+        if io.op == SKV_READ:
+            io_uring_prep_readv(sqe, fd, io.place, io.places, io.offset)
+        else:
+            io_uring_prep_writev(sqe, fd, io.place, io.places, io.offset)
+    elif io.op == SKV_READ:
         if index >= 0:
             io_uring_prep_read_fixed(sqe, fd, io.addr, io.nbytes, io.offset, index)
         else:
@@ -251,6 +258,7 @@ cdef class UringBackend:
         self._r.backend.poll = _poll
         self._r.backend.wake = wake_ring
         self._r.backend.cancel = cancel_in_ring
+        self._r.backend.most_places = MOST_PLACES
         self.backend = PyCapsule_New(&self._r.backend, SKV_BACKEND_CAPSULE, NULL)
 
     @property

@@ -51,11 +51,15 @@ cdef _cut(Transfer_ *t, Piece *pieces, uint32_t piece_count):
     free(t.segments)  # left by an attempt that ran out of memory
     free(t.crcs)
     free(t.copies)
+    free(t.places)
     t.copies = NULL
+    t.places = NULL
     t.segments = <Segment *>calloc(count + 1, sizeof(Segment))
     t.crcs = <uint32_t *>calloc(chunks + 1, sizeof(uint32_t))
     if t.link != NULL:
         t.copies = <Copy *>calloc(count + 1, sizeof(Copy))
+    elif count > 1 and t.op <= SKV_WRITE and q.backend.most_places > 1:
+        t.places = <iovec *>calloc(count, sizeof(iovec))
     if (t.segments == NULL or t.crcs == NULL
             or (t.link != NULL and t.copies == NULL)):
         raise MemoryError()
@@ -83,6 +87,9 @@ cdef _cut(Transfer_ *t, Piece *pieces, uint32_t piece_count):
             if t.op <= SKV_WRITE:
                 s.bounce = (foreign or (<size_t>s.user & unaligned) != 0 or skip != 0
                             or at + s.drive_nbytes > p.capacity)
+            if t.places != NULL:
+                t.places[s - t.segments].iov_base = s.user
+                t.places[s - t.segments].iov_len = s.drive_nbytes
             if t.chunk_nbytes:
                 s.chunk_crcs = &t.crcs[
                     p.first_chunk + <uint32_t>(at // t.chunk_nbytes)]

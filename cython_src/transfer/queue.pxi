@@ -11,6 +11,7 @@ cdef void _free_transfer(Transfer_ *t):
         Py_DECREF(<object>t.kept)
     pthread_cond_destroy(&t.finished)
     free(t.segments)
+    free(t.places)
     free(t.copies)
     free(t.crcs)
     free(t)

@@ -111,9 +111,12 @@ cdef void _fail(Queue_ *q, Segment *s, int status) noexcept nogil:
 
 cdef void _finish_segment(Queue_ *q, Segment *s) noexcept nogil:
     cdef Transfer_ *t = s.transfer
+    cdef Segment *first = s - s.behind
     if s.slot != NULL:
-        q.slots[q.free_slots] = s.slot
-        q.free_slots += 1
+        first.holders -= 1
+        if first.holders == 0:
+            q.slots[q.free_slots] = s.slot - (s.offset - first.offset)
+            q.free_slots += 1
         s.slot = NULL
     t.outstanding -= 1
     _maybe_finish(q, t)
@@ -206,8 +209,21 @@ cdef void _do_follow_up(Queue_ *q) noexcept nogil:
         _finish_segment(q, s)
 
 
+cdef void _end_all(Queue_ *q, Segment *s) noexcept nogil:
+    """Ends a segment that was not moved, and its followers, whose transfer has failed. It may be
+    freed when this returns."""
+    cdef uint32_t count = s.followers + 1, i
+    s.followers = 0
+    for i in range(count):
+        s[i].failed = 1
+        s[i].io_done = 1
+        if not s[i].queued:
+            _finish_segment(q, &s[i])
+
+
 cdef void _submit_segment(Queue_ *q, Segment *s) noexcept nogil:
-    """Hands one segment to the engine, or puts it on the retry list when the engine is full."""
+    """Hands one segment, with its followers, to the engine, or puts it on the retry list when the
+    engine is full."""
     cdef int rc
     s.io.submitted_ns = _clock(q)
     s.io.cold_nbytes = 0
@@ -217,9 +233,7 @@ cdef void _submit_segment(Queue_ *q, Segment *s) noexcept nogil:
         return
     if rc < 0:
         _fail(q, s, -rc)
-        s.io_done = 1
-        if not s.queued:
-            _finish_segment(q, s)
+        _end_all(q, s)
         return
     if q.in_flight == 0:
         q.busy_since_ns = s.io.submitted_ns
@@ -230,12 +244,64 @@ cdef void _submit_segment(Queue_ *q, Segment *s) noexcept nogil:
         q.counters.deepest = q.in_flight
 
 
-cdef void _prepare(Queue_ *q, Segment *s) noexcept nogil:
+cdef uint32_t _followers(Queue_ *q, Segment *s) noexcept nogil:
+    """How many segments behind `s`, the next one of its transfer, its command moves as well."""
+    cdef Transfer_ *t = s.transfer
+    cdef Segment *last = s
+    cdef uint64_t nbytes = s.drive_nbytes
+    cdef uint32_t most = t.count - t.next - 1, count = 0
+    if t.op > SKV_WRITE or t.link != NULL:
+        return 0
+    if not s.bounce:
+        most = min(most, q.backend.most_places - 1) if t.places != NULL else 0
+    while count < most:
+        nbytes += last[1].drive_nbytes
+        if (last[1].offset != last.offset + last.drive_nbytes or nbytes > t.segment_nbytes
+                or last[1].bounce != s.bounce):
+            break
+        last += 1
+        count += 1
+    return count
+
+
+cdef void _aim(Segment *s) noexcept nogil:
+    """Makes its command one that moves this segment alone."""
+    s.io.addr = s.slot if s.slot != NULL else s.user
+    s.io.places = 0
+    s.io.offset = s.offset
+    s.io.nbytes = s.drive_nbytes
+    s.io.op = s.transfer.op
+    s.io.next = NULL
+    s.io.crcs = NULL
+    s.io.summed = 0
+
+
+cdef void _prepare_several(Queue_ *q, Segment *s) noexcept nogil:
+    """Prepares a segment with its followers, for one command."""
+    cdef Segment *last = s + s.followers
+    cdef uint32_t i
+    _prepare(q, s, 0)
+    for i in range(1, s.followers + 1):
+        _prepare(q, &s[i], i)
+    s.io.nbytes = <uint32_t>(last.offset - s.offset) + last.drive_nbytes
+    if s.slot == NULL:
+        s.io.place = &s.transfer.places[s - s.transfer.segments]
+        s.io.places = s.followers + 1
+
+
+cdef void _prepare(Queue_ *q, Segment *s, uint32_t behind) noexcept nogil:
+    """`behind`: how many segments before it is the one whose command moves it."""
     cdef unsigned char *at = s.user
+    cdef Segment *first = s - behind
     cdef uint32_t padding
+    s.behind = behind
     if s.bounce:
-        q.free_slots -= 1
-        s.slot = q.slots[q.free_slots]
+        if behind:
+            s.slot = first.slot + (s.offset - first.offset)
+        else:
+            q.free_slots -= 1
+            s.slot = q.slots[q.free_slots]
+        first.holders += 1
         at = s.slot
         if s.transfer.link == NULL:
             q.counters.bounced += s.nbytes
@@ -247,13 +313,7 @@ cdef void _prepare(Queue_ *q, Segment *s) noexcept nogil:
         padding = s.drive_nbytes - s.nbytes
         if padding:
             memset(at + s.nbytes, 0, padding)
-    s.io.addr = at
-    s.io.offset = s.offset
-    s.io.nbytes = s.drive_nbytes
-    s.io.op = s.transfer.op
-    s.io.next = NULL
-    s.io.crcs = NULL
-    s.io.summed = 0
+    _aim(s)
     if s.transfer.op == SKV_READ and s.transfer.checksum and s.slot == NULL:
         s.io.crcs = s.chunk_crcs if s.chunk_crcs != NULL else &s.crc
         s.io.chunk_nbytes = s.transfer.chunk_nbytes
@@ -266,16 +326,14 @@ cdef void _refill(Queue_ *q) noexcept nogil:
     cdef Segment *s
     cdef Transfer_ *t
     cdef bint bounced_write
+    cdef uint32_t i
     q.more = 0
     while q.in_flight < q.depth:
         s = q.retry
         if s != NULL:
             q.retry = s.next_retry
             if s.transfer.status:
-                s.failed = 1
-                s.io_done = 1
-                if not s.queued:
-                    _finish_segment(q, s)
+                _end_all(q, s)
                 continue
             _submit_segment(q, s)
             if q.retry == s:
@@ -296,10 +354,14 @@ cdef void _refill(Queue_ *q) noexcept nogil:
         s = &t.segments[t.next]
         if s.bounce and q.free_slots == 0:
             return
-        t.next += 1
+        s.followers = _followers(q, s)
+        t.next += 1 + s.followers
         if t.next == t.count:
             _todo_remove(q, t)
-        _prepare(q, s)
+        if s.followers:
+            _prepare_several(q, s)
+        else:
+            _prepare(q, s, 0)
         if t.link != NULL and t.op == SKV_WRITE:
             # Into its slot first, then to the drive.
             if not _start_copy(q, s):
@@ -308,7 +370,8 @@ cdef void _refill(Queue_ *q) noexcept nogil:
             continue
         if t.op == SKV_WRITE and t.checksum and not s.bounce:
             # Computed while the drive works, not before it starts.
-            _follow_up_push(q, s)
+            for i in range(s.followers + 1):
+                _follow_up_push(q, &s[i])
         bounced_write = s.bounce and t.op == SKV_WRITE
         _submit_segment(q, s)
         if q.retry == s:
@@ -335,6 +398,9 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
     counters.ios += 1
     counters.latency_ns += took
     counters.latency[skv_bucket(took)] += 1
+    if s.followers:
+        _several_completed(q, s)
+        return
     if result < 0:
         # The kernel cancels what a thread has in flight when that thread ends, and any thread may
         # have been the driver: a cancellation that was not requested is retried.
@@ -363,6 +429,36 @@ cdef void _completed(Queue_ *q, Segment *s, uint64_t now) noexcept nogil:
                 return
             else:
                 s.failed = 1
+    _moved(q, s)
+
+
+cdef void _several_completed(Queue_ *q, Segment *s) noexcept nogil:
+    """Handles the end of a command with followers. Its transfer may be freed when this returns."""
+    cdef Transfer_ *t = s.transfer
+    cdef uint32_t count = s.followers + 1, i
+    cdef Segment *last = s + s.followers
+    cdef int32_t result = s.io.result
+    # As of one segment: a file may end inside its last block.
+    cdef uint64_t needed = last.offset - s.offset + (
+        last.skip + last.nbytes if t.op == SKV_READ else last.drive_nbytes)
+    if result > 0:
+        q.counters.ops[t.op].nbytes += <uint32_t>result
+    if result >= 0 and <uint32_t>result >= needed:
+        s.followers = 0
+        for i in range(count):
+            _moved(q, &s[i])
+    elif t.status:
+        _end_all(q, s)
+    else:
+        s.followers = 0
+        for i in range(count, 0, -1):
+            _aim(&s[i - 1])
+            _retry(q, &s[i - 1])
+
+
+cdef inline void _moved(Queue_ *q, Segment *s) noexcept nogil:
+    """What follows when a segment's command has ended."""
+    cdef Transfer_ *t = s.transfer
     s.io_done = 1
     if t.link != NULL and t.op == SKV_READ:
         _read_done(q, s)

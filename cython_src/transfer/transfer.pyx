@@ -6,6 +6,10 @@ and a memory range each); the queue cuts them into segments, keeps its target de
 flight, finishes each one (checksum, copy out of a bounce slot), and wakes the waiters once, at
 the end. All of that runs without the GIL.
 
+Segments of a transfer that follow each other on the drive are moved by one command, up to the
+segment size: through one slot, or to and from where each lies if the engine can do that. Unless such
+a command moves everything, each is moved by itself, so that failures are told of the right one.
+
 A transfer may carry a link (``gpu_link.h``): then the callers' memory is a GPU's. Every segment
 goes through a slot, and its copy to or from the GPU overlaps with the drive's work on others.
 
@@ -31,7 +35,7 @@ from libc.string cimport memcpy, memset
 
 from backend cimport (
     SKV_BACKEND_CAPSULE, SKV_BUCKETS, SKV_DISCARD, SKV_FLUSH, SKV_OPS, SKV_QUARTER, SKV_READ,
-    SKV_WRITE, skv_backend, skv_bucket, skv_bucket_end_ns, skv_bucket_ns, skv_io, skv_now_ns,
+    SKV_WRITE, iovec, skv_backend, skv_bucket, skv_bucket_end_ns, skv_bucket_ns, skv_io, skv_now_ns,
 )
 from crc32c cimport skv_crc32c, skv_crc32c_combine
 from gpu_link cimport (

@@ -3,7 +3,7 @@ from cpython.ref cimport PyObject
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from posix.time cimport clockid_t
 
-from backend cimport SKV_BUCKETS, SKV_OPS, skv_backend, skv_io
+from backend cimport SKV_BUCKETS, SKV_OPS, iovec, skv_backend, skv_io
 from gpu_link cimport skv_copy, skv_link
 from pthreads cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
@@ -48,7 +48,7 @@ cdef struct Segment:
     skv_io io              # first, so that the engine's pointer is ours
     Transfer_ *transfer
     unsigned char *user    # the caller's bytes
-    unsigned char *slot    # bounce slot, or NULL: the drive reaches the caller's memory
+    unsigned char *slot    # its place in a bounce slot, or NULL: the drive reaches the caller's memory
     uint64_t offset        # where on the drive the segment starts (whole blocks)
     uint32_t drive_nbytes  # what the drive moves: whole blocks
     uint32_t skip          # drive bytes before the caller's
@@ -56,6 +56,9 @@ cdef struct Segment:
     uint32_t moved         # drive bytes moved so far
     uint32_t crc           # of the caller's bytes, if there are no chunks
     uint32_t *chunk_crcs   # one per chunk of this segment, or NULL
+    uint32_t followers     # how many segments behind it its command moves as well
+    uint32_t behind        # how many segments before it is the one whose command, or slot, it shares
+    uint32_t holders       # segments with bytes in its slot that are not finished
     uint8_t bounce         # needs a slot
     uint8_t io_done
     uint8_t failed
@@ -92,6 +95,7 @@ cdef struct Transfer_:
     PyObject *handle       # the Transfer (an owned reference), if the reaper returns it
     uint32_t *crcs         # of all chunks of all pieces
     Segment *segments
+    iovec *places          # the caller's memory of each segment; NULL: of one per command
     uint32_t count
     uint32_t next          # first segment not yet submitted
     uint32_t outstanding   # submitted and not finished
