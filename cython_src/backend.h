@@ -73,7 +73,8 @@ typedef struct skv_backend {
     int (*bind)(void *self, void (*ask)(void *asked), void *asked);
     void (*serve)(void *self);
     void (*unbind)(void *self);
-    /* In how many places of memory the bytes of one command may lie; 0 or 1: in one. */
+    /* In how many places of memory the bytes of one command may lie. 0: in one, and segments that
+     * follow each other there are commands of their own, as threads that copy and sum want them. */
     uint32_t most_places;
     /* CPU time of the engine's own threads, in nanoseconds; NULL: it has none. Any thread calls
      * it, until the queue is closed. */

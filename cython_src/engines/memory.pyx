@@ -103,6 +103,7 @@ cdef class MemoryBackend:
         self._m.backend.poll = _poll
         self._m.backend.wake = _wake
         self._m.backend.cancel = _cancel
+        self._m.backend.most_places = 1
         self.backend = PyCapsule_New(&self._m.backend, SKV_BACKEND_CAPSULE, NULL)
 
     def __dealloc__(self):

@@ -233,6 +233,7 @@ cdef class NgBackend:
         p.backend.poll = _poll
         p.backend.wake = wake_ring
         p.backend.cancel = cancel_in_ring
+        p.backend.most_places = 1
         self.backend = PyCapsule_New(&p.backend, SKV_BACKEND_CAPSULE, NULL)
 
     @property

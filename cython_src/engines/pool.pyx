@@ -315,6 +315,7 @@ cdef class PoolBackend:
         self._p.backend.poll = _poll
         self._p.backend.wake = _wake
         self._p.backend.cancel = _cancel
+        self._p.backend.most_places = 0 if buffered else 1
         self._p.backend.cpu_ns = _cpu_ns
         self.backend = PyCapsule_New(&self._p.backend, SKV_BACKEND_CAPSULE, NULL)
 

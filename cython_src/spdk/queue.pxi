@@ -210,6 +210,7 @@ cdef class QueuePair:
         p.backend.poll = _poll
         p.backend.wake = _wake
         p.backend.cancel = _cancel
+        p.backend.most_places = 1
         p.backend.reaches = _reaches
         pthread_mutex_init(&p.mutex, NULL)
         self.backend = PyCapsule_New(&p.backend, SKV_BACKEND_CAPSULE, NULL)

@@ -174,14 +174,15 @@ cdef class Transfer:
     cdef bint _may_go_alone(self):
         """Whether the caller submits it itself, on the queue for that."""
         cdef Transfer_ *t = self._t
-        cdef uint32_t i, bounced = 0
+        cdef uint32_t i, slots = 0
         if (self.queue._lone is None or skv_peek(&t.queue.active) or t.op > SKV_WRITE
                 or t.link != NULL or t.window or not 1 <= t.count <= LONE_COUNT
                 or t.nbytes > LONE_NBYTES):
             return False
         for i in range(t.count):
-            bounced += t.segments[i].bounce
-        return bounced <= self.queue._lone._q.slots_count
+            slots += t.segments[i].bounce and not (
+                i and t.segments[i - 1].bounce and _follows(&t.segments[i]))
+        return slots <= self.queue._lone._q.slots_count
 
     cdef _submit(self, timeout_s, int priority, bint notify, bint waits):
         cdef Queue_ *q = self._t.queue

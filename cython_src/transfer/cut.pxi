@@ -13,6 +13,17 @@ cdef bint _reaches_all(skv_backend *backend, Piece *pieces, uint32_t count):
     return backend.reaches(backend.self, <void *>first, last - first)
 
 
+cdef void _share_slots(Transfer_ *t):
+    """Has small segments that could be one command, but for where they lie in memory, use a slot."""
+    cdef Segment *s
+    cdef uint32_t i
+    for i in range(1, t.count):
+        s = &t.segments[i]
+        if (s.drive_nbytes <= SMALL_NBYTES and s[-1].drive_nbytes <= SMALL_NBYTES
+                and _follows(s) and not _adjoins(s)):
+            s.bounce = s[-1].bounce = 1
+
+
 cdef _cut(Transfer_ *t, Piece *pieces, uint32_t piece_count):
     """Cuts the pieces into segments."""
     cdef Queue_ *q = t.queue
@@ -98,3 +109,5 @@ cdef _cut(Transfer_ *t, Piece *pieces, uint32_t piece_count):
             if t.op == SKV_FLUSH:
                 break
     t.count = t.to_copy = t.to_hand_over = <uint32_t>count
+    if q.slots_count and t.op <= SKV_WRITE and t.link == NULL:
+        _share_slots(t)

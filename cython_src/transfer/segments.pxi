@@ -244,22 +244,35 @@ cdef void _submit_segment(Queue_ *q, Segment *s) noexcept nogil:
         q.counters.deepest = q.in_flight
 
 
+cdef inline bint _follows(const Segment *s) noexcept nogil:
+    """Whether a segment, not the first one, begins on the drive where the one before it ends."""
+    return s.offset == s[-1].offset + s[-1].drive_nbytes
+
+
+cdef inline bint _adjoins(const Segment *s) noexcept nogil:
+    """Whether a segment, not the first one, also lies in memory where the one before it ends."""
+    return s.user == s[-1].user + s[-1].drive_nbytes
+
+
 cdef uint32_t _followers(Queue_ *q, Segment *s) noexcept nogil:
     """How many segments behind `s`, the next one of its transfer, its command moves as well."""
     cdef Transfer_ *t = s.transfer
     cdef Segment *last = s
     cdef uint64_t nbytes = s.drive_nbytes
-    cdef uint32_t most = t.count - t.next - 1, count = 0
+    cdef uint32_t most = t.count - t.next - 1, places = 1, count = 0
     if t.op > SKV_WRITE or t.link != NULL:
         return 0
-    if not s.bounce:
-        most = min(most, q.backend.most_places - 1) if t.places != NULL else 0
+    if not s.bounce and not q.backend.most_places:
+        return 0
     while count < most:
-        nbytes += last[1].drive_nbytes
-        if (last[1].offset != last.offset + last.drive_nbytes or nbytes > t.segment_nbytes
-                or last[1].bounce != s.bounce):
-            break
         last += 1
+        nbytes += last.drive_nbytes
+        if last.bounce != s.bounce or not _follows(last) or nbytes > t.segment_nbytes:
+            break
+        if not s.bounce and not _adjoins(last):
+            places += 1
+            if places > q.backend.most_places:
+                break
         count += 1
     return count
 
@@ -279,12 +292,15 @@ cdef void _aim(Segment *s) noexcept nogil:
 cdef void _prepare_several(Queue_ *q, Segment *s) noexcept nogil:
     """Prepares a segment with its followers, for one command."""
     cdef Segment *last = s + s.followers
+    cdef bint apart = False
     cdef uint32_t i
     _prepare(q, s, 0)
     for i in range(1, s.followers + 1):
         _prepare(q, &s[i], i)
+        apart |= not _adjoins(&s[i])
     s.io.nbytes = <uint32_t>(last.offset - s.offset) + last.drive_nbytes
-    if s.slot == NULL:
+    s.io.crcs = NULL  # the engine can only sum a whole segment
+    if s.slot == NULL and apart:
         s.io.place = &s.transfer.places[s - s.transfer.segments]
         s.io.places = s.followers + 1
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import spdk_kv
 from spdk_kv._native.checksum import crc32c
 from spdk_kv._native.transfer import READ, WRITE
-from spdk_kv.engines import Engine, open_engine, parse_location
+from spdk_kv.engines import Engine, QueueOptions, open_engine, parse_location
 from spdk_kv.errors import CorruptionError, DeviceError, SpdkKvError
 from spdk_kv.testing import SMALL, Medium, address_of, memory, read, write
 from spdk_kv.testing.engines import property_test
@@ -25,8 +25,9 @@ from support.media import EVERY, KEEPING, image, medium
 
 BLOCK = 4096
 SEGMENT = SMALL.segment_nbytes
-AREA = 1 << 20
-MIB = 1 << 20
+AREA = 2 << 20
+LARGE = 64 << 10
+OPTIONS = QueueOptions(depth=4, segment_nbytes=3 * LARGE, hugepages=False)
 
 
 @pytest.fixture(params=EVERY)
@@ -35,19 +36,19 @@ def each(request, tmp_path) -> Iterator[Medium]:
         yield found
 
 
-def most_blocks(engine, shift: int) -> int:
-    """How many blocks that lie apart in memory, each ``shift`` past a page, a command moves."""
-    if shift % max(engine.align_nbytes, 1):
-        return SEGMENT // BLOCK  # by way of a slot, in any engine that has slots
-    return SEGMENT // BLOCK if engine.name == "uring" else 1
-
-
-def moved(engine, op: int, places: list[tuple[int, int]], shift: int) -> int:
-    """How many commands it takes to move (offset, nbytes) from, or to, memory that lies apart."""
+def moved(
+    engine: Engine, op: int, places: list[tuple[int, int]], shift: int, together: bool = False
+) -> int:
+    """How many commands it takes to move (offset, nbytes) from, or to, memory that lies apart, or
+    ``together``: one behind the other."""
     before = engine.stats()["ios"]
     transfer = engine.transfer(op, checksum=True)
+    whole = memory(sum(nbytes for _, nbytes in places), shift)
+    transfer.keep(whole)
+    first = 0
     for offset, nbytes in places:
-        at = memory(nbytes, shift)
+        at = whole[first:] if together else memory(nbytes, shift)
+        first += nbytes
         transfer.keep(at)
         transfer.add(offset, address_of(at), nbytes)
     engine.run(transfer)
@@ -57,7 +58,8 @@ def moved(engine, op: int, places: list[tuple[int, int]], shift: int) -> int:
 @pytest.mark.parametrize("shift", [0, 64], ids=["aligned", "not-aligned"])
 @pytest.mark.parametrize("op", [WRITE, READ], ids=["write", "read"])
 def test_blocks_that_follow_each_other_are_one_command(each: Medium, op: int, shift: int) -> None:
-    most = most_blocks(each.engine, shift)
+    # By way of a slot, in an engine that has slots.
+    most = SEGMENT // BLOCK if each.engine.block_nbytes > 1 else 1
     row = [(number * BLOCK, BLOCK) for number in range(2 * SEGMENT // BLOCK)]
     assert moved(each.engine, op, row, shift) == len(row) // most
     # One that is missing ends a command, and so does one that comes too early.
@@ -65,7 +67,29 @@ def test_blocks_that_follow_each_other_are_one_command(each: Medium, op: int, sh
     assert moved(each.engine, op, [*row[:3], row[2], row[3]], shift) == (2 if most > 1 else 5)
     # Behind one that ends within a block comes the next block.
     short = [(0, 100), (BLOCK, BLOCK - 1), (2 * BLOCK, BLOCK)]
-    assert moved(each.engine, op, short, 64) == (1 if most_blocks(each.engine, 64) > 1 else 3)
+    assert moved(each.engine, op, short, 64) == (1 if most > 1 else 3)
+
+
+@pytest.mark.parametrize("op", [WRITE, READ], ids=["write", "read"])
+def test_what_lies_together_in_memory_as_well_is_not_copied(each: Medium, op: int) -> None:
+    row = [(number * BLOCK, BLOCK) for number in range(2 * SEGMENT // BLOCK)]
+    # Threads that copy from the page cache, and sum, each take one.
+    commands = len(row) if each.engine.name == "pagecache" else 2
+    assert moved(each.engine, op, row, 0, together=True) == commands
+    assert each.engine.stats()["bounced_nbytes"] == 0
+
+
+@pytest.mark.parametrize("op", [WRITE, READ], ids=["write", "read"])
+@pytest.mark.parametrize(
+    ("kind", "commands"), [("uring-file", 2), ("threads-file", 8), ("pagecache-file", 8)]
+)
+def test_large_pieces_are_not_copied_either(kind, commands, op, tmp_path) -> None:
+    """io_uring takes a list of places."""
+    options = QueueOptions(depth=4, segment_nbytes=4 * LARGE, hugepages=False)
+    with medium(kind, tmp_path, options) as found:
+        row = [(number * LARGE, LARGE) for number in range(8)]
+        assert moved(found.engine, op, row, 0) == commands
+        assert found.engine.stats()["bounced_nbytes"] == 0
 
 
 class Piece(NamedTuple):
@@ -73,6 +97,7 @@ class Piece(NamedTuple):
     """Blocks before it that belong to none."""
     nbytes: int
     shift: int
+    """Its memory, past a page; None: behind that of the one before it."""
 
 
 pieces = st.lists(
@@ -80,19 +105,31 @@ pieces = st.lists(
         Piece,
         st.sampled_from([0, 0, 0, 1]),
         st.one_of(
-            st.sampled_from([1, BLOCK, 2 * BLOCK, SEGMENT, SEGMENT + BLOCK]),
+            st.sampled_from([1, BLOCK, 2 * BLOCK, LARGE, OPTIONS.segment_nbytes + BLOCK]),
             st.integers(1, 3 * BLOCK),
         ),
-        st.sampled_from([0, 0, 64]),
+        st.sampled_from([0, 0, 64, None]),
     ),
     min_size=1,
-    max_size=12,
+    max_size=9,
 )
+
+
+def laid_out(row: list[Piece], lengths: list[int]) -> list[np.ndarray]:
+    """Memory of ``lengths`` for pieces, as each says where it lies."""
+    found: list[np.ndarray] = []
+    at, room = 0, memory(0)
+    for number, (piece, nbytes) in enumerate(zip(row, lengths, strict=True)):
+        if piece.shift is not None or not found:
+            room, at = memory(sum(lengths[number:]), piece.shift or 0), 0
+        found.append(room[at : at + nbytes])
+        at += nbytes
+    return found
 
 
 @pytest.mark.parametrize("kind", KEEPING)
 def test_bytes_and_checksums_are_each_pieces_own(kind, tmp_path) -> None:
-    with medium(kind, tmp_path) as found:
+    with medium(kind, tmp_path, OPTIONS) as found:
 
         @property_test
         @given(pieces, st.integers(0, 99))
@@ -102,9 +139,9 @@ def test_bytes_and_checksums_are_each_pieces_own(kind, tmp_path) -> None:
             found.poke(0, bytes(wanted))
             writes = found.engine.transfer(WRITE, checksum=True)
             sums = []
-            for piece in row:
+            sources = laid_out(row, [piece.nbytes for piece in row])
+            for piece, source in zip(row, sources, strict=True):
                 offset += piece.gap * BLOCK
-                source = memory(piece.nbytes, piece.shift)
                 source[:] = rng.integers(0, 256, piece.nbytes)
                 writes.keep(source)
                 writes.add(offset, address_of(source), piece.nbytes)
@@ -119,19 +156,20 @@ def test_bytes_and_checksums_are_each_pieces_own(kind, tmp_path) -> None:
             assert found.peek(0, AREA) == wanted
             assert [writes.crc(number) for number in range(len(row))] == sums
             reads = found.engine.transfer(READ, checksum=True)
-            outs = []
-            for offset, piece in places:
-                # Those that begin within a block, too.
-                skip = min(piece.nbytes - 1, int(rng.choice([0, 0, 0, 5])))
-                out = memory(piece.nbytes - skip + 1, piece.shift)
+            # Those that begin within a block, too.
+            skips = [min(piece.nbytes - 1, int(rng.choice([0, 0, 0, 5]))) for piece in row]
+            lengths = [piece.nbytes - skip for piece, skip in zip(row, skips, strict=True)]
+            outs = laid_out([*row, row[0]], [*lengths, 1])
+            for out in outs:
                 out[:] = 0x5A
-                reads.add(offset + skip, address_of(out), piece.nbytes - skip)
-                outs.append((out, bytes(wanted[offset + skip : offset + piece.nbytes])))
+            for (offset, _), skip, out in zip(places, skips, outs, strict=False):
+                reads.add(offset + skip, address_of(out), len(out))
             found.engine.run(reads)
-            for number, (out, expected) in enumerate(outs):
-                assert out[:-1].tobytes() == expected
-                assert out[-1] == 0x5A
+            for number, ((offset, _), skip) in enumerate(zip(places, skips, strict=True)):
+                expected = bytes(wanted[offset + skip : offset + skip + lengths[number]])
+                assert outs[number].tobytes() == expected
                 assert reads.crc(number) == crc32c(expected)
+            assert outs[-1] == 0x5A  # behind the last, or elsewhere
 
         check()
 
@@ -158,7 +196,7 @@ def test_the_piece_that_failed_is_named_and_its_slots_come_back(kind, tmp_path, 
             offset, nbytes = transfer.failure
             assert offset >= 6 * BLOCK
             assert nbytes == BLOCK
-        assert moved(failing, READ, row[:2], shift) == (1 if shift or kind == "uring" else 2)
+        assert moved(failing, READ, row[:2], shift) == 1
         assert read(failing, 0, 6 * BLOCK) == b"\x42" * 6 * BLOCK
 
 
