@@ -9,6 +9,7 @@ import numpy as np
 
 from spdk_kv._native.holding import Export
 from spdk_kv.errors import ShapeMismatch
+from spdk_kv.scattered import Scattered
 from spdk_kv.types import PLAIN_DTYPES, dtype_itemsize, dtype_name, movable, torch_dtypes
 
 if TYPE_CHECKING:
@@ -16,13 +17,15 @@ if TYPE_CHECKING:
 
 
 class ByteView(NamedTuple):
-    """A tensor's bytes where they lie; valid while ``keep`` is alive."""
+    """A tensor's bytes where they lie; valid while ``keep`` is alive. ``pieces``: of one that lies
+    in several places, the bytes in each, and their addresses; ``address`` is then 0."""
 
     address: int
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
     keep: Any
+    pieces: tuple[tuple[int, int], ...] = ()
 
 
 def byte_view(tensor: Any, *, on_cpu: bool = True) -> ByteView:
@@ -35,6 +38,8 @@ def byte_view(tensor: Any, *, on_cpu: bool = True) -> ByteView:
     """
     if isinstance(tensor, np.ndarray):
         return _array_view(tensor, _numpy_name(tensor))
+    if isinstance(tensor, Scattered):
+        return _scattered_view(tensor)
     import torch
 
     if not isinstance(tensor, torch.Tensor):
@@ -62,6 +67,12 @@ def _array_view(tensor: np.ndarray[Any, Any], name: str) -> ByteView:
     # holds the export, numpy refuses to resize the array under a running transfer.
     export = Export(array)
     return ByteView(export.address, export.nbytes, name, tensor.shape, export)
+
+
+def _scattered_view(value: Scattered) -> ByteView:
+    exports = [Export(piece) for piece in value.pieces]
+    pieces = tuple((export.nbytes, export.address) for export in exports)
+    return ByteView(0, value.nbytes, "uint8", value.shape, exports, pieces)
 
 
 def check_dense(tensor: torch.Tensor, what: str) -> None:
@@ -176,8 +187,9 @@ class Destination(NamedTuple):
         return self.out
 
 
-def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
-    """Checks ``out`` against what is stored. Raises ShapeMismatch."""
+def destination(out: Any, dtype: str, shape: tuple[int, ...], block_nbytes: int = 1) -> Destination:
+    """Checks ``out`` against what is stored, on a drive with blocks of ``block_nbytes``. Raises
+    ShapeMismatch."""
     if isinstance(out, np.ndarray):
         name = _numpy_name(out)
         _check_same(name, out.shape, dtype, shape)
@@ -188,6 +200,12 @@ def destination(out: Any, dtype: str, shape: tuple[int, ...]) -> Destination:
             return Destination(out, _array_view(out, name), True)
         _check_distinct(out.shape, out.strides)
         return Destination(out, None, False)
+    if isinstance(out, Scattered):
+        _check_same("uint8", out.shape, dtype, shape)
+        if not out.writable:
+            raise ShapeMismatch("out is read-only")
+        whole = out.is_whole(block_nbytes)
+        return Destination(out, _scattered_view(out) if whole else None, False)
     import torch
 
     if not isinstance(out, torch.Tensor):

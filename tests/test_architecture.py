@@ -21,7 +21,7 @@ PACKAGE = ROOT / "spdk_kv"
 FLOORS = (
     "errors units terminal",
     "_native",
-    "residency devices metrics types deadline",
+    "residency devices metrics types scattered deadline",
     "index placement engines memory binding tensors",
     "paths link",
     "sequence",

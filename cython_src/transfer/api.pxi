@@ -392,16 +392,19 @@ cdef class Transfer:
         s = &self._t.segments[self._t.failed_segment]
         return s.offset, s.drive_nbytes
 
-    def crc(self, uint32_t piece=0):
-        """CRC32C of a piece of a finished transfer with ``checksum`` and without chunks."""
+    def crc(self, uint32_t piece=0, uint32_t count=1):
+        """CRC32C of a piece of a finished transfer with ``checksum`` and without chunks, or of so
+        many from there on, one behind the other."""
         cdef uint32_t crc = 0, i
-        cdef Piece *p
+        cdef Piece *last
+        cdef Segment *first
         cdef Segment *s
-        if piece >= self._count:
+        if not count or piece >= self._count or count > self._count - piece:
             raise IndexError(piece)
-        p = &self._pieces[piece]
-        for i in range(p.segments):
-            s = &self._t.segments[p.first_segment + i]
+        first = &self._t.segments[self._pieces[piece].first_segment]
+        last = &self._pieces[piece + count - 1]
+        for i in range(last.first_segment + last.segments - self._pieces[piece].first_segment):
+            s = &first[i]
             crc = skv_crc32c_combine(crc, s.crc, s.nbytes) if i else s.crc
         return crc
 

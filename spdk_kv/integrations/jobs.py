@@ -27,14 +27,18 @@ from spdk_kv.errors import (
     SpdkKvError,
 )
 from spdk_kv.integrations.hugepages import HugePages
+from spdk_kv.scattered import Scattered
 from spdk_kv.store import KVStore
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Value = np.ndarray[Any, Any] | Scattered
+
 Page = tuple[str, Any]
-"""A key, and a C-contiguous buffer: the bytes to put, or (writable) the place to get to."""
+"""A key, and a C-contiguous buffer or :class:`Scattered`: the bytes to put, or (writable) the place
+to get to."""
 
 # Of this process, whose memory it is about.
 _HUGE_PAGES = HugePages()
@@ -77,7 +81,7 @@ def put_pages(store: KVStore, pages: Sequence[Page], *, again: bool = True) -> l
     return [key in stored for key, _ in pages]
 
 
-def _put(views: dict[str, np.ndarray[Any, Any]], store: KVStore, stored: set[str]) -> None:
+def _put(views: dict[str, Value], store: KVStore, stored: set[str]) -> None:
     if not views:
         return
     try:
@@ -130,13 +134,16 @@ def _get(store: KVStore, pages: list[Page]) -> list[int]:
     return list(range(len(pages)))
 
 
-def _back(store: KVStore, views: Iterable[np.ndarray[Any, Any]]) -> None:
+def _back(store: KVStore, views: Iterable[Value]) -> None:
     """Has a drive find the host's memory in large pieces, if it reads and writes there itself."""
     if store.engine.direct and store.engine.options.hugepages:
-        _HUGE_PAGES.back(views)
+        for view in views:
+            _HUGE_PAGES.back(view.pieces if isinstance(view, Scattered) else (view,))
 
 
-def _bytes_of(buffer: Any) -> np.ndarray[Any, Any]:
+def _bytes_of(buffer: Any) -> Value:
+    if isinstance(buffer, Scattered):
+        return buffer
     view = memoryview(buffer)
     if not view.nbytes:
         return np.empty(0, np.uint8)
@@ -339,7 +346,7 @@ class Jobs:
 
     def _end(self, job: _Job, ok: list[bool], seconds: float, error: str | None) -> None:
         nbytes = sum(
-            memoryview(buffer).nbytes
+            _bytes_of(buffer).nbytes
             for (_, buffer), sound in zip(job.pages, ok, strict=True)
             if sound
         )

@@ -15,6 +15,7 @@ from spdk_kv.engines import Engine, Link
 from spdk_kv.errors import EngineUnavailable
 from spdk_kv.link.cuda import link_for
 from spdk_kv.link.pipeline import Pipeline
+from spdk_kv.scattered import Scattered
 from spdk_kv.types import torch_dtypes
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class Links:
     def of(self, tensors: Iterable[Any]) -> LinkedGpu | None:
         """The one GPU that all ``tensors`` are on, if it is reached over a link."""
         tensors = list(tensors)
-        if any(isinstance(each, np.ndarray) for each in tensors):
+        if any(isinstance(each, np.ndarray | Scattered) for each in tensors):
             return None  # without the import of torch, which takes longer than the rest of a put
         import torch
 

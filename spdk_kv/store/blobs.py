@@ -18,9 +18,17 @@ from spdk_kv.errors import (
 )
 from spdk_kv.index import BlobRecord
 from spdk_kv.link import LinkedGpu
+from spdk_kv.scattered import Scattered
 from spdk_kv.store.host import Host
 from spdk_kv.store.records import shown
-from spdk_kv.tensors import Destination, array_from, byte_view, destination, tensor_from
+from spdk_kv.tensors import (
+    ByteView,
+    Destination,
+    array_from,
+    byte_view,
+    destination,
+    tensor_from,
+)
 
 T = TypeVar("T")
 
@@ -36,7 +44,7 @@ class BlobWriter:
         self._catalog = store.catalog
         self._keys = list(tensors)
         linked = store.links.of(tensors.values())
-        self._views = [byte_view(tensor, on_cpu=linked is None) for tensor in tensors.values()]
+        self._views = [self._view(tensor, on_cpu=linked is None) for tensor in tensors.values()]
         filled = [view for view in self._views if view.nbytes]
         # Also with verify=False: the store may be opened with verify=True next time.
         self._checksum = store.engine.keeps_bytes
@@ -50,11 +58,17 @@ class BlobWriter:
         self._owned: list[int] | None = self._offsets
         try:
             for view, offset in zip(filled, self._offsets, strict=True):
-                self._transfer.keep(view.keep)
-                self._transfer.add(offset, view.address, view.nbytes)
+                _add(self._transfer, offset, view)
         except BaseException:
             self._give_up()
             raise
+
+    def _view(self, tensor: Any, on_cpu: bool) -> ByteView:
+        if isinstance(tensor, Scattered) and not tensor.is_whole(self._store.engine.block_nbytes):
+            lease = self._store.staging.lease(tensor.nbytes)
+            tensor.gather(array_from(lease, "uint8", tensor.shape))
+            return ByteView(lease.address, tensor.nbytes, "uint8", tensor.shape, lease)
+        return byte_view(tensor, on_cpu=on_cpu)
 
     def run(self) -> None:
         """Blocks until written and visible."""
@@ -96,21 +110,21 @@ class BlobWriter:
 
     def _publish(self) -> None:
         records = {}
-        segment = 0
+        offsets, piece = iter(self._offsets), 0
         for key, view in zip(self._keys, self._views, strict=True):
             offset = crc = 0
             if view.nbytes:
-                offset = self._offsets[segment]
-                crc = self._transfer.crc(segment) if self._checksum else 0
-                segment += 1
+                offset, count = next(offsets), _count(view)
+                crc = self._transfer.crc(piece, count) if self._checksum else 0
+                piece += count
             records[key] = BlobRecord(offset, view.nbytes, view.dtype, view.shape, crc)
-        offsets = self._take()
-        if offsets is None:
+        owned = self._take()
+        if owned is None:
             return  # given up: whoever started it was interrupted
         try:
             self._catalog.records.publish(records)
         except ClosedError:
-            self._catalog.room.abandon(offsets)
+            self._catalog.room.abandon(owned)
             raise
 
 
@@ -141,7 +155,7 @@ class BlobReader:
             self._destinations: list[Destination | None] = [None] * len(keys)
             if outs is not None:
                 self._destinations = [
-                    destination(out, record.dtype, record.shape)
+                    destination(out, record.dtype, record.shape, store.engine.block_nbytes)
                     for out, record in zip(outs, self._records, strict=True)
                 ]
             self._linked = self._reached(outs)
@@ -180,8 +194,7 @@ class BlobReader:
         if not record.nbytes:
             return
         if place is not None and place.view is not None:
-            self._transfer.keep(place.view.keep)
-            self._transfer.add(record.offset, place.view.address, record.nbytes)
+            _add(self._transfer, record.offset, place.view)
             return
         if self._device is not None:
             self._store.staging.pin_for_gpu()
@@ -250,14 +263,15 @@ class BlobReader:
 
     def _check(self) -> None:
         damaged = []
-        segment = 0
-        for key, record in zip(self._keys, self._records, strict=True):
+        piece = 0
+        for key, record, place in zip(self._keys, self._records, self._destinations, strict=True):
             if not record.nbytes:
                 continue
-            if self._transfer.crc(segment) != record.crc:
+            count = 1 if place is None or place.view is None else _count(place.view)
+            if self._transfer.crc(piece, count) != record.crc:
                 damaged.append(key)
                 self._store.catalog.records.drop_damaged(key, record)
-            segment += 1
+            piece += count
         if damaged:
             raise damage(self._store, damaged)
 
@@ -270,6 +284,9 @@ class BlobReader:
         lease = self._places[position]
         if self._as_numpy:
             return array_from(lease, record.dtype, record.shape)
+        if place is not None and isinstance(place.out, Scattered):
+            place.out.scatter(array_from(lease, record.dtype, record.shape))
+            return place.out
         tensor = tensor_from(lease, record.dtype, record.shape)
         if place is not None:
             return place.fill(tensor)
@@ -283,6 +300,21 @@ def _transfer(
     if linked is None:
         return engine.transfer(op, checksum=checksum)
     return linked.transfer(engine, op, nbytes, linked.stream(), checksum=checksum)
+
+
+def _add(transfer: Transfer, offset: int, view: ByteView) -> None:
+    """Adds a blob's bytes, which lie at ``offset`` of the drive."""
+    transfer.keep(view.keep)
+    if not view.pieces:
+        transfer.add(offset, view.address, view.nbytes)
+    for nbytes, address in view.pieces:
+        transfer.add(offset, address, nbytes)
+        offset += nbytes
+
+
+def _count(view: ByteView) -> int:
+    """How many pieces of a transfer :func:`_add` makes of a blob that is not empty."""
+    return len(view.pieces) or 1
 
 
 def damage(store: Host, keys: list[str]) -> CorruptionError:

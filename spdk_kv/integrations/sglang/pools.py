@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
 
 from spdk_kv.integrations.sglang.identity import Keys, pool_facts
+from spdk_kv.scattered import Bytes
 
 log = logging.getLogger(__name__)
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Pool:
@@ -104,20 +103,3 @@ def bytes_of(tensor: Any) -> Bytes:
         return np.empty(0, np.uint8)
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return cast(Bytes, flat.view(torch.uint8).numpy())
-
-
-def gather(pieces: Sequence[Bytes], into: Bytes) -> Bytes:
-    """Copies ``pieces`` one behind the other to the beginning of ``into``; returns that part."""
-    at = 0
-    for piece in pieces:
-        into[at : at + piece.nbytes] = piece
-        at += piece.nbytes
-    return into[:at]
-
-
-def scatter(source: Bytes, pieces: Sequence[Bytes]) -> None:
-    """Copies what :func:`gather` made back to where it came from."""
-    at = 0
-    for piece in pieces:
-        piece[:] = source[at : at + piece.nbytes]
-        at += piece.nbytes
