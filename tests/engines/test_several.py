@@ -81,10 +81,10 @@ def test_what_lies_together_in_memory_as_well_is_not_copied(each: Medium, op: in
 
 @pytest.mark.parametrize("op", [WRITE, READ], ids=["write", "read"])
 @pytest.mark.parametrize(
-    ("kind", "commands"), [("uring-file", 2), ("threads-file", 8), ("pagecache-file", 8)]
+    ("kind", "commands"), [("uring-file", 2), ("threads-file", 2), ("pagecache-file", 8)]
 )
 def test_large_pieces_are_not_copied_either(kind, commands, op, tmp_path) -> None:
-    """io_uring takes a list of places."""
+    """A command may have a list of places."""
     options = QueueOptions(depth=4, segment_nbytes=4 * LARGE, hugepages=False)
     with medium(kind, tmp_path, options) as found:
         row = [(number * LARGE, LARGE) for number in range(8)]
