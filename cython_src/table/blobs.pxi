@@ -28,7 +28,8 @@ cdef enum:
     # Of an entry that lies in a file: offset, checksum, kind, length of the key; the key follows.
     PACKED = 20
 
-cdef bytes _SEED = os.urandom(8)
+cdef uint64_t _seed
+memcpy(&_seed, PyBytes_AS_STRING(os.urandom(8)), 8)
 
 
 cdef enum:
@@ -70,7 +71,6 @@ cdef class BlobTable:
     cdef uint32_t *_gone
     cdef uint32_t _gone_mask
     cdef public uint32_t once_weight
-    cdef uint64_t _seed
     cdef uint64_t _block_nbytes
     cdef object _make
     # Size, dtype and shape, which many blobs share: by number, and the number of each.
@@ -91,7 +91,6 @@ cdef class BlobTable:
         self._kinds = []
         self._kind_numbers = {}
         self._spare_kinds = []
-        memcpy(&self._seed, PyBytes_AS_STRING(_SEED), 8)
         self._units = 512
         self._used_units = 1       # 0 stands for none
         self._arena = <unsigned char *>malloc(self._units * UNIT)
@@ -222,7 +221,7 @@ cdef class BlobTable:
             raise TypeError(f"a key is a str, not {type(key).__name__}")
         cdef object held = plain(key)
         cdef const char *text = utf8(held, &key_nbytes)
-        cdef uint32_t hash = hash_of(text, key_nbytes, self._seed)
+        cdef uint32_t hash = hash_of(text, key_nbytes, _seed)
         if key_nbytes > 0x7FFFFFFF:
             raise MemoryError(f"a key of {key_nbytes} bytes is not kept")
         cdef uint32_t kind = self._take_kind(nbytes, dtype, shape)
@@ -425,7 +424,7 @@ cdef class BlobTable:
             return 0
         held = plain(key)
         text = utf8(held, &nbytes)
-        return self._look_up(text, nbytes, hash_of(text, nbytes, self._seed))
+        return self._look_up(text, nbytes, hash_of(text, nbytes, _seed))
 
     cdef uint32_t _look_up(self, const char *text, Py_ssize_t nbytes, uint32_t hash) noexcept:
         cdef Slots *t = &self._by_key

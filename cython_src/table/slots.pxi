@@ -116,7 +116,7 @@ cdef inline uint64_t mixed(uint64_t x) noexcept:
     return x ^ (x >> 32)
 
 
-cdef inline uint32_t hash_of(const char *bytes, size_t nbytes, uint64_t seed) noexcept:
+cdef inline uint64_t long_hash_of(const char *bytes, size_t nbytes, uint64_t seed) noexcept:
     cdef uint64_t h = seed ^ nbytes, word
     while nbytes >= 8:
         memcpy(&word, bytes, 8)
@@ -127,4 +127,8 @@ cdef inline uint32_t hash_of(const char *bytes, size_t nbytes, uint64_t seed) no
         word = 0
         memcpy(&word, bytes, nbytes)
         h = mixed(h ^ word)
-    return <uint32_t>h
+    return h
+
+
+cdef inline uint32_t hash_of(const char *bytes, size_t nbytes, uint64_t seed) noexcept:
+    return <uint32_t>long_hash_of(bytes, nbytes, seed)

@@ -7,7 +7,8 @@ last: that may run the garbage collector, and so any finalizer, and so other thr
 """
 
 cimport cython
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport (PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize,
+                            PyBytes_GET_SIZE)
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
@@ -18,3 +19,4 @@ include "extents.pxi"
 include "slots.pxi"
 include "blobs.pxi"
 include "packed.pxi"
+include "rows.pxi"

@@ -50,6 +50,8 @@ from spdk_kv.index.unopened import why_unopened
 
 log = logging.getLogger(__name__)
 
+MakeTable = Callable[[], BlobTable[BlobRecord]]
+
 # The file is ours alone, so a lock on it is a backup tool's or a mistake.
 _BUSY_TIMEOUT_S = 1.0
 
@@ -144,10 +146,15 @@ class Index:
     CorruptionError (damaged, or older than it was; the file and its log are left as they are),
     StoreMismatch (a newer format), StoreLocked (another program holds the file), CapacityError
     (disk full), DeviceError, ClosedError (closed, or after fork). Thread-safe.
+
+    ``make_table``: of an empty table, for :meth:`take_blobs`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], make_table: MakeTable | None = None) -> None:
         self.path = os.path.abspath(os.fsdecode(path))
+        self._make_table = make_table
+        # All blobs, where their rows were read to check the index.
+        self._found: BlobTable[BlobRecord] | None = None
         self._lock = sqlite_lock()
         self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
@@ -166,7 +173,10 @@ class Index:
         # A refused index must stay as it is, but the last writable connection moves even a damaged
         # log into the file when it closes. So the checks use a read-only connection.
         with typed_errors(self.path), closing(_connect(self.path, "ro")) as reader:
-            self.uuid, self.commits = check_index(reader, whole=not self._find_summary(reader))
+            whole = not self._find_summary(reader)
+            if whole and self._make_table is not None:
+                self._found = self._make_table()
+            self.uuid, self.commits = check_index(reader, whole=whole, blobs=self._found)
             self._count = CommitCount(count_path(self.path), self.uuid, self.commits)
             try:
                 self._connection = _connect(self.path, "rw")
@@ -216,6 +226,19 @@ class Index:
         cannot be: ``blobs`` is of no use then, and :meth:`load_blobs` has them."""
         number = self._summary
         return bool(number) and read_summary(self.path, self.uuid, number, blobs)
+
+    def take_blobs(self, make_table: MakeTable) -> BlobTable[BlobRecord]:
+        """All blobs in a new table, least recently used first. Before any commit."""
+        found, self._found = self._found, None
+        if found is not None:
+            return found
+        found = make_table()
+        if not self.load_summary(found):
+            found = make_table()
+            with self._lock, typed_errors(self.path):
+                check_whole(self._use(), found)
+                self._summary = ""
+        return found
 
     @property
     def has_summary(self) -> bool:

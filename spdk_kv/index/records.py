@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+from spdk_kv._native.table import BlobTable, RowReader
 from spdk_kv.errors import CorruptionError
 from spdk_kv.index.sequences import SequenceRecord, pack_sequence
 
@@ -35,7 +36,7 @@ _SEEDS = {"meta": 1, "blobs": 2, "sequences": 3}
 _NUMBER = struct.Struct("<I")
 _BLOB = struct.Struct("<qI")  # offset, crc; then the kind, which many blobs share:
 _KIND = struct.Struct("<qBB")  # nbytes, dtype bytes, dimensions; then dtype, shape
-_Kind = tuple[int, str, tuple[int, ...]]
+Kind = tuple[int, str, tuple[int, ...]]
 Record = TypeVar("Record", BlobRecord, SequenceRecord)
 
 
@@ -71,6 +72,11 @@ def unpack(table: str, key: bytes, row: bytes, parse: Callable[[bytes], Record])
         raise CorruptionError(f"it is malformed: {error}") from error
 
 
+def read_blobs(blobs: BlobTable[BlobRecord] | None) -> RowReader:
+    """A reader of rows (id, key, record) of the table of blobs into ``blobs``."""
+    return RowReader(blobs, _SEEDS["blobs"], parse_kind)
+
+
 def _row_crc(table: str, key: bytes, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(key, _SEEDS[table]))
 
@@ -87,20 +93,27 @@ def _pack_blob(record: BlobRecord) -> bytes:
     )
 
 
-def parse_blob(body: bytes, kinds: dict[bytes, _Kind]) -> BlobRecord:
+def parse_blob(body: bytes, kinds: dict[bytes, Kind]) -> BlobRecord:
     """For :func:`unpack`. ``kinds`` collects what many blobs share: size, dtype, shape."""
     offset, crc = _BLOB.unpack_from(body)
     packed = body[_BLOB.size :]
     kind = kinds.get(packed)
     if kind is None:
-        nbytes, dtype_nbytes, ndim = _KIND.unpack_from(packed)
-        shape_at = _KIND.size + dtype_nbytes
-        dtype = packed[_KIND.size : shape_at].decode()
-        kind = kinds[packed] = nbytes, dtype, struct.unpack(f"<{ndim}q", packed[shape_at:])
-    nbytes, dtype, shape = kind
-    if offset < 0 or nbytes < 0 or (shape and min(shape) < 0):
+        kind = kinds[packed] = parse_kind(packed)
+    if offset < 0:
         raise ValueError("negative field")
-    return BlobRecord(offset, nbytes, dtype, shape, crc)
+    return BlobRecord(offset, kind[0], kind[1], kind[2], crc)
+
+
+def parse_kind(packed: bytes) -> Kind:
+    """What many blobs share: size, dtype, shape. ValueError or struct.error where it is none."""
+    nbytes, dtype_nbytes, ndim = _KIND.unpack_from(packed)
+    shape_at = _KIND.size + dtype_nbytes
+    dtype = packed[_KIND.size : shape_at].decode()
+    shape = struct.unpack(f"<{ndim}q", packed[shape_at:])
+    if nbytes < 0 or (shape and min(shape) < 0):
+        raise ValueError("negative field")
+    return nbytes, dtype, shape
 
 
 def meta_crc(name: str, value: str) -> int:

@@ -10,9 +10,10 @@ from functools import partial
 from typing import TypeVar
 from urllib.parse import quote
 
+from spdk_kv._native.table import BlobTable
 from spdk_kv.errors import ClosedError
-from spdk_kv.index.checks import check_index, read_meta, read_number, read_row
-from spdk_kv.index.database import typed_errors
+from spdk_kv.index.checks import check_index, load_rows, read_meta, read_number, read_row
+from spdk_kv.index.database import MakeTable, typed_errors
 from spdk_kv.index.forks import sqlite_lock
 from spdk_kv.index.records import BlobRecord, encode, parse_blob
 from spdk_kv.index.sequences import SequenceRecord, parse_sequence
@@ -82,6 +83,12 @@ class IndexSnapshot:
         """As :meth:`Index.load_blobs`."""
         parse = partial(parse_blob, kinds={})
         return (read_row("blobs", row, parse) for row in self._rows("blobs"))
+
+    def take_blobs(self, make_table: MakeTable) -> BlobTable[BlobRecord]:
+        """As :meth:`Index.take_blobs`."""
+        found = make_table()
+        self._ask(lambda connection: load_rows(connection, found))
+        return found
 
     def load_sequences(self) -> Iterator[tuple[str, SequenceRecord]]:
         """As :meth:`Index.load_sequences`."""

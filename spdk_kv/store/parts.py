@@ -151,7 +151,7 @@ def _open_folder(
                 f"{data} is there, but its index {index_path} is missing; remove the folder to "
                 "start empty"
             )
-        index = Index(index_path)
+        index = Index(index_path, blob_table)
         undo.callback(index.close)
         drive = open_engine(place, data, engine=engine, options=options)
         assert isinstance(drive, FileEngine)
@@ -197,7 +197,7 @@ def _open_drive(
                 "index_dir=, or wipe the drive yourself to start empty (wipefs does not know "
                 "this superblock: blkdiscard, or dd over its first MiB)"
             )
-        index = Index(index_path)
+        index = Index(index_path, blob_table)
         undo.callback(index.close)
         opened = _join(place, drive, index, lock, wanted)
         undo.pop_all()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from spdk_kv._native.table import BlobTable
 from spdk_kv.errors import CapacityError, CorruptionError, ShapeMismatch
-from spdk_kv.index import BlobRecord, Index, SequenceRecord
+from spdk_kv.index import BlobRecord, Index, IndexSnapshot, SequenceRecord
 from spdk_kv.placement import (
     DATA_START,
     Allocator,
@@ -91,18 +90,9 @@ def count_holders(sequences: Iterable[SequenceRecord]) -> Counter[int]:
     return Counter(run for each in sequences for piece in each.pieces for run in piece.runs)
 
 
-class Entries(Protocol):
-    """An :class:`Index`, or a snapshot of one."""
-
-    def load_blobs(self) -> Iterator[tuple[str, BlobRecord]]: ...
-    def load_sequences(self) -> Iterator[tuple[str, SequenceRecord]]: ...
-
-
-def load_recorded(index: Entries, capacity: int) -> Recorded:
+def load_recorded(index: Index | IndexSnapshot, capacity: int) -> Recorded:
     """Reads all entries of ``index``. ``capacity``: how far their extents may reach."""
-    blobs = blob_table()
-    if not (isinstance(index, Index) and index.load_summary(blobs)):
-        blobs = blob_table(index.load_blobs())
+    blobs = index.take_blobs(blob_table)
     sequences = {name: sequence.lean() for name, sequence in index.load_sequences()}
     # What sequences have in common is the same for all of them, or it is damaged.
     owners: dict[tuple[int, int], list[str]] = {}

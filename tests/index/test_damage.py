@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from spdk_kv._native.table import BlobTable
 from spdk_kv.errors import CorruptionError, StoreMismatch
 from spdk_kv.index.database import Index
 from spdk_kv.index.records import BlobRecord
@@ -39,9 +40,15 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "index.sqlite"
 
 
+def table() -> BlobTable[BlobRecord]:
+    return BlobTable(BlobRecord, 4096)
+
+
 def load(path: Path) -> tuple[dict[str, BlobRecord], dict[str, SequenceRecord]]:
     with closing(Index(path)) as index:
-        return dict(index.load_blobs()), dict(index.load_sequences())
+        blobs = dict(index.load_blobs())
+        assert list(index.take_blobs(table).items()) == list(blobs.items())
+        return blobs, dict(index.load_sequences())
 
 
 def test_a_flipped_byte_anywhere_never_yields_a_wrong_record(path: Path) -> None:
@@ -78,6 +85,58 @@ def test_a_key_that_its_look_up_would_miss_is_found_at_open(path: Path) -> None:
         path.write_bytes(good[:place] + b"noodle" + good[place + 6 :])
         with pytest.raises(CorruptionError, match=r"index\.sqlite"):
             Index(path)
+
+
+@pytest.mark.parametrize("damage", ["swapped", "number", "missing", "twice"])
+def test_an_index_of_keys_that_is_not_that_of_the_rows_is_found_at_open(
+    path: Path, damage: str
+) -> None:
+    """As SQLite's own check of the whole finds it."""
+    keys = [f"key-{number:03}" for number in range(300)]
+    with closing(Index(path)) as index:
+        index.commit({key: BLOB._replace(crc=number) for number, key in enumerate(keys)}, {})
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA writable_schema = ON")
+        if damage == "swapped":
+            content = bytearray(path.read_bytes())
+            one, other = (content.rindex(key.encode()) for key in (keys[7], keys[8]))
+            content[one : one + 7], content[other : other + 7] = (
+                content[other : other + 7],
+                content[one : one + 7],
+            )
+            path.write_bytes(content)
+        else:
+            (root,) = connection.execute(
+                "SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_blobs_1'"
+            ).fetchone()
+            connection.execute("CREATE TABLE other(id INTEGER PRIMARY KEY, key UNIQUE)")
+            connection.execute("INSERT INTO other SELECT id, key FROM blobs")
+            change = {
+                "number": "UPDATE other SET id = 9999 WHERE key = CAST('key-123' AS BLOB)",
+                "missing": "DELETE FROM other WHERE key = CAST('key-123' AS BLOB)",
+                "twice": "INSERT INTO other SELECT 9999, CAST('key-123a' AS BLOB)",
+            }
+            connection.execute(change[damage])
+            connection.execute(
+                "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master "
+                "WHERE name = 'sqlite_autoindex_other_1') WHERE name = 'sqlite_autoindex_blobs_1'"
+            )
+            connection.execute(
+                f"UPDATE sqlite_master SET rootpage = {root} "
+                "WHERE name = 'sqlite_autoindex_other_1'"
+            )
+            connection.commit()
+    if damage != "swapped":
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("DROP TABLE other")
+            connection.commit()
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA quick_check").fetchone()[0] == "ok"
+        assert connection.execute("PRAGMA integrity_check").fetchone()[0] != "ok"
+    with pytest.raises(CorruptionError, match=r"out of order|do not agree"):
+        Index(path)
+    with pytest.raises(CorruptionError, match=r"out of order|do not agree"):
+        Index(path, table)
 
 
 def test_text_that_is_no_utf_8_in_sqlites_own_tables_is_corruption(path: Path) -> None:
@@ -137,8 +196,12 @@ def test_an_edited_row_is_corruption_that_names_the_file(path: Path, damage: str
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(damage)
         connection.commit()
-    with closing(Index(path)) as index, pytest.raises(CorruptionError, match=r"index\.sqlite"):
-        list(index.load_blobs())
+    with pytest.raises(CorruptionError, match=r"index\.sqlite"):
+        load(path)
+    good = path.read_bytes()
+    with pytest.raises(CorruptionError, match=r"index\.sqlite"):
+        Index(path, table)
+    assert path.read_bytes() == good
 
 
 def test_a_newer_format_is_a_mismatch(path: Path) -> None:

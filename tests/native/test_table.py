@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import struct
+import zlib
 from collections import OrderedDict
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,7 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spdk_kv._native.table import BlobTable, ExtentMap, kinds_of, packed, unpack_into
+from spdk_kv._native.table import (
+    BlobTable,
+    ExtentMap,
+    RowReader,
+    kinds_of,
+    packed,
+    unpack_into,
+)
 from support.rounds import rounds
 
 BLOCK, START = 4096, 1 << 20
@@ -255,6 +264,69 @@ def test_bytes_that_are_no_table_are_refused() -> None:
             unpack_into(BlobTable(Record, BLOCK), good, missing)
     with pytest.raises(RuntimeError, match="changed"):
         next(packed(table, 1000, table.changes - 1))
+
+
+def row(number: int, key: bytes, seed: int = 7) -> tuple[int, bytes, bytes]:
+    body = struct.pack("<IqI", len(key), START + number * 2 * BLOCK, number) + b"kind"
+    return number, key, body + struct.pack("<I", zlib.crc32(body, zlib.crc32(key, seed)))
+
+
+@pytest.mark.parametrize("key_nbytes", [*range(20), 1000])
+def test_rows_are_read_as_put_or_refused(key_nbytes: int) -> None:
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+    reader = RowReader(table, 7, lambda kind: (5000, "uint8", (len(kind), 1250)))
+    keys = [f"{number:02}{chr(65 + number % 50) * key_nbytes}".encode() for number in range(80)]
+    rows = [row(number, key) for number, key in enumerate(keys, 1)]
+    reader.add(rows[:50])
+    reader.add(rows[50:])
+    assert table.items() == [
+        (key.decode(), record(number)._replace(shape=(4, 1250)))
+        for number, key in enumerate(keys, 1)
+    ]
+    reader.check_keys([(key, number) for number, key, _ in rows])
+    assert reader.agree()
+    assert reader.count == 80
+    good = rows[0][2]
+    for number, key, content, why in [
+        (1, keys[1], good, "checksum"),
+        (1, keys[0], good[:-1], "checksum"),
+        (1, keys[0], good[:19], "short"),
+        (1, keys[0], b"\0" + good, "checksum"),
+        (1, keys[0], "text", "bytes"),
+        (1, None, good, "bytes"),
+        (1, keys[0], good, "twice"),
+        (*row(1, b"\xff" * 9), "utf-8"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            reader.add([(number, key, content)])  # type: ignore[list-item]
+        assert reader.row == 1
+
+
+def test_an_index_of_keys_is_compared_in_any_order_of_the_rows() -> None:
+    rows = [(3, b"a", b""), (1, b"aa", b""), (2, b"b", b"")]
+    keys = [(key, number) for number, key, _ in rows]
+
+    def reader() -> RowReader:
+        found = RowReader(None, 7, lambda kind: (0, "", ()))
+        found.add(rows[:1])
+        found.add(rows[1:])
+        return found
+
+    same = reader()
+    same.check_keys(keys[:2])
+    same.check_keys(keys[2:])
+    assert same.agree()
+    for others in (keys[:2], [*keys, (b"c", 4)], [(b"a", 3), (b"aa", 2), (b"b", 1)], []):
+        other = reader()
+        other.check_keys(others)
+        assert not other.agree()
+    for wrong in (keys[1::-1], [keys[0], keys[0]], [(b"aa", 1), (b"a", 3)]):
+        with pytest.raises(ValueError, match="order"):
+            reader().check_keys(wrong)
+        other = reader()
+        other.check_keys(wrong[:1])
+        with pytest.raises(ValueError, match="order"):
+            other.check_keys(wrong[1:])
 
 
 def test_who_was_used_since_is_told_in_order() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spdk_kv.errors import CapacityError, KeyNotFound
-from spdk_kv.index import Index, IndexFull, summary
+from spdk_kv.index import Index, IndexFull, records, summary
 from spdk_kv.index.summary import summary_path
 from spdk_kv.store import KVStore
 from store.helpers import (
@@ -30,13 +30,13 @@ def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with each open that reads the rows."""
     monkeypatch.setattr(summary, "LEAST_BLOBS", 1)
     found: list[str] = []
-    load = Index.load_blobs
 
-    def noting(index: Index):
-        found.append(index.path)
-        return load(index)
+    class Noting(records.RowReader):
+        def add(self, rows) -> None:
+            found.append("rows")
+            super().add(rows)
 
-    monkeypatch.setattr(Index, "load_blobs", noting)
+    monkeypatch.setattr(records, "RowReader", Noting)
     return found
 
 
