@@ -154,8 +154,10 @@ class Committer:
             self._count.settle(deadline)
 
     def end(self) -> None:
-        """After the last commit: as :meth:`settle`, and gives up what belongs to the drive."""
+        """After all that the index gets: the drive has its number, too, and what belongs to the
+        drive is given up."""
         if self._count is not None:
+            self._count.update(None)
             self._count.end()
 
     def save_order(self) -> None:
