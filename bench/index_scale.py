@@ -6,8 +6,9 @@ Each figure is taken in a process of its own. ``null://`` keeps no bytes, so tha
 are what the store itself costs: blobs of 4 KiB, a thousand in a call, keys of 64 characters. Memory
 is the growth of what is resident (the heap trimmed before), per blob. To be opened and closed there
 is a store of as many blobs in DIR, with a data file that is one hole: their index is real, and all
-bytes are zeroes. Rates and times come twice: by the clock, and by the time that the process had
-a processor, which others on the machine change less.
+bytes are zeroes. It is opened without its summary, which reads each row; as it was closed; and as a
+kill left it after 2000 changes. Rates and times come twice: by the clock, and by the time that the
+process had a processor, which others on the machine change less.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import random
 import subprocess
 import sys
@@ -39,6 +41,8 @@ BATCH = 1000
 # Puts and gets that a rate is measured over, in rounds of which the median counts.
 MEASURED = 50_000
 ROUNDS = 5
+# Blobs that are deleted and put again before a kill.
+CHANGED = 1000
 DATA_START = 1 << 20
 # tracemalloc makes everything several times slower.
 MOST_TRACED = 300_000
@@ -147,6 +151,21 @@ def make(folder: Path, count: int) -> None:
         data.truncate(DATA_START + count * NBYTES)
 
 
+def kill(folder: Path, count: int) -> None:
+    """Changes some blobs, commits that, and ends without closing the store."""
+    zeroes = np.zeros(NBYTES, np.uint8)
+    engine = spdk_kv.EngineOptions("pagecache", depth=4, segment="64 KiB")
+    store = spdk_kv.open(f"file://{folder}", engine=engine, flush_interval_s=None)
+    changed = [key_of(number) for number in range(min(CHANGED, count // 2))]
+    for key in changed:
+        store.delete(key)
+    store.flush()
+    store.put_many(dict.fromkeys(changed, zeroes))
+    store.flush()
+    print("{}", flush=True)
+    os._exit(0)
+
+
 def opening(folder: Path, count: int) -> dict[str, Any]:
     """Seconds to open a store that is there, and to close it after one get."""
     stores: list[spdk_kv.KVStore] = []
@@ -191,9 +210,13 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
         place.mkdir(parents=True)
         make(place, count)
         (place / "made").touch()
-    # As it was made, row by row; then as it was closed.
-    for which in ("first", "second"):
-        part = alone("--part", "opening", "--counts", str(count), "--folder", str(place))
+    for which in ("rows", "closed", "killed"):
+        arguments = ("--counts", str(count), "--folder", str(place))
+        if which == "rows":
+            (place / "index.sqlite-blobs").unlink(missing_ok=True)
+        if which == "killed":
+            alone("--part", "kill", *arguments)
+        part = alone("--part", "opening", *arguments)
         found |= {f"{which}_{name}": value for name, value in part.items()}
     return found
 
@@ -203,11 +226,15 @@ def main() -> None:
     parser.add_argument("--counts", default="50000,300000,5000000")
     parser.add_argument("--folder", type=Path, help="keeps the stores made there for another time")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--part", choices=("rates", "traced", "opening"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--part", choices=("rates", "traced", "opening", "kill"), help=argparse.SUPPRESS
+    )
     given = parser.parse_args()
     counts = [int(count) for count in given.counts.split(",")]
     if given.part == "opening":
         print(json.dumps(opening(given.folder, counts[0])))
+    elif given.part == "kill":
+        kill(given.folder, counts[0])
     elif given.part:
         print(json.dumps({"rates": rates, "traced": traced}[given.part](counts[0])))
     else:

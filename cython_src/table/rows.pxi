@@ -92,6 +92,31 @@ cdef class RowReader:
             for each in numbers.values():
                 self._table._drop_kind(each)
 
+    def change(self, list rows not None):
+        """Puts rows into the table, each (number, key, record) and as the one used last in turn, or
+        takes out that with the key (record None). They do not count as rows."""
+        cdef dict numbers = {}
+        cdef Unpacked one
+        cdef BlobTable table = self._table
+        cdef uint32_t number
+        try:
+            for row in rows:
+                if row[2] is None:
+                    table.pop((<bytes?>row[1]).decode("utf-8", "surrogatepass"))
+                    continue
+                self._read(row, &one, numbers)
+                if table._look_up(one.key, one.key_nbytes, one.hash):
+                    nbytes, dtype, shape = table._kinds[one.kind]
+                    table._put((<bytes>row[1]).decode("utf-8", "surrogatepass"), one.offset, nbytes,
+                               dtype, shape, one.crc, True)
+                    continue
+                slots_reserve(&table._by_key, <uint64_t>table._by_key.count + 1)
+                slots_reserve(&table._by_offset, <uint64_t>table._by_offset.count + 1)
+                add_unpacked(table, &one)
+        finally:
+            for number in numbers.values():
+                table._drop_kind(number)
+
     cdef int _read(self, tuple row, Unpacked *one, dict numbers) except -1:
         """``one`` refers to the row, which has to live as long."""
         cdef uint64_t hash

@@ -5,26 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any
-from urllib.parse import quote
 
 from spdk_kv._native.table import BlobTable
 from spdk_kv.errors import (
     ClosedError,
     CorruptionError,
-    DeviceError,
-    StoreLocked,
-    StoreMismatch,
     file_error,
 )
 from spdk_kv.index import descriptors
+from spdk_kv.index.changes import pack_changes
 from spdk_kv.index.checks import (
-    SCHEMA,
-    VERSION,
     check_index,
     check_whole,
     read_meta,
@@ -32,7 +26,9 @@ from spdk_kv.index.checks import (
     read_row,
     write_meta,
 )
-from spdk_kv.index.commits import CommitCount, create_commit_count
+from spdk_kv.index.commits import CommitCount
+from spdk_kv.index.connection import connect, make_durable, typed_errors
+from spdk_kv.index.creation import count_path, create_index
 from spdk_kv.index.forks import sqlite_lock
 from spdk_kv.index.records import (
     BlobRecord,
@@ -45,98 +41,20 @@ from spdk_kv.index.records import (
 )
 from spdk_kv.index.sequences import SequenceRecord, parse_sequence
 from spdk_kv.index.space import IndexFull, check_space, file_nbytes
-from spdk_kv.index.summary import SUMMARY, has_summary, read_summary, write_summary
-from spdk_kv.index.unopened import why_unopened
+from spdk_kv.index.summary import (
+    SUMMARY,
+    Note,
+    append_changes,
+    has_summary,
+    open_summary,
+    read_summary,
+    summary_path,
+    write_summary,
+)
 
 log = logging.getLogger(__name__)
 
 MakeTable = Callable[[], BlobTable[BlobRecord]]
-
-# The file is ours alone, so a lock on it is a backup tool's or a mistake.
-_BUSY_TIMEOUT_S = 1.0
-
-_DURABLE = (
-    "PRAGMA synchronous = FULL",
-    # A stray pointer in a damaged page must find zeroes, not a row that was deleted.
-    "PRAGMA secure_delete = ON",
-    "PRAGMA cell_size_check = ON",
-    "PRAGMA temp_store = MEMORY",  # keys are private and must not reach /tmp
-)
-
-
-@contextmanager
-def typed_errors(path: str, opened: str = "") -> Iterator[None]:
-    """Turns SQLite's errors into ours, with the file's name in each. ``opened``: the file that is
-    opened, where that is not ``path``."""
-    try:
-        yield
-    except (CorruptionError, StoreMismatch) as error:
-        raise type(error)(f"index {path}: {error}") from error
-    except UnicodeDecodeError as error:  # damaged text in SQLite's own tables
-        raise CorruptionError(f"index {path}: {error}") from error
-    except sqlite3.Error as error:
-        # By message, because Python 3.10 does not give SQLite's code.
-        text = str(error)
-        if "is locked" in text:
-            raise StoreLocked(f"index {path} is in use by another program: {text}") from error
-        if "is full" in text:
-            raise IndexFull(f"index {path}: {text}: free space on its filesystem") from error
-        if "unable to open" in text or "readonly" in text:
-            if (refused := why_unopened(opened or path)) is not None:
-                raise file_error("open", refused.filename or path, refused) from error
-            raise DeviceError(f"index {path}: {text}", op="index") from error
-        if "I/O error" in text:
-            raise DeviceError(
-                f"index {path}: {text}: look at `dmesg` and its drive's SMART log", op="index"
-            ) from error
-        raise CorruptionError(f"index {path}: {text}") from error
-
-
-def _create(path: str) -> None:
-    """Creates an empty index at ``path``. Interrupted at any moment, it is whole or not there."""
-    new = f"{path}.new"
-    try:
-        if os.path.exists(f"{path}-wal"):
-            # SQLite would replay the log of the lost index into the new one.
-            raise CorruptionError(f"index {path} is gone, but its log {path}-wal is not")
-        for leftover in (new, f"{new}-journal", f"{new}-wal", f"{new}-shm"):
-            if os.path.exists(leftover):
-                os.unlink(leftover)
-        os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        # Whatever the umask. SQLite gives its log and shared memory the mode of this file.
-        os.chmod(new, 0o600)
-        identity = uuid.uuid4().hex
-        with typed_errors(path, new), closing(sqlite3.connect(new, isolation_level=None)) as fresh:
-            fresh.execute("BEGIN IMMEDIATE")
-            for statement in SCHEMA:
-                fresh.execute(statement)
-            write_meta(fresh, "uuid", identity)
-            write_meta(fresh, "generation", "0")
-            write_meta(fresh, "commits", "0")
-            fresh.execute(f"PRAGMA user_version = {VERSION}")
-            fresh.execute("COMMIT")
-            # Not left to the first open: a kill in the middle would leave a rollback journal, which
-            # a read-only fresh cannot play back.
-            _use_log(fresh)
-        create_commit_count(count_path(path), identity)
-        _sync_folder(path)  # no index without its count, even after a power cut
-        os.rename(new, path)
-        _sync_folder(path)
-    except OSError as error:
-        raise file_error("create", path, error) from error
-
-
-def _sync_folder(path: str) -> None:
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def count_path(path: str) -> str:
-    """The file with the count of commits of the index at ``path``."""
-    return f"{path}-commits"
 
 
 class Index:
@@ -159,9 +77,10 @@ class Index:
         self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
         if not os.path.exists(self.path):
-            _create(self.path)
-        # The number of the summary; "" where the rows are read, and so all of the index is checked.
-        self._summary = ""
+            create_index(self.path)
+        # None where the rows are read, and so all of the index is checked.
+        self._summary: Note | None = None
+        self._summary_file = -1  # for what changes
         self._locked: descriptors.Identity | None = _locks_taken(self.path)
         try:
             self._open()
@@ -172,15 +91,15 @@ class Index:
     def _open(self) -> None:
         # A refused index must stay as it is, but the last writable connection moves even a damaged
         # log into the file when it closes. So the checks use a read-only connection.
-        with typed_errors(self.path), closing(_connect(self.path, "ro")) as reader:
+        with typed_errors(self.path), closing(connect(self.path, "ro")) as reader:
             whole = not self._find_summary(reader)
             if whole and self._make_table is not None:
                 self._found = self._make_table()
             self.uuid, self.commits = check_index(reader, whole=whole, blobs=self._found)
             self._count = CommitCount(count_path(self.path), self.uuid, self.commits)
             try:
-                self._connection = _connect(self.path, "rw")
-                _make_durable(self._connection)
+                self._connection = connect(self.path, "rw")
+                make_durable(self._connection)
             except BaseException:
                 if self._connection is not None:
                     self._connection.close()
@@ -189,12 +108,12 @@ class Index:
 
     def _find_summary(self, reader: sqlite3.Connection) -> bool:
         try:
-            noted, number = _noted(reader)
-            if noted == read_number(reader, "commits") and has_summary(self.path, number):
-                self._summary = number
+            noted, note = _noted(reader)
+            if note and noted == read_number(reader, "commits") and has_summary(self.path, note):
+                self._summary = note
         except (CorruptionError, UnicodeDecodeError, sqlite3.Error):
             pass  # of which the check of the whole says more
-        return bool(self._summary)
+        return self._summary is not None
 
     uuid: str
     """Identity of the store, drawn when the index was created: 32 hexadecimal digits."""
@@ -218,14 +137,14 @@ class Index:
 
     def set_meta(self, name: str, value: str) -> None:
         """Stores ``value`` under ``name``; it is on the medium on return."""
-        with self._transaction(keeps_blobs=True) as connection:
+        with self._transaction() as connection:
             write_meta(connection, name, value)
 
     def load_summary(self, blobs: BlobTable[BlobRecord]) -> bool:
         """Adds all blobs to ``blobs``, which has none, without reading their rows. False where that
         cannot be: ``blobs`` is of no use then, and :meth:`load_blobs` has them."""
-        number = self._summary
-        return bool(number) and read_summary(self.path, self.uuid, number, blobs)
+        note = self._summary
+        return note is not None and read_summary(self.path, self.uuid, note, blobs)
 
     def take_blobs(self, make_table: MakeTable) -> BlobTable[BlobRecord]:
         """All blobs in a new table, least recently used first. Before any commit."""
@@ -237,14 +156,13 @@ class Index:
             found = make_table()
             with self._lock, typed_errors(self.path):
                 check_whole(self._use(), found)
-                self._summary = ""
+                self._end_changes()
         return found
 
     @property
     def has_summary(self) -> bool:
-        """Whether the next open finds the rows of blobs as this one did in a summary, if it found
-        one, unless :meth:`write` changed them."""
-        return bool(self._summary)
+        """Whether the next open finds the rows of blobs in a summary."""
+        return self._summary is not None
 
     def save_summary(self, blobs: BlobTable[BlobRecord], changes: int) -> None:
         """Writes down ``blobs``, which after so many ``changes`` are those of all rows, for
@@ -255,12 +173,15 @@ class Index:
         """
         with self._lock, typed_errors(self.path):
             (rows,) = self._use().execute("SELECT count(*) FROM blobs").fetchone()
+            self._end_changes()
         if rows != len(blobs):
             log.warning("index %s has %d blobs, not %d", self.path, rows, len(blobs))
+            with self._transaction():  # after which there is no summary any more
+                pass
             return
-        number = write_summary(self.path, self.uuid, blobs, changes)
-        if number is not None:
-            with self._transaction(summary=number):
+        note = write_summary(self.path, self.uuid, blobs, changes)
+        if note is not None:
+            with self._transaction(summary=note):
                 pass
 
     def load_blobs(self) -> Iterator[tuple[str, BlobRecord]]:
@@ -268,7 +189,7 @@ class Index:
         if self._summary:
             with self._lock, typed_errors(self.path):
                 check_whole(self._use())
-            self._summary = ""
+                self._end_changes()
         return self._load("blobs", partial(parse_blob, kinds={}))
 
     def load_sequences(self) -> Iterator[tuple[str, SequenceRecord]]:
@@ -313,8 +234,8 @@ class Index:
             self._write(rows)
 
     def _write(self, rows: Sequence[Row]) -> None:
-        keeps = not any(row.table == "blobs" for row in rows)
-        with self._transaction(keeps_blobs=keeps) as connection:
+        changes = pack_changes(rows)
+        with self._transaction(changes=changes) as connection:
             check_space(connection, self.path, rows)
             for table, key, record in rows:
                 if record is None:
@@ -339,7 +260,7 @@ class Index:
 
     def touch_order(self, keys: Iterable[str]) -> None:
         """Makes these blobs the most recently used, the last one most. Unknown keys are ignored."""
-        with self._transaction(keeps_blobs=True) as connection:
+        with self._transaction() as connection:
             last = connection.execute("SELECT max(id) FROM blobs").fetchone()[0] or 0
             if not 0 <= last < 1 << 62:
                 raise CorruptionError(f"a row's number is out of range: {last}")
@@ -358,6 +279,7 @@ class Index:
                 # and the next open replays it: all of it is on the medium already.
                 self._connection.close()
                 self._connection = None
+            self._end_changes()
             self._count.close()
             self._locks_dropped()
 
@@ -375,10 +297,10 @@ class Index:
 
     @contextmanager
     def _transaction(
-        self, *, keeps_blobs: bool = False, summary: str = ""
+        self, *, changes: bytes = b"", summary: Note | None = None
     ) -> Iterator[sqlite3.Connection]:
-        """``keeps_blobs``: a summary says the same as the rows of blobs as before; ``summary``: the
-        number of one that does."""
+        """``changes``: those of the rows of blobs; ``summary``: of one that was written and says
+        the same as the rows."""
         with self._lock, typed_errors(self.path):
             connection = self._use()
             try:
@@ -390,10 +312,13 @@ class Index:
                 # Counted from the row, because an interrupt can leave a count in memory behind it.
                 commits = read_number(connection, "commits") + 1
                 write_meta(connection, "commits", str(commits))
-                if keeps_blobs and not summary:
-                    noted, number = _noted(connection)
-                    summary = number if noted == commits - 1 else ""
-                if summary:
+                if summary is None and self._summary is not None:
+                    noted, summary = _noted(connection)
+                    if noted != commits - 1:
+                        summary = None
+                    elif summary is not None and changes:
+                        summary = self._append(summary, changes)
+                if summary is not None:
                     write_meta(connection, SUMMARY, f"{commits} {summary}")
                 connection.execute("COMMIT")
             except BaseException:
@@ -402,8 +327,25 @@ class Index:
                 raise
             self.commits = commits
             self._count.write(commits)
-            if not keeps_blobs:
-                self._summary = summary
+            self._summary = summary
+
+    def _append(self, note: Note, changes: bytes) -> Note | None:
+        """Appends ``changes`` to the summary that ``note`` is of; what it is to say then. None
+        where it ends with that: the next open reads the rows, unless the store is closed first."""
+        try:
+            if self._summary_file < 0:
+                self._summary_file = open_summary(self.path)
+            return append_changes(self._summary_file, note, changes)
+        except OSError as failure:
+            log.warning("changes are not kept beside %s: %s", summary_path(self.path), failure)
+            return None
+
+    def _end_changes(self) -> None:
+        """There is no summary any more."""
+        self._summary = None
+        file, self._summary_file = self._summary_file, -1
+        if file >= 0:
+            os.close(file)
 
     def _load(self, table: str, parse: Callable[[bytes], Record]) -> Iterator[tuple[str, Record]]:
         with typed_errors(self.path):
@@ -426,31 +368,8 @@ def _locks_taken(path: str) -> descriptors.Identity:
         raise file_error("open", path, refused) from refused
 
 
-def _noted(connection: sqlite3.Connection) -> tuple[int, str]:
-    """After how many commits there was a summary, and its number; -1 where there was none."""
-    commits, _, number = (read_meta(connection, SUMMARY) or "").partition(" ")
-    return (int(commits), number) if commits.isdecimal() and number else (-1, "")
-
-
-def _connect(path: str, mode: str) -> sqlite3.Connection:
-    # A URI, whose mode does not create: an index that vanished must not become a blank one.
-    uri = f"file:{quote(os.fsencode(path))}?mode={mode}"
-    return sqlite3.connect(
-        uri, _BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, uri=True
-    )
-
-
-def _make_durable(connection: sqlite3.Connection) -> None:
-    for pragma in _DURABLE:
-        connection.execute(pragma)
-    _use_log(connection)
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version < VERSION:
-        # An earlier release, which would not know the rows to come, is to refuse it from now on.
-        connection.execute(f"PRAGMA user_version = {VERSION}")
-
-
-def _use_log(connection: sqlite3.Connection) -> None:
-    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-    if mode != "wal":
-        raise DeviceError(f"the index's filesystem cannot hold a write-ahead log ({mode})")
+def _noted(connection: sqlite3.Connection) -> tuple[int, Note | None]:
+    """After how many commits there was a summary, and which; -1 where there was none."""
+    commits, _, text = (read_meta(connection, SUMMARY) or "").partition(" ")
+    note = Note.parse(text)
+    return (int(commits), note) if note and commits.isdecimal() else (-1, None)

@@ -30,7 +30,7 @@ from spdk_kv.errors import (
 )
 from spdk_kv.index import descriptors
 from spdk_kv.index.commits import counted_by, read_commit_count
-from spdk_kv.index.database import count_path
+from spdk_kv.index.creation import count_path
 from spdk_kv.index.log import HEADER_NBYTES, apply_log, has_header
 from spdk_kv.index.snapshot import IndexSnapshot
 

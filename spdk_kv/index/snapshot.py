@@ -13,7 +13,8 @@ from urllib.parse import quote
 from spdk_kv._native.table import BlobTable
 from spdk_kv.errors import ClosedError
 from spdk_kv.index.checks import check_index, load_rows, read_meta, read_number, read_row
-from spdk_kv.index.database import MakeTable, typed_errors
+from spdk_kv.index.connection import typed_errors
+from spdk_kv.index.database import MakeTable
 from spdk_kv.index.forks import sqlite_lock
 from spdk_kv.index.records import BlobRecord, encode, parse_blob
 from spdk_kv.index.sequences import SequenceRecord, parse_sequence

@@ -344,7 +344,7 @@ def test_an_index_that_cannot_be_made_durable_is_not_opened(
         raise DeviceError("as if its filesystem could hold no log")
 
     with monkeypatch.context() as patched:
-        patched.setattr(database, "_make_durable", refuse)
+        patched.setattr(database, "make_durable", refuse)
         with pytest.raises(DeviceError, match="no log"):
             Index(path)
     Index(path).close()

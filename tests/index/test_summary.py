@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from spdk_kv._native.table import BlobTable
-from spdk_kv.errors import CorruptionError
-from spdk_kv.index import BlobRecord, Index, summary
+from spdk_kv.errors import CorruptionError, DeviceError
+from spdk_kv.index import BlobRecord, Index, database, summary
 from spdk_kv.index.summary import summary_path
 from support.interrupts import interrupted_everywhere
 
@@ -83,7 +84,144 @@ def test_without_one_and_of_an_empty_table_there_is_none(path) -> None:
         assert loaded(index) is None
 
 
-def test_a_change_of_blobs_ends_it_and_nothing_else_does(saved, blobs) -> None:
+@pytest.fixture
+def no_room_for_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "append_changes", lambda *_: None)
+
+
+def test_changes_of_blobs_are_appended(saved, blobs) -> None:
+    for key, change in {"a": None, "new": record(8), "b": record(7), "c": None}.items():
+        with closing(Index(saved)) as index:
+            index.set_meta("other", "value")
+            index.generation += 1
+            index.commit({key: change, "twice": record(4)}, {"s": None})
+            assert index.has_summary
+        blobs = {name: each for name, each in blobs.items() if name not in (key, "twice")}
+        blobs |= {key: change} if change else {}
+        blobs["twice"] = record(4)
+        with closing(Index(saved)) as index:
+            found = loaded(index)
+            assert found == blobs == dict(index.load_blobs())
+            assert list(found or ()) == list(blobs)
+
+
+def test_the_table_of_changed_blobs_is_whole(saved, blobs) -> None:
+    with closing(Index(saved)) as index:
+        index.commit({"a": None, "b": record(7), "new": record(8)}, {})
+        index.commit({"new": record(10), "b": None, "key " * 300: record(13)}, {})
+    with closing(Index(saved)) as index:
+        table = BlobTable(BlobRecord, 4096)
+        assert index.load_summary(table)
+        rows = dict(index.load_blobs())
+    assert dict(table.items()) == rows
+    assert table.footprint_nbytes == sum(4096 for each in rows.values() if each.nbytes)
+    for key, each in rows.items():
+        assert not each.nbytes or table.key_at(each.offset) == key
+        assert table.pop(key) == each
+    assert (len(table), table.footprint_nbytes) == (0, 0)
+
+
+def test_what_is_appended_counts_only_if_its_transaction_does(saved, blobs, monkeypatch) -> None:
+    append = database.append_changes
+
+    def failing(*arguments: Any) -> None:
+        append(*arguments)
+        raise DeviceError("as if the disk failed")
+
+    with closing(Index(saved)) as index:
+        index.commit({"b": record(5)}, {})
+        with monkeypatch.context() as patched:
+            patched.setattr(database, "append_changes", failing)
+            with pytest.raises(DeviceError):
+                index.commit({"a": None}, {})
+    expected = {**blobs, "b": record(5)}
+    with closing(Index(saved)) as index:
+        assert loaded(index) == expected
+        index.commit({"": None}, {})
+    del expected[""]
+    with closing(Index(saved)) as index:
+        assert loaded(index) == expected == dict(index.load_blobs())
+
+
+def test_changes_that_another_copy_of_the_index_appended_are_passed_by(saved, blobs) -> None:
+    """Both go on from the same summary, in one file."""
+    names = [str(saved), f"{saved}-commits"]
+    copies = [Path(name).read_bytes() for name in names]
+    with closing(Index(saved)) as index:
+        index.commit({"a": record(5)}, {})
+    newest = [Path(name).read_bytes() for name in names]
+    for name, content in zip(names, copies, strict=True):
+        Path(name).write_bytes(content)
+    with closing(Index(saved)) as index:
+        assert loaded(index) == blobs
+        index.commit({"a": record(8)}, {})
+    for name, content in zip(names, newest, strict=True):
+        Path(name).write_bytes(content)
+    with closing(Index(saved)) as index:
+        assert loaded(index) is None
+        assert index.take_blobs(lambda: BlobTable(BlobRecord, 4096))["a"] == record(5)
+        assert not index.has_summary
+        index.set_meta("other", "value")
+        assert not index.has_summary
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_damaged_changes_are_passed_by(saved, blobs, damage) -> None:
+    file = Path(summary_path(str(saved)))
+    begin = file.stat().st_size
+    with closing(Index(saved)) as index:
+        index.commit({"a": None, "new": record(8)}, {})
+        expected = dict(index.load_blobs())
+    good = file.read_bytes()
+    for place in range(begin, len(good), 5):
+        flipped = good[:place] + bytes([good[place] ^ 16]) + good[place + 1 :]
+        file.write_bytes(flipped if damage == "flip" else good[:place])
+        with closing(Index(saved)) as index:
+            assert loaded(index) is None
+            assert dict(index.take_blobs(lambda: BlobTable(BlobRecord, 4096)).items()) == expected
+        # So that the next round has its note again, which ends as the rows are read.
+    file.write_bytes(good)
+    with closing(Index(saved)) as index:
+        assert loaded(index) == expected
+
+
+def test_changes_take_no_more_than_is_left_for_them(saved, blobs, monkeypatch) -> None:
+    monkeypatch.setattr(summary, "_LEAST_CHANGES_NBYTES", 0)
+    with closing(Index(saved)) as index:
+        save(index, blobs)
+    file = Path(summary_path(str(saved)))
+    nbytes = file.stat().st_size
+    for number in range(100):
+        with closing(Index(saved)) as index:
+            index.commit({"a": record(number)}, {})
+            if not index.has_summary:
+                break
+            assert loaded(index) == {**blobs, "a": record(number)}
+    assert number > 3
+    assert 1.8 * nbytes < file.stat().st_size <= 2 * nbytes
+    with closing(Index(saved)) as index:
+        assert loaded(index) is None
+        save(index, blobs)
+        assert file.stat().st_size == nbytes
+
+
+def test_a_full_disk_ends_it_and_fails_no_commit(saved, blobs, monkeypatch, caplog) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "as if it were full")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with closing(Index(saved)) as index:
+        index.commit({"a": record(8)}, {})
+        assert not index.has_summary
+    assert "full" in caplog.text
+    with closing(Index(saved)) as index:
+        assert loaded(index) is None
+        assert dict(index.load_blobs()) == {**blobs, "a": record(8)}
+
+
+def test_a_change_without_them_ends_it_and_nothing_else_does(
+    saved, blobs, no_room_for_changes
+) -> None:
     with closing(Index(saved)) as index:
         index.set_meta("other", "value")
         index.generation = 7
@@ -112,7 +250,7 @@ def test_one_of_another_state_is_passed_by(saved, blobs) -> None:
         assert dict(index.load_blobs()) == {**blobs, "new": record(9)}
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "more", "gone", "empty"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "empty"])
 def test_a_damaged_one_is_passed_by(saved, blobs, damage) -> None:
     file = Path(summary_path(str(saved)))
     good = file.read_bytes()
@@ -123,7 +261,7 @@ def test_a_damaged_one_is_passed_by(saved, blobs, damage) -> None:
         elif damage == "gone":
             file.unlink()
         else:
-            file.write_bytes({"cut": good[:place], "more": good + b"x", "empty": b""}[damage])
+            file.write_bytes({"cut": good[:place], "empty": b""}[damage])
         table = BlobTable(BlobRecord, 4096)
         with closing(Index(saved)) as index:
             assert not index.load_summary(table), place

@@ -23,7 +23,7 @@ from spdk_kv.errors import (
     StoreLocked,
     StoreMismatch,
 )
-from spdk_kv.index import database as index_module
+from spdk_kv.index import creation
 from spdk_kv.index.database import Index
 from spdk_kv.placement import lock
 from spdk_kv.placement.superblock import COPY_OFFSETS
@@ -236,7 +236,7 @@ def test_crashes_amid_opening_one_after_another_are_no_old_copies(folder, monkey
 def test_an_index_has_its_log_from_the_beginning(folder):
     # Were it turned on at the first open, a kill amid that would leave a rollback journal, which
     # the connection that checks the index, and may not write, could never play back.
-    index_module._create(str(folder / "index.sqlite"))
+    creation.create_index(str(folder / "index.sqlite"))
     assert (folder / "index.sqlite").read_bytes()[18:20] == b"\2\2"
 
 
