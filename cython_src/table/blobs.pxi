@@ -155,12 +155,12 @@ cdef class BlobTable:
     def keys(self, str prefix=""):
         """The keys that begin with ``prefix``, as a list."""
         cdef list found = []
-        cdef Walk walk = self._walk()
-        cdef uint32_t ref = self._step(&walk, 1)
-        cdef uint64_t changes = self.changes
         cdef bytes held = prefix.encode("utf-8", "surrogatepass")
         cdef const char *wanted = PyBytes_AS_STRING(held)
         cdef size_t nbytes = PyBytes_GET_SIZE(held)
+        cdef Walk walk = self._walk()
+        cdef uint32_t ref = self._step(&walk, 1)
+        cdef uint64_t changes = self.changes
         cdef Entry *entry
         while ref:
             entry = self._entry(ref)
@@ -283,25 +283,35 @@ cdef class BlobTable:
     def use(self, list keys not None):
         """Makes the blobs of ``keys`` the ones used last, in that order, and returns their records;
         None, and nothing changes, unless all are there."""
-        cdef Py_ssize_t count = len(keys), i
+        # Everything of Python's before the look-ups, and after the last entry was looked at.
+        cdef list held = [plain(key) if isinstance(key, str) else None for key in keys]
+        cdef Py_ssize_t count = len(held), i, nbytes = 0
+        cdef list kinds = [None] * count
+        cdef list found = [None] * count
         cdef uint32_t *refs = <uint32_t *>malloc((count + 1) * sizeof(uint32_t))
-        cdef list found = []
-        cdef Entry *entry
-        if refs == NULL:
-            raise MemoryError()
+        cdef Entry *copies = <Entry *>malloc((count + 1) * sizeof(Entry))
+        cdef const char *text
         try:
+            if refs == NULL or copies == NULL:
+                raise MemoryError()
             for i in range(count):
-                refs[i] = self._find(keys[i])
+                if held[i] is None:
+                    return None
+                text = utf8(held[i], &nbytes)
+                refs[i] = self._look_up(text, nbytes, hash_of(text, nbytes, _seed))
                 if not refs[i]:
                     return None
             for i in range(count):
                 self._unlink(refs[i])
                 self._append(refs[i], AGAIN)
+                copies[i] = self._entry(refs[i])[0]
+                kinds[i] = self._kinds[copies[i].kind]
             self.changes += 1
             for i in range(count):
-                found.append(self._record(refs[i]))
+                found[i] = self._made(&copies[i], kinds[i])
         finally:
             free(refs)
+            free(copies)
         return found
 
     def tick(self):
@@ -548,16 +558,15 @@ cdef class BlobTable:
 
     cdef _record(self, uint32_t ref):
         cdef Entry copied = self._entry(ref)[0]
-        return self._made(&copied)
+        return self._made(&copied, self._kinds[copied.kind])
 
-    cdef _made(self, Entry *entry):
-        cdef tuple kind = self._kinds[entry.kind]
+    cdef _made(self, Entry *entry, tuple kind):
         return _NEW(self._make, (entry.offset, kind[0], kind[1], kind[2], entry.crc))
 
     cdef _given_up(self, Entry *former):
         """The record of an entry that is over."""
         try:
-            return self._made(former)
+            return self._made(former, self._kinds[former.kind])
         finally:
             self._drop_kind(former.kind)
 

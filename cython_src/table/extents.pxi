@@ -126,19 +126,26 @@ cdef class ExtentMap:
 
     def add_run(self, offset, list sizes):
         """Adds extents of ``sizes`` bytes, the first at ``offset``, that follow each other.
-        Returns their offsets."""
+        Returns their offsets. ValueError or MemoryError, and nothing changes."""
         cdef uint64_t at = offset, nbytes
         cdef list offsets = []
         for each in sizes:
             nbytes = each
+            self._check(at, nbytes)  # each, or their sum could be so large that it begins anew
             offsets.append(at)
             at += nbytes
-        self._check(offset, at - <uint64_t>offset)
         at = offset
-        for each in sizes:
-            nbytes = each
-            self._add(at, nbytes)
-            at += nbytes
+        try:
+            for each in sizes:
+                nbytes = each
+                self._add(at, nbytes)
+                at += nbytes
+        except BaseException:
+            for each in offsets:
+                if <uint64_t>each == at:  # which is the one that failed
+                    break
+                del self[each]
+            raise
         return offsets
 
     def take(self, list offsets not None):

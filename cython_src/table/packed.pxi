@@ -103,6 +103,7 @@ def unpack_into(BlobTable table not None, const unsigned char[::1] section not N
                     taken.append(numbers[one.kind])
                 one.kind = numbers[one.kind]
                 one.key = <const char *>at + PACKED
+                check_utf8(one.key, one.key_nbytes)
                 one.hash = hash_of(one.key, one.key_nbytes, _seed)
                 slots_prefetch(&table._by_key, one.hash)
                 slots_prefetch(&table._by_offset, offset_hash(one.offset))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import struct
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -204,6 +206,55 @@ def test_who_iterates_is_told_of_changes() -> None:
             next(iterator)
 
 
+class Collections:
+    """Runs ``change`` amid the garbage collection with this number: as a finalizer might."""
+
+    def __init__(self, number: int, change: Callable[[], object]) -> None:
+        self.left = number
+        self.change = change
+
+    def __call__(self, phase: str, info: object) -> None:
+        self.left -= phase == "start"
+        if self.left == 0:
+            self.left = -1
+            self.change()
+
+    def __enter__(self) -> None:
+        self.thresholds = gc.get_threshold()
+        gc.callbacks.append(self)
+        gc.set_threshold(1)
+
+    def __exit__(self, *_: object) -> None:
+        gc.set_threshold(*self.thresholds)
+        gc.callbacks.remove(self)
+
+
+@pytest.mark.parametrize("keys", [["a", "b", "c", "d"], ["\ud800", "\ud801", "\ud802", "\ud803"]])
+def test_what_a_finalizer_changes_comes_before_a_use_or_after_it(keys: list[str]) -> None:
+    outcomes = []
+    for number in range(1, 40):
+        table: BlobTable[Record] = BlobTable(Record, BLOCK)
+        for place, key in enumerate(keys):
+            table.put(key, record(place, dtype=f"of {place}"))
+        before = [table[key] for key in keys]
+        others = [(f"{place}" * len(keys[0].encode("utf-8", "surrogatepass")), record(20 + place))
+                  for place in range(4)]  # fmt: skip
+
+        def change(table: BlobTable[Record] = table, others: object = others) -> None:
+            for key in keys[1:]:
+                table.pop(key)
+            for key, other in others:  # type: ignore[attr-defined]
+                table.put(key, other)
+
+        with Collections(number, change):
+            found = table.use(keys)
+        assert found is None or found == before, number
+        outcomes.append(found is None)
+        rest = [key for key in keys if key in table]
+        assert sorted(table) == sorted([*rest, *(key for key, _ in others if key in table)])
+    assert not all(outcomes)
+
+
 def test_keys_by_their_beginning() -> None:
     table: BlobTable[Record] = BlobTable(Record, BLOCK)
     for number, key in enumerate(["ä", "äb", "a", "", "äbc"]):
@@ -259,6 +310,8 @@ def test_bytes_that_are_no_table_are_refused() -> None:
     for wrong, why in ((good[:-1], "key"), (good[:25], "entry"), (good * 2, "twice")):
         with pytest.raises(ValueError, match=why):
             unpack_into(BlobTable(Record, BLOCK), wrong, kinds)
+    with pytest.raises(ValueError, match="utf-8"):
+        unpack_into(BlobTable(Record, BLOCK), good[:-1] + b"\xff", kinds)
     for missing in ([], [None]):
         with pytest.raises(ValueError, match="kind"):
             unpack_into(BlobTable(Record, BLOCK), good, missing)
@@ -403,9 +456,17 @@ def test_what_is_no_extent_is_refused() -> None:
             extents[offset] = nbytes
     assert dict(extents.items()) == {START + 4 * BLOCK: 2 * BLOCK}
     assert extents.add_run(START, [BLOCK, 2 * BLOCK]) == [START, START + BLOCK]
-    with pytest.raises(ValueError, match="offset"):
-        extents.add_run(START + 6 * BLOCK, [2 * BLOCK, 3 * BLOCK])
-    assert len(extents) == 3
+    before = dict(extents.items())
+    for offset, sizes in (
+        (START + 6 * BLOCK, [2 * BLOCK, 3 * BLOCK]),
+        (START + 6 * BLOCK, [BLOCK, 0]),
+        (START + 3 * BLOCK, [BLOCK, BLOCK]),  # where one begins
+        (START + 6 * BLOCK, [BLOCK, (1 << 64) - BLOCK]),  # of which the sum begins anew
+    ):
+        with pytest.raises(ValueError, match="offset"):
+            extents.add_run(offset, sizes)
+        assert dict(extents.items()) == before
+    assert extents.check()
 
 
 @given(
