@@ -36,6 +36,8 @@ class Writes:
         self._engine = engine
         self._index = index
         self._lock = threading.Lock()
+        # Held while the index is written, by nobody who puts.
+        self._keeping = threading.Lock()
         self._admission: Admission | None = None
         self._kept_nbytes = 0.0
         if budget is not None:
@@ -82,17 +84,18 @@ class Writes:
         admission, index = self._admission, self._index
         if admission is None or index is None:
             return
-        with self._lock:
-            now_s = time.time()
-            admission.update(now_s, self._written_nbytes())
-            left = admission.left_nbytes
-        if abs(left - self._kept_nbytes) < _KEPT_SHARE * admission.budget.burst_nbytes:
-            return
-        try:
-            index.set_meta(WRITE_BUDGET_LEFT, json.dumps([left, now_s]))
-            self._kept_nbytes = left
-        except SpdkKvError as failure:
-            log.warning("what is left of the write budget is not kept: %s", failure)
+        with self._keeping:  # or of two at once the older could come last
+            with self._lock:
+                now_s = time.time()
+                admission.update(now_s, self._written_nbytes())
+                left = admission.left_nbytes
+            if abs(left - self._kept_nbytes) < _KEPT_SHARE * admission.budget.burst_nbytes:
+                return
+            try:
+                index.set_meta(WRITE_BUDGET_LEFT, json.dumps([left, now_s]))
+                self._kept_nbytes = left
+            except SpdkKvError as failure:
+                log.warning("what is left of the write budget is not kept: %s", failure)
 
     def stats(self) -> dict[str, Any] | None:
         """The budget, what is left of it, and how many writes were declined; None without one."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +66,28 @@ def test_a_flush_keeps_what_is_left(folder):
         kept = store._parts.index.get_meta("write_budget_left")
     assert kept is not None
     assert float(kept.strip("[]").split(",")[0]) < 0
+
+
+def test_of_two_flushes_at_once_the_later_one_s_rest_is_kept(folder, monkeypatch):
+    with open_store(folder, write_budget=BUDGET) as store:
+        index = store._parts.index
+        store.put("a", BLOB)
+        set_meta = index.set_meta
+        other = threading.Thread(target=store.writes.keep)
+
+        def overtaken(name: str, value: str) -> None:
+            if threading.current_thread() is not other:
+                store.put("b", BLOB)
+                other.start()
+                other.join(0.5)  # over by then, or waiting for this one
+            set_meta(name, value)
+
+        monkeypatch.setattr(index, "set_meta", overtaken)
+        store.writes.keep()
+        other.join()
+        kept = json.loads(index.get_meta("write_budget_left"))[0]
+        assert kept < 0
+        assert kept <= left(store)
 
 
 def test_sequences_count_and_are_never_refused(folder):
