@@ -1,9 +1,9 @@
 """All blobs of an index in one file, so that a store of millions opens without reading each row.
 
 It is written when a store is closed, and says the same as the rows, and in which order blobs were
-used. Each transaction that changes rows of blobs appends them (`changes.py`), as long as they are
-not many. It is never needed: what is damaged, incomplete or of another state of the index is passed
-by, and the rows are read. So it is not flushed either.
+used, and which of them since they were put. Each transaction that changes rows of blobs appends
+them (`changes.py`), as long as they are not many. It is never needed: what is damaged, incomplete
+or of another state of the index is passed by, and the rows are read. So it is not flushed either.
 
 That it is of this very state the index says itself: its last transaction notes the number that was
 drawn for the file, how much of it counts and the checksum of that, and how many commits the index
@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 SUMMARY = "summary"
 """The name in the index of the :class:`Note`."""
 
-LEAST_BLOBS = 10_000
-"""Rows of fewer are read as fast."""
+LEAST_BLOBS = 1
+"""Of fewer there is nothing to say. Rows of a few thousand are read as fast, but do not tell which
+blobs were used since they were put."""
 
 # A section is the length and the checksum of what follows. Each checksum continues that of the one
 # before, so that the sections are of one file, and in order.

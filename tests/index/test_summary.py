@@ -24,7 +24,6 @@ KEYS = ["a", "b", "", "\ud800", "key " * 300]
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(summary, "LEAST_BLOBS", 1)
     monkeypatch.setattr(summary, "_SECTION_NBYTES", 50)
     return tmp_path / "index.sqlite"
 

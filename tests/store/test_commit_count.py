@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from spdk_kv.errors import StoreMismatch
-from spdk_kv.index import Index, summary
+from spdk_kv.index import Index
 from spdk_kv.placement import COUNT_NBYTES, COUNT_OFFSET, parse_count
 from spdk_kv.store import KVStore, parts
 from spdk_kv.store.superblocks import CountWriter
@@ -247,7 +247,6 @@ def test_close_leaves_the_number_of_its_last_commit(folder, engine):
 
 def test_close_leaves_the_number_of_what_it_notes_after_the_last_commit(folder, monkeypatch):
     """The order of use, the ages of sequences, a summary and the write budget."""
-    monkeypatch.setattr(summary, "LEAST_BLOBS", 1)
     with open_store(folder / "store") as store:
         store.put("a", payload("a", 1))
         store.put("b", payload("b", 1))

@@ -488,7 +488,7 @@ def test_a_reader_and_a_writer_do_not_know_each_other(writer, folder):
             again.flush()
             assert version_of("b", second.get("b")) == 1
     assert sorted(each.name for each in folder.iterdir()) == [
-        "data", "index.sqlite", "index.sqlite-commits", "lock",
+        "data", "index.sqlite", "index.sqlite-blobs", "index.sqlite-commits", "lock",
     ]  # fmt: skip
 
 

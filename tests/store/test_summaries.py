@@ -28,7 +28,6 @@ folder = folder_fixture
 @pytest.fixture(autouse=True)
 def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with each open that reads the rows."""
-    monkeypatch.setattr(summary, "LEAST_BLOBS", 1)
     found: list[str] = []
 
     class Noting(records.RowReader):
@@ -141,6 +140,25 @@ def test_the_order_of_use_decides_who_goes_after_a_reopening(folder, rows_read) 
         store.put("e", payload("e", 1, 250_000))
         assert "c" not in store
         assert "a" in store
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_what_was_used_again_outlives_what_was_put_once(folder, end) -> None:
+    """In a store of a few blobs, which is closed, and then opened and killed."""
+    with open_store(folder, capacity="1 MiB") as store:
+        for key in "abcd":
+            store.put(key, payload(key, 1, 250_000))
+            if key == "a":
+                store.get(key)
+    if end == "kill":
+        store = reopen(folder)
+        store.put("b", payload("b", 2, 100_000))
+        store.flush()
+        store._parts.close()
+    with reopen(folder) as store:
+        store.put("e", payload("e", 1, 250_000))
+        assert "a" in store
+        assert ("b" in store, "c" in store) == (end == "kill", end == "close")
 
 
 def test_what_could_not_be_committed_is_in_no_summary(folder, rows_read, monkeypatch) -> None:
