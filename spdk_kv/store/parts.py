@@ -20,6 +20,7 @@ from spdk_kv.engines import Engine, FileEngine, Location, QueueOptions, open_eng
 from spdk_kv.errors import (
     CapacityError,
     DeviceTimeout,
+    SpdkKvError,
     StoreLocked,
     StoreMismatch,
     file_error,
@@ -54,6 +55,8 @@ log = logging.getLogger(__name__)
 # Default capacity of ram:// and null://, and the most that a new folder gets by default.
 _VOLATILE_CAPACITY_NBYTES = 1 * GIB
 _MOST_BY_DEFAULT_NBYTES = 64 * GIB
+# Rows of fewer are read as fast as a summary is written.
+_MANY_BLOBS = 10_000
 # A killed process holds its drive until its last command has ended, which is waited for.
 _BUSY_TIMEOUT_S = 1.0
 # What stores held whose drive did not let go, kept until the process ends.
@@ -269,6 +272,13 @@ def _join(
     index.set_meta(NEXT_GENERATION, str(generation))
     write_superblock(drive, superblock)
     index.generation = generation
+    if not index.has_summary and len(recorded.blobs) >= _MANY_BLOBS:
+        # Not left to the close, which there is none of where processes are killed: each open would
+        # read all rows.
+        try:
+            index.save_summary(recorded.blobs, recorded.blobs.changes)
+        except (SpdkKvError, OSError) as failure:
+            log.warning("the next open of %s reads all rows again: %s", place, failure)
     return Opened(
         place,
         drive,

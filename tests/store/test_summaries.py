@@ -11,7 +11,7 @@ import pytest
 from spdk_kv.errors import CapacityError, KeyNotFound
 from spdk_kv.index import Index, IndexFull, database, records, summary
 from spdk_kv.index.summary import summary_path
-from spdk_kv.store import KVStore
+from spdk_kv.store import KVStore, parts
 from store.helpers import (
     check_books,
     extent_of,
@@ -114,6 +114,36 @@ def test_a_store_that_was_not_closed_has_what_was_committed(
         assert keys[2] not in again
         check_books(again)
         again._parts.close()
+
+
+def test_a_store_that_is_always_killed_reads_its_rows_once(folder, rows_read, monkeypatch) -> None:
+    monkeypatch.setattr(parts, "_MANY_BLOBS", 1)
+    keys = filled(folder)
+    (folder / "index.sqlite-blobs").unlink()
+    for version in range(2, 5):
+        store = reopen(folder)
+        assert bool(rows_read) == (version == 2)
+        rows_read.clear()
+        assert version_of(keys[0], store.get(keys[0])) == (1 if version == 2 else version - 1)
+        store.put(keys[0], payload(keys[0], version))
+        store.flush()
+        store._parts.close()
+
+
+def test_a_summary_that_an_open_cannot_write_is_logged(folder, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(parts, "_MANY_BLOBS", 1)
+    keys = filled(folder)
+    (folder / "index.sqlite-blobs").unlink()
+
+    def fails(*_: object) -> None:
+        raise OSError(5, "as if the disk had failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(summary, "_write_all", fails)
+        store = reopen(folder)
+    assert "as if the disk" in caplog.text
+    assert version_of(keys[0], store.get(keys[0])) == 1
+    store.close()
 
 
 def test_one_that_was_only_read_and_not_closed_has_its_summary_still(folder, rows_read) -> None:
