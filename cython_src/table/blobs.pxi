@@ -19,12 +19,6 @@ cdef struct Entry:
 
 
 cdef enum:
-    # An entry is named by its place in the arena, in units of so many bytes: 32 GiB of them.
-    UNIT = 8
-    # Entries of up to so many units come back for others of the same number, larger ones for those
-    # of up to the same power of two.
-    EXACT = 512
-    CLASSES = 512 + 33
     # Of an entry that lies in a file: offset, checksum, kind, length of the key; the key follows.
     PACKED = 20
 
@@ -58,10 +52,7 @@ cdef class BlobTable:
     most of what comes once comes never again, and a flood of it does not drive out what is used
     again and again. One that was evicted so and is put anew counts as used.
     """
-    cdef unsigned char *_arena
-    cdef uint32_t _units           # that the arena has
-    cdef uint32_t _used_units      # of them, those that were ever given out
-    cdef uint32_t _free[CLASSES]   # entries to be given out again, by class
+    cdef Arena _arena
     cdef Slots _by_key
     cdef Slots _by_offset
     cdef uint32_t _oldest[LISTS]
@@ -73,13 +64,7 @@ cdef class BlobTable:
     cdef public uint32_t once_weight
     cdef uint64_t _block_nbytes
     cdef object _make
-    # Size, dtype and shape, which many blobs share: by number, and the number of each.
-    cdef list _kinds
-    cdef dict _kind_numbers
-    cdef list _spare_kinds
-    cdef uint32_t *_kind_counts
-    cdef uint64_t *_kind_nbytes
-    cdef uint32_t _kind_room
+    cdef Kinds _kinds
     cdef readonly uint64_t changes   # of the order and of what there is
     cdef readonly uint64_t now
     cdef readonly uint64_t footprint_nbytes
@@ -88,24 +73,16 @@ cdef class BlobTable:
         self._make = make
         self._block_nbytes = block_nbytes
         self.once_weight = 1
-        self._kinds = []
-        self._kind_numbers = {}
-        self._spare_kinds = []
-        self._units = 512
-        self._used_units = 1       # 0 stands for none
-        self._arena = <unsigned char *>malloc(self._units * UNIT)
-        if self._arena == NULL:
-            raise MemoryError()
+        self._kinds = Kinds()
+        arena_begin(&self._arena)
         slots_begin(&self._by_key)
         slots_begin(&self._by_offset)
 
     def __dealloc__(self):
-        free(self._arena)
+        free(self._arena.memory)
         free(self._by_key.slots)
         free(self._by_offset.slots)
         free(self._gone)
-        free(self._kind_counts)
-        free(self._kind_nbytes)
 
     @classmethod
     def __class_getitem__(cls, make):
@@ -224,7 +201,7 @@ cdef class BlobTable:
         cdef uint32_t hash = hash_of(text, key_nbytes, _seed)
         if key_nbytes > 0x7FFFFFFF:
             raise MemoryError(f"a key of {key_nbytes} bytes is not kept")
-        cdef uint32_t kind = self._take_kind(nbytes, dtype, shape)
+        cdef uint32_t kind = self._kinds.take(nbytes, dtype, shape)
         cdef uint32_t ref = self._look_up(text, key_nbytes, hash)
         cdef bint is_new = ref == 0
         cdef Entry former
@@ -233,9 +210,9 @@ cdef class BlobTable:
             slots_reserve(&self._by_key, <uint64_t>self._by_key.count + 1)
             slots_reserve(&self._by_offset, <uint64_t>self._by_offset.count + 1)
             if is_new:
-                ref = self._allocate(sizeof(Entry) + key_nbytes)
+                ref = arena_allocate(&self._arena, sizeof(Entry) + key_nbytes)
         except MemoryError:
-            self._drop_kind(kind)
+            self._kinds.drop(kind)
             raise
         entry = self._entry(ref)
         if is_new:
@@ -277,7 +254,10 @@ cdef class BlobTable:
             self._remember(former.hash)
         slots_remove(&self._by_key, former.hash, ref)
         self.changes += 1
-        self._release(ref, sizeof(Entry) + former.key_nbytes)
+        if self._by_key.count:
+            arena_release(&self._arena, ref, sizeof(Entry) + former.key_nbytes)
+        else:
+            arena_clear(&self._arena)
         return self._given_up(&former)
 
     def use(self, list keys not None):
@@ -305,7 +285,7 @@ cdef class BlobTable:
                 self._unlink(refs[i])
                 self._append(refs[i], AGAIN)
                 copies[i] = self._entry(refs[i])[0]
-                kinds[i] = self._kinds[copies[i].kind]
+                kinds[i] = self._kinds.all[copies[i].kind]
             self.changes += 1
             for i in range(count):
                 found[i] = self._made(&copies[i], kinds[i])
@@ -362,7 +342,7 @@ cdef class BlobTable:
         cdef Entry *entry
         while ref:
             entry = self._entry(ref)
-            if self._kind_nbytes[entry.kind]:
+            if self._kinds.nbytes[entry.kind]:
                 found.append(entry.offset)
             ref = self._step(&walk, 1)
         return found
@@ -375,7 +355,7 @@ cdef class BlobTable:
         cdef uint32_t ref = self._step(&walk, weight)
         cdef uint64_t changes = self.changes
         while ref:
-            if self._kind_nbytes[self._entry(ref).kind]:
+            if self._kinds.nbytes[self._entry(ref).kind]:
                 yield self._entry(ref).offset
                 if changes != self.changes:
                     raise RuntimeError("the blobs changed during iteration")
@@ -391,8 +371,8 @@ cdef class BlobTable:
         while ref:
             entry = self._entry(ref)
             ref = self._step(&walk, 1)
-            if self._kind_nbytes[entry.kind]:
-                end = max(end, entry.offset + self._kind_nbytes[entry.kind])
+            if self._kinds.nbytes[entry.kind]:
+                end = max(end, entry.offset + self._kinds.nbytes[entry.kind])
         return end
 
     def reserve(self, ExtentMap extents not None):
@@ -405,7 +385,7 @@ cdef class BlobTable:
         while ref:
             entry = self._entry(ref)
             ref = self._step(&walk, 1)
-            blocks = self._kind_nbytes[entry.kind]
+            blocks = self._kinds.nbytes[entry.kind]
             if blocks == 0:
                 continue
             blocks = (blocks - 1) // block_nbytes + 1
@@ -421,7 +401,7 @@ cdef class BlobTable:
     # -- entries --------------------------------------------------------------------------------
 
     cdef inline Entry *_entry(self, uint32_t ref) noexcept:
-        return <Entry *>(self._arena + <size_t>ref * UNIT)
+        return <Entry *>arena_at(&self._arena, ref)
 
     cdef inline uint64_t _blocks_of(self, uint64_t nbytes) noexcept:
         return (nbytes + self._block_nbytes - 1) // self._block_nbytes * self._block_nbytes
@@ -462,7 +442,7 @@ cdef class BlobTable:
     cdef void _leave(self, uint32_t ref) noexcept:
         """The entry's extent is not its own any more."""
         cdef Entry *entry = self._entry(ref)
-        cdef uint64_t nbytes = self._kind_nbytes[entry.kind]
+        cdef uint64_t nbytes = self._kinds.nbytes[entry.kind]
         if nbytes:
             slots_remove(&self._by_offset, offset_hash(entry.offset), ref)
             self.footprint_nbytes -= self._blocks_of(nbytes)
@@ -558,7 +538,7 @@ cdef class BlobTable:
 
     cdef _record(self, uint32_t ref):
         cdef Entry copied = self._entry(ref)[0]
-        return self._made(&copied, self._kinds[copied.kind])
+        return self._made(&copied, self._kinds.all[copied.kind])
 
     cdef _made(self, Entry *entry, tuple kind):
         return _NEW(self._make, (entry.offset, kind[0], kind[1], kind[2], entry.crc))
@@ -566,94 +546,9 @@ cdef class BlobTable:
     cdef _given_up(self, Entry *former):
         """The record of an entry that is over."""
         try:
-            return self._made(former, self._kinds[former.kind])
+            return self._made(former, self._kinds.all[former.kind])
         finally:
-            self._drop_kind(former.kind)
-
-    # -- memory ---------------------------------------------------------------------------------
-
-    cdef uint32_t _allocate(self, size_t nbytes) except 0:
-        """Room for an entry of ``nbytes``. Others may move. MemoryError."""
-        cdef uint64_t units = (nbytes + UNIT - 1) // UNIT, needed, room
-        cdef uint32_t number = class_of(&units), ref = self._free[number]
-        cdef void *grown = NULL
-        if ref:
-            memcpy(&self._free[number], self._entry(ref), sizeof(uint32_t))
-            return ref
-        needed = self._used_units + units
-        if needed > self._units:
-            # Doubled: what is not used yet takes no memory.
-            room = 2 * <uint64_t>self._units
-            while room < needed:
-                room *= 2
-            if room > 0xFFFFFFFF:
-                room = 0xFFFFFFFF
-            if needed <= room:
-                grown = realloc(self._arena, room * UNIT)
-            if grown == NULL:
-                raise MemoryError(f"no memory for another entry beside {self._by_key.count}")
-            self._arena = <unsigned char *>grown
-            prefer_hugepages(grown, room * UNIT)
-            self._units = <uint32_t>room
-        ref = self._used_units
-        self._used_units = <uint32_t>needed
-        return ref
-
-    cdef void _release(self, uint32_t ref, size_t nbytes) noexcept:
-        cdef uint64_t units = (nbytes + UNIT - 1) // UNIT
-        cdef uint32_t number = class_of(&units)
-        if self._by_key.count == 0:
-            # Nothing is left, so all of it can be given out anew.
-            memset(self._free, 0, sizeof(self._free))
-            self._used_units = 1
-            return
-        memcpy(self._entry(ref), &self._free[number], sizeof(uint32_t))
-        self._free[number] = ref
-
-    # -- kinds ----------------------------------------------------------------------------------
-
-    cdef uint32_t _take_kind(self, nbytes, dtype, shape) except? 0xFFFFFFFF:
-        """The number of a kind, which one more entry has."""
-        cdef tuple kind = (nbytes, dtype, shape)
-        cdef uint32_t number
-        found = self._kind_numbers.get(kind)
-        if found is not None:
-            number = found
-        else:
-            number = self._spare_kinds.pop() if self._spare_kinds else len(self._kinds)
-            if number >= self._kind_room:
-                self._grow_kinds()
-            if number == <uint32_t>len(self._kinds):
-                self._kinds.append(kind)
-            else:
-                self._kinds[number] = kind
-            self._kind_nbytes[number] = nbytes
-            self._kind_counts[number] = 0
-            self._kind_numbers[kind] = number
-        self._kind_counts[number] += 1
-        return number
-
-    cdef int _grow_kinds(self) except -1:
-        cdef uint32_t room = max(64, 2 * self._kind_room)
-        cdef void *counts = realloc(self._kind_counts, room * sizeof(uint32_t))
-        cdef void *nbytes
-        if counts == NULL:
-            raise MemoryError()
-        self._kind_counts = <uint32_t *>counts
-        nbytes = realloc(self._kind_nbytes, room * sizeof(uint64_t))
-        if nbytes == NULL:
-            raise MemoryError()
-        self._kind_nbytes = <uint64_t *>nbytes
-        self._kind_room = room
-        return 0
-
-    cdef _drop_kind(self, uint32_t number):
-        self._kind_counts[number] -= 1
-        if self._kind_counts[number] == 0:
-            del self._kind_numbers[self._kinds[number]]
-            self._kinds[number] = None
-            self._spare_kinds.append(number)
-
+            self._kinds.drop(former.kind)
 
 cdef inline char *key_of(Entry *entry) noexcept:
     return <char *>entry + sizeof(Entry)
@@ -661,19 +556,6 @@ cdef inline char *key_of(Entry *entry) noexcept:
 
 cdef inline uint32_t offset_hash(uint64_t offset) noexcept:
     return <uint32_t>mixed(offset)
-
-
-cdef inline uint32_t class_of(uint64_t *units) noexcept:
-    """The class of entries of ``units``, which become as many as those of the class have."""
-    cdef uint32_t number = EXACT
-    cdef uint64_t room = EXACT
-    if units[0] < EXACT:
-        return <uint32_t>units[0]
-    while room < units[0]:
-        room *= 2
-        number += 1
-    units[0] = room
-    return number
 
 
 cdef plain(key):

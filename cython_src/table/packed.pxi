@@ -14,7 +14,7 @@ cdef uint32_t USED_AGAIN = 0x80000000UL
 def kinds_of(BlobTable table not None):
     """The kinds (size, dtype, shape) that entries of :func:`packed` have, by number; None where no
     entry has one."""
-    return list(table._kinds)
+    return list(table._kinds.all)
 
 
 def packed(BlobTable table not None, size_t section_nbytes, uint64_t changes):
@@ -99,7 +99,7 @@ def unpack_into(BlobTable table not None, const unsigned char[::1] section not N
                     raise ValueError(f"there is no kind {one.kind}")
                 if numbers[one.kind] == 0xFFFFFFFF:
                     nbytes, dtype, shape = kinds[one.kind]
-                    numbers[one.kind] = table._take_kind(nbytes, dtype, shape)
+                    numbers[one.kind] = table._kinds.take(nbytes, dtype, shape)
                     taken.append(numbers[one.kind])
                 one.kind = numbers[one.kind]
                 one.key = <const char *>at + PACKED
@@ -115,7 +115,7 @@ def unpack_into(BlobTable table not None, const unsigned char[::1] section not N
     finally:
         free(numbers)
         for each in taken:
-            table._drop_kind(each)
+            table._kinds.drop(each)
 
 
 cdef int add_unpacked(BlobTable table, Unpacked *one) except -1:
@@ -124,7 +124,7 @@ cdef int add_unpacked(BlobTable table, Unpacked *one) except -1:
     cdef Entry *entry
     if table._look_up(one.key, one.key_nbytes, one.hash):
         raise ValueError("a key is there twice")
-    ref = table._allocate(sizeof(Entry) + one.key_nbytes)
+    ref = arena_allocate(&table._arena, sizeof(Entry) + one.key_nbytes)
     entry = table._entry(ref)
     memset(entry, 0, sizeof(Entry))
     entry.offset = one.offset
@@ -133,11 +133,11 @@ cdef int add_unpacked(BlobTable table, Unpacked *one) except -1:
     entry.kind = one.kind
     entry.key_nbytes = one.key_nbytes
     memcpy(key_of(entry), one.key, one.key_nbytes)
-    table._kind_counts[one.kind] += 1
+    table._kinds._counts[one.kind] += 1
     slots_add(&table._by_key, one.hash, ref)
     table._append(ref, one.which)
     table.changes += 1
-    if table._kind_nbytes[one.kind]:
+    if table._kinds.nbytes[one.kind]:
         slots_add(&table._by_offset, offset_hash(one.offset), ref)
-        table.footprint_nbytes += table._blocks_of(table._kind_nbytes[one.kind])
+        table.footprint_nbytes += table._blocks_of(table._kinds.nbytes[one.kind])
     return 0

@@ -90,7 +90,7 @@ cdef class RowReader:
                         add_unpacked(self._table, &some[i])
         finally:
             for each in numbers.values():
-                self._table._drop_kind(each)
+                self._table._kinds.drop(each)
 
     def change(self, list rows not None):
         """Puts rows into the table, each (number, key, record) and as the one used last in turn, or
@@ -106,7 +106,7 @@ cdef class RowReader:
                     continue
                 self._read(row, &one, numbers)
                 if table._look_up(one.key, one.key_nbytes, one.hash):
-                    nbytes, dtype, shape = table._kinds[one.kind]
+                    nbytes, dtype, shape = table._kinds.all[one.kind]
                     table._put((<bytes>row[1]).decode("utf-8", "surrogatepass"), one.offset, nbytes,
                                dtype, shape, one.crc, True)
                     continue
@@ -115,7 +115,7 @@ cdef class RowReader:
                 add_unpacked(table, &one)
         finally:
             for number in numbers.values():
-                table._drop_kind(number)
+                table._kinds.drop(number)
 
     cdef int _read(self, tuple row, Unpacked *one, dict numbers) except -1:
         """``one`` refers to the row, which has to live as long."""
@@ -166,7 +166,7 @@ cdef class RowReader:
         if found is not None:
             return found
         nbytes, dtype, shape = self._parse_kind(packed)
-        cdef uint32_t number = self._table._take_kind(nbytes, dtype, shape)
+        cdef uint32_t number = self._table._kinds.take(nbytes, dtype, shape)
         numbers[packed] = number
         return number
 

@@ -17,6 +17,8 @@ import os
 
 include "extents.pxi"
 include "slots.pxi"
+include "arena.pxi"
+include "kinds.pxi"
 include "blobs.pxi"
 include "packed.pxi"
 include "rows.pxi"
