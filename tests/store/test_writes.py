@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import spdk_kv
-from spdk_kv.integrations.jobs import get_pages, put_pages
+from spdk_kv.integrations.pages import get_pages, put_pages
 from store.helpers import folder_fixture, open_store
 
 folder = folder_fixture

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spdk_kv.errors import SpdkKvError
-from spdk_kv.integrations.jobs import get_pages, put_pages
+from spdk_kv.integrations.pages import get_pages, put_pages
 from spdk_kv.integrations.sglang.hits import Wanted, leading, restorable
 from spdk_kv.integrations.sglang.identity import Keys, model_facts, prefix, shard_facts
 from spdk_kv.integrations.sglang.moving import get_pieces, put_pieces

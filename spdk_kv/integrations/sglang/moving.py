@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from spdk_kv.integrations.jobs import Page, get_pages, put_pages
+from spdk_kv.integrations.pages import Page, get_pages, put_pages
 from spdk_kv.scattered import Bytes, Scattered
 from spdk_kv.store import KVStore
 

@@ -8,7 +8,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from spdk_kv.integrations.jobs import Page
+from spdk_kv.integrations.pages import Page
 
 
 class Pages(Sequence[Page]):
