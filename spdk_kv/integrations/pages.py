@@ -6,6 +6,7 @@ A page is a blob under the host's own key: bytes of the KV cache in the host's l
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ def put_pages(store: KVStore, pages: Sequence[Page], *, again: bool = True) -> l
         _put(wanted, store, stored)
     except SpdkKvError as failure:
         missing = sum(key not in stored for key, _ in pages)
-        log.warning("%d of %d pages were not stored: %s", missing, len(pages), failure)
+        log.warning("%d of %d pages were not stored: %s", missing, len(pages), said(failure))
     return [key in stored for key, _ in pages]
 
 
@@ -104,7 +105,7 @@ def get_pages(store: KVStore, pages: Sequence[Page]) -> list[bool]:
         for at in _get(store, [(pages[at][0], views[at]) for at in there]):
             sound[there[at]] = True
     except SpdkKvError as failure:
-        log.warning("%d pages were not read: %s", len(pages) - sum(sound), failure)
+        log.warning("%d pages were not read: %s", len(pages) - sum(sound), said(failure))
     return sound
 
 
@@ -118,11 +119,20 @@ def _get(store: KVStore, pages: list[Page]) -> list[int]:
         raise
     except SpdkKvError as failure:
         if len(pages) == 1:
-            log.warning("page %r was not read: %s", pages[0][0], failure)
+            log.warning("page %r was not read: %s", pages[0][0], said(failure))
             return []
         # One that is damaged, or was evicted meanwhile, is no reason to lose the others.
         return [at for at, page in enumerate(pages) if _get(store, [page])]
     return list(range(len(pages)))
+
+
+def said(failure: BaseException, *, fully: bool = False) -> str:
+    """What a log is told of ``failure``; ``fully``: and where it came from.
+
+    The failure itself has the frames that it came through, which hold the host's memory, and a log
+    may keep what it is told.
+    """
+    return "".join(traceback.format_exception(failure)) if fully else str(failure)
 
 
 def _back(store: KVStore, views: Iterable[Value]) -> None:

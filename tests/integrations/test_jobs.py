@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import traceback
 
 import numpy as np
 import pytest
@@ -110,6 +112,52 @@ def test_no_buffer_is_held_after_the_end(store, jobs):
     place.append(0)
 
 
+def test_no_buffer_is_held_by_what_is_logged_of_a_failure(store, jobs, monkeypatch, caplog):
+    def run(*_):
+        raise spdk_kv.errors.DeviceGone("it was pulled out")
+
+    monkeypatch.setattr(store.engine, "run", run)
+    page, place = content(1), bytearray(NBYTES)
+    monkeypatch.setattr(store, "sizes", lambda keys: [NBYTES for _ in keys])
+    jobs.put([("a", page)])
+    jobs.get([("a", place)])
+    assert [end.ok for end in all_of(jobs, 2).values()] == [[False]] * 2
+    # As by handlers that pass records on, or write them later.
+    assert len(caplog.records) == 2
+    page.append(0)
+    place.append(0)
+
+
+class Torn(list):
+    """Pages that cannot be looked at."""
+
+    def __iter__(self):
+        raise IndexError("no such row")
+
+
+def test_pages_that_cannot_be_looked_at_end_their_job_and_no_worker(store, jobs):
+    for _ in range(3):
+        numbers = jobs.put(Torn([("a", b"x")])), jobs.get(Torn([("a", bytearray(1))]))
+        ends = all_of(jobs, 2)
+        assert [ends[number].ok for number in numbers] == [[False]] * 2
+        assert all("no such row" in (end.error or "") for end in ends.values())
+
+
+def test_pages_of_a_job_that_is_not_begun_are_not_looked_at(store):
+    jobs = Jobs(store, workers=2, most_pending=1)
+    with in_use(store._records.lock):
+        first, declined = jobs.put([("a", b"x")]), jobs.put(Torn([("a", b"x")]))
+        assert [end.job for end in jobs.finished()] == [declined]
+        wait_until(lambda: jobs._begun)
+        jobs._most_pending = None
+        second = jobs.put(Torn([("a", b"x")]))
+        closer = threading.Thread(target=jobs.close)
+        closer.start()
+        wait_until(lambda: not jobs._puts)
+    closer.join(PATIENCE_S)
+    assert [(end.job, end.ok) for end in jobs.finished()] == [(second, [False]), (first, [True])]
+
+
 def test_a_buffer_that_is_none_ends_its_job_and_no_other(store, jobs, caplog):
     bad = jobs.put([("a", object())])
     good = jobs.put([("b", content(2))])
@@ -162,3 +210,84 @@ def test_a_closed_store_fails_jobs_and_hangs_none(tmp_path):
     ends = all_of(jobs, 3)
     assert [ends[number].ok for number in numbers] == [[False]] * 3
     jobs.close()
+
+
+@pytest.mark.parametrize("what", ["closing", "draining"])
+def test_who_waits_for_a_drive_says_what_for(store, jobs, what, monkeypatch, caplog):
+    monkeypatch.setattr("spdk_kv.integrations.jobs._SAID_AFTER_S", 0.001)
+    monkeypatch.setattr("spdk_kv.integrations.jobs._SAID_EVERY_S", 0.001)
+    page = content(1)
+    with in_use(store._records.lock):
+        jobs.put([("a", page), ("b", page)])
+        wait_until(lambda: jobs._begun)
+        waiter = threading.Thread(target=jobs.close if what == "closing" else jobs.drain)
+        waiter.start()
+        # More than once: who looks later is told as well.
+        wait_until(lambda: caplog.text.count(f"{what} waits for the drive of {store.location}") > 2)
+        assert "1 jobs under way, the first a put of 2 pages" in caplog.text
+        with pytest.raises(BufferError):
+            page.append(0)  # the drive may still read it
+    waiter.join(PATIENCE_S)
+    assert [end.ok for end in jobs.finished()] == [[True, True]]
+    page.append(0)
+
+
+def test_a_drain_ends_with_the_last_job(store, jobs):
+    jobs.drain()
+    numbers = [jobs.put([(f"k{number}", content(number))]) for number in range(20)]
+    jobs.drain()
+    assert sorted(end.job for end in jobs.finished()) == numbers
+    assert not jobs._drains
+
+
+def test_what_a_reader_has_to_look_up_waits_for_nobody(store, tmp_path):
+    put_pages(store, [("a", content(1))])
+    store.flush()
+    with spdk_kv.open(f"file://{tmp_path}/store", read_only=True) as reader:
+        jobs = Jobs(reader, workers=2)
+        put_pages(store, [("b", content(2))])
+        store.flush()
+        with in_use(reader.catalog.records.lock):
+            number = jobs.exists(["a", "b", "x"])
+            assert jobs.finished() == []
+        assert all_of(jobs, 1)[number].ok == [True, True, False]
+        jobs.close()
+
+
+def test_a_fork_has_no_jobs_and_touches_nothing_of_its_parents(store):
+    told: list[int] = []
+    jobs = Jobs(store, workers=2, on_finished=lambda: told.append(os.getpid()))
+    with in_use(store._records.lock):
+        for number in range(3):
+            jobs.put([("k", content(number))])
+        pid = os.fork()
+        if not pid:
+            try:
+                for ask in (jobs.put, jobs.get, jobs.exists):
+                    with pytest.raises(spdk_kv.ClosedError, match="fork"):
+                        ask([])
+                jobs.close()
+                assert (jobs.finished(), told) == ([], [])
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+    assert all(end.ok == [True] for end in all_of(jobs, 3).values())
+    jobs.close()
+    assert told == [os.getpid()] * 3
+
+
+def test_where_a_thread_is_refused_none_is_left_behind(store, monkeypatch):
+    start, begun = threading.Thread.start, []
+
+    def refused(thread):
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+        begun.append(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError, match="new thread"):
+        Jobs(store)
+    assert not any(thread.is_alive() for thread in begun)
