@@ -16,15 +16,12 @@ from typing import Any, Literal, TypeVar
 
 from spdk_kv.errors import ClosedError, SpdkKvError
 from spdk_kv.integrations.pages import Page, bytes_of, get_pages, put_pages, said
+from spdk_kv.integrations.waits import wait
 from spdk_kv.store import KVStore
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# How long somebody waits before the log says what for, and how often it says so again.
-_SAID_AFTER_S = 5.0
-_SAID_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ class Jobs:
                     return False
 
         try:
-            self._wait("draining", is_over)
+            wait(is_over, lambda: self._under_way("draining"))
         finally:
             self._drains.remove(ended)
 
@@ -198,22 +195,19 @@ class Jobs:
                 thread.join(max(0.0, until - time.monotonic()))
             return not any(thread.is_alive() for thread in others)
 
-        self._wait("closing", is_over)
+        wait(is_over, lambda: self._under_way("closing"))
 
-    def _wait(self, what: str, is_over: Callable[[float], bool]) -> None:
-        """Returns once ``is_over``, which waits that many seconds at most for it to be so."""
-        patience_s = _SAID_AFTER_S
-        while not is_over(patience_s):
-            patience_s = _SAID_EVERY_S
-            under_way = list(self._begun.values())
-            if under_way:
-                first, begun_s = under_way[0]
-                log.warning(
-                    "%s waits for the drive of %s: %d jobs under way, the first a %s of %d pages, "
-                    "for %.0f s; it may still use their memory, which the host gets back then",
-                    *(what, self._store.location, len(under_way), first.kind, len(first.pages)),
-                    time.monotonic() - begun_s,
-                )
+    def _under_way(self, who: str) -> str:
+        """What ``who`` waits for."""
+        under_way = list(self._begun.values())
+        if not under_way:
+            return ""
+        first, begun_s = under_way[0]
+        took_s = time.monotonic() - begun_s
+        return (
+            f"{who} waits for the drive of {self._store.location}: {len(under_way)} jobs, the "
+            f"first a {first.kind} of {len(first.pages)} pages, for {took_s:.0f} s"
+        )
 
     # -- how it is done -------------------------------------------------------------------------
 

@@ -214,8 +214,8 @@ def test_a_closed_store_fails_jobs_and_hangs_none(tmp_path):
 
 @pytest.mark.parametrize("what", ["closing", "draining"])
 def test_who_waits_for_a_drive_says_what_for(store, jobs, what, monkeypatch, caplog):
-    monkeypatch.setattr("spdk_kv.integrations.jobs._SAID_AFTER_S", 0.001)
-    monkeypatch.setattr("spdk_kv.integrations.jobs._SAID_EVERY_S", 0.001)
+    monkeypatch.setattr("spdk_kv.integrations.waits._SAID_AFTER_S", 0.001)
+    monkeypatch.setattr("spdk_kv.integrations.waits._SAID_EVERY_S", 0.001)
     page = content(1)
     with in_use(store._records.lock):
         jobs.put([("a", page), ("b", page)])
@@ -224,7 +224,7 @@ def test_who_waits_for_a_drive_says_what_for(store, jobs, what, monkeypatch, cap
         waiter.start()
         # More than once: who looks later is told as well.
         wait_until(lambda: caplog.text.count(f"{what} waits for the drive of {store.location}") > 2)
-        assert "1 jobs under way, the first a put of 2 pages" in caplog.text
+        assert "1 jobs, the first a put of 2 pages" in caplog.text
         with pytest.raises(BufferError):
             page.append(0)  # the drive may still read it
     waiter.join(PATIENCE_S)
