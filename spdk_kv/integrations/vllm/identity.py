@@ -9,6 +9,7 @@ import logging
 import os
 from base64 import urlsafe_b64encode
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def weights_of(model: str, identity: str) -> list[Any]:
     for folder, _, names in os.walk(model):
         for name in names:
             path = os.path.join(folder, name)
-            state = os.stat(path)
-            found.append([os.path.relpath(path, model), state.st_size, state.st_mtime_ns])
+            # As with what is left of a download: a link to nothing.
+            with suppress(OSError):
+                state = os.stat(path)
+                found.append([os.path.relpath(path, model), state.st_size, state.st_mtime_ns])
     return ["files", sorted(found)]

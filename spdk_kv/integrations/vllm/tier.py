@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -13,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from spdk_kv.errors import ClosedError, SpdkKvError
+from spdk_kv.errors import ClosedError
 from spdk_kv.integrations.jobs import Finished, Jobs
 from spdk_kv.integrations.vllm.asking import Asking
 from spdk_kv.integrations.vllm.identity import Keys
@@ -94,11 +93,16 @@ class Tier:
         self._over: list[Any] = []
         self._declined = 0
         self._waiting = Waiting(wanted.most_waiting_nbytes(self._rows.nbytes), wanted.patience_s)
-        self._ended = threading.Event()
         self.store = wanted.open(offloading_spec.config.parallel.data_parallel_index)
-        self._telling = Telling(self.store.location)
-        self._jobs = Jobs(self.store, on_finished=self._ended.set, workers=wanted.workers)
-        self._asking = Asking(self._look_up) if wanted.opening.read_only else None
+        try:
+            self._telling = Telling(self.store.location)
+            self._jobs = Jobs(self.store, workers=wanted.workers)
+        except BaseException:  # or another try would find the store in use
+            self.store.close()
+            raise
+        self._asking: Asking | None = None
+        if wanted.opening.read_only:
+            self._asking = Asking(self._look_up, wanted.patience_s)
 
     @classmethod
     def facts(cls, offloading_spec: Any, row_nbytes: int, identity: str) -> Mapping[str, Any]:
@@ -174,10 +178,11 @@ class Tier:
 
     def get_finished_jobs(self) -> Iterable[Any]:
         """The jobs that ended since the last call, each once."""
+        now_s = time.monotonic()
         self._take_finished()
         if self._asking is not None:
-            self._asking.take()
-        self._waiting.look(time.monotonic())
+            self._asking.take(now_s)
+        self._waiting.look(now_s)
         over, self._over = self._over, []
         return over
 
@@ -219,7 +224,7 @@ class Tier:
     def on_schedule_end(self, context: Any) -> None:
         """Looks up what :meth:`lookup` could not tell."""
         if self._asking is not None:
-            self._asking.begin()
+            self._asking.begin(time.monotonic())
 
     def serve_external_requests(self, parent: Any) -> None:
         """Nothing: nobody else asks."""
@@ -255,23 +260,20 @@ class Tier:
     # -- the end --------------------------------------------------------------------------------
 
     def drain_jobs(self) -> None:
-        """Blocks until every job has ended; what became of them is told by the next
-        :meth:`get_finished_jobs`. No memory of vLLM's is touched then."""
-        while True:
-            self._ended.clear()
-            self._take_finished()
-            if not self._under_way:
-                return
-            self._ended.wait()
+        """Blocks until every job has ended, as long as the drive takes; what became of them is told
+        by the next :meth:`get_finished_jobs`. No memory of vLLM's is touched then."""
+        self._jobs.drain()
+        self._take_finished()
 
     def shutdown(self) -> None:
         """Ends the jobs under way (what was not begun fails), lets go of vLLM's memory and closes
-        the store. May be called twice."""
+        the store. May be called twice. Blocks as long as the drive takes: until then it may write
+        to vLLM's memory, whatever vLLM does with it."""
         self._jobs.close()
         self._take_finished()
         self._rows = None
         try:
             self.store.close()
-        except SpdkKvError:
+        except Exception:  # whatever it is: other tiers are to be shut down as well
             # vLLM's memory is free all the same, which is what it wants to know.
             log.exception("closing the store of the tier")

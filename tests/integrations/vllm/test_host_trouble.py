@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from integrations.vllm import slow
 from integrations.vllm.host import ROW_NBYTES, Host, blocks, host, key_of, tier_at
 from integrations.vllm.test_host_jobs import observed
+from support.preload import preloaded
 from support.waiting import PATIENCE_S, PROCESS_PATIENCE_S, in_use, wait_until
 
 pytest.importorskip(
@@ -49,6 +51,21 @@ def test_a_stuck_drive_holds_nobody_up(tier):
         running.run()
         assert lookups(running, list(stored)) == {"HIT"}
         assert running.load(list(new)) == list(new.values())
+
+
+def test_a_slow_drive_costs_hits_and_no_step(tmp_path):
+    """Really slow: the C library's reads and writes take their time, the engine's and all else."""
+    done = subprocess.run(
+        [sys.executable, slow.__file__, str(tmp_path / "store")],
+        env=preloaded(slow.SOURCE, tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=PROCESS_PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    steps, declined = map(int, done.stdout.split()[-2:])
+    assert steps > 10
+    assert declined >= 8
 
 
 def test_stores_are_declined_while_too_much_waits(tier):

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
+from spdk_kv.errors import ClosedError
 from spdk_kv.integrations.vllm.asking import Asking
 from spdk_kv.integrations.vllm.identity import Keys, weights_of
 from spdk_kv.integrations.vllm.options import TierOptions
@@ -68,6 +69,13 @@ def test_a_model_in_a_folder_is_told_by_its_files(tmp_path):
     assert weights_of(str(tmp_path), "rev-1") == named != weights_of(str(tmp_path), "rev-2")
 
 
+def test_what_is_left_of_a_download_ends_no_start(tmp_path):
+    (tmp_path / "weights").write_bytes(b"1234")
+    before = weights_of(str(tmp_path), "")
+    (tmp_path / "more").symlink_to(tmp_path / "blobs" / "gone")
+    assert weights_of(str(tmp_path), "") == before
+
+
 def test_a_model_that_is_known_by_its_name_only_is_said_to_be(caplog):
     assert weights_of("org/model", "") == ["name"]
     assert "identity" in caplog.text
@@ -123,24 +131,62 @@ def test_answers_come_later_and_are_forgotten_with_the_request():
         asked.append((list(names), Future()))
         return asked[-1][1]
 
-    asking = Asking(ask)
+    asking = Asking(ask, patience_s=10.0)
     assert asking.find("a", "r1") is None
     assert asking.find("b", "r1") is None
     assert asking.find("a", "r2") is None
-    asking.begin()
-    asking.begin()
-    asking.take()
+    asking.begin(0.0)
+    asking.begin(0.0)
+    asking.take(1.0)
     assert asking.find("a", "r1") is None
     ((names, answer),) = asked
     assert names == ["a", "b"]
     answer.set_result([True, False])
-    asking.take()
+    asking.take(1.0)
     assert (asking.find("a", "r1"), asking.find("b", "r1")) == (True, False)
     asking.missed("a")
     assert asking.find("a", "r1") is False
     asking.forget("r1")
     assert asking.find("a", "r3") is None
-    asking.begin()
+    asking.begin(0.0)
     asked[-1][1].set_exception(OSError())
-    asking.take()
+    asking.take(1.0)
     assert asking.find("a", "r3") is False
+
+
+def test_a_disk_that_does_not_answer_is_misses_and_not_asked_on():
+    asked: list[Future[list[bool]]] = []
+
+    def ask(names):
+        asked.append(Future())
+        return asked[-1]
+
+    asking = Asking(ask, patience_s=10.0)
+    assert asking.find("a", "r1") is None
+    asking.begin(0.0)
+    asking.take(10.0)
+    assert asking.find("a", "r1") is None
+    asking.take(10.1)
+    assert asking.find("a", "r1") is False
+    assert asking.find("b", "r2") is False
+    asking.begin(10.2)
+    assert len(asked) == 1
+    # What it says in the end is no answer to who has computed it meanwhile; then it is asked anew.
+    asked[0].set_result([True])
+    asking.take(20.0)
+    assert asking.find("a", "r1") is False
+    assert asking.find("c", "r2") is None
+    asking.begin(20.0)
+    asked[1].set_result([True])
+    asking.take(20.1)
+    assert asking.find("c", "r2") is True
+
+
+def test_what_cannot_even_be_asked_is_missing():
+    def ask(names):
+        raise ClosedError("the store is being closed")
+
+    asking = Asking(ask, patience_s=10.0)
+    assert asking.find("a", "r1") is None
+    asking.begin(0.0)
+    assert asking.find("a", "r1") is False
