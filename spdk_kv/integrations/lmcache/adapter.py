@@ -14,8 +14,11 @@ from lmcache.v1.distributed.api import EncodedObjectKey, KeyEntry, KeyListPage
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage
 from lmcache.v1.distributed.l2_adapters.native_connector_l2_adapter import NativeConnectorL2Adapter
 
+from spdk_kv.errors import ClosedError
 from spdk_kv.integrations.lmcache.client import Client
 
+# Between the parts of a key that has no salt.
+_KEY_ATS = 3
 _TOLD = ("location", "engine", "blobs", "hits", "misses", "evictions", "corruptions")
 
 
@@ -42,18 +45,26 @@ class Adapter(NativeConnectorL2Adapter):  # type: ignore[misc]  # untyped where 
     def get_usage(self) -> AdapterUsage:
         """What the store takes, and may take; what was deleted counts until the next flush. Does
         not block."""
-        stats = self.client.store.stats()
+        counted = super().get_usage()
+        try:
+            stats = self.client.store.stats()
+        except ClosedError:  # LMCache's own threads may ask while it is being shut down
+            return counted
         return AdapterUsage(
             total_bytes_used=stats["used_nbytes"],
             total_capacity_bytes=stats["capacity_nbytes"],
-            bytes_by_cache_salt=super().get_usage().bytes_by_cache_salt,
+            bytes_by_cache_salt=counted.bytes_by_cache_salt,
         )
 
     def report_status(self) -> dict[str, Any]:
         """For `/status`: how the store is, and what it counted since it was opened."""
-        stats = self.client.store.stats()
+        status: dict[str, Any] = super().report_status()
+        try:
+            stats = self.client.store.stats()
+        except ClosedError:
+            return status
         return {
-            **super().report_status(),
+            **status,
             **{name: stats[name] for name in _TOLD},
             "bytes_used": stats["used_nbytes"],
             "capacity_bytes": stats["capacity_nbytes"],
@@ -72,7 +83,9 @@ class Adapter(NativeConnectorL2Adapter):  # type: ignore[misc]  # untyped where 
         if page_size < 1:
             raise ValueError(f"page_size is 1 or more, not {page_size}")
         store, prefix = self.client.store, self.client.prefix
-        keys = sorted(store.keys(prefix + ("" if model_name is None else f"{model_name}@")))
+        found = store.keys(prefix + ("" if model_name is None else f"{model_name}@"))
+        # The store may be others' as well.
+        keys = sorted(key for key in found if key.count("@") >= _KEY_ATS)
         begin = 0 if cursor is None else bisect.bisect_right(keys, cursor)
         page = keys[begin : begin + page_size]
         entries = [

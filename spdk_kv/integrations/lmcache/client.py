@@ -6,6 +6,7 @@ drained by one thread of it that polls the eventfd.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from spdk_kv.errors import SpdkKvError
+from spdk_kv.errors import ClosedError
 from spdk_kv.integrations.jobs import Finished, Jobs
 from spdk_kv.integrations.lmcache.options import Options
 
@@ -44,8 +45,10 @@ class Client:
         """
         options = Options.parse(adapter_params)
         identity = options.opening.identity
-        self.prefix = f"{identity}/" if identity else ""
+        # Quoted: names of models have slashes as well, and "a" and "b/c" is not "a/b" and "c".
+        self.prefix = f"{json.dumps(identity)}/" if identity else ""
         """What stands before LMCache's keys in the store."""
+        self._pid = os.getpid()
         self.store = options.opening.open()
         self._lock = threading.Lock()
         # Batches of which LMCache asks for one answer alone.
@@ -53,13 +56,20 @@ class Client:
         # The descriptor's: after close its number may be another file's.
         self._fd_lock = threading.Lock()
         self._closed = False
-        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._jobs = Jobs(
-            self.store,
-            on_finished=self._tell,
-            workers=options.workers,
-            most_pending=options.most_pending,
-        )
+        self._event_fd = -1
+        try:
+            self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._jobs = Jobs(
+                self.store,
+                on_finished=self._tell,
+                workers=options.workers,
+                most_pending=options.most_pending,
+            )
+        except BaseException:  # or another try would find the store in use
+            self.store.close()
+            if self._event_fd >= 0:
+                os.close(self._event_fd)
+            raise
 
     def event_fd(self) -> int:
         """A descriptor that is readable while there are completions to drain."""
@@ -69,8 +79,10 @@ class Client:
         """Stores ``memoryviews`` (contiguous bytes of any length) under ``keys``, and replaces what
         is there. They must stay unchanged until the batch has ended.
 
-        Returns the batch's number, as the others do. ClosedError after close.
+        Returns the batch's number, as the others do. ClosedError after close, and in a process
+        forked since.
         """
+        self._check_fork()
         pages = self._pages(keys, memoryviews)
         # A batch may have ended before its number is known here.
         with self._lock:
@@ -92,7 +104,9 @@ class Client:
         return self._jobs.delete([self.prefix + key for key in keys])
 
     def drain_completions(self) -> list[Completion]:
-        """What has ended since the last call, each batch once. Does not block."""
+        """What has ended since the last call, each batch once. Does not block. ClosedError in a
+        process forked since: the descriptor is its parent's as well, who would not hear of it."""
+        self._check_fork()
         # First: what ends from here on makes it readable again.
         with self._fd_lock, suppress(BlockingIOError):
             if not self._closed:
@@ -103,16 +117,23 @@ class Client:
     def close(self) -> None:
         """Waits for batches that were begun, gives up the others, and closes the store. May be
         called twice. No memory of LMCache's is used or held afterwards. What could not be made
-        durable is logged: LMCache could do nothing about it."""
+        durable is logged: LMCache could do nothing about it. In a process forked since nothing is
+        done that its parent would notice."""
         self._jobs.close()
         try:
             self.store.close()
-        except SpdkKvError:
+        except Exception:  # whatever it is: the descriptor is to be closed as well
             log.exception("closing %s", self.store.location)
+        if os.getpid() != self._pid:
+            return  # a thread that the parent has may hold the lock here for ever
         with self._fd_lock:
             if not self._closed:
                 self._closed = True
                 os.close(self._event_fd)
+
+    def _check_fork(self) -> None:
+        if os.getpid() != self._pid:
+            raise ClosedError(f"process {self._pid} opened this, and this is a fork of it")
 
     def _pages(self, keys: Sequence[str], views: Sequence[Any]) -> list[tuple[str, Any]]:
         return [(self.prefix + key, view) for key, view in zip(keys, views, strict=True)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import threading
+import traceback
 
 import pytest
 
@@ -81,6 +83,50 @@ def test_of_another_identity_nothing_is_found(tmp_path):
     assert wait_for(client, client.submit_batch_delete(["k"]))[0][3] == [True]
     assert exists(client, ["k"]) == [False]
     client.close()
+
+
+def test_an_identity_and_a_name_are_not_read_as_others(tmp_path):
+    # As one text they would be the same.
+    for at, (identity, key) in enumerate((("", "a/b/c@0"), ("a", "b/c@0"), ("a/b", "c@0"))):
+        client = opened(tmp_path, identity=identity)
+        assert exists(client, [key]) == [False]
+        put(client, {key: content(at, 64)})
+        client.close()
+
+
+def test_a_fork_touches_nothing_of_its_parents(client):
+    page = memoryview(b"x")
+    with in_use(client._lock), in_use(client._fd_lock):
+        pid = os.fork()
+        if not pid:
+            try:
+                for ask in (
+                    lambda: client.submit_batch_set(["k"], [page]),
+                    lambda: client.submit_batch_get(["k"], [memoryview(bytearray(1))]),
+                    lambda: client.submit_batch_exists(["k"]),
+                    client.drain_completions,
+                ):
+                    with pytest.raises(spdk_kv.ClosedError, match="fork"):
+                        ask()
+                client.close()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+    assert put(client, {"k": page})[1]
+
+
+def test_a_start_that_fails_leaves_the_store_to_the_next(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "eventfd", refused)
+        with pytest.raises(OSError, match="too many") as failed:
+            opened(tmp_path)
+    assert failed.value.errno == errno.EMFILE  # and its frames are alive
+    opened(tmp_path).close()
 
 
 def test_deletes_say_what_there_was(client):

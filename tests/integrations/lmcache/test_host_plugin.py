@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from integrations.lmcache import host
@@ -45,7 +46,11 @@ def test_usage_status_and_bytes_are_there_after_a_restart(tmp_path):
     assert status["type"] == "spdk_kv"
     assert (status["blobs"], status["hits"], status["corruptions"]) == (8, 8, 0)
     assert (status["bytes_used"], status["capacity_bytes"]) == (used, 64 << 20)
+    (adapter,) = (adapter for _, adapter in storage.l2_adapters())
     storage.close()
+    # As by a thread that is still asking.
+    assert adapter.get_usage().total_bytes_used == 0
+    assert "blobs" not in adapter.report_status()
 
 
 def test_deletes_and_eviction_lower_the_usage(tmp_path):
@@ -65,6 +70,7 @@ def test_deletes_and_eviction_lower_the_usage(tmp_path):
 def test_keys_are_listed_page_by_page(tmp_path, identity):
     storage, written = filled(tmp_path, identity=identity)
     (adapter,) = (adapter for _, adapter in storage.l2_adapters())
+    adapter.client.store.put("of somebody else", np.zeros(5))
     listed, cursor = [], None
     while True:
         page = adapter.list_l2_keys("org/model", page_size=3, cursor=cursor)
