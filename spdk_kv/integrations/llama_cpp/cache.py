@@ -9,7 +9,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import numpy as np
@@ -139,7 +139,12 @@ class StateCache:
                 self._counts["live" if pieces else "misses"] += 1
                 raise KeyError("no longer beginning of these tokens is stored")
             kept = held // self._every * self._every if self._context.cuts else 0
-            restored = self._restore(llama, tokens, kept, pieces)
+            try:
+                restored = self._restore(llama, tokens, kept, pieces)
+            except Exception:  # no memory, say; the host dies of anything but a miss
+                log.exception("taking up a state; it is computed instead")
+                self._counts["failed"] += 1
+                restored = 0
             self._counts["hits" if restored else "misses"] += 1
             if not restored:
                 raise KeyError("what is stored of these tokens could not be read")
@@ -155,17 +160,11 @@ class StateCache:
             llama = self._llama()
             if llama is None or _sees_images(llama):
                 return
-            tokens = tokens_of(llama._input_ids)
-            # Tokens that were guessed, and computed in vain, may follow.
-            answered = common_tokens(tokens, tokens_of(key))
-            if answered < len(tokens) and not self._context.cuts:
-                return
-            pieces = self._unstored(tokens[:answered])
-            if pieces:
-                with closing(self._context.take(llama, pieces)) as states:
-                    for piece, state in zip(pieces, states, strict=False):
-                        if not self._write(piece, state):
-                            break
+            try:
+                self._store_new(llama, tokens_of(key))
+            except Exception:  # no memory for a copy, say; the host has its answer all the same
+                log.exception("a state is not stored")
+                self._counts["unsaved"] += 1
 
     # -- beyond its contract --------------------------------------------------------------------
 
@@ -207,11 +206,18 @@ class StateCache:
                 self._context.keep(llama, kept)
             if not self._context.add(llama, state, piece, tokens):
                 self._counts["failed"] += 1
-                log.warning("llama.cpp refuses a stored state; it is computed instead")
+                log.warning("llama.cpp refuses a stored state; it is computed and stored anew")
+                self._forget(piece)
                 break
             reached = piece.end
             self._counts["read_nbytes"] += state.nbytes
         return reached - kept
+
+    def _forget(self, piece: Piece) -> None:
+        """Or it would stay in the way of one that is as it should be."""
+        if not self._store.read_only:
+            with suppress(SpdkKvError):
+                self._store.delete(piece.key)
 
     def _read(self, pieces: list[Piece]) -> Iterator[tuple[Piece, State]]:
         """The states of ``pieces`` up to the first that cannot be read."""
@@ -237,6 +243,19 @@ class StateCache:
     def _get(self, key: str) -> Future[Any]:
         return self._store.get_async(key, as_numpy=True, timeout_s=self._timeout_s)
 
+    def _store_new(self, llama: Any, key: Tokens) -> None:
+        tokens = tokens_of(llama._input_ids)
+        # Tokens that were guessed, and computed in vain, may follow.
+        answered = common_tokens(tokens, key)
+        if answered < len(tokens) and not self._context.cuts:
+            return
+        pieces = self._unstored(tokens[:answered])
+        if pieces:
+            with closing(self._context.take(llama, pieces)) as states:
+                for piece, state in zip(pieces, states, strict=False):
+                    if not self._write(piece, state):
+                        break
+
     def _unstored(self, tokens: Tokens) -> list[Piece]:
         """The pieces of ``tokens`` to store: of all of them, and of the prompt they began with,
         which may be asked again."""
@@ -256,7 +275,10 @@ class StateCache:
 
     def _write(self, piece: Piece, state: State) -> bool:
         """Begins to store a piece. False if there is no use in trying the next one."""
-        self._end_writing(_AHEAD - 1)
+        if not self._end_writing(_AHEAD - 1):
+            # Without the one before it nobody finds it, and the next may take as long to fail.
+            self._counts["unsaved"] += 1
+            return False
         try:
             if not self._store.worth_writing({piece.key: state.nbytes})[0]:
                 self._counts["unsaved"] += 1
@@ -271,14 +293,17 @@ class StateCache:
         self._writing.append(future)
         return True
 
-    def _end_writing(self, most: int) -> None:
-        """Waits until at most ``most`` pieces are being written."""
+    def _end_writing(self, most: int) -> bool:
+        """Waits until at most ``most`` pieces are being written. False where one failed."""
+        is_sound = True
         while len(self._writing) > most:
             failure = self._writing.popleft().exception()
             if failure is not None:
                 self._counts["saved"] -= 1
                 self._counts["unsaved"] += 1
                 log.warning("a state is not stored: %s", failure)
+                is_sound = False
+        return is_sound
 
     def _failed(self, what: str, failure: SpdkKvError) -> None:
         damaged = isinstance(failure, CorruptionError)

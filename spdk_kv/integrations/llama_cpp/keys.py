@@ -1,7 +1,8 @@
 """Which pieces of a text's state are kept, and under which keys. Pure: no I/O, no host.
 
 A text is cut every `every` tokens, and its end is one shorter piece. A piece's key is a digest of
-all tokens up to its end: equal keys mean equal beginnings, and texts that begin alike share pieces.
+all tokens up to its end, and where it starts: equal keys mean the same piece of equal beginnings,
+and texts that begin alike share pieces.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def pieces_of(prefix: str, tokens: Tokens, every: int, ends: set[int]) -> Iterat
     """The pieces that hold the first ``end`` tokens for each of ``ends``, in order, each once."""
     longest = max(ends)
     whole = set(range(every, longest + 1, every))
-    for end, key in _keys(prefix, tokens, sorted(whole | ends)):
-        yield Piece((end - 1) // every * every, end, key)
+    for end, digest in _digests(tokens, sorted(whole | ends)):
+        yield _piece(prefix, digest, (end - 1) // every * every, end)
 
 
 def find(
@@ -54,25 +55,31 @@ def find(
     """The pieces that hold the longest stored beginning of ``tokens``, of at most ``most`` tokens,
     in order; none where nothing is stored."""
     found: list[Piece] = []
-    for end, key in _keys(prefix, tokens, range(every, most + 1, every)):
-        if not is_stored(key):
+    for end, digest in _digests(tokens, range(every, most + 1, every)):
+        piece = _piece(prefix, digest, end - every, end)
+        if not is_stored(piece.key):
             break
-        found.append(Piece(end - every, end, key))
+        found.append(piece)
     start = len(found) * every
     # A shorter piece may end anywhere: looking for each end takes a microsecond.
     ends = range(start + 1, min(start + every - 1, most) + 1)
-    for end, key in reversed(list(_keys(prefix, tokens, ends))):
-        if is_stored(key):
-            found.append(Piece(start, end, key))
+    for end, digest in reversed(list(_digests(tokens, ends))):
+        piece = _piece(prefix, digest, start, end)
+        if is_stored(piece.key):
+            found.append(piece)
             break
     return found
 
 
-def _keys(prefix: str, tokens: Tokens, ends: Any) -> Iterator[tuple[int, str]]:
-    """(end, key) of each of ``ends``, which ascend."""
+def _piece(prefix: str, digest: str, start: int, end: int) -> Piece:
+    return Piece(start, end, f"{prefix}{digest}-{start}")
+
+
+def _digests(tokens: Tokens, ends: Any) -> Iterator[tuple[int, str]]:
+    """(end, digest of what is before it) of each of ``ends``, which ascend."""
     digest = hashlib.blake2b(digest_size=_DIGEST_NBYTES)
     done = 0
     for end in ends:
         digest.update(tokens[done:end].tobytes())
         done = end
-        yield end, f"{prefix}{digest.copy().hexdigest()}"
+        yield end, digest.copy().hexdigest()

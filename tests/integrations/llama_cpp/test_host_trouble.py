@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import spdk_kv
 from integrations.llama_cpp import killing
 from integrations.llama_cpp.models import answer, evaluated, open_llama, text
-from spdk_kv.errors import StoreLocked
+from spdk_kv.errors import DeviceTimeout, StoreLocked
 from spdk_kv.integrations.llama_cpp import StateCache
 from spdk_kv.store import KVStore
 from support.waiting import PATIENCE_S
@@ -144,6 +145,75 @@ def test_what_llama_cpp_refuses_is_a_miss(
         llama.reset()
         assert answer(llama, PROMPT, COUNT) == expected
         assert (cache.stats()["failed"], cache.stats()["misses"]) == (1, 1)
+        # It is not in the way of what was computed instead.
+        cache.wait()
+        again = open_llama(model_path)
+        cached(again, store)
+        assert evaluated(again, lambda again=again: answer(again, PROMPT, COUNT)) == COUNT
+        again.close()
+
+
+def test_pieces_of_another_length_are_no_hindrance(
+    model_path: Path, store: KVStore, expected: list[int]
+) -> None:
+    remember(model_path, store, PROMPT)
+    # Their first pieces begin alike; others are in nobody's way.
+    for every, held in ((2 * EVERY, EVERY), (2 * EVERY, len(PROMPT)), (EVERY, len(PROMPT))):
+        asking = open_llama(model_path)
+        cache = StateCache(store, asking, every=every)
+        asking.set_cache(cache)
+        got: list[int] = []
+        computed = evaluated(asking, lambda: got.extend(answer(asking, PROMPT, COUNT)))  # noqa: B023
+        assert computed == COUNT + len(PROMPT) - held - (held != len(PROMPT))
+        assert got == expected
+        assert cache.stats()["failed"] == 0
+        cache.wait()
+        asking.close()
+
+
+def test_without_memory_for_a_state_the_host_goes_on(
+    model_path: Path,
+    llama: Any,
+    store: KVStore,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    cache = cached(llama, store)
+    with monkeypatch.context() as patched:
+        patched.setattr("spdk_kv.integrations.llama_cpp.contexts._buffer", none)
+        assert answer(llama, PROMPT, COUNT) == expected
+        assert (cache.stats()["saved"], cache.stats()["unsaved"]) == (0, 1)
+    remember(model_path, store, PROMPT)
+    llama.reset()
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "get_async", none)
+        assert answer(llama, PROMPT, COUNT) == expected
+        assert cache.stats()["failed"] == 1
+    llama.reset()
+    assert evaluated(llama, lambda: answer(llama, PROMPT, COUNT)) == COUNT
+
+
+def test_a_drive_that_takes_nothing_is_not_waited_for_piece_by_piece(
+    llama: Any, store: KVStore, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def put_async(key: str, *_: Any, **__: Any) -> Any:
+        tried.append(key)
+        late: Future[None] = Future()
+        late.set_exception(DeviceTimeout("too late"))
+        return late
+
+    monkeypatch.setattr(store, "put_async", put_async)
+    cache = StateCache(store, llama, every=EVERY // 4)
+    llama.set_cache(cache)
+    assert answer(llama, PROMPT, COUNT) == expected
+    cache.wait()
+    assert len(tried) == 4, "those that were under way when the first had failed"
+    assert cache.stats()["saved"] == 0
 
 
 def test_a_full_store_that_may_not_forget_takes_no_more(

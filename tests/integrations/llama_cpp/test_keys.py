@@ -92,3 +92,15 @@ def test_ids_are_copied() -> None:
     tokens = tokens_of(ids)
     ids[0] = 7
     assert tokens.tolist() == [0, 1, 2, 3]
+
+
+def test_pieces_of_another_length_are_others() -> None:
+    text = list(range(100))
+    first = {piece.key: piece for piece in pieces_of("p/", tokens_of(text), 10, {100})}
+    for piece in pieces_of("p/", tokens_of(text), 25, {100}):
+        assert first.get(piece.key, piece) == piece
+    # One that is the same is stored once.
+    assert {piece.key for piece in pieces_of("p/", tokens_of(text[:10]), 25, {10})} <= first.keys()
+    assert find("p/", tokens_of(text), 25, 100, first.__contains__) == [
+        Piece(0, 10, next(iter(first)))
+    ]
