@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spdk_kv.errors import SpdkKvError
-from spdk_kv.integrations.pages import get_pages, put_pages
+from spdk_kv.integrations.pages import get_pages, put_pages, said
 from spdk_kv.integrations.sglang.hits import Wanted, leading, restorable
 from spdk_kv.integrations.sglang.identity import Keys, model_facts, prefix, shard_facts
 from spdk_kv.integrations.sglang.moving import get_pieces, put_pieces
@@ -100,8 +100,8 @@ class Backend:
 
     def _is_shared(self, name: str, host: Any = None) -> bool:
         """Whether all tensor-parallel ranks have the same bytes in the pages of a pool."""
-        if host is None and name in self._pools:
-            host = self._pools[name].host
+        if host is None and (pool := self._pools.get(name)) is not None:  # closed meanwhile: none
+            host = pool.host
         # A pool with heads is split by them, as that of a draft model beside one with MLA.
         return self._is_replicated and name != _MAMBA and not hasattr(host, "head_num")
 
@@ -180,16 +180,17 @@ class Backend:
         if not keys:
             return []
         try:
-            store = self._store(name)
-            if store is None:
-                return [False] * len(keys)
-            begun = time.perf_counter()
-            move = self._pieces if self._by_pieces(pool) else self._whole
-            ok = move(store, pool, keys, indices, is_put)
-            self._count(kind, pool, sum(ok), time.perf_counter() - begun)
-            return ok
-        except Exception:  # whatever it is, it is a miss: SGLang computes the pages
-            log.exception("%s of %d pages of pool %s", kind, len(keys), name)
+            with self._stores.use(shared=self._is_shared(name)) as store:
+                if store is None:
+                    return [False] * len(keys)
+                begun = time.perf_counter()
+                move = self._pieces if self._by_pieces(pool) else self._whole
+                ok = move(store, pool, keys, indices, is_put)
+                self._count(kind, pool, sum(ok), time.perf_counter() - begun)
+                return ok
+        except Exception as failure:  # whatever it is, it is a miss: SGLang computes the pages
+            what = said(failure, fully=True)
+            log.error("%s of %d pages of pool %s: %s", kind, len(keys), name, what)
             return [False] * len(keys)
 
     def _pieces(
@@ -280,31 +281,34 @@ class Backend:
         self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
     ) -> list[Any]:
         """As :meth:`get`, for several pages."""
-        import torch
-
         nothing: list[Any] = [None] * len(keys)
         try:
-            store = self._store(_KV)
-            if store is None or not keys:
-                return nothing
-            names = [self._flat_key(key) for key in keys]
-            places = list(target_locations or nothing)
-            for at, nbytes in enumerate(store.sizes(names)):
-                if places[at] is None and nbytes is not None:
-                    places[at] = torch.empty(nbytes, dtype=torch.uint8)
-            begun = time.perf_counter()
-            # One that is not contiguous is filled by a copy.
-            buffers = [torch.empty(0) if place is None else place.contiguous() for place in places]
-            pages = list(zip(names, map(bytes_of, buffers), strict=True))
-            sound = get_pages(store, pages)
-            self._count("prefetch", self._pools.get(_KV), sum(sound), time.perf_counter() - begun)
-            for place, buffer, there in zip(places, buffers, sound, strict=True):
-                if there and place is not None and place.data_ptr() != buffer.data_ptr():
-                    place.copy_(buffer)
-            return [place if there else None for place, there in zip(places, sound, strict=True)]
-        except Exception:
-            log.exception("reading %d pages", len(keys))
+            with self._stores.use(shared=self._is_shared(_KV)) as store:
+                return (
+                    nothing if store is None else self._get_tensors(store, keys, target_locations)
+                )
+        except Exception as failure:
+            log.error("reading %d pages: %s", len(keys), said(failure, fully=True))
             return nothing
+
+    def _get_tensors(self, store: KVStore, keys: list[str], target_locations: Any) -> list[Any]:
+        import torch
+
+        names = [self._flat_key(key) for key in keys]
+        places = list(target_locations or [None] * len(keys))
+        for at, nbytes in enumerate(store.sizes(names)):
+            if places[at] is None and nbytes is not None:
+                places[at] = torch.empty(nbytes, dtype=torch.uint8)
+        begun = time.perf_counter()
+        # One that is not contiguous is filled by a copy.
+        buffers = [torch.empty(0) if place is None else place.contiguous() for place in places]
+        pages = list(zip(names, map(bytes_of, buffers), strict=True))
+        sound = get_pages(store, pages)
+        self._count("prefetch", self._pools.get(_KV), sum(sound), time.perf_counter() - begun)
+        for place, buffer, there in zip(places, buffers, sound, strict=True):
+            if there and place is not None and place.data_ptr() != buffer.data_ptr():
+                place.copy_(buffer)
+        return [place if there else None for place, there in zip(places, sound, strict=True)]
 
     def set(
         self,
@@ -329,19 +333,19 @@ class Backend:
         try:
             if not self._may_write(_KV):
                 return not self._read_only
-            store = self._store(_KV)
-            if store is None or values is None:
-                return False
-            begun = time.perf_counter()
-            pages = [
-                (self._flat_key(key), bytes_of(value))
-                for key, value in zip(keys, values, strict=True)
-            ]
-            ok = put_pages(store, pages, again=False)
-            self._count("backup", self._pools.get(_KV), sum(ok), time.perf_counter() - begun)
-            return all(ok)
-        except Exception:
-            log.exception("storing %d pages", len(keys))
+            with self._stores.use(shared=self._is_shared(_KV)) as store:
+                if store is None or values is None:
+                    return False
+                begun = time.perf_counter()
+                pages = [
+                    (self._flat_key(key), bytes_of(value))
+                    for key, value in zip(keys, values, strict=True)
+                ]
+                ok = put_pages(store, pages, again=False)
+                self._count("backup", self._pools.get(_KV), sum(ok), time.perf_counter() - begun)
+                return all(ok)
+        except Exception as failure:
+            log.error("storing %d pages: %s", len(keys), said(failure, fully=True))
             return False
 
     def exists(self, key: str) -> bool:

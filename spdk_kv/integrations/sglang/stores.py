@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from spdk_kv.errors import SpdkKvError
 from spdk_kv.integrations.opening import Opening
 from spdk_kv.integrations.sglang.options import StorageConfig, place
+from spdk_kv.integrations.waits import wait
 from spdk_kv.store import KVStore
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,8 @@ class Stores:
         self._shared: KVStore | None = None
         self._retry_at = 0.0
         self._closed = False
+        self._users = 0
+        self._unused = threading.Condition()
         if self.writes_shared:
             read_only = options.read_only
             self._own = self._shared = self._open(self._shared_location, read_only=read_only)
@@ -46,6 +51,19 @@ class Stores:
         store = self._options.open(location, read_only=read_only)
         log.info("%r is open for SGLang%s", store, " (read_only)" if read_only else "")
         return store
+
+    @contextmanager
+    def use(self, *, shared: bool) -> Iterator[KVStore | None]:
+        """:meth:`shared`, or :meth:`own`, for a call that moves pages: :meth:`close` waits for its
+        end. Raises as those do."""
+        with self._unused:
+            self._users += 1
+        try:
+            yield self.shared() if shared else self.own()
+        finally:
+            with self._unused:
+                self._users -= 1
+                self._unused.notify_all()
 
     def shared(self) -> KVStore | None:
         """Where KV pages are: this rank's store, or a reader of the one that another rank writes.
@@ -76,13 +94,26 @@ class Stores:
         return list(found.values())
 
     def close(self) -> None:
-        """Flushes and closes what is open; a failure is logged. May be called twice."""
+        """Flushes and closes what is open; a failure is logged. May be called twice.
+
+        Blocks until calls that move pages are over, as long as the drive takes: it may use the
+        memory of their pages until then.
+        """
         with self._lock:
             self._closed = True
             stores = self.opened()
             self._own = self._shared = None
+        wait(self._are_unused, lambda: self._in_use(stores))
         for store in stores:
             try:
                 store.close()
-            except SpdkKvError:
+            except Exception:  # whatever it is: the other one is to be closed as well
                 log.exception("closing %r", store)
+
+    def _are_unused(self, patience_s: float) -> bool:
+        with self._unused:
+            return self._unused.wait_for(lambda: not self._users, patience_s)
+
+    def _in_use(self, stores: list[KVStore]) -> str:
+        places = ", ".join(store.location for store in stores)
+        return f"closing waits for the drive of {places}: {self._users} calls that move pages"

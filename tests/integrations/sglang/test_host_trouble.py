@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ pytest.importorskip("sglang", reason="SGLang is not installed: scripts/test.sh -
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from integrations.sglang import host, killing
 from spdk_kv.errors import DeviceGone, StoreLocked
@@ -155,6 +157,23 @@ def test_another_model_dtype_layout_or_rank_finds_nothing(
     stranger.backend.close()
     again = make()
     assert all(again.get())
+
+
+def test_pages_of_another_adapter_or_salt_are_not_found(location: str) -> None:
+    tokens = list(range(PAGES * host.PAGE))
+    device, pool = host.mha_pools("page_first")
+    with host.controller(device, pool, host.extra(location)) as engine:
+        indices = pool.alloc(len(tokens))
+        host.fill(pool, indices, 1)
+        assert host.write(engine, indices, tokens) == len(tokens)
+        for others, found in (
+            ({}, len(tokens)),
+            ({"extra_key": "an adapter"}, 0),
+            ({"cache_salt": "of somebody"}, 0),
+        ):
+            operation = engine.prefetch("request", RadixKey(array("q", tokens), **others))
+            assert engine.prefetch_hit_queue.get(timeout=PATIENCE_S) is operation
+            assert operation.storage_hit_count == found
 
 
 def test_the_two_kinds_of_eight_bits_are_told_apart(
