@@ -56,11 +56,14 @@ def put_pages(store: KVStore, pages: Sequence[Page], *, again: bool = True) -> l
     try:
         if not again:
             sizes = store.sizes(wanted)
-            stored = {
+            there = [
                 key
                 for (key, view), nbytes in zip(wanted.items(), sizes, strict=True)
                 if nbytes == view.nbytes
-            }
+            ]
+            # Who brings them once more had them computed anew, or read: they are wanted.
+            store.touch(reversed(there))
+            stored.update(there)
         wanted = {key: view for key, view in wanted.items() if key not in stored}
         worth = store.worth_writing({key: view.nbytes for key, view in wanted.items()})
         chosen = zip(wanted.items(), worth, strict=True)
@@ -104,6 +107,9 @@ def get_pages(store: KVStore, pages: Sequence[Page]) -> list[bool]:
         _back(store, [views[at] for at in there])
         for at in _get(store, [(pages[at][0], views[at]) for at in there]):
             sound[there[at]] = True
+        # Pages are of use with all that are before them only, so the last ones are to go first.
+        read = [key for (key, _), ok in zip(pages, sound, strict=True) if ok]
+        store.touch(reversed(read))
     except SpdkKvError as failure:
         log.warning("%d pages were not read: %s", len(pages) - sum(sound), said(failure))
     return sound

@@ -89,6 +89,14 @@ class Records:
             found = [self.blobs.get(key) for key in keys]
         return [None if record is None else record.nbytes for record in found]
 
+    def touch(self, keys: Iterable[str]) -> None:
+        """Makes the blobs under ``keys``, as far as there are any, the most recently used."""
+        with self.lock:
+            there = [key for key in keys if key in self.blobs]
+            if there:
+                self.order_changed = True
+                self.blobs.use(there)
+
     def unpin(self, records: Iterable[BlobRecord]) -> None:
         """Ends what :meth:`find` pinned."""
         with self.lock:

@@ -302,6 +302,14 @@ class KVStore(Lifetime, SequenceCalls, SpaceCalls):
         self.check_open()
         return self._records.sizes(list(keys))
 
+    def touch(self, keys: Iterable[str]) -> None:
+        """Counts as a use of the blobs under ``keys``, as far as there are any: what is used is
+        evicted later. For who has the bytes from elsewhere, and would have got them here. Does not
+        block; nothing happens to a store that is open ``read_only``, which has no order of its own.
+        """
+        self.check_open()
+        self._records.touch(keys)
+
     def keys(self, prefix: str = "") -> list[str]:
         """The keys of all blobs that begin with ``prefix``, least recently used first.
 

@@ -88,3 +88,25 @@ def test_a_reader_stores_nothing_and_says_so(store, tmp_path, caplog):
         place = bytearray(NBYTES)
         assert get_pages(reader, [("a", place)]) == [True]
         assert place == content(1)
+
+
+def test_of_pages_that_are_read_together_the_last_is_evicted_first(tmp_path):
+    with spdk_kv.open(f"file://{tmp_path}/small", capacity="32 KiB") as store:
+        pages = [(f"k{number}", content(number, 4096)) for number in range(8)]
+        put_pages(store, pages)
+        assert all(get_pages(store, [(key, bytearray(4096)) for key, _ in pages]))
+        put_pages(store, [(f"new{number}", content(number, 4096)) for number in range(2)])
+        kept = [key in store for key, _ in pages]
+        assert kept == sorted(kept, reverse=True)
+        assert 0 < kept.count(True) < 8
+
+
+def test_pages_that_are_brought_again_are_evicted_later(tmp_path):
+    with spdk_kv.open(f"file://{tmp_path}/small", capacity="32 KiB") as store:
+        old = [(f"old{number}", content(number, 4096)) for number in range(4)]
+        newer = [(f"newer{number}", content(number, 4096)) for number in range(4)]
+        for pages in (old, newer, old):
+            assert all(put_pages(store, pages, again=False))
+        put_pages(store, [(f"new{number}", content(number, 4096)) for number in range(4)])
+        assert all(key in store for key, _ in old)
+        assert not any(key in store for key, _ in newer)

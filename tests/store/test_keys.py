@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spdk_kv.errors import KeyNotFound
+from spdk_kv.errors import ClosedError, KeyNotFound
 from store.helpers import (
     check_books,
     folder_fixture,
@@ -174,3 +174,24 @@ def test_another_user_can_read_none_of_it(folder):
             command = [sys.executable, "-I", "-S", "-c", _OTHER, *names, str(folder)]
             ran = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
             assert ran.stdout.strip() == "1", ran.stderr  # the folder above, to see that it can
+
+
+def test_a_touch_is_a_use_of_what_is_there(folder):
+    with open_store(folder) as store:
+        for key in "abc":
+            store.put(key, np.zeros(100))
+        hits = store.stats()["hits"]
+        store.touch(["a", "none", "b"])
+        assert store.keys() == ["c", "a", "b"]
+        store.touch([])
+        assert store.stats()["hits"] == hits
+        store.flush()
+        with reopen(folder, read_only=True) as reader:
+            before = reader.keys()
+            reader.touch(["c", "none"])
+            assert reader.keys() == before
+    with open_store(folder) as store:
+        assert store.keys() == ["c", "a", "b"]
+        store.close()
+        with pytest.raises(ClosedError):
+            store.touch(["a"])

@@ -125,7 +125,8 @@ class Tier:
         return self.words.hit if found else self.words.miss
 
     def touch(self, keys: Collection[bytes], req_context: Any) -> None:
-        """Nothing: a block counts as used when it is stored or loaded."""
+        """Nothing, since vLLM (0.32 and 0.33) calls it nowhere: a block counts as used when it is
+        loaded, or offered to be stored, also where it is stored already."""
 
     def _look_up(self, names: Sequence[str]) -> Future[list[bool]]:
         return self.store.run_in_background(

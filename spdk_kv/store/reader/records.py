@@ -76,6 +76,9 @@ class ReadRecords(Records):
             found = self.peek(keys)
         return [None if record is None else record.nbytes for record in found]
 
+    def touch(self, keys: Iterable[str]) -> None:
+        """Nothing: the order of use is the writer's."""
+
     def keys(self, prefix: str) -> list[str]:
         """The keys that begin with ``prefix``, least recently used first."""
         with self.lock:
