@@ -12,6 +12,7 @@ import pytest
 import spdk_kv
 from spdk_kv.integrations.jobs import Finished, Jobs
 from spdk_kv.integrations.pages import put_pages
+from support.subprocesses import run_script
 from support.waiting import PATIENCE_S, in_use, wait_until
 
 NBYTES = 10_000  # no multiple of a block
@@ -291,3 +292,24 @@ def test_where_a_thread_is_refused_none_is_left_behind(store, monkeypatch):
     with pytest.raises(RuntimeError, match="new thread"):
         Jobs(store)
     assert not any(thread.is_alive() for thread in begun)
+
+
+def test_a_program_may_end_amid_jobs(tmp_path):
+    """As by a host that dies of something else, and closes nothing."""
+    run_script(f"""
+        import logging
+        import numpy as np
+        import spdk_kv
+        from spdk_kv.integrations.jobs import Jobs
+        logging.disable()  # of those that were not stored any more
+        store = spdk_kv.open("file://{tmp_path}/left", capacity="64 MiB")
+        jobs = Jobs(store)
+        for number in range(24):
+            jobs.put([(str(number), np.random.default_rng(number).bytes(1 << 20))])
+            jobs.get([(str(number // 2), bytearray(1 << 20))])
+        assert jobs.pending
+    """)
+    with spdk_kv.open(f"file://{tmp_path}/left") as store:
+        left = store.keys()
+        for key in left:
+            assert store.get(key, as_numpy=True).tobytes() == content(int(key), 1 << 20)
