@@ -230,6 +230,28 @@ def test_a_full_store_that_may_not_forget_takes_no_more(
         assert cache.cache_size == held
 
 
+def test_a_full_store_that_is_in_use_takes_no_more_until_it_is_not(
+    model_path: Path, llama: Any, tmp_path: Path, expected: list[int]
+) -> None:
+    with spdk_kv.open(f"file://{tmp_path}/full", capacity="256 KiB") as store:
+        remember(model_path, store, PROMPT)
+        records = store.catalog.records
+        held = store.keys()
+        pinned = records.find(held)
+        cache = cached(llama, store)
+        for seed in range(30, 34):
+            answer(llama, text(seed, 300), COUNT)
+        cache.wait()
+        assert cache.stats()["unsaved"] > 0
+        assert set(held) <= set(store.keys())
+        assert answer(llama, PROMPT, COUNT) == expected
+        records.unpin(pinned)
+        before = cache.stats()["saved"]
+        answer(llama, text(40, 300), COUNT)
+        cache.wait()
+        assert cache.stats()["saved"] > before
+
+
 def test_a_full_store_forgets_what_was_used_longest_ago(
     model_path: Path, llama: Any, tmp_path: Path, expected: list[int]
 ) -> None:
