@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from spdk_kv.integrations.sglang.options import StorageConfig
+
+log = logging.getLogger(__name__)
 
 # Bump it when the bytes of a page change their order.
 _FORMAT = 1
@@ -50,6 +53,13 @@ def model_facts(config: StorageConfig, identity: str) -> dict[str, Any]:
     for name in ("name", "model_path", "speculative_draft_model_path"):
         if files := _files(facts.get(name)):
             facts[f"{name} files"] = files
+    told_apart = identity or facts.get("revision", "None") != "None"
+    if not (told_apart or "name files" in facts or "model_path files" in facts):
+        log.warning(
+            "spdk_kv knows the model %r by its name only: set the option identity (to the "
+            "revision, say) where other weights may come under that name",
+            config.model_name,
+        )
     return facts
 
 

@@ -184,6 +184,18 @@ def test_keys_are_short_and_begin_with_their_model() -> None:
     assert not long.startswith(Keys(model_facts(config, "other"), {"a": 1}).prefix)
 
 
+def test_a_model_that_is_known_by_its_name_only_is_said_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model_facts(Config(model_name="org/model"), "")
+    assert "'org/model' by its name only" in caplog.text
+    caplog.clear()
+    model_facts(Config(model_name="org/model"), "main")
+    (tmp_path / "weights").write_bytes(b"1234")
+    model_facts(Config(model_name=str(tmp_path)), "")
+    assert not caplog.text
+
+
 def test_other_weights_in_the_same_folder_are_another_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     config = Config(model_name=str(tmp_path))
