@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,6 +20,9 @@ from spdk_kv.integrations.jobs import Finished, Jobs
 from spdk_kv.integrations.lmcache.options import Options
 
 log = logging.getLogger(__name__)
+
+# How often the log says that batches are declined, which may be true of each.
+_SAID_EVERY_S = 10.0
 
 Completion = tuple[int, bool, str, list[bool] | None]
 """A batch's number, whether it is done, why it is not, and an answer for each of its keys."""
@@ -53,6 +57,8 @@ class Client:
         self._lock = threading.Lock()
         # Batches of which LMCache asks for one answer alone.
         self._sets: set[int] = set()
+        self._unsaid = 0
+        self._said_s = -_SAID_EVERY_S
         # The descriptor's: after close its number may be another file's.
         self._fd_lock = threading.Lock()
         self._closed = False
@@ -148,6 +154,15 @@ class Client:
         if finished.job not in self._sets:
             return finished.job, not error, error, finished.ok
         self._sets.remove(finished.job)
+        if error:
+            self._say(len(finished.ok), error)
         if not error and not all(finished.ok):
             error = f"{finished.ok.count(False)} of {len(finished.ok)} were not stored; see the log"
         return finished.job, not error, error, None
+
+    def _say(self, pages: int, why: str) -> None:
+        """LMCache tells nobody why a batch was not stored."""
+        self._unsaid += pages
+        if time.monotonic() - self._said_s >= _SAID_EVERY_S:
+            log.warning("%d pages were not stored: %s", self._unsaid, why)
+            self._unsaid, self._said_s = 0, time.monotonic()

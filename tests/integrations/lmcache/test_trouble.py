@@ -113,7 +113,7 @@ def drive(tmp_path):
         client.close()
 
 
-def test_a_drive_that_hangs_stops_no_call_and_what_waits_is_stored_in_the_end(drive):
+def test_a_drive_that_hangs_stops_no_call_and_what_waits_is_stored_in_the_end(drive, caplog):
     client, device = drive
     put(client, {"there": content(1, NBYTES)})
     device.freeze()
@@ -125,6 +125,7 @@ def test_a_drive_that_hangs_stops_no_call_and_what_waits_is_stored_in_the_end(dr
     ends = wait_for(client, known, gone, declined)
     assert [end[1] for end in ends] == [True, True, False]
     assert ends[2][2] == "20 jobs are waiting"
+    assert "1 pages were not stored: 20 jobs are waiting" in caplog.text
     assert [end[3] for end in ends[:2]] == [[True], [False]]
     device.thaw()
     assert all(end[1] for end in wait_for(client, *numbers))
