@@ -119,7 +119,14 @@ def test_a_server_may_only_read(model_path: Path, tmp_path: Path) -> None:
     spdk_kv.open(f"file://{folder}", capacity="64 MiB").close()
     with (
         spdk_kv.open(f"file://{folder}") as store,
-        serving(model_path, folder, "--kv_read_only") as server,
+        serving(model_path, folder, "--kv_read_only", "--kv_capacity", "64 MiB") as server,
     ):
         assert server.ask(PROMPT)[0]
         assert len(store) == 0
+
+
+def test_its_help_has_both_kinds_of_arguments() -> None:
+    command = [sys.executable, "-m", "spdk_kv.integrations.llama_cpp.serve", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert "--kv_store" in done.stdout
+    assert "--n_ctx" in done.stdout
