@@ -34,7 +34,7 @@ def metrics(
     there are stores: spdk_kv_up says which of them tell something.
 
     Without --port the metrics are printed once, as Prometheus and the text file collector of its
-    node exporter read them. Needs prometheus-client: pip install 'spdk_kv[metrics]'.
+    node exporter read them. Needs prometheus-client: pip install prometheus-client.
     """
     client = prometheus()
     stores = watch(locations, index_dir, must_exist=port is None)

@@ -38,7 +38,7 @@ def prometheus() -> Any:
         import prometheus_client
     except ImportError as missing:
         raise EngineUnavailable(
-            f"metrics need prometheus-client ({missing}): pip install 'spdk_kv[metrics]'"
+            f"metrics need prometheus-client ({missing}): pip install prometheus-client"
         ) from missing
     return prometheus_client
 
