@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,9 +41,7 @@ def byte_view(tensor: Any, *, on_cpu: bool = True) -> ByteView:
         return _array_view(tensor, _numpy_name(tensor))
     if isinstance(tensor, Scattered):
         return _scattered_view(tensor)
-    import torch
-
-    if not isinstance(tensor, torch.Tensor):
+    if not is_tensor(tensor):
         raise ShapeMismatch(f"a torch tensor or numpy array is stored, not {type(tensor).__name__}")
     check_dense(tensor, "the tensor")
     name = dtype_name(tensor.dtype)
@@ -59,6 +58,12 @@ def byte_view(tensor: Any, *, on_cpu: bool = True) -> ByteView:
         plain = plain.cpu()
     nbytes = plain.numel() * plain.element_size()
     return ByteView(plain.data_ptr(), nbytes, name, tuple(tensor.shape), plain)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether ``value`` is a torch tensor. Nothing is before somebody imported torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _array_view(tensor: np.ndarray[Any, Any], name: str) -> ByteView:
@@ -206,10 +211,10 @@ def destination(out: Any, dtype: str, shape: tuple[int, ...], block_nbytes: int 
             raise ShapeMismatch("out is read-only")
         whole = out.is_whole(block_nbytes)
         return Destination(out, _scattered_view(out) if whole else None, False)
+    if not is_tensor(out):
+        raise ShapeMismatch(f"out is a torch tensor or numpy array, not {type(out).__name__}")
     import torch
 
-    if not isinstance(out, torch.Tensor):
-        raise ShapeMismatch(f"out is a torch tensor or numpy array, not {type(out).__name__}")
     # Nearly all are plain, which takes less than a microsecond to see.
     if (
         type(out) is not torch.Tensor

@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from spdk_kv._native.transfer import READ, Transfer
 from spdk_kv.engines import Engine, Link
 from spdk_kv.errors import EngineUnavailable
 from spdk_kv.link.cuda import link_for
 from spdk_kv.link.pipeline import Pipeline
-from spdk_kv.scattered import Scattered
+from spdk_kv.tensors import is_tensor
 from spdk_kv.types import torch_dtypes
 
 if TYPE_CHECKING:
@@ -157,14 +155,13 @@ class Links:
 
     def of(self, tensors: Iterable[Any]) -> LinkedGpu | None:
         """The one GPU that all ``tensors`` are on, if it is reached over a link."""
-        tensors = list(tensors)
-        if any(isinstance(each, np.ndarray | Scattered) for each in tensors):
-            return None  # without the import of torch, which takes longer than the rest of a put
-        import torch
-
         found = seen = None
         for tensor in tensors:
-            if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+            if not is_tensor(tensor):
+                return None
+            import torch
+
+            if tensor.layout is not torch.strided:
                 return None
             device = tensor.device
             if device == seen:

@@ -42,6 +42,14 @@ with spdk_kv.open(sys.argv[1], capacity="16 MiB") as store:
     assert all(map(same, found, arrays.values()))
     store.put_async("later", out).result()
     assert same(store.get_async("later", as_numpy=True).result(), out)
+    for wrong in (b"bytes", [1.0]):
+        for call in (store.put, lambda key, out: store.get("bool", out=out)):
+            try:
+                call("wrong", wrong)
+            except spdk_kv.ShapeMismatch as refused:
+                assert "torch tensor or numpy array" in str(refused)
+            else:
+                raise AssertionError(wrong)
     store.put("empty", np.empty((0, 3), np.float32))
     assert store.get("empty", as_numpy=True).shape == (0, 3)
     store.flush()
