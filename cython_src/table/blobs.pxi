@@ -159,7 +159,9 @@ cdef class BlobTable:
         cdef uint32_t ref = self._step(&walk, 1)
         cdef uint64_t changes = self.changes
         while ref:
-            found.append((self._key(ref), self._record(ref)))
+            record = self._record(ref)
+            if changes == self.changes:
+                found.append((self._key(ref), record))
             if changes != self.changes:
                 raise RuntimeError("the blobs changed during iteration")
             ref = self._step(&walk, 1)
@@ -287,6 +289,7 @@ cdef class BlobTable:
                 copies[i] = self._entry(refs[i])[0]
                 kinds[i] = self._kinds.all[copies[i].kind]
             self.changes += 1
+            # Each record is an object, after which an entry may be another's.
             for i in range(count):
                 found[i] = self._made(&copies[i], kinds[i])
         finally:
@@ -534,7 +537,14 @@ cdef class BlobTable:
 
     cdef _key(self, uint32_t ref):
         cdef Entry *entry = self._entry(ref)
-        return PyUnicode_DecodeUTF8(key_of(entry), entry.key_nbytes, "surrogatepass")
+        cdef const char *text = key_of(entry)
+        cdef object held
+        if memchr(text, 0xED, entry.key_nbytes) != NULL:
+            # With surrogates, perhaps: they are decoded with objects' help, and entries may move.
+            held = PyBytes_FromStringAndSize(text, entry.key_nbytes)
+            text = PyBytes_AS_STRING(held)
+            return PyUnicode_DecodeUTF8(text, PyBytes_GET_SIZE(held), "surrogatepass")
+        return PyUnicode_DecodeUTF8(text, entry.key_nbytes, "surrogatepass")
 
     cdef _record(self, uint32_t ref):
         cdef Entry copied = self._entry(ref)[0]

@@ -16,6 +16,11 @@ cdef struct Chunk:
     uint32_t count   # of bits that are set
 
 
+cdef struct Run:
+    uint64_t start
+    uint64_t end
+
+
 cdef class ExtentMap:
     """Extents of a drive, offset -> size in bytes, in two bits per block: a mapping that iterates
     in the order of the offsets, and takes as long to find the end of an extent as it is long (64
@@ -152,27 +157,32 @@ cdef class ExtentMap:
         """Takes the extents at ``offsets`` out. Returns (offset, size) of what they covered, those
         joined that were neighbours. KeyError, and nothing changes, unless all are there."""
         cdef list runs = [], wanted = sorted(offsets)
-        cdef uint64_t start = 0, end = 0, offset, nbytes, first
-        cdef bint begun = False
-        for each in wanted:
-            if not self._has(each) or (begun and <uint64_t>each < end):
-                raise KeyError(each)
-            offset = each
-            nbytes = self._size(self._block(offset))
-            if begun and offset == end:
-                end += nbytes
-                continue
-            if begun:
-                runs.append((start, end - start))
-            begun, start, end = True, offset, offset + nbytes
-        if begun:
-            runs.append((start, end - start))
-        for each in wanted:
-            first = self._block(each)
-            nbytes = self._size(first)
-            self._clear(first, True)
-            self._clear(first + nbytes // self._block_nbytes - 1, False)
-            self._length -= 1
+        cdef Py_ssize_t count = 0, i
+        cdef uint64_t offset, nbytes, first
+        cdef Run *found = <Run *>malloc((len(wanted) + 1) * sizeof(Run))
+        if found == NULL:
+            raise MemoryError()
+        try:
+            for each in wanted:
+                if not self._has(each) or (count and <uint64_t>each < found[count - 1].end):
+                    raise KeyError(each)
+                offset = each
+                nbytes = self._size(self._block(offset))
+                if count and offset == found[count - 1].end:
+                    found[count - 1].end += nbytes
+                    continue
+                found[count].start, found[count].end = offset, offset + nbytes
+                count += 1
+            for each in wanted:
+                first = self._block(each)
+                nbytes = self._size(first)
+                self._clear(first, True)
+                self._clear(first + nbytes // self._block_nbytes - 1, False)
+                self._length -= 1
+            for i in range(count):
+                runs.append((found[i].start, found[i].end - found[i].start))
+        finally:
+            free(found)
         return runs
 
     def total(self):

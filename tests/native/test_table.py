@@ -7,7 +7,8 @@ import random
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -40,6 +41,25 @@ class Record(NamedTuple):
 
 def record(number: int, nbytes: int = 5000, dtype: str = "uint8") -> Record:
     return Record(START + number * 2 * BLOCK, nbytes, dtype, (nbytes,), number)
+
+
+@contextmanager
+def collected_amid(act: Callable[[], object]) -> Iterator[None]:
+    """Has ``act`` run in garbage collections, as a finalizer would: wherever an object is made,
+    where Python collects at once (before 3.12)."""
+
+    def collected(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            act()
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(collected)
+    gc.set_threshold(1, 1, 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(collected)
 
 
 # -- blobs ----------------------------------------------------------------------------------------
@@ -175,6 +195,43 @@ def test_what_is_remembered_of_evictions_grows_with_the_blobs() -> None:
     assert now == 2 * count + 1
     # One takes the place of another by chance.
     assert count // 2 < back < count
+
+
+READS: list[Callable[[BlobTable[Record], list[str]], object]] = [
+    lambda table, keys: table.items(),
+    lambda table, keys: table.keys(),
+    lambda table, keys: list(table),
+    lambda table, keys: table.get(keys[7]),
+    lambda table, keys: table.used_since(0, 100),
+]
+
+
+@pytest.mark.parametrize("key", ["key", "\ud800"], ids=["plain", "surrogate"])
+def test_a_finalizer_changes_a_table_while_objects_are_made(key: str) -> None:
+    keys = [f"{key}{number}" for number in range(50)]
+    table: BlobTable[Record] = BlobTable(Record, BLOCK)
+
+    def fill() -> None:
+        for number, each in enumerate(keys):
+            table.put(each, record(number, number + 1))
+
+    def change() -> None:
+        if table.changes == before:
+            return  # nothing has been found yet
+        for each in list(table):
+            table.pop(each)
+        for number in range(100):
+            table.put("x" * (8 * number), record(100 + number, 7 * number, "float16"))
+
+    fill()
+    expected, before = table.values(), table.changes
+    with collected_amid(change):
+        assert table.use(keys) == expected
+    for read in READS:
+        fill()
+        before = -1
+        with collected_amid(change), suppress(RuntimeError):
+            read(table, keys)
 
 
 def test_what_is_not_there_is_none_or_an_error() -> None:
@@ -467,6 +524,30 @@ def test_what_is_no_extent_is_refused() -> None:
             extents.add_run(offset, sizes)
         assert dict(extents.items()) == before
     assert extents.check()
+
+
+@pytest.mark.parametrize("collections", [1, 2, 3, 20, 60])
+def test_a_finalizer_changes_a_map_while_extents_are_taken_out(collections: int) -> None:
+    extents = ExtentMap(START, START + NBLOCKS * BLOCK, BLOCK)
+    # More than Python keeps tuples for, which it gives out without a collection.
+    offsets = [START, *(START + (50_000 + 2 * number) * BLOCK for number in range(2100))]
+    for offset in offsets:
+        extents[offset] = BLOCK
+    left = [collections]
+
+    def change() -> None:
+        left[0] -= 1
+        if left[0] == 0 and START in extents:
+            extents.pop(START)
+
+    with collected_amid(change):
+        try:
+            taken = extents.take(offsets)
+        except KeyError:
+            taken = []
+    if taken:
+        assert taken == [(offset, BLOCK) for offset in offsets]
+    assert len(extents) == len(list(extents)) == (0 if taken else len(offsets) - 1)
 
 
 @given(
