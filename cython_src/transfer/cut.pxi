@@ -14,12 +14,12 @@ cdef bint _reaches_all(skv_backend *backend, Piece *pieces, uint32_t count):
 
 
 cdef void _share_slots(Transfer_ *t):
-    """Has small segments that could be one command, but for where they lie in memory, use a slot."""
+    """Has small pieces that could be one command, but for where they lie in memory, use a slot."""
     cdef Segment *s
     cdef uint32_t i
     for i in range(1, t.count):
         s = &t.segments[i]
-        if (s.drive_nbytes <= SMALL_NBYTES and s[-1].drive_nbytes <= SMALL_NBYTES
+        if (s.io.piece_nbytes <= SMALL_NBYTES and s[-1].io.piece_nbytes <= SMALL_NBYTES
                 and _follows(s) and not _adjoins(s)):
             s.bounce = s[-1].bounce = 1
 

@@ -17,7 +17,7 @@ cdef enum:
     LONE_COUNT = 8
     # A driver in a Python thread checks for signals this often.
     SLICE_NS = 50_000_000
-    # Segments up to this size go through a slot together where they follow each other on the drive
+    # Pieces up to this size go through a slot together where they follow each other on the drive
     # and lie apart in memory: to copy one costs no more than to pin its pages.
     SMALL_NBYTES = 32 << 10
     # Bytes copied, then summed: a page, because hardware prefetching stops at a page's end.

@@ -137,6 +137,9 @@ def test_a_namespace_that_takes_the_number_is_not_touched(target, bdevs, transpo
     neighbour.close()
 
 
+# What the target has not looked at yet when one namespace takes the other's place is carried out on
+# that one: a command has only the number. That is a moment, unless the target gets no time.
+@pytest.mark.machine
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_writes_that_are_under_way_while_it_is_replaced(target, bdevs, transport):
     engine = opened(target, transport)
