@@ -92,10 +92,7 @@ class Records:
     def touch(self, keys: Iterable[str]) -> None:
         """Makes the blobs under ``keys``, as far as there are any, the most recently used."""
         with self.lock:
-            there = [key for key in keys if key in self.blobs]
-            if there:
-                self.order_changed = True
-                self.blobs.use(there)
+            self.order_changed |= self.blobs.touch(list(keys)) > 0
 
     def unpin(self, records: Iterable[BlobRecord]) -> None:
         """Ends what :meth:`find` pinned."""

@@ -197,6 +197,25 @@ def test_what_is_remembered_of_evictions_grows_with_the_blobs() -> None:
     assert count // 2 < back < count
 
 
+@pytest.mark.parametrize("key", ["key", "\ud800"], ids=["plain", "surrogate"])
+def test_a_touch_is_a_use_of_those_that_are_there(key: str) -> None:
+    tables: list[BlobTable[Record]] = [BlobTable(Record, BLOCK), BlobTable(Record, BLOCK)]
+    keys = [f"{key}{number}" for number in range(9)]
+    for table in tables:
+        for number, each in enumerate(keys):
+            table.put(each, record(number))
+    before = tables[0].changes
+    assert tables[0].touch(["none", f"{key}9", "\ud801"]) == 0
+    assert tables[0].changes == before
+    assert tables[0].touch([keys[5], "none", keys[2], keys[5]]) == 3
+    tables[1].use([keys[5], keys[2], keys[5]])
+    assert tables[0].changes > before
+    for number in range(9):
+        place = START + number * 2 * BLOCK
+        assert tables[0].used_at(place) == tables[1].used_at(place)
+    assert tables[0].keys() == tables[1].keys() == [*(keys[n] for n in (0, 1, 3, 4, 6, 7, 8, 2, 5))]
+
+
 READS: list[Callable[[BlobTable[Record], list[str]], object]] = [
     lambda table, keys: table.items(),
     lambda table, keys: table.keys(),
