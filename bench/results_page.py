@@ -162,7 +162,7 @@ def page(found: dict[str, list[Kept]]) -> str:
         lines += [*_table(asked(kept)), ""]
         for one in kept:
             if one.record.sides:
-                lines += [f"Side by side, {_drive(one.record)}:", ""]
+                lines += [f"Side by side, {record.short(one.record.drive)}:", ""]
                 lines += [*side_by_side.table(one.record.sides), ""]
         lines += map(_source, kept)
     return "\n".join(lines) + "\n"
