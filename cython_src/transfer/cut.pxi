@@ -32,7 +32,7 @@ cdef _cut(Transfer_ *t, Piece *pieces, uint32_t piece_count):
     # Masks, as both are powers of two: divisions would be a large part of this function's time.
     cdef uint64_t within = q.block_nbytes - 1, unaligned = q.align_nbytes - 1
     cdef uint32_t i
-    cdef bint foreign, asks
+    cdef bint foreign, asks, listed
     cdef Piece *p
     cdef Segment *s
     if t.op >= SKV_FLUSH:
@@ -69,10 +69,11 @@ cdef _cut(Transfer_ *t, Piece *pieces, uint32_t piece_count):
     t.crcs = <uint32_t *>calloc(chunks + 1, sizeof(uint32_t))
     if t.link != NULL:
         t.copies = <Copy *>calloc(count + 1, sizeof(Copy))
-    elif count > 1 and t.op <= SKV_WRITE and q.backend.most_places > 1:
+    listed = t.link == NULL and t.op <= SKV_WRITE and count > 1 and q.backend.most_places > 1
+    if listed:
         t.places = <iovec *>calloc(count, sizeof(iovec))
-    if (t.segments == NULL or t.crcs == NULL
-            or (t.link != NULL and t.copies == NULL)):
+    if (t.segments == NULL or t.crcs == NULL or (t.link != NULL and t.copies == NULL)
+            or (listed and t.places == NULL)):
         raise MemoryError()
     asks = q.backend.reaches != NULL and t.op <= SKV_WRITE and t.link == NULL
     # Many pieces mostly lie in one buffer, so that one call covers all of them.
@@ -98,7 +99,7 @@ cdef _cut(Transfer_ *t, Piece *pieces, uint32_t piece_count):
             if t.op <= SKV_WRITE:
                 s.bounce = (foreign or (<size_t>s.user & unaligned) != 0 or skip != 0
                             or at + s.drive_nbytes > p.capacity)
-            if t.places != NULL:
+            if listed:
                 t.places[s - t.segments].iov_base = s.user
                 t.places[s - t.segments].iov_len = s.drive_nbytes
             if t.chunk_nbytes:
